@@ -1,0 +1,51 @@
+# Everything runs in .venv, at the versions in requirements.lock.txt. Needs Python 3.11 or later.
+
+# The first interpreter that runs, is new enough and can make a virtual environment.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { command -v $$python; break; }; done)
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help .venv demo test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+.venv: $(STAMP) ## Create the virtual environment and install gfprune in it, with all extras
+
+$(STAMP): pyproject.toml requirements.lock.txt
+	@if ! $(BIN)/python -c '' 2>/dev/null; then \
+		python="$(PYTHON)"; \
+		test -n "$$python" || { echo "make: no Python >= 3.11 with venv and ensurepip found;" \
+			"install one (on Debian also its -venv package) or set PYTHON=/path/to/python" >&2; exit 1; }; \
+		echo "Creating .venv with $$python" >&2; \
+		"$$python" -m venv --clear .venv; \
+	fi
+	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
+		-c requirements.lock.txt -e '.[dev,data]'
+	@touch $@
+
+demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters
+	@$(BIN)/gfprune prune --model demo --sparsity 0.5 --out demo-pruned --force
+
+test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend formatting, import order and what ruff can mend safely
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches, build results and the demo's output; .venv stays
+	rm -rf build dist demo-pruned .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find gfprune_cli tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""The commands as Python functions. Nothing is printed; progress goes to a callback."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfprune_cli.analysis import analyze
+from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.progress import Report, silent
+from gfprune_cli.pruning import PruneResult
+from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.recipe import resolve_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["analyze", "load", "prune"]
+
+
+def prune(
+    model: str = "demo",
+    *,
+    out: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    device: str | None = None,
+    report: Report = silent,
+    **settings: Any,
+) -> PruneResult:
+    """Prune a checkpoint and write the result, as `gfprune prune` does.
+
+    Args:
+        model: "demo", a local diffusers folder, or a Hub id.
+        out: destination folder; by default named after the model and the settings.
+        config: a YAML recipe; `settings` override it.
+        force: replace a destination that is not empty.
+        resume: go on from the state of an interrupted run, if there is one.
+        dry_run: plan only.
+        offline: never use the network.
+        device: torch device; by default CUDA if there is one.
+        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
+        **settings: any field of `gfprune_cli.recipe.PruneRecipe`, such as `sparsity=0.5`.
+
+    Returns:
+        The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
+
+    Raises:
+        UsageError: wrong settings. GfpruneError: anything else, in one line.
+
+    Example:
+        >>> prune("demo", sparsity=0.5, out="demo-pruned").params
+        {'before': 1740323, 'after': ...}
+    """
+    recipe = resolve_recipe(Path(config) if config is not None else None, {"model": model, **settings})
+    return run_recipe(
+        recipe,
+        out=Path(out) if out is not None else None,
+        force=force,
+        resume=resume,
+        dry_run=dry_run,
+        offline=offline,
+        device=device,
+        report=report,
+    )
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    component: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    offline: bool = False,
+) -> "nn.Module":
+    """Load the denoiser of a checkpoint, dense or pruned, without remote code.
+
+    Args:
+        model: "demo", a local folder, or a Hub id.
+        dtype: None means float32.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        GfpruneError: it cannot be read, in one line.
+    """
+    source = resolve(str(model), revision=revision, variant=variant, offline=offline)
+    return load_model(inspect(source, component=component, variant=variant), dtype=dtype)

@@ -1,0 +1,68 @@
+"""The model card that travels with an output."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD_BYTES = 1 << 20
+
+
+def inherited(root: Path) -> dict[str, Any]:
+    """Licence and tags from the card of the source, if it has one."""
+    path = root / "README.md"
+    try:
+        if path.stat().st_size > CARD_BYTES:
+            return {}
+        text = path.read_text(encoding="utf-8")
+        _, front, _ = text.split("---", 2) if text.startswith("---") else ("", "", "")
+        document = yaml.safe_load(front)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    wanted = ("license", "license_name", "license_link", "datasets", "language", "pipeline_tag")
+    return {key: document[key] for key in wanted if key in document}
+
+
+def write_card(
+    path: Path, *, root: Path, base_model: str | None, loading: str, record: Mapping[str, Any]
+) -> None:
+    """Write README.md: front matter for the Hub, the loading line, the numbers.
+
+    Args:
+        root: the source checkpoint, whose licence is inherited.
+        base_model: Hub id, for Hub sources only.
+        loading: the code that loads the result.
+        record: the document that `gfprune.json` holds.
+    """
+    front: dict[str, Any] = {"library_name": "diffusers", **inherited(root), "tags": ["gfprune", "pruned"]}
+    if base_model:
+        front["base_model"] = base_model
+    recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=True).strip(),
+        "---",
+        "",
+        f"# {record['source']['label'] if base_model else record['class_name']}, pruned",
+        "",
+        f"{record['sparsity']['achieved']:.1%} of the {record['sparsity']['of']} of the denoiser removed by gfprune "
+        f"(criterion {recipe['criterion']}, layout {recipe['layout']}).",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| parameters | {params['before']:,} | {params['after']:,} |",
+        f"| multiply-accumulates | {macs['before']:,} | {macs['after']:,} |",
+        f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
+        f"| denoising loss | {loss['before']:.4f} | {loss['removed']:.4f} |",
+        "",
+        "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")

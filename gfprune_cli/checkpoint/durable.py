@@ -1,0 +1,220 @@
+"""Writing so that nothing is lost: staged beside the destination, made durable, then renamed into place."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gfprune_cli.errors import GfpruneError, UsageError
+
+KEPT_STATES = 2
+
+
+def default_mode() -> int:
+    """The mode that the umask gives to new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def sync(path: Path) -> None:
+    """Make a file's or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file: the same tensors always give the same bytes.
+
+    One metadata key only (more are written in random order), names sorted, and the mode of any other new
+    file (safetensors creates its files unreadable for others).
+    """
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(ordered, path, metadata={"format": "pt"})
+    path.chmod(default_mode())
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_space_error(folder: Path, needed: int, error: OSError) -> GfpruneError:
+    free = shutil.disk_usage(folder).free
+    return GfpruneError(
+        f"no space left in {folder}: about {needed:,} bytes are needed and {free:,} are free ({error.strerror}); "
+        "nothing was changed there. Free some space, or choose another --out"
+    )
+
+
+@contextmanager
+def staged(destination: Path, *, force: bool, needed: int = 0) -> Iterator[Path]:
+    """A folder that becomes `destination` when the block ends, and vanishes when it fails.
+
+    Args:
+        destination: must not exist, or be empty, unless `force`.
+        needed: bytes that will be written, for the message when the disk is full.
+
+    Raises:
+        UsageError: the destination is in use.
+        GfpruneError: the disk is full or not writable; the destination is as it was.
+    """
+    check_destination(destination, force=force)
+    staging = destination.parent / f".{destination.name}.gfprune-staging-{os.getpid()}"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
+            if not process_exists(orphan):
+                shutil.rmtree(orphan, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        sync_tree(staging)
+        replace_folder(staging, destination, force=force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise free_space_error(destination.parent, needed, error) from error
+        raise GfpruneError(f"cannot write {destination}: {error.strerror or error}; check --out") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def glob_escape(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def process_exists(orphan: Path) -> bool:
+    """Whether the process that owns a staging folder still runs."""
+    try:
+        os.kill(int(orphan.name.rpartition("-")[2]), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse to overwrite what the user did not offer up."""
+    if destination.is_file() or destination.is_symlink():
+        raise UsageError(f"--out {destination} is a file: name a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not force:
+        raise UsageError(
+            f"--out {destination} exists and is not empty: use --force to replace it, or another --out"
+        )
+
+
+def replace_folder(staging: Path, destination: Path, *, force: bool) -> None:
+    """Rename a finished folder into place; a folder that was there survives until the new one stands."""
+    check_destination(destination, force=force)
+    old = destination.parent / f".{destination.name}.gfprune-old-{os.getpid()}"
+    if destination.exists():
+        destination.rename(old)
+    try:
+        staging.rename(destination)
+    except OSError:
+        if old.exists():
+            old.rename(destination)
+        raise
+    sync(destination.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class StateFolder:
+    """The resumable state of one run: safetensors and JSON, two good states kept.
+
+    Args:
+        destination: the output of the run; the state lies hidden beside it.
+        identity: what must be equal for a resumed run to end in the same bytes.
+    """
+
+    def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = destination.parent / f".{destination.name}.gfprune-state"
+        self.identity = json.loads(json.dumps(identity, sort_keys=True))
+
+    def exists(self) -> bool:
+        return bool(self.states())
+
+    def states(self) -> list[Path]:
+        """Published states, oldest first."""
+        return sorted(self.folder.glob("state-*")) if self.folder.is_dir() else []
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest state whose checksum holds.
+
+        Raises:
+            UsageError: the state belongs to a run with other settings.
+            GfpruneError: states exist and none is intact.
+        """
+        states = self.states()
+        for state in reversed(states):
+            try:
+                numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
+                intact = numbers["sha256"] == sha256(state / "state.safetensors")
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if not intact:
+                continue
+            changed = [key for key, value in self.identity.items() if numbers["identity"].get(key) != value]
+            if changed:
+                raise UsageError(
+                    f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
+                    "repeat the settings of that run, or start over with --force"
+                )
+            return load_file(state / "state.safetensors"), numbers["numbers"]
+        if states:
+            raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
+        return None
+
+    def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Publish a state; the one before the last is removed."""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        states = self.states()
+        number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
+        staging = self.folder / f"new-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for orphan in self.folder.glob("new-*"):
+                shutil.rmtree(orphan, ignore_errors=True)
+            staging.mkdir()
+            write_tensors(staging / "state.safetensors", tensors)
+            digest = sha256(staging / "state.safetensors")
+            write_json(
+                staging / "state.json",
+                {"identity": self.identity, "numbers": dict(numbers), "sha256": digest},
+            )
+            sync_tree(staging)
+            staging.rename(self.folder / f"state-{number:06d}")
+            sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise free_space_error(self.folder.parent, needed, error) from error
+            raise GfpruneError(
+                f"cannot write the state in {self.folder}: {error.strerror or error}"
+            ) from error
+        for old in self.states()[:-KEPT_STATES]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

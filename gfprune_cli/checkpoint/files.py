@@ -1,0 +1,184 @@
+"""Reading files that somebody else wrote: where they may lie, how large they may be, what JSON may say."""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gfprune_cli.errors import GfpruneError
+
+CONVERSION = "DiffusionPipeline.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+
+CONFIG_BYTES = 1 << 20
+INDEX_BYTES = 16 << 20
+
+# The largest value of each config key that sets how much a network or a scheduler allocates. A key holds a
+# number or a (nested) list of numbers, at most `MAX_ITEMS` long.
+LIMITS = {
+    "block_out_channels": 65536,
+    "in_channels": 65536,
+    "out_channels": 65536,
+    "sample_size": 65536,
+    "attention_head_dim": 65536,
+    "num_attention_heads": 65536,
+    "norm_num_groups": 65536,
+    "attn_norm_num_groups": 65536,
+    "layers_per_block": 64,
+    "transformer_layers_per_block": 64,
+    "cross_attention_dim": 1 << 20,
+    "time_embedding_dim": 1 << 20,
+    "num_class_embeds": 1 << 24,
+    "num_train_timesteps": 1_000_000,
+}
+MAX_ITEMS = 64
+MAX_LAYERS = 512  # blocks times layers per block: keeps even the empty network small
+MAX_NUMBER = 2**53  # beyond it a JSON number is no longer exact
+
+
+def quoted(name: object) -> str:
+    """A name from a file as it may appear in a message: quoted, no control characters, not endless."""
+    text = repr(str(name))
+    return text if len(text) <= 160 else text[:157] + "...'"
+
+
+def first_line(error: Exception) -> str:
+    """An exception of another library in one line: its type and the start of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    text = "".join(character for character in lines[0][:200] if character.isprintable())
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def trusted_roots(folder: Path) -> tuple[Path, ...]:
+    """The folders that the files of a checkpoint may resolve into.
+
+    A Hub snapshot is made of links into `models--owner--name/blobs`, which may in turn be links into the
+    cache's shared `blobs`; everything else has to stay inside its own folder.
+    """
+    real = folder.resolve()
+    for snapshot in (real, *real.parents):
+        repo = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repo.name.startswith("models--"):
+            return (real, repo, repo.parent / "blobs")
+    return (real,)
+
+
+def checked_file(path: Path, roots: tuple[Path, ...]) -> Path:
+    """Make sure that a path is a regular file inside one of the trusted folders.
+
+    Returns:
+        The path as it was given.
+
+    Raises:
+        GfpruneError: it is missing, leads out of the folders, or is no regular file.
+    """
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except FileNotFoundError:
+        raise GfpruneError(f"{path} is missing: the checkpoint is incomplete, fetch it again") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise GfpruneError(f"{path} cannot be read: {error}") from None
+    if not any(real.is_relative_to(root) for root in roots):
+        raise GfpruneError(f"{path} leads out of the checkpoint's folder: replace the link by the file")
+    if not stat.S_ISREG(mode):  # opening a pipe or a device would hang
+        raise GfpruneError(f"{path} is not a regular file")
+    return path
+
+
+def read_json(path: Path, roots: tuple[Path, ...], *, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+    """Read one JSON object with strict rules.
+
+    Args:
+        path: the file.
+        roots: where it may lie (`trusted_roots`).
+        limit: the largest size in bytes.
+
+    Raises:
+        GfpruneError: too large, not UTF-8 JSON, not an object, a key given twice, or NaN or infinity.
+    """
+    checked_file(path, roots)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise GfpruneError(f"{path} cannot be read: {error}") from None
+    if len(data) > limit:
+        raise GfpruneError(f"{path} is larger than {limit} bytes: this is no diffusers file of that name")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse one JSON object with the rules of `read_json`; `where` names the file in messages."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise GfpruneError(f"{where} is not valid JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise GfpruneError(f"{where} is not a JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Readers differ in which of two equal keys wins, so a file with both can show two faces.
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {quoted(twice)} is given twice")
+    return result
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def read_config(path: Path, roots: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a model's or scheduler's config and check every value that sets how much is allocated.
+
+    Raises:
+        GfpruneError: see `read_json`; also a value outside `LIMITS`, too many blocks, or an infinite number.
+    """
+    config = read_json(path, roots)
+    for key, value in config.items():
+        for number in _numbers(value):
+            if not -MAX_NUMBER <= number <= MAX_NUMBER:  # false for NaN too
+                raise GfpruneError(f"{path}: {quoted(key)} holds a number out of range")
+    for key in LIMITS.keys() & config.keys():
+        _check_limit(path, key, config[key])
+    blocks = len(list(_numbers(config.get("block_out_channels"))))
+    layers = max([1, *_numbers(config.get("layers_per_block"))])
+    if blocks * layers > MAX_LAYERS:
+        raise GfpruneError(
+            f"{path}: {blocks} blocks of {layers} layers are more than {MAX_LAYERS} layers in all"
+        )
+    for key in ("down_block_types", "up_block_types"):
+        names = config.get(key, [])
+        if (
+            not isinstance(names, list)
+            or len(names) > MAX_ITEMS
+            or not all(isinstance(n, str) for n in names)
+        ):
+            raise GfpruneError(f"{path}: {key!r} has to be a list of at most {MAX_ITEMS} block names")
+    return config
+
+
+def _check_limit(path: Path, key: str, value: object) -> None:
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        raise GfpruneError(f"{path}: {key!r} has {len(value)} entries, more than {MAX_ITEMS}")
+    for number in _numbers(value):
+        if number != int(number) or not 1 <= number <= LIMITS[key]:
+            raise GfpruneError(f"{path}: {key!r} is {number}, but has to be from 1 to {LIMITS[key]}")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+        elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item

@@ -1,0 +1,76 @@
+"""The noise scheduler that a checkpoint comes with."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
+from gfprune_cli.checkpoint.layout import pipeline_components
+from gfprune_cli.errors import GfpruneError
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from gfprune_cli.checkpoint.reader import Component
+
+
+def forbid_remote_code() -> None:
+    """Call before diffusers is imported: it reads this once, and no config can then switch remote code on."""
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+
+
+def scheduler_config_path(component: "Component") -> Path | None:
+    """Where the checkpoint's scheduler is described, or None if it has none."""
+    for path in (
+        component.root / "scheduler" / "scheduler_config.json",
+        component.root / "scheduler_config.json",
+    ):
+        if path.exists():
+            return path
+    return None
+
+
+def load_scheduler(component: "Component") -> "SchedulerMixin | None":
+    """The checkpoint's noise scheduler.
+
+    Returns:
+        The scheduler; for a bare model folder without one a default `DDPMScheduler` (tell the user:
+        `scheduler_config_path` is None); None for a pipeline that has no scheduler.
+
+    Raises:
+        GfpruneError: the file is missing or broken, or names something that is no diffusers scheduler.
+    """
+    forbid_remote_code()
+    import diffusers
+
+    path = scheduler_config_path(component)
+    if path is None:
+        if component.pipeline is None:
+            return diffusers.DDPMScheduler()
+        if "scheduler" in pipeline_components(component.pipeline):
+            raise GfpruneError(
+                f"{component.root / 'scheduler' / 'scheduler_config.json'} is missing: fetch it again"
+            )
+        return None
+    config = read_config(path, trusted_roots(component.root))
+    scheduler_class = _scheduler_class(path, config.get("_class_name"))
+    try:
+        scheduler: SchedulerMixin = scheduler_class.from_config(config)
+    except Exception as error:  # as for a model's config
+        raise GfpruneError(f"{path} does not describe a valid scheduler: {first_line(error)}") from error
+    return scheduler
+
+
+def _scheduler_class(path: Path, name: object) -> Any:
+    import diffusers
+
+    # The name first: looking up anything in diffusers imports a module.
+    known = isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")
+    found = getattr(diffusers, str(name), None) if known else None
+    if not (
+        isinstance(found, type)
+        and found.__module__.startswith("diffusers.schedulers.")
+        and issubclass(found, diffusers.SchedulerMixin)
+    ):
+        raise GfpruneError(f"{path} names {quoted(name)}, which is no scheduler of diffusers")
+    return found

@@ -1,0 +1,119 @@
+"""Where a checkpoint comes from: the demo in the package, a local folder, or the Hugging Face Hub.
+
+A Hub revision is resolved to a commit first; everything is then read at that commit, so that one run never
+mixes two versions of a repository and the output can name what it was made from.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.layout import check_variant
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import Event, Report, silent
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder on this machine, and where it came from.
+
+    Args:
+        label: how the user named it ("demo", a path, a Hub id).
+        folder: the folder to read.
+        kind: "demo", "local" or "hub".
+        commit: the Hub commit (40 hexadecimal digits), None otherwise.
+    """
+
+    label: str
+    folder: Path
+    kind: Literal["demo", "local", "hub"]
+    commit: str | None
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+    config_only: bool = False,
+    report: Report = silent,
+) -> Source:
+    """Turn what the user wrote after `--model` into a folder, downloading it if need be.
+
+    Args:
+        model: "demo", a local diffusers folder, or a Hub id "owner/name". A folder that exists wins.
+        revision: branch, tag or commit; Hub only.
+        variant: "fp16" and the like: download those weights, and the plain ones of components that lack them.
+        offline: use only what the Hub cache holds, as HF_HUB_OFFLINE=1 does.
+        config_only: download no weights.
+        report: gets a "load" event before and during a download.
+
+    Returns:
+        The source. `commit` is set for Hub models.
+
+    Raises:
+        UsageError: `model` is neither an existing folder nor a Hub id, or a flag does not fit it.
+        GfpruneError: the Hub model cannot be had, or holds nothing that gfprune can read.
+    """
+    check_variant(variant)
+    if model == "demo":
+        source = _local(model, DEMO, "demo")
+    elif (folder := _expanded(model)) is not None and folder.exists():
+        source = _local(model, folder, "local")
+    elif looks_like_hub_id(model):
+        from gfprune_cli.checkpoint.hub import fetch
+
+        folder, commit = fetch(
+            model, revision=revision, variant=variant, offline=offline, config_only=config_only, report=report
+        )
+        return Source(model, folder, "hub", commit)
+    else:
+        raise UsageError(
+            f"--model {quoted(model)}: no such folder (a Hub id looks like owner/name; or use demo)"
+        )
+    if revision is not None:
+        raise UsageError(
+            f"--revision is for Hub models, but {quoted(model)} is a folder on this machine: drop the flag"
+        )
+    report(Event("load", text=f"reading {source.folder}"))
+    return source
+
+
+def looks_like_hub_id(model: str) -> bool:
+    """Whether a string has the form owner/name of a Hub repository."""
+    return (
+        bool(_HUB_ID.fullmatch(model))
+        and "--" not in model
+        and ".." not in model
+        and not model.endswith(".git")
+    )
+
+
+def _expanded(model: str) -> Path | None:
+    # An empty string would name the current folder, and a NUL raises in every system call.
+    if not model.strip() or "\0" in model:
+        return None
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~ of an unknown user
+        return None
+
+
+def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
+    if kind == "demo" and not folder.is_dir():
+        raise GfpruneError(
+            f"the demo checkpoint is missing from this installation ({folder}): reinstall gfprune"
+        )
+    if not folder.is_dir():
+        raise UsageError(
+            f"--model {folder} is a file, and gfprune reads diffusers folders: convert it with "
+            "DiffusionPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    return Source(label, folder, kind, None)

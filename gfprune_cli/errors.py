@@ -1,0 +1,21 @@
+"""What can go wrong, as one line each: what happened, where, and what to do about it."""
+
+
+class GfpruneError(Exception):
+    """A run-time failure (exit code 1). The message is one line and names the next step."""
+
+    exit_code = 1
+
+
+class UsageError(GfpruneError):
+    """A wrong flag, value or recipe (exit code 2)."""
+
+    exit_code = 2
+
+
+class Interrupted(GfpruneError):
+    """The run was stopped by a signal after its state was made durable (exit code 128 + signal)."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,136 @@
+"""Which units matter: one score per unit, the higher the more important.
+
+Each criterion is one short function over `Evidence`. Scores of the loss-based criteria share one unit
+(loss, or squared gradient norm) and are compared across groups as they are; magnitude and random ones
+mean nothing across layers and are divided by their group's mean.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from gfprune_cli.data.draws import generator
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
+from gfprune_cli.flow.mask import MaskedModel, Masks
+
+Criterion = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
+CRITERIA: tuple[str, ...] = get_args(Criterion)
+TIMESTEP_THRESHOLD = 0.05  # of the largest loss: Diff-Pruning leaves later timesteps out
+
+
+@dataclass
+class Evidence:
+    """What a criterion may look at.
+
+    Args:
+        masked: the network at its current masks.
+        losses: the denoising loss, one function per chunk of the draws, in ascending order of noise.
+        seed: of the run.
+        way: how Hessian-gradient products are taken; chosen by measurement where None.
+        gradients: filled with the cost of the scoring, counted in gradients.
+    """
+
+    masked: MaskedModel
+    losses: Sequence[Loss]
+    seed: int
+    way: Way | None = None
+    gradients: float = field(default=0.0)
+
+    def energy_flow(self) -> dict[str, torch.Tensor]:
+        """theta * (H g) for every parameter, at the masked network: its sum over a unit is -dE/dm."""
+        weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
+        _, first = gradient(self.losses, weights)
+        if self.way is None:
+            self.way = choose_way(self.losses, weights, first)
+        product = hessian_gradient_product(self.losses, weights, first, self.way)
+        self.gradients += 3 if self.way == "finite-difference" else 4.5
+        return {name: self.masked.weights[name].detach() * tensor for name, tensor in product.items()}
+
+    def first_order(self, losses: Sequence[Loss]) -> dict[str, torch.Tensor]:
+        """theta * g for every parameter, at the masked network."""
+        weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
+        _, first = gradient(losses, weights)
+        self.gradients += len(losses) / len(self.losses)
+        return {name: self.masked.weights[name].detach() * tensor for name, tensor in first.items()}
+
+
+def gradient_flow(evidence: Evidence) -> Masks:
+    """theta . (H g), signed (arXiv 2501.09464): first go the units whose removal raises ||grad L||^2 the most."""
+    return evidence.masked.unit_sums(evidence.energy_flow())
+
+
+def gradient_flow_abs(evidence: Evidence) -> Masks:
+    """|theta . (H g)|: first go the units whose removal changes ||grad L||^2 the least."""
+    return {name: score.abs() for name, score in gradient_flow(evidence).items()}
+
+
+def taylor(evidence: Evidence) -> Masks:
+    """Sum of |theta * g| (arXiv 1906.10771): first-order change of the loss, parameter by parameter."""
+    values = evidence.first_order(evidence.losses)
+    return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
+
+
+def diff_pruning(evidence: Evidence) -> Masks:
+    """Taylor over the timesteps whose loss exceeds 0.05 of the largest, from low noise up (arXiv 2305.10924)."""
+    weights = {name: tensor.detach() for name, tensor in evidence.masked.effective().items()}
+    used, largest = 0, 0.0
+    with torch.no_grad():
+        for loss in evidence.losses:
+            value = loss(weights).item()
+            largest = max(largest, value)
+            if value < TIMESTEP_THRESHOLD * largest:
+                break
+            used += 1
+    evidence.gradients += len(evidence.losses) / (3 * len(evidence.losses))
+    values = evidence.first_order(evidence.losses[:used])
+    return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
+
+
+def magnitude(evidence: Evidence) -> Masks:
+    """Euclidean norm of what produces the unit."""
+    squares = {name: weight.detach().square() for name, weight in evidence.masked.weights.items()}
+    return relative({name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()})
+
+
+def random(evidence: Evidence) -> Masks:
+    """The same seeded uniform numbers at every iteration."""
+    return {
+        group.name: torch.rand(group.units, generator=generator(evidence.seed, "random", group.name)).double()
+        for group in evidence.masked.groups
+    }
+
+
+def relative(scores: Masks) -> Masks:
+    """Divide by the mean of each group."""
+    return {
+        name: score / score.mean().clamp_min(torch.finfo(score.dtype).tiny) for name, score in scores.items()
+    }
+
+
+FUNCTIONS: dict[str, Callable[[Evidence], Masks]] = {
+    "gradient-flow": gradient_flow,
+    "gradient-flow-abs": gradient_flow_abs,
+    "taylor": taylor,
+    "diff-pruning": diff_pruning,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+
+def score(criterion: Criterion, evidence: Evidence) -> Masks:
+    """Scores by group name, [units] float64 on the CPU.
+
+    Raises:
+        GfpruneError: a score is not finite; names the group.
+    """
+    scores = FUNCTIONS[criterion](evidence)
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise GfpruneError(
+                f"the {criterion} scores of channel group {name} are not finite: "
+                "check the weights with `gfprune analyze`, or use --criterion taylor"
+            )
+    return scores

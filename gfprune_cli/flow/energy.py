@@ -1,0 +1,102 @@
+"""The energy of gradient-flow pruning, its gradient, and the Hessian-gradient product behind it.
+
+With effective weights theta(m) = m * theta and the denoising loss L (arXiv 2501.09464; the product is
+that of GraSP, arXiv 2002.07376):
+
+    E(m) = -1/2 || grad L(m * theta) ||^2        dE/dm_i = - sum over p in unit i of  theta_p (H g)_p
+
+`g` is accumulated over all draws before H is applied: the mean of H_j g_j is not H times the mean of g.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Weights = dict[str, torch.Tensor]
+Loss = Callable[[Weights], torch.Tensor]  # weights by name -> mean loss of one chunk of the draws
+Way = Literal["exact", "finite-difference"]
+
+RELATIVE_STEP = 1e-4  # of the weight norm: below it float32 rounding wins, above it curvature changes
+AGREEMENT = 1e-2  # two finite-difference steps must agree this well to be trusted
+
+
+def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
+    """Mean loss and gradient over all chunks, one chunk in memory at a time.
+
+    Args:
+        losses: one function per chunk; chunks count equally.
+        weights: point of evaluation; leaves this function untouched.
+    """
+    total = 0.0
+    summed: Weights = {}
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        for loss in losses:
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+            value = loss(leaves)
+            found = torch.autograd.grad(
+                value, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            total += value.detach().double().item()
+            if not summed:
+                summed = dict(zip(leaves, found, strict=True))
+            else:
+                for name, part in zip(leaves, found, strict=True):
+                    summed[name] += part
+    for tensor in summed.values():
+        tensor /= len(losses)
+    return total / len(losses), summed
+
+
+def norm(tensors: Weights) -> float:
+    """Euclidean norm over all tensors."""
+    return float(sum(float(tensor.double().square().sum()) for tensor in tensors.values())) ** 0.5
+
+
+def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Weights:
+    """H v by differentiating the gradient again: (3 to 4 gradients, about 2.7 times the memory of one)."""
+    product = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        for loss in losses:
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+            inputs = list(leaves.values())
+            first = torch.autograd.grad(
+                loss(leaves), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            along = sum((part * vector[name]).sum() for name, part in zip(leaves, first, strict=True))
+            second = torch.autograd.grad(along, inputs, allow_unused=True, materialize_grads=True)
+            for name, part in zip(leaves, second, strict=True):
+                product[name] += part.detach()
+    return {name: tensor / len(losses) for name, tensor in product.items()}
+
+
+def finite_difference_product(
+    losses: Sequence[Loss], weights: Weights, vector: Weights, relative_step: float = RELATIVE_STEP
+) -> Weights:
+    """H v as a central difference of two gradients: (grad(w + h v) - grad(w - h v)) / 2h."""
+    length = norm(vector)
+    if length == 0:
+        return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    step = relative_step * norm(weights) / length
+    _, ahead = gradient(losses, {name: tensor + step * vector[name] for name, tensor in weights.items()})
+    _, behind = gradient(losses, {name: tensor - step * vector[name] for name, tensor in weights.items()})
+    for name, tensor in ahead.items():
+        tensor -= behind.pop(name)
+        tensor /= 2 * step
+    return ahead
+
+
+def choose_way(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Way:
+    """Finite differences when two step sizes agree on the first chunk, else the exact product."""
+    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP)
+    fine = finite_difference_product(losses[:1], weights, vector)
+    scale = norm(fine)
+    gap = norm({name: fine[name] - coarse[name] for name in fine})
+    return "finite-difference" if gap <= AGREEMENT * scale else "exact"
+
+
+def hessian_gradient_product(losses: Sequence[Loss], weights: Weights, vector: Weights, way: Way) -> Weights:
+    """H v over all chunks, in the way asked for."""
+    product = exact_product if way == "exact" else finite_difference_product
+    return product(losses, weights, vector)

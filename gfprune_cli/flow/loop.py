@@ -1,0 +1,251 @@
+"""The pruning loop: score, tighten the budget, let the masks flow, train; until every mask is 0 or 1."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.errors import Interrupted
+from gfprune_cli.flow.criteria import Criterion, Evidence, score
+from gfprune_cli.flow.energy import Loss, Way
+from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
+from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.flow.training import Trainer
+from gfprune_cli.progress import Event, Report
+from gfprune_cli.structure.groups import ChannelGroup, select
+
+MOMENTUM = 0.5  # of the scores from one iteration to the next
+Allocator = Callable[
+    [Mapping[str, torch.Tensor], float], Mapping[str, int]
+]  # scores, progress -> channels kept
+
+
+class Store(Protocol):
+    """Where the state of a run survives a kill."""
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest durable state: (tensors, numbers); None at the first start."""
+
+    def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Make a state durable."""
+
+
+@dataclass
+class Flow:
+    """Everything that a run changes: iteration and step within it, scores, selection and speeds."""
+
+    iteration: int = 1
+    step: int = 0
+    scores: Masks = field(default_factory=dict)
+    support: Masks = field(default_factory=dict)
+    speed: Masks = field(default_factory=dict)
+    way: Way | None = None
+    gradients: float = 0.0
+    loss: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class PruningLoop:
+    """One run over one network.
+
+    Args:
+        masked: network and masks.
+        trainer: trains it between mask steps; shares the network.
+        schedule: when what happens.
+        criterion: how units are scored.
+        allocate: from scores and the sparsity wanted now to channels kept per group.
+        draws: for scoring.
+        scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
+    """
+
+    masked: MaskedModel
+    trainer: Trainer
+    process: NoisingProcess
+    schedule: Schedule
+    criterion: Criterion
+    allocate: Allocator
+    draws: Draws
+    scoring_draws: int
+    chunk: int
+    store: Store
+    report: Report
+    flow: Flow = field(default_factory=Flow)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Run to the end, from the last durable state if there is one.
+
+        Returns:
+            group name -> bool [units], what is kept.
+        """
+        self.restore()
+        try:
+            while self.flow.iteration <= self.schedule.iterations:
+                self.iterate()
+                self.save()
+        except Interrupted:
+            self.save()
+            raise
+        assert settled(self.masked.masks)
+        return {name: mask.cpu() == 1 for name, mask in self.masked.masks.items()}
+
+    def iterate(self) -> None:
+        flow, schedule = self.flow, self.schedule
+        if flow.step == 0:
+            if schedule.scores(flow.iteration):
+                self.rescore()
+            self.reselect()
+        moves = max(1, schedule.steps_per_iteration)
+        while flow.step < moves:
+            self.masked.set_masks(move(self.masked.masks, flow.support, flow.speed, schedule.pace / moves))
+            if flow.step == moves - 1:
+                self.snap()
+            if schedule.steps_per_iteration:
+                flow.loss = self.train()
+            flow.step += 1
+            done = (flow.iteration - 1) * moves + flow.step
+            self.report(
+                Event("train", done, schedule.iterations * moves, values={"loss": flow.loss} | self.levels())
+            )
+        flow.history.append({"iteration": flow.iteration, "loss": flow.loss} | self.levels())
+        flow.iteration, flow.step = flow.iteration + 1, 0
+
+    def train(self) -> float:
+        step = (self.flow.iteration - 1) * self.schedule.steps_per_iteration + self.flow.step
+        return self.trainer.step(step)
+
+    def snap(self) -> None:
+        """At the end of the run, absorb the rounding of many small mask steps."""
+        if self.flow.iteration == self.schedule.iterations:
+            near = {
+                name: (mask.round() - mask).abs().max() < 1e-4 for name, mask in self.masked.masks.items()
+            }
+            assert all(near.values()), "the schedule closes before the masks do"
+            self.masked.set_masks({name: mask.round() for name, mask in self.masked.masks.items()})
+
+    def levels(self) -> dict[str, float]:
+        """Share of units outside the support, and mean mask."""
+        inside = torch.cat([support.flatten() for support in self.flow.support.values()])
+        masks = torch.cat([mask.flatten() for mask in self.masked.masks.values()])
+        return {"selected": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
+
+    def rescore(self) -> None:
+        """Score at the masked network, with momentum over iterations."""
+        flow = self.flow
+        losses = scoring_losses(
+            self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
+        )
+        evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
+        fresh = score(self.criterion, evidence)
+        flow.scores = {
+            name: MOMENTUM * flow.scores[name] + (1 - MOMENTUM) * value if flow.scores else value
+            for name, value in fresh.items()
+        }
+        flow.way, flow.gradients = evidence.way, flow.gradients + evidence.gradients
+
+    def reselect(self) -> None:
+        """The support of this iteration's budget, and how fast units leave it."""
+        flow, groups = self.flow, self.masked.groups
+        if self.schedule.selects(flow.iteration):
+            kept = self.allocate(flow.scores, self.schedule.target(flow.iteration) / self.schedule.sparsity)
+            flow.support = {
+                group.name: select(group, flow.scores[group.name], kept[group.name]) for group in groups
+            }
+            flow.speed = {group.name: leaving_rank(group, flow.scores[group.name]) for group in groups}
+        if not self.schedule.selects(flow.iteration) or not self.schedule.closing:
+            flow.speed = {name: torch.ones_like(speed) for name, speed in flow.speed.items()}
+
+    def save(self) -> None:
+        flow, adam = self.flow, self.trainer.adam
+        tensors: dict[str, torch.Tensor] = {}
+        families = {
+            "weight": self.masked.weights,
+            "mask": self.masked.masks,
+            "first": adam.first,
+            "second": adam.second,
+            "score": flow.scores,
+            "support": flow.support,
+            "speed": flow.speed,
+        }
+        for family, members in families.items():
+            tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
+        numbers = {
+            "iteration": flow.iteration,
+            "step": flow.step,
+            "adam_steps": adam.steps,
+            "way": flow.way,
+            "gradients": flow.gradients,
+            "loss": flow.loss,
+            "micro_batch": self.trainer.micro_batch,
+            "history": flow.history,
+        }
+        self.store.save(tensors, numbers)
+
+    def restore(self) -> None:
+        state = self.store.load()
+        if state is None:
+            return
+        tensors, numbers = state
+        families: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            family, _, name = key.partition("/")
+            families.setdefault(family, {})[name] = tensor
+        device = self.draws.images.device
+        with torch.no_grad():
+            for name, weight in self.masked.weights.items():
+                weight.copy_(families["weight"][name])
+        self.masked.set_masks({name: mask.to(device) for name, mask in families["mask"].items()})
+        adam = self.trainer.adam
+        adam.first = {name: tensor.to(device) for name, tensor in families.get("first", {}).items()}
+        adam.second = {name: tensor.to(device) for name, tensor in families.get("second", {}).items()}
+        adam.steps, self.trainer.micro_batch = numbers["adam_steps"], numbers["micro_batch"]
+        self.flow = Flow(
+            numbers["iteration"],
+            numbers["step"],
+            families.get("score", {}),
+            families.get("support", {}),
+            families.get("speed", {}),
+            numbers["way"],
+            numbers["gradients"],
+            numbers["loss"],
+            numbers["history"],
+        )
+
+
+def scoring_losses(
+    masked: MaskedModel,
+    process: NoisingProcess,
+    draws: Draws,
+    iteration: int,
+    total: int,
+    chunk: int,
+    report: Report,
+) -> list[Loss]:
+    """The denoising loss over the draws of one iteration, in chunks of ascending noise."""
+
+    def chunk_loss(first: int) -> Loss:
+        count = min(chunk, total - first)
+
+        def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            report(Event("score", first + count, total, values={"iteration": iteration}))
+            batch = draws.batch("score", iteration, count, first=first, of=total)
+            noisy = process.add_noise(batch.images, batch.noise, batch.index)
+            output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.labels)
+            return process.losses(output, batch.images, batch.noise, batch.index).mean()
+
+        return loss
+
+    return [chunk_loss(first) for first in range(0, total, chunk)]
+
+
+def leaving_rank(group: ChannelGroup, scores: torch.Tensor) -> torch.Tensor:
+    """[units] in [0, 1]: 1 for the unit with the lowest score, the one that the flow pushes out hardest."""
+    order = torch.sort(scores, stable=True).indices
+    rank = torch.empty(group.units, dtype=torch.float64)
+    rank[order] = (
+        torch.linspace(1, 0, group.units, dtype=torch.float64) if group.units > 1 else torch.ones(1).double()
+    )
+    return rank

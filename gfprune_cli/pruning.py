@@ -1,0 +1,504 @@
+"""`prune`: from a checkpoint to a smaller one, end to end."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.durable import StateFolder, check_destination
+from gfprune_cli.checkpoint.reader import (
+    Component,
+    build_meta,
+    inspect,
+    load_model,
+    load_scheduler,
+    scheduler_config_path,
+    sha256_of_weights,
+)
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.writer import write_checkpoint
+from gfprune_cli.data.calibration import cached, call, draw_labels, self_images
+from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.images import fingerprint, load_images, to_model_range
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.flow.criteria import Evidence, score
+from gfprune_cli.flow.loop import PruningLoop, scoring_losses
+from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.flow.training import Trainer
+from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.structure.budget import Allocation, allocate
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.removal import remove, remove_native
+
+SCHEMA_VERSION = 1
+SCORE_CHUNK = 16
+REPORT_DRAWS = 512  # noisy samples behind each reported loss
+REPORT_CHUNK = 32  # divides REPORT_DRAWS
+REPORT_SHARE = 4  # one image in so many is kept for the reported losses
+COARSE_EVERY = 4
+TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a prune run did; `document()` is the JSON of the command."""
+
+    model: str
+    output: str | None
+    component: str
+    class_name: str
+    layout: str
+    criterion: str
+    seed: int
+    sparsity: Mapping[str, Any]
+    params: Mapping[str, int]
+    macs: Mapping[str, int]
+    bytes: Mapping[str, int]
+    loss: Mapping[str, float | None]
+    scoring_gradients: float
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structure of a checkpoint and the widths a recipe asks for."""
+
+    component: Component
+    groups: tuple[ChannelGroup, ...]
+    cost: CostModel
+    native: Allocation | None
+    native_config: Mapping[str, Any] | None
+
+
+def default_output(recipe: PruneRecipe) -> Path:
+    """A name derived from the model and the settings."""
+    stem = Path(recipe.model).name or "model"
+    parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
+    return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
+
+
+def make_plan(source: Source, recipe: PruneRecipe, report: Report) -> Plan:
+    """Read configuration and headers, find the channel groups, check that the budget can be reached.
+
+    Raises:
+        UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
+    """
+    component = inspect(source, component=recipe.component, variant=recipe.variant)
+    meta = build_meta(component)
+    groups, trace = discover(meta)
+    if not groups:
+        raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
+    cost = CostModel(meta, groups, trace)
+    if recipe.layout == "adaptive":
+        uniform = {group.name: torch.ones(group.units) for group in groups}
+        allocate(cost, uniform, recipe.sparsity, budget=recipe.budget)
+        return Plan(component, groups, cost, None, None)
+    if component.is_pruned:
+        raise UsageError(
+            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
+        )
+    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
+    if allocation.sparsity <= 0:
+        raise UsageError(
+            f"--layout native cannot shrink this {component.class_name}: its stage widths are tied; use adaptive"
+        )
+    notice(
+        report,
+        f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
+    )
+    return Plan(component, groups, cost, allocation, config)
+
+
+def prune(
+    recipe: PruneRecipe,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    device: str | None = None,
+    report: Report = silent,
+) -> PruneResult:
+    """Prune a checkpoint and write the result.
+
+    Args:
+        recipe: what to do; decides the bytes of the output.
+        out: destination folder; by default named after the model and the settings.
+        force: replace a destination that is not empty, and discard the state of an interrupted run.
+        resume: go on from the state of an interrupted run, if there is one.
+        dry_run: plan only; nothing is written and no weights are read.
+        offline: never use the network.
+        device: torch device; by default CUDA if there is one.
+
+    Returns:
+        The numbers before and after.
+
+    Raises:
+        UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
+        Interrupted: raised by `report`; the state is durable by then.
+    """
+    start = time.monotonic()
+    destination = Path(out) if out is not None else default_output(recipe)
+    if not dry_run:
+        check_destination(destination, force=force)
+    source = resolve(
+        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
+    )
+    plan = make_plan(source, recipe, report)
+    if dry_run:
+        return planned(plan, recipe, time.monotonic() - start)
+    run = Run(
+        recipe, source, plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), report
+    )
+    state = StateFolder(destination, run.identity())
+    if force and not resume:
+        state.clear()
+    if state.exists() and not resume:
+        raise UsageError(
+            f"an interrupted run left its state in {state.folder}: continue it with --resume, or discard it with --force"
+        )
+    model, kept, losses, gradients = run.execute(state)
+    record = run.record(model, kept, losses)
+    report(Event("write", text=f"writing {destination}"))
+    record = write_checkpoint(destination, model, plan.component, record, force=force)
+    state.clear()
+    return PruneResult(
+        recipe.model,
+        str(destination),
+        plan.component.name,
+        type(model).__name__,
+        recipe.layout,
+        recipe.criterion,
+        recipe.seed,
+        record["sparsity"],
+        record["params"],
+        record["macs"],
+        record["bytes"],
+        record["loss"],
+        round(gradients, 2),
+        round(time.monotonic() - start, 3),
+    )
+
+
+def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
+    """The numbers of a dry run: exact widths for the native layout, the reachable budget for the adaptive one."""
+    if plan.native is not None:
+        allocation = plan.native
+    else:
+        uniform = {group.name: torch.ones(group.units) for group in plan.groups}
+        allocation = allocate(plan.cost, uniform, recipe.sparsity, budget=recipe.budget)
+    params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
+    before = plan.component.bytes
+    return PruneResult(
+        recipe.model,
+        None,
+        plan.component.name,
+        plan.component.class_name,
+        recipe.layout,
+        recipe.criterion,
+        recipe.seed,
+        {"target": recipe.sparsity, "achieved": allocation.sparsity, "of": recipe.budget},
+        params,
+        {"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
+        {"before": before, "after": round(before * params["after"] / params["before"])},
+        {"before": None, "masked": None, "removed": None},
+        0.0,
+        round(seconds, 3),
+    )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A dense network behind masks, draws to measure it on, and scores by group name [units]."""
+
+    masked: MaskedModel
+    draws: Draws
+    scores: Mapping[str, torch.Tensor]
+
+
+class Run:
+    """One prune run: its inputs, and the steps from dense to pruned network."""
+
+    def __init__(
+        self, recipe: PruneRecipe, source: Source, plan: Plan, device: torch.device, report: Report
+    ) -> None:
+        self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
+        self.hashes = sha256_of_weights(plan.component)
+        scheduler = load_scheduler(plan.component)
+        if scheduler is None:
+            raise GfpruneError(
+                f"{plan.component.root} has no scheduler: gfprune needs the noise the model was trained with"
+            )
+        if scheduler_config_path(plan.component) is None:
+            notice(
+                report,
+                "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
+            )
+        self.scheduler = scheduler
+        self.process: NoisingProcess = noising_process(scheduler)
+        self.schedule = schedule_of(recipe)
+        self.precision = recipe.precision or ("bf16" if device.type == "cuda" else "fp32")
+        self.align = recipe.align or (8 if device.type == "cuda" else 4)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that left the state."""
+        settings = self.recipe.model_dump(exclude={"model", "revision", "variant"})
+        return {**settings, "weights": self.hashes, "commit": self.source.commit, "device": self.device.type}
+
+    def execute(
+        self, state: StateFolder
+    ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, float], float]:
+        """The pruned network, kept units by group, losses, and the cost of scoring in gradients."""
+        self.make_deterministic()
+        dense, masked = self.load(), MaskedModel(self.load().requires_grad_(True), self.plan.groups)
+        draws, reports = self.draws(dense)
+        loop = self.loop(masked, dense, draws, state)
+        kept = loop.run()
+        losses = {"before": self.loss(reports, dense), "masked": self.masked_loss(reports, masked)}
+        self.report(Event("remove", text="removing channels"))
+        model = self.removed(masked, kept)
+        losses["removed"] = self.loss(reports, model)
+        return model, kept, losses, loop.flow.gradients
+
+    def load(self) -> nn.Module:
+        """The dense network on the run's device, frozen."""
+        model = load_model(self.plan.component).requires_grad_(False)
+        if self.device.type == "cuda":
+            return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device)
+
+    def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
+        """Draws for scoring and training, and for the reported losses; from different images."""
+        images, labels = self.images(dense)
+        split = len(images) - max(1, len(images) // REPORT_SHARE)
+        parts = [
+            Draws(
+                images[part], self.process.steps, self.recipe.seed, None if labels is None else labels[part]
+            )
+            for part in (slice(split), slice(split, None))
+        ]
+        return parts[0], parts[1]
+
+    def scored(self) -> "Scored":
+        """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
+        self.make_deterministic()
+        dense = self.load()
+        draws, reports = self.draws(dense)
+        masked = MaskedModel(dense, self.plan.groups)
+        losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
+        return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
+
+    def make_deterministic(self) -> None:
+        """Same seed, same bytes: no autotuned or atomic kernels, and no TF32 in scores."""
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def loop(self, masked: MaskedModel, dense: nn.Module, draws: Draws, state: StateFolder) -> PruningLoop:
+        recipe = self.recipe
+        trainer = Trainer(
+            masked,
+            lambda x, timesteps, labels: call(dense, x, timesteps, labels),
+            self.process,
+            draws,
+            recipe.batch,
+            recipe.learning_rate,
+            self.schedule.training_steps,
+            recipe.distill,
+            self.precision,
+        )
+        return PruningLoop(
+            masked,
+            trainer,
+            self.process,
+            self.schedule,
+            recipe.criterion,
+            self.allocator(),
+            draws,
+            recipe.draws,
+            SCORE_CHUNK,
+            state,
+            self.report,
+        )
+
+    def allocator(self) -> Any:
+        """(scores, progress in [0, 1]) -> channels kept by each group."""
+        plan, recipe = self.plan, self.recipe
+
+        def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+            target = recipe.sparsity * progress
+            strict = progress >= 1
+            return allocate(
+                plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=strict
+            ).kept
+
+        def native(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+            assert plan.native is not None
+            kept = {}
+            for group in plan.groups:
+                goal = plan.native.kept[group.name]
+                units = round((group.channels - (group.channels - goal) * progress) / group.unit_size)
+                kept[group.name] = max(goal, units * group.unit_size)
+            return kept
+
+        return adaptive if plan.native is None else native
+
+    def images(self, dense: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Calibration images [N, C, H, W] in the network's range, and their labels."""
+        config: Any = dense.config
+        size = config.sample_size
+        if size is None:
+            raise GfpruneError(f"{self.plan.component.folder}/config.json has no sample_size: add it")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        recipe = self.recipe
+        if recipe.data is not None:
+            loaded = load_images(
+                recipe.data,
+                size=(height, width),
+                channels=config.in_channels,
+                limit=recipe.images,
+                seed=recipe.seed,
+                report=self.report,
+            )
+            self.data_fingerprint: str | None = fingerprint(loaded)
+            images = to_model_range(loaded)
+            if len(images) < 2:
+                raise UsageError(f"--data {recipe.data} holds {len(images)} image: at least 2 are needed")
+            labels = draw_labels(config.num_class_embeds, len(images), recipe.seed)
+        else:
+            self.data_fingerprint = None
+            labels = draw_labels(config.num_class_embeds, recipe.images, recipe.seed)
+            key = {
+                "weights": self.hashes,
+                "config": {key: value for key, value in dict(config).items() if not key.startswith("_")},
+                "scheduler": dict(self.scheduler.config),
+                "images": recipe.images,
+                "steps": recipe.sample_steps,
+                "seed": recipe.seed,
+                "device": self.device.type,
+            }
+            images = cached(
+                {name: repr(value) for name, value in key.items()},
+                lambda: self_images(
+                    dense,
+                    self.process,
+                    count=recipe.images,
+                    steps=recipe.sample_steps,
+                    seed=recipe.seed,
+                    labels=labels,
+                    shape=(config.in_channels, height, width),
+                    device=self.device,
+                    report=self.report,
+                ),
+                self.report,
+            )
+        return images.to(self.device), None if labels is None else labels.to(self.device)
+
+    @torch.no_grad()
+    def loss(self, draws: Draws, model: nn.Module) -> float:
+        """Denoising loss of a network over the fixed report draws."""
+        return self.mean_loss(draws, lambda x, timesteps, labels: call(model, x, timesteps, labels))
+
+    @torch.no_grad()
+    def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = REPORT_DRAWS) -> float:
+        effective = {name: tensor.detach() for name, tensor in masked.effective().items()}
+        return self.mean_loss(
+            draws, lambda x, timesteps, labels: masked.forward(effective, x, timesteps, labels), count
+        )
+
+    def mean_loss(self, draws: Draws, network: Any, count: int = REPORT_DRAWS) -> float:
+        total = 0.0
+        for first in range(0, count, REPORT_CHUNK):
+            self.report(Event("evaluate", first, count))
+            batch = draws.batch("report", 0, REPORT_CHUNK, first=first, of=count)
+            noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
+            output = network(noisy, self.process.timesteps(batch.index), batch.labels)
+            total += float(self.process.losses(output, batch.images, batch.noise, batch.index).double().sum())
+        return total / count
+
+    def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The narrow network, from trained weights in the stock module tree."""
+        dense = load_model(self.plan.component).requires_grad_(False)
+        dense.load_state_dict(
+            {name: weight.detach().cpu() for name, weight in masked.model.state_dict().items()}
+        )
+        if self.plan.native_config is not None:
+            model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
+        else:
+            model = remove(dense, self.plan.groups, kept)
+        for name, tensor in model.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
+        return model.to(self.device)
+
+    def record(
+        self, model: nn.Module, kept: Mapping[str, torch.Tensor], losses: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """The document of `gfprune.json`: enough to repeat the run and to build on it."""
+        plan, recipe = self.plan, self.recipe
+        channels = {group.name: group.kept_channels(kept[group.name]) for group in plan.groups}
+        widths = {name: len(indices) for name, indices in channels.items()}
+        params = sum(parameter.numel() for parameter in model.parameters())
+        assert params == plan.cost.params(widths), "the cost model and the network disagree"
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "prune",
+            "recipe": recipe.model_dump(),
+            "resolved": {"align": self.align, "precision": self.precision, "device": self.device.type},
+            "source": {
+                "label": self.source.label,
+                "kind": self.source.kind,
+                "commit": self.source.commit,
+                "weights": self.hashes,
+                "data": self.data_fingerprint,
+            },
+            "class_name": type(model).__name__,
+            "component": plan.component.name,
+            "kept": {name: indices.tolist() for name, indices in channels.items()},
+            "sparsity": {
+                "target": recipe.sparsity,
+                "achieved": 1 - plan.cost.total(widths, recipe.budget) / plan.cost.total({}, recipe.budget),
+                "of": recipe.budget,
+            },
+            "params": {"before": plan.cost.params({}), "after": params},
+            "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
+            "bytes": {"before": plan.component.bytes, "after": 0},
+            "loss": dict(losses),
+            "tools": {tool: installed_version(tool) for tool in TOOLS},
+        }
+
+
+def schedule_of(recipe: PruneRecipe) -> Schedule:
+    if recipe.one_shot:
+        return Schedule(sparsity=recipe.sparsity, iterations=1, steps_per_iteration=0, bound=1, score_every=1)
+    return Schedule(
+        sparsity=recipe.sparsity,
+        iterations=recipe.iterations,
+        steps_per_iteration=recipe.steps_per_iteration,
+        bound=recipe.bound,
+        score_every=COARSE_EVERY if recipe.coarse else 1,
+    )
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

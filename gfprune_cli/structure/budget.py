@@ -1,0 +1,147 @@
+"""How many channels each group keeps: the widths that meet a parameter or MAC budget.
+
+`adaptive` gives every group its own width, by score per saved parameter (or MAC).
+`native` keeps to widths that the stock diffusers class can express (see `structure.native`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gfprune_cli.errors import UsageError
+from gfprune_cli.structure.cost import Budget, CostModel
+from gfprune_cli.structure.groups import ChannelGroup, keep_all
+
+TOLERANCE = 0.01  # of the dense cost
+FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Channels kept by each group, and the sparsity that this achieves."""
+
+    kept: Mapping[str, int]
+    sparsity: float
+
+
+def step_scores(group: ChannelGroup, scores: torch.Tensor) -> list[float]:
+    """Score lost at each step of a group: the lowest unit of every cell first.
+
+    Args:
+        scores: [units].
+
+    Returns:
+        One number per step, `units per cell` of them.
+    """
+    ordered = scores.double().cpu()[group.cells].sort(dim=1).values
+    losses: list[float] = ordered.sum(0).tolist()
+    return losses
+
+
+def allocate(
+    cost: CostModel,
+    scores: Mapping[str, torch.Tensor],
+    sparsity: float,
+    *,
+    budget: Budget = "params",
+    align: int = 1,
+    strict: bool = True,
+) -> Allocation:
+    """Spend the budget where the least score is lost per saved parameter or MAC.
+
+    Greedy with exact costs: after each step the savings of every group are those of the network that is
+    left. The last steps are chosen to land nearest to the target.
+
+    Args:
+        scores: group name -> [units].
+        strict: False for a budget on the way, where the nearest reachable serves.
+
+    Raises:
+        UsageError: the budget cannot be reached; names the nearest reachable sparsity.
+    """
+    dense = cost.total({}, budget)
+    target = dense * (1 - sparsity)
+    best: Allocation | None = None
+    for floor in FLOORS:
+        minimum = minimum_widths(cost, floor * math.sqrt(1 - sparsity), align)
+        kept = descend(cost, scores, target, minimum, budget, align)
+        best = Allocation(kept, 1 - cost.total(kept, budget) / dense)
+        if not strict or abs(best.sparsity - sparsity) <= TOLERANCE:
+            return best
+    assert best is not None
+    if align > 1:
+        return allocate(cost, scores, sparsity, budget=budget, align=1)
+    raise UsageError(
+        f"--sparsity {sparsity:g} of {budget} cannot be reached: the nearest reachable is {best.sparsity:.3f}. "
+        "Ask for that, or use the other --budget"
+    )
+
+
+def width_step(group: ChannelGroup, align: int) -> int:
+    """Channels per step: whole cells, and a multiple of `align` where the group is wide enough for it."""
+    aligned = math.lcm(group.step, align)
+    return aligned if group.channels % aligned == 0 and group.channels >= 4 * aligned else group.step
+
+
+def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
+    """The floor of every group: at least one step, and at least `ratio` of its channels."""
+    minimum = {}
+    for name, group in cost.groups.items():
+        step = width_step(group, align)
+        minimum[name] = max(step, step * math.ceil(group.channels * ratio / step))
+    return minimum
+
+
+def descend(
+    cost: CostModel,
+    scores: Mapping[str, torch.Tensor],
+    target: float,
+    minimum: Mapping[str, int],
+    budget: Budget,
+    align: int,
+) -> dict[str, int]:
+    """Remove one step at a time, cheapest score per saving first, until no step brings the cost nearer."""
+    kept = keep_all(cost.groups.values())
+    losses = {name: step_scores(group, scores[name]) for name, group in cost.groups.items()}
+    removed = cost.removed(kept)
+    total = float(cost.total(kept, budget))
+    open_groups = set(kept)
+    rates: dict[str, tuple[float, int]] = {}
+    while open_groups:
+        for name in sorted(open_groups - rates.keys()):
+            rates[name] = step_rate(
+                cost, name, losses[name], removed, width_step(cost.groups[name], align), budget
+            )
+        name = min(sorted(open_groups), key=lambda candidate: rates[candidate][0])
+        saving = rates[name][1]
+        step = width_step(cost.groups[name], align)
+        nearer = abs(total - saving - target) < abs(total - target)
+        if kept[name] - step < minimum[name] or not nearer:
+            open_groups.discard(name)
+            continue
+        kept[name] -= step
+        removed[name] += step
+        total -= saving
+        for other in neighbours(cost, name):
+            rates.pop(other, None)
+    return kept
+
+
+def neighbours(cost: CostModel, name: str) -> set[str]:
+    """Groups whose savings change when this one narrows: those that share a layer with it."""
+    layers = (cost.layers[index] for index in cost.layers_of[name])
+    return {group for layer in layers for group, _ in (*layer.out.shares, *layer.into.shares)}
+
+
+def step_rate(
+    cost: CostModel, name: str, losses: list[float], removed: dict[str, int], step: int, budget: Budget
+) -> tuple[float, int]:
+    """(score lost per unit of cost, cost saved) by the next step of one group."""
+    group = cost.groups[name]
+    first = removed[name] // group.step
+    lost = sum(losses[first : first + step // group.step])
+    before = cost.of_group(name, removed, budget)
+    saving = before - cost.of_group(name, {**removed, name: removed[name] + step}, budget)
+    return (lost / saving if saving else math.inf), saving

@@ -1,0 +1,123 @@
+"""Parameters and multiply-accumulates of a network as a function of the channels each group keeps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from gfprune_cli.structure.graph import Trace
+from gfprune_cli.structure.groups import ChannelGroup
+
+Budget = Literal["params", "macs"]
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One dimension of a weight: a full size, and how many positions each group's channel takes in it."""
+
+    size: int
+    shares: tuple[tuple[str, int], ...] = ()
+
+    def kept(self, removed: Mapping[str, int]) -> int:
+        return self.size - sum(share * removed[group] for group, share in self.shares)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer: `weight` numbers per (out, in) pair, `bias` per out channel, at `positions` places."""
+
+    name: str
+    out: Dimension
+    into: Dimension
+    weight: int
+    bias: int
+    positions: int
+    learned: bool = True  # False: a product of activations, with MACs but no parameters
+
+    def params(self, removed: Mapping[str, int]) -> int:
+        if not self.learned:
+            return 0
+        out = self.out.kept(removed)
+        return out * self.into.kept(removed) * self.weight + out * self.bias
+
+    def macs(self, removed: Mapping[str, int]) -> int:
+        return self.out.kept(removed) * self.into.kept(removed) * self.weight * self.positions
+
+
+class CostModel:
+    """Exact parameter and MAC counts for any choice of widths.
+
+    MACs are those of one sample: convolutions, linear layers, and both attention products
+    (queries x keys and weights x values). Norms, activations and resampling are not counted.
+    """
+
+    def __init__(self, model: nn.Module, groups: tuple[ChannelGroup, ...], trace: Trace) -> None:
+        self.groups = {group.name: group for group in groups}
+        shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
+        for group in groups:
+            for member in group.members:
+                share = len(member.positions) // group.channels
+                shares.setdefault((member.module, member.side), []).append((group.name, share))
+        self.layers: list[LayerCost] = []
+        for name, module in model.named_modules():
+            for layer in layer_costs(name, module, shares, trace):
+                touched = {group for group, _ in (*layer.out.shares, *layer.into.shares)}
+                for group in touched:
+                    self.layers_of[group].append(len(self.layers))
+                self.layers.append(layer)
+        counted = sum(layer.params({name: 0 for name in self.groups}) for layer in self.layers)
+        self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
+
+    def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
+        return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}
+
+    def params(self, kept: Mapping[str, int]) -> int:
+        removed = self.removed(kept)
+        return self.fixed_params + sum(layer.params(removed) for layer in self.layers)
+
+    def macs(self, kept: Mapping[str, int]) -> int:
+        removed = self.removed(kept)
+        return sum(layer.macs(removed) for layer in self.layers)
+
+    def total(self, kept: Mapping[str, int], budget: Budget) -> int:
+        return self.params(kept) if budget == "params" else self.macs(kept)
+
+    def of_group(self, group: str, removed: Mapping[str, int], budget: Budget) -> int:
+        """Cost of the layers that a group touches."""
+        layers = (self.layers[index] for index in self.layers_of[group])
+        return sum(layer.params(removed) if budget == "params" else layer.macs(removed) for layer in layers)
+
+
+def layer_costs(
+    name: str, module: nn.Module, shares: Mapping[tuple[str, str], list[tuple[str, int]]], trace: Trace
+) -> list[LayerCost]:
+    """The cost entries of one module; none for modules without weights of their own."""
+
+    def dimension(side: str, size: int) -> Dimension:
+        return Dimension(size, tuple(shares.get((name, side), ())))
+
+    if isinstance(module, nn.Conv2d):
+        kernel = module.kernel_size[0] * module.kernel_size[1]
+        out, into = (
+            dimension("out", module.out_channels),
+            dimension("in", module.in_channels // module.groups),
+        )
+        return [
+            LayerCost(name, out, into, kernel, int(module.bias is not None), trace.positions.get(name, 0))
+        ]
+    if isinstance(module, nn.Linear):
+        out, into = dimension("out", module.out_features), dimension("in", module.in_features)
+        return [LayerCost(name, out, into, 1, int(module.bias is not None), trace.positions.get(name, 0))]
+    if isinstance(module, nn.GroupNorm) and module.affine:
+        return [LayerCost(name, dimension("out", module.num_channels), Dimension(2), 1, 0, 0)]
+    if isinstance(module, nn.Embedding):
+        return [
+            LayerCost(name, dimension("out", module.embedding_dim), Dimension(module.num_embeddings), 1, 0, 0)
+        ]
+    if type(module).__name__ == "Attention" and name in trace.attention:
+        tokens = trace.attention[name]
+        width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
+        return [LayerCost(name, width, Dimension(2 * tokens), 1, 0, tokens, learned=False)]
+    return []

@@ -1,0 +1,81 @@
+"""Widths that the stock diffusers class can express, so that the result loads with no flag.
+
+The first stage keeps its width: `Timesteps(block_out_channels[0])` derives the sinusoidal features from it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.structure.budget import Allocation
+from gfprune_cli.structure.cost import Budget, CostModel
+
+RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
+
+
+def native_allocation(
+    model: nn.Module, cost: CostModel, sparsity: float, budget: Budget
+) -> tuple[Allocation, dict[str, Any]]:
+    """The stock configuration nearest to the target.
+
+    Returns:
+        (channels kept by each group, the stock configuration that has them).
+    """
+    dense = cost.total({}, budget)
+    config = dict(model.config)
+    best: tuple[float, Allocation, dict[str, Any]] | None = None
+    tried: set[tuple[int, ...]] = set()
+    ratios = (index / RATIOS for index in range(1, RATIOS + 1))
+    for widths in itertools.chain.from_iterable(scaled_widths(config, ratio) for ratio in ratios):
+        if widths in tried:
+            continue
+        tried.add(widths)
+        candidate = {**config, "block_out_channels": widths}
+        kept = kept_by_shapes(cost, model, candidate)
+        if kept is None:
+            continue
+        achieved = 1 - cost.total(kept, budget) / dense
+        if best is None or abs(achieved - sparsity) < best[0]:
+            best = abs(achieved - sparsity), Allocation(kept, achieved), candidate
+    assert best is not None  # ratio 1 is always expressible
+    return best[1], best[2]
+
+
+def scaled_widths(config: Mapping[str, Any], ratio: float) -> Iterator[tuple[int, ...]]:
+    """Stage widths near one ratio, in multiples of the norm groups; the first stage stays."""
+    first, *stages = config["block_out_channels"]
+    step = config["norm_num_groups"] or 4  # NCSN++ derives its groups: a quarter of the channels
+    choices = [
+        {min(width, max(step, step * rounded(width * ratio / step))) for rounded in (math.floor, math.ceil)}
+        for width in stages
+    ]
+    for widths in itertools.product(*(sorted(choice) for choice in choices)):
+        yield (first, *widths)
+
+
+def kept_by_shapes(cost: CostModel, model: nn.Module, config: Mapping[str, Any]) -> dict[str, int] | None:
+    """Channels kept by each group, read off the stock network built from a configuration; None if it has none."""
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    options["time_embedding_dim"] = options.get("time_embedding_dim") or options["block_out_channels"][0] * 4
+    try:
+        with torch.device("meta"):
+            target: nn.Module = type(model)(**options)
+    except (ValueError, ZeroDivisionError):
+        return None
+    if target.state_dict().keys() != model.state_dict().keys():
+        return (
+            None  # a shortcut convolution appears or vanishes where two stages become, or were, equally wide
+        )
+    kept = {}
+    for name, group in cost.groups.items():
+        member = next(member for member in group.producers if member.kind != "norm")
+        share = len(member.positions) // group.channels
+        width = target.get_submodule(member.module).weight.shape[1 if member.kind == "embedding" else 0]
+        kept[name] = width // share
+        if kept[name] % group.unit_size or not 0 < kept[name] <= group.channels:
+            return None
+    return kept
