@@ -114,7 +114,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report) -> Plan:
     allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(
-            f"--layout native cannot shrink this {component.class_name}: its stage widths are tied; use adaptive"
+            f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
         )
     notice(
         report,
@@ -171,7 +171,8 @@ def prune(
         state.clear()
     if state.exists() and not resume:
         raise UsageError(
-            f"an interrupted run left its state in {state.folder}: continue it with --resume, or discard it with --force"
+            f"an interrupted run left its state in {state.folder}: "
+            "continue it with --resume, or discard it with --force"
         )
     model, kept, losses, gradients = run.execute(state)
     record = run.record(model, kept, losses)
@@ -197,7 +198,7 @@ def prune(
 
 
 def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
-    """The numbers of a dry run: exact widths for the native layout, the reachable budget for the adaptive one."""
+    """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
     if plan.native is not None:
         allocation = plan.native
     else:
@@ -258,7 +259,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
-        settings = self.recipe.model_dump(exclude={"model", "revision", "variant"})
+        addresses = ("model", "revision", "variant")  # the hashes below say what they stood for
+        settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
         return {**settings, "weights": self.hashes, "commit": self.source.commit, "device": self.device.type}
 
     def execute(
@@ -280,8 +282,8 @@ class Run:
         """The dense network on the run's device, frozen."""
         model = load_model(self.plan.component).requires_grad_(False)
         if self.device.type == "cuda":
-            return model.to(self.device, memory_format=torch.channels_last)
-        return model.to(self.device)
+            model = nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return nn.Module.to(model, self.device)
 
     def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
         """Draws for scoring and training, and for the reported losses; from different images."""
@@ -460,7 +462,7 @@ class Run:
         return {
             "schema_version": SCHEMA_VERSION,
             "command": "prune",
-            "recipe": recipe.model_dump(),
+            "recipe": recipe.document(),
             "resolved": {"align": self.align, "precision": self.precision, "device": self.device.type},
             "source": {
                 "label": self.source.label,

@@ -48,7 +48,7 @@ def write_card(
         "",
         f"# {record['source']['label'] if base_model else record['class_name']}, pruned",
         "",
-        f"{record['sparsity']['achieved']:.1%} of the {record['sparsity']['of']} of the denoiser removed by gfprune "
+        f"{record['sparsity']['achieved']:.1%} of the denoiser's {record['sparsity']['of']} removed by gfprune "
         f"(criterion {recipe['criterion']}, layout {recipe['layout']}).",
         "",
         "```python",

@@ -55,6 +55,26 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file that appears whole or not at all.
+
+    Raises:
+        GfpruneError: it cannot be written; what was there is as it was.
+    """
+    staging = path.parent / f".{path.name}.gfprune-staging-{os.getpid()}"
+    try:
+        staging.write_bytes(content)
+        sync(staging)
+        staging.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise free_space_error(path.parent, len(content), error) from error
+        raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -63,7 +83,7 @@ def sha256(path: Path) -> str:
 def free_space_error(folder: Path, needed: int, error: OSError) -> GfpruneError:
     free = shutil.disk_usage(folder).free
     return GfpruneError(
-        f"no space left in {folder}: about {needed:,} bytes are needed and {free:,} are free ({error.strerror}); "
+        f"no space left in {folder}: {needed:,} bytes are needed and {free:,} are free ({error.strerror}); "
         "nothing was changed there. Free some space, or choose another --out"
     )
 

@@ -60,9 +60,9 @@ def self_images(
         chosen = None if labels is None else labels[list(members)].to(device)
 
         def denoise(
-            x: torch.Tensor, timesteps: torch.Tensor, chosen: torch.Tensor | None = chosen
+            x: torch.Tensor, timesteps: torch.Tensor, chosen: torch.Tensor | None = chosen, done: int = first
         ) -> torch.Tensor:
-            report(Event("calibrate", first, count))
+            report(Event("calibrate", done, count))
             return call(model, x, timesteps, chosen)
 
         images.append(process.sample(denoise, noise.to(device), steps).cpu())

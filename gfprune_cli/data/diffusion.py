@@ -21,7 +21,9 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class NoisingProcess(Protocol):
     """What training and sampling need to know about a scheduler."""
 
-    steps: int
+    @property
+    def steps(self) -> int:
+        """Length of the training schedule."""
 
     def timesteps(self, index: torch.Tensor) -> torch.Tensor:
         """[N] what the network is told about the noise level."""
@@ -42,7 +44,7 @@ class NoisingProcess(Protocol):
 
 
 def mean_square(difference: torch.Tensor) -> torch.Tensor:
-    """[N] mean over all but the first dimension. Written out: `F.mse_loss` has no second derivative everywhere."""
+    """[N] mean over all but the first dimension; written out, as `F.mse_loss` breaks forward-mode AD."""
     return difference.float().square().flatten(1).mean(1)
 
 
@@ -180,6 +182,4 @@ def noising_process(scheduler: Any) -> NoisingProcess:
             f"scheduler {name} (prediction_type {prediction!r}) is not supported: use a checkpoint with a DDPM, "
             "DDIM, PNDM, DPM-Solver, Euler or ScoreSdeVe scheduler"
         )
-    return VariancePreserving(
-        torch.as_tensor(signal).float().cpu(), prediction, bool(config.get("clip_sample", False))
-    )
+    return VariancePreserving(torch.as_tensor(signal).float().cpu(), prediction, clip)

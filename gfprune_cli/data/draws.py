@@ -18,7 +18,7 @@ def generator(seed: int, *path: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to denoise: `images` and `noise` [N, C, H, W], `index` [N] into the noise schedule, `labels` [N]."""
+    """Samples to denoise: `images`, `noise` [N, C, H, W], `index` [N] into the schedule, `labels` [N]."""
 
     images: torch.Tensor
     noise: torch.Tensor

@@ -58,7 +58,7 @@ class Evidence:
 
 
 def gradient_flow(evidence: Evidence) -> Masks:
-    """theta . (H g), signed (arXiv 2501.09464): first go the units whose removal raises ||grad L||^2 the most."""
+    """theta . (H g), signed (arXiv 2501.09464): first go the units that raise ||grad L||^2 most."""
     return evidence.masked.unit_sums(evidence.energy_flow())
 
 
@@ -74,7 +74,7 @@ def taylor(evidence: Evidence) -> Masks:
 
 
 def diff_pruning(evidence: Evidence) -> Masks:
-    """Taylor over the timesteps whose loss exceeds 0.05 of the largest, from low noise up (arXiv 2305.10924)."""
+    """Taylor over low-noise timesteps, while their loss exceeds 0.05 of the largest (arXiv 2305.10924)."""
     weights = {name: tensor.detach() for name, tensor in evidence.masked.effective().items()}
     used, largest = 0, 0.0
     with torch.no_grad():

@@ -64,7 +64,9 @@ def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> 
             first = torch.autograd.grad(
                 loss(leaves), inputs, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            along = sum((part * vector[name]).sum() for name, part in zip(leaves, first, strict=True))
+            along = torch.stack(
+                [(part * vector[name]).sum() for name, part in zip(leaves, first, strict=True)]
+            ).sum()
             second = torch.autograd.grad(along, inputs, allow_unused=True, materialize_grads=True)
             for name, part in zip(leaves, second, strict=True):
                 product[name] += part.detach()

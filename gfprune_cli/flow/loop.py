@@ -161,7 +161,7 @@ class PruningLoop:
     def save(self) -> None:
         flow, adam = self.flow, self.trainer.adam
         tensors: dict[str, torch.Tensor] = {}
-        families = {
+        families: dict[str, Mapping[str, torch.Tensor]] = {
             "weight": self.masked.weights,
             "mask": self.masked.masks,
             "first": adam.first,

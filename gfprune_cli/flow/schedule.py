@@ -35,7 +35,7 @@ class Schedule(BaseModel):
         return self.iterations - self.closing
 
     def target(self, iteration: int) -> float:
-        """Sparsity after an iteration, 1 to `iterations`: cubic (arXiv 1710.01878), fast first and gentle last."""
+        """Sparsity after an iteration, 1 to `iterations`: cubic, gentle at the end (arXiv 1710.01878)."""
         share = min(1.0, iteration / self.selecting)
         return float(self.sparsity * (1 - (1 - share) ** 3))
 

@@ -35,7 +35,7 @@ class Adam:
             if name not in self.first:
                 self.first[name] = torch.zeros_like(weights[name])
                 self.second[name] = torch.zeros_like(weights[name])
-        gradients = [weights[name].grad for name in names]
+        gradients: list[torch.Tensor] = [weights[name].grad for name in names]  # type: ignore[misc]
         first, second = [self.first[name] for name in names], [self.second[name] for name in names]
         torch._foreach_lerp_(first, gradients, 0.1)
         torch._foreach_mul_(second, 0.999)

@@ -74,7 +74,7 @@ def allocate(
     if align > 1:
         return allocate(cost, scores, sparsity, budget=budget, align=1)
     raise UsageError(
-        f"--sparsity {sparsity:g} of {budget} cannot be reached: the nearest reachable is {best.sparsity:.3f}. "
+        f"--sparsity {sparsity:g} of {budget} cannot be reached: the nearest is {best.sparsity:.3f}. "
         "Ask for that, or use the other --budget"
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,7 +14,7 @@ Budget = Literal["params", "macs"]
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of a weight: a full size, and how many positions each group's channel takes in it."""
+    """One dimension of a weight: its size, and how many positions each group's channel takes in it."""
 
     size: int
     shares: tuple[tuple[str, int], ...] = ()
@@ -25,7 +25,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer: `weight` numbers per (out, in) pair, `bias` per out channel, at `positions` places."""
+    """Cost of one layer: `weight` numbers per (out, in) pair, `bias` per out, at `positions` places."""
 
     name: str
     out: Dimension
@@ -64,10 +64,10 @@ class CostModel:
         for name, module in model.named_modules():
             for layer in layer_costs(name, module, shares, trace):
                 touched = {group for group, _ in (*layer.out.shares, *layer.into.shares)}
-                for group in touched:
-                    self.layers_of[group].append(len(self.layers))
+                for name_of_group in touched:
+                    self.layers_of[name_of_group].append(len(self.layers))
                 self.layers.append(layer)
-        counted = sum(layer.params({name: 0 for name in self.groups}) for layer in self.layers)
+        counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
 
     def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
@@ -91,7 +91,7 @@ class CostModel:
 
 
 def layer_costs(
-    name: str, module: nn.Module, shares: Mapping[tuple[str, str], list[tuple[str, int]]], trace: Trace
+    name: str, module: Any, shares: Mapping[tuple[str, str], list[tuple[str, int]]], trace: Trace
 ) -> list[LayerCost]:
     """The cost entries of one module; none for modules without weights of their own."""
 

@@ -39,7 +39,7 @@ class Trace:
     attention: dict[str, int] = field(default_factory=dict)
 
 
-def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+def example_inputs(model: Any) -> dict[str, torch.Tensor]:
     """One sample of zeros in the shape that the configuration asks for, on the model's device."""
     config: Any = model.config
     parameter = next(model.parameters())
@@ -63,7 +63,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def conditioning_inputs(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+def conditioning_inputs(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Text states, and the added conditioning of the SDXL family, as zeros."""
     config: Any = model.config
     width = config.cross_attention_dim
@@ -144,7 +144,7 @@ def touches(group: ChannelGroup, protected: set[str]) -> bool:
     return any(member.module in protected for member in group.producers)
 
 
-def fixed_layers(model: nn.Module) -> list[nn.Module]:
+def fixed_layers(model: Any) -> list[nn.Module]:
     """Layers whose output width belongs to the outside world."""
     layers: list[nn.Module] = [model.conv_out]
     for name, module in model.named_modules():

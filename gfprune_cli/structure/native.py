@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from gfprune_cli.structure.budget import Allocation
 from gfprune_cli.structure.cost import Budget, CostModel
@@ -18,7 +17,7 @@ RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage roun
 
 
 def native_allocation(
-    model: nn.Module, cost: CostModel, sparsity: float, budget: Budget
+    model: Any, cost: CostModel, sparsity: float, budget: Budget
 ) -> tuple[Allocation, dict[str, Any]]:
     """The stock configuration nearest to the target.
 
@@ -57,13 +56,13 @@ def scaled_widths(config: Mapping[str, Any], ratio: float) -> Iterator[tuple[int
         yield (first, *widths)
 
 
-def kept_by_shapes(cost: CostModel, model: nn.Module, config: Mapping[str, Any]) -> dict[str, int] | None:
-    """Channels kept by each group, read off the stock network built from a configuration; None if it has none."""
+def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> dict[str, int] | None:
+    """Channels kept by each group in the stock network of a configuration; None if there is none."""
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     options["time_embedding_dim"] = options.get("time_embedding_dim") or options["block_out_channels"][0] * 4
     try:
         with torch.device("meta"):
-            target: nn.Module = type(model)(**options)
+            target = type(model)(**options)
     except (ValueError, ZeroDivisionError):
         return None
     if target.state_dict().keys() != model.state_dict().keys():
@@ -74,7 +73,8 @@ def kept_by_shapes(cost: CostModel, model: nn.Module, config: Mapping[str, Any])
     for name, group in cost.groups.items():
         member = next(member for member in group.producers if member.kind != "norm")
         share = len(member.positions) // group.channels
-        width = target.get_submodule(member.module).weight.shape[1 if member.kind == "embedding" else 0]
+        layer: Any = target.get_submodule(member.module)
+        width = layer.weight.shape[1 if member.kind == "embedding" else 0]
         kept[name] = width // share
         if kept[name] % group.unit_size or not 0 < kept[name] <= group.channels:
             return None

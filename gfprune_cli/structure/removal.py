@@ -145,7 +145,7 @@ def remove_native(
     return rebuild(type(model), {**stock_config(model), **config}, slice_state(model, cuts))
 
 
-def stock_config(model: nn.Module) -> dict[str, Any]:
+def stock_config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
 
 

@@ -16,6 +16,7 @@ key `gfprune` are narrowed to the shapes written there:
 import inspect
 import os
 import shutil
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -84,15 +85,15 @@ class UnevenGroupNorm(nn.Module):
         return f"{self.num_channels} channels in {len(self.group_sizes)} groups, eps={self.eps}"
 
 
-def _narrow(parameter: torch.Tensor | None, *sizes: int) -> nn.Parameter | None:
+def _narrow(parameter: torch.Tensor | None, *sizes: int) -> Any:
     if parameter is None:
         return None
     return nn.Parameter(parameter.detach()[tuple(slice(size) for size in sizes)].clone())
 
 
-def resize_module(model: nn.Module, name: str, shape: dict) -> None:
+def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
     """Give one module of a stock network the shape that the configuration asks for."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if "heads" in shape:
         module.heads = module.sliceable_head_dim = shape["heads"]
         module.inner_dim, module.inner_kv_dim = module.to_q.out_features, module.to_k.out_features
@@ -100,7 +101,7 @@ def resize_module(model: nn.Module, name: str, shape: dict) -> None:
         sizes = shape["groups"]
         weight, bias = _narrow(module.weight, sum(sizes)), _narrow(module.bias, sum(sizes))
         if len(set(sizes)) > 1:
-            norm = UnevenGroupNorm(sizes, module.eps, weight, bias)
+            norm: Any = UnevenGroupNorm(sizes, module.eps, weight, bias)
         else:
             norm = nn.GroupNorm(len(sizes), sum(sizes), module.eps, device="meta")
             norm.weight, norm.bias = weight, bias
@@ -121,6 +122,7 @@ def resize_module(model: nn.Module, name: str, shape: dict) -> None:
 
 def refresh_attributes(model: nn.Module) -> None:
     """Update the widths that diffusers keeps beside its weights."""
+    module: Any
     for module in model.modules():
         kind = type(module).__name__
         if kind in ("Downsample2D", "Upsample2D") and isinstance(getattr(module, "conv", None), nn.Conv2d):
@@ -135,7 +137,7 @@ def refresh_attributes(model: nn.Module) -> None:
 class PrunedUNet2DModel(UNet2DModel):
     """`UNet2DModel` plus one configuration key, `gfprune`: module name -> shape."""
 
-    def __init__(self, gfprune: dict | None = None, **stock) -> None:
+    def __init__(self, gfprune: dict[str, Any] | None = None, **stock: Any) -> None:
         super().__init__(**stock)
         modules = (gfprune or {}).get("modules", {})
         # attention shapes last: heads follow from the linears they sit on
@@ -145,19 +147,19 @@ class PrunedUNet2DModel(UNet2DModel):
         self.register_to_config(gfprune=gfprune)
 
     @staticmethod
-    def _get_init_keys(input_class) -> set[str]:
+    def _get_init_keys(input_class: Any) -> set[str]:
         keys = set(inspect.signature(input_class.__init__).parameters)
         return keys | set(inspect.signature(UNet2DModel.__init__).parameters) if "stock" in keys else keys
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         # `auto_map` is for the loader, not for the constructor
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         init.pop("stock", None)
         return init, unused, hidden
 
-    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration, and beside it this file, so that the copy loads like the original."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         target = os.path.join(save_directory, f"{PrunedUNet2DModel.__module__}.py")

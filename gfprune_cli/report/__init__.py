@@ -1,0 +1,77 @@
+"""Pages that show a command's JSON document to people, and the inline SVG that their plots are."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+Tips = Sequence[str]  # what the pointer is told over the shapes with the ids tip-0, tip-1, ...
+
+# Legible on white and on near-black.
+BLUE, ORANGE, PURPLE, GREY = "#3f7fc1", "#d9812e", "#8a63c9", "#8a8f98"
+INK = "#010203"  # stands for the page's text colour until the SVG is inlined
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a "$" in a module's name is no mathematics
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.pad": 7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": INK,
+    "grid.alpha": 0.14,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.bottom": False,
+    "axes.spines.left": False,
+    "legend.frameon": False,
+}
+
+
+def draw(
+    salt: str,
+    label: str,
+    size: tuple[int, int],
+    margins: tuple[int, int, int, int],
+    paint: Callable[[Any], Tips],
+) -> Markup:
+    """Inline SVG of what `paint` puts on the axes; `margins` in px are left, bottom, right, top."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    (width, height), (left, bottom, right, top) = size, margins
+    text = io.StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc has no say in the page
+        # Ids are hashed with the salt: one salt per plot keeps them apart on the page.
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": salt})
+        figure = Figure(figsize=(width / 72, height / 72))  # SVG counts 72 units per inch
+        box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+        tips = paint(figure.add_axes(box))
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return inline(text.getvalue(), label, size, tips)
+
+
+def inline(svg: str, label: str, size: tuple[int, int], tips: Tips) -> Markup:
+    """Matplotlib's file as an element of the page: its own ids, no namespaces, colours of the page."""
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<(metadata|style).*?</\1>", "", body, flags=re.DOTALL)
+    body = body.replace("xlink:href=", "href=")
+    body = re.sub(rf"(fill|stroke): {INK}", r"\1: currentColor", body)
+    body = re.sub(
+        r'<g id="tip-(\d+)">',
+        lambda found: f'<g class="tip"><title>{escape(tips[int(found[1])])}</title>',
+        body,
+    )
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    width, height = size
+    opening = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+    return Markup(f'{opening} aria-label="{escape(label)}">{body}')

@@ -1,0 +1,316 @@
+"""`analyze` as a page: where a network's weights and work are, and what each sparsity would leave.
+
+Path("analysis.html").write_text(render(analyze("demo", sparsity=[0.5]).document()), encoding="utf-8")
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gfprune_cli.report import BLUE, GREY, INK, ORANGE, PURPLE, Tips, draw
+
+Group = Mapping[str, Any]
+Plan = Mapping[str, Any]
+
+WIDE = 960  # px, the plots along the network
+LABELLED = 40  # sensitivity bars that get a label each; of more groups both ends are shown
+SHORT = {
+    "down_blocks": "down",
+    "mid_block": "mid",
+    "up_blocks": "up",
+    "resnets": "res",
+    "attentions": "attn",
+    "transformer_blocks": "block",
+    "single_transformer_blocks": "single",
+    "downsamplers": "downsample",
+    "upsamplers": "upsample",
+    "conv_shortcut": "shortcut",
+    "time_embedding": "time",
+}
+ORDER = (
+    ("down_blocks", 1),
+    ("mid_block", 2),
+    ("up_blocks", 3),
+    ("conv_norm_out", 4),
+    ("conv_out", 4),
+)
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The page for an `analyze` document.
+
+    Args:
+        document: what `Analysis.document()` or `gfprune analyze --json` gives; `plan` may be empty and
+            `sensitivity` null.
+
+    Returns:
+        One HTML document with its style and plots inside; the same input gives the same text.
+    """
+    groups = network_order(document["groups"])
+    plans = sorted(document.get("plan") or [], key=lambda plan: plan["sparsity"])
+    measured = sorted(
+        (group for group in groups if is_measured(group)), key=lambda group: -group["sensitivity"]
+    )
+    plots = {}
+    if groups:
+        plots["where"] = where_plot(document, groups)
+    if groups and plans:
+        plots["widths"] = widths_plot(groups, plans)
+    if plans:
+        plots["left"] = left_plot(document, plans)
+    if measured:
+        plots["sensitivity"] = sensitivity_plot(measured)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"number": "{:,}".format, "percent": percent, "human": human, "ratio": ratio}
+    page = environment.get_template("analysis.html").render(
+        doc=document, groups=groups, plans=plans, measured=measured, plots=plots, scale=width_colours()
+    )
+    # A JSON string may hold half a surrogate pair, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_measured(group: Group) -> bool:
+    value = group.get("sensitivity")
+    return value is not None and math.isfinite(value)
+
+
+def network_order(groups: Sequence[Group]) -> list[Group]:
+    """The groups in the order in which data meets them: modules of a U-Net list `up` before `mid`."""
+    rank = dict(ORDER)
+    return sorted(groups, key=lambda group: rank.get(group["name"].split(".")[0], 0))
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def human(value: float, unit: str = "") -> str:
+    """1740323 -> "1.74 M"."""
+    prefixes = ["", "K", "M", "G", "T", "P"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    number = f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+    return f"{number} {prefixes[0]}{unit}".strip()
+
+
+def plain(name: str) -> str:
+    """`name` in characters that every font has."""
+    return "".join(char if " " <= char <= "~" else "?" for char in name)
+
+
+def shorten(name: str, limit: int = 32) -> str:
+    """down_blocks.2.resnets.0.conv1 -> "down 2 · res 0 · conv1", cut in the middle beyond `limit`."""
+    words: list[str] = []
+    for part in plain(name).split("."):
+        if part.isdigit() and words:
+            words[-1] += f" {part}"
+        else:
+            words.append(SHORT.get(part, part))
+    text = " · ".join(words)
+    half = (limit - 1) // 2
+    return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
+
+
+def section(name: str) -> str:
+    """The block a group belongs to: "down_blocks.2.resnets.0.conv1" -> "down 2"."""
+    parts = name.split(".")
+    return shorten(".".join(parts[: 2 if len(parts) > 1 and parts[1].isdigit() else 1]), limit=13)
+
+
+def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
+    """Share of the parameters (up) and MACs (down) that each group accounts for, along the network."""
+    shares = [
+        (ratio(group["params"], document["params"]), ratio(group["macs"], document["macs"]))
+        for group in groups
+    ]
+    up, down = (100 * (max(column) or 0.01) for column in zip(*shares, strict=True))
+
+    def paint(axes: Any) -> Tips:
+        places, width = range(len(groups)), 0.8 if len(groups) <= 80 else 0.94
+        axes.bar(places, [100 * share for share, _ in shares], width, color=BLUE)
+        axes.bar(places, [-100 * share for _, share in shares], width, color=ORANGE)
+        axes.set_ylim(-1.2 * down, 1.2 * up)
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
+        axes.text(0.006, 0.98, "parameters", color=BLUE, transform=axes.transAxes, va="top", weight="bold")
+        axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
+        along_network(axes, groups)
+        return [
+            f"{group['name']}\n{group['channels']:,} channels\n{group['params']:,} parameters ({percent(params)})"
+            f"\n{group['macs']:,} MACs ({percent(macs)})"
+            for group, (params, macs) in zip(groups, shares, strict=True)
+        ]
+
+    largest = max(groups, key=lambda group: group["params"])
+    label = (
+        f"Bar chart of {len(groups)} channel groups in network order. The most parameters, "
+        f"{human(largest['params'])}, are in {largest['name']}."
+    )
+    return draw("where", label, (WIDE, 360), (48, 74, 4, 4), paint)
+
+
+def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
+    """Heat map of the share of channels that each group (column) keeps at each sparsity (row)."""
+    rows = [
+        [ratio(plan["kept"].get(group["name"], group["channels"]), group["channels"]) for group in groups]
+        for plan in plans
+    ]
+
+    def paint(axes: Any) -> Tips:
+        from matplotlib.colors import ListedColormap
+
+        edges = [place - 0.5 for place in range(len(groups) + 1)]
+        # Edges in the cells' own colours hide the seams that browsers leave between neighbours.
+        axes.pcolormesh(
+            edges,
+            range(len(plans) + 1),
+            rows,
+            cmap=ListedColormap(width_colours()),
+            vmin=0,
+            vmax=1,
+            edgecolors="face",
+            linewidth=0.3,
+        )
+        axes.set_ylim(len(plans), 0)
+        axes.set_yticks(
+            [row + 0.5 for row in range(len(plans))], [f"{100 * p['sparsity']:g} %" for p in plans]
+        )
+        along_network(axes, groups)
+        return [
+            "\n".join(
+                [f"{group['name']}", f"{group['channels']:,} channels"]
+                + [
+                    f"{100 * plan['sparsity']:g} %: {plan['kept'].get(group['name'], '?')} kept"
+                    for plan in plans
+                ]
+            )
+            for group in groups
+        ]
+
+    label = f"Heat map: share of channels that each of {len(groups)} groups keeps at {len(plans)} sparsities."
+    return draw("widths", label, (WIDE, 78 + 34 * len(plans)), (48, 74, 4, 4), paint)
+
+
+def width_colours() -> list[str]:
+    """Ten colours, from nothing kept to everything kept."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.08 + 0.84 * step / 9)) for step in range(10)]
+
+
+def along_network(axes: Any, groups: Sequence[Group]) -> None:
+    """Bands and names of the blocks below `axes`, and a column per group that answers the pointer."""
+    from matplotlib.patches import Rectangle
+
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_xticks([])
+    pixels = (WIDE - 52) / len(groups)
+    start = 0
+    for number, (name, found) in enumerate(groupby(section(group["name"]) for group in groups)):
+        count = len(list(found))
+        if number % 2 == 0:
+            axes.axvspan(start - 0.5, start + count - 0.5, color=INK, alpha=0.05, linewidth=0, zorder=0)
+        upright = 6.6 * len(name) > pixels * count
+        if not upright or pixels * count >= 9:  # a narrower band has no room for a line of text
+            axes.annotate(
+                name,
+                (start + (count - 1) / 2, 0),
+                (0, -6),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                rotation=90 if upright else 0,
+                fontsize=10,
+                annotation_clip=False,
+            )
+        start += count
+    for place in range(len(groups)):
+        column = Rectangle(
+            (place - 0.5, 0), 1, 1, transform=axes.get_xaxis_transform(), fill=False, linewidth=0
+        )
+        column.set_gid(f"tip-{place}")
+        axes.add_patch(column)
+
+
+def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
+    """Parameters, MACs and file size left, in percent of the whole model, over the sparsity."""
+    series = (
+        ("params", "parameters", BLUE, "o-"),
+        ("macs", "MACs", ORANGE, "o-"),
+        ("bytes", "file size", GREY, "s--"),
+    )
+
+    def paint(axes: Any) -> Tips:
+        places = [0.0, *(100 * plan["sparsity"] for plan in plans)]
+        for key, text, colour, style in series:
+            shares = [100.0, *(100 * ratio(plan[key], document[key]) for plan in plans)]
+            hollow = {"markerfacecolor": "none", "markersize": 9} if key == "bytes" else {"markersize": 5}
+            axes.plot(places, shares, style, color=colour, label=text, linewidth=2, clip_on=False, **hollow)
+        axes.set_xlim(0, places[-1] * 1.03)
+        axes.set_ylim(0, 104)
+        axes.grid()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.set_xlabel("sparsity")
+        axes.legend(loc="lower left")
+        return []
+
+    last = plans[-1]
+    label = (
+        f"Curves of what is left. At {100 * last['sparsity']:g} % sparsity: "
+        + ", ".join(f"{percent(ratio(last[key], document[key]))} of the {text}" for key, text, *_ in series)
+        + "."
+    )
+    return draw("left", label, (440, 300), (46, 46, 12, 8), paint)
+
+
+def sensitivity_plot(measured: Sequence[Group]) -> Markup:
+    """Bars of the loss's rise, most sensitive group first."""
+    half = LABELLED // 2
+    shown = measured if len(measured) <= LABELLED else [*measured[:half], *measured[-half:]]
+    gap = 0 if len(shown) == len(measured) else 1
+
+    def paint(axes: Any) -> Tips:
+        places = [place + (gap if place >= half else 0) for place in range(len(shown))]
+        values = [100 * group["sensitivity"] for group in shown]
+        axes.barh(places, values, 0.72, color=[BLUE if value >= 0 else ORANGE for value in values])
+        axes.set_yticks(places, [shorten(group["name"]) for group in shown])
+        axes.set_ylim(places[-1] + 0.6, -0.6)
+        low, high = min(*values, 0.0), max(*values, 0.0)
+        margin = 0.16 * ((high - low) or 1)
+        axes.set_xlim(low - margin * (low < 0), high + margin)
+        axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
+        for place, value in zip(places, values, strict=True):
+            align, shift = ("left", 4) if value >= 0 else ("right", -4)
+            at = dict(xytext=(shift, 0), textcoords="offset points", ha=align, va="center", fontsize=10)
+            axes.annotate(f"{value:+.3g} %", (value, place), **at)
+        if gap:
+            axes.text(
+                0, half, f"  … {len(measured) - len(shown)} more, see the table", va="center", style="italic"
+            )
+        axes.grid(axis="x")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        return []
+
+    first = measured[0]
+    label = f"Bar chart of sensitivity. Most sensitive: {first['name']}, {percent(first['sensitivity'])}."
+    return draw("sensitivity", label, (640, 34 + 19 * (len(shown) + gap)), (212, 26, 8, 4), paint)

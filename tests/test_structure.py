@@ -1,0 +1,579 @@
+"""What may be removed, what it costs, and that removal changes nothing but the size.
+
+    pytest tests/test_structure.py
+"""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_scores, structure
+from torch import nn
+
+from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel, UnevenGroupNorm
+from gfprune_cli.errors import UsageError
+from gfprune_cli.flow.mask import MaskedModel, plain_norms
+from gfprune_cli.structure.budget import TOLERANCE, allocate, step_scores
+from gfprune_cli.structure.cost import Budget, CostModel
+from gfprune_cli.structure.graph import discover, example_inputs
+from gfprune_cli.structure.groups import ChannelGroup, select
+from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.removal import module_shapes, remove, remove_native
+
+Kept = dict[str, torch.Tensor]
+
+EXACT = 1e-9  # relative, in float64: rounding of one forward pass, amplified by the norms
+each_network = pytest.mark.parametrize("name", NETWORKS)
+few = settings(max_examples=4, deadline=None, derandomize=True)
+any_pruning = given(
+    seed=st.integers(0, 10**6), sparsity=st.floats(0.02, 0.9), budget=st.sampled_from(("params", "macs"))
+)
+
+
+def meta(name: str) -> UNet2DModel:
+    with torch.device("meta"):
+        return UNet2DModel(**NETWORKS[name])
+
+
+def choose(name: str, seed: int, sparsity: float, budget: Budget = "params") -> Kept:
+    """Units kept at random scores, by group name: the nearest reachable to a sparsity."""
+    groups, _, cost = structure(name)
+    scores = random_scores(groups, seed)
+    widths = allocate(cost, scores, sparsity, budget=budget, strict=False).kept
+    return {group.name: select(group, scores[group.name], widths[group.name]) for group in groups}
+
+
+def channels_kept(groups: tuple[ChannelGroup, ...], kept: Kept) -> dict[str, int]:
+    return {group.name: int(kept[group.name].sum()) * group.unit_size for group in groups}
+
+
+def pruned_meta(name: str, kept: Kept) -> nn.Module:
+    """The pruned network without weights."""
+    return remove(meta(name), structure(name)[0], kept)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward(model: nn.Module, made: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**made, return_dict=False)[0]
+    return output
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def masked_forward(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept, made: Any) -> torch.Tensor:
+    """Output at binary masks; replaces the norms of `model`."""
+    masked = MaskedModel(model, groups, {name: alive.float() for name, alive in kept.items()})
+    with torch.no_grad():
+        return masked.forward(
+            masked.effective(), made["sample"], made["timestep"], made.get("class_labels")
+        )
+
+
+def count_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one sample, counted from what passes through each layer."""
+    total = 0
+
+    def convolution(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    def linear(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * args[0].shape[-1]
+
+    def attention(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        tokens = args[0].shape[-2] * args[0].shape[-1]
+        head = module.to_q.weight.shape[0] // module.heads
+        queries_by_keys = weights_by_values = module.heads * tokens * tokens * head
+        total += queries_by_keys + weights_by_values
+
+    hooks = []
+    for module in model.modules():
+        for kind, hook in ((nn.Conv2d, convolution), (nn.Linear, linear), (Attention, attention)):
+            if isinstance(module, kind):
+                hooks.append(module.register_forward_hook(hook))
+    forward(model, example_inputs(model))
+    for handle in hooks:
+        handle.remove()
+    return total
+
+
+# --- costs ---------------------------------------------------------------------------------------
+
+
+@each_network
+def test_dense_costs_are_the_real_ones(name: str) -> None:
+    """The cost model counts every parameter, and the MACs that forward hooks see."""
+    _, _, cost = structure(name)
+    model = build(name)
+    assert cost.params({}) == parameters(model)
+    assert cost.macs({}) == count_macs(model)
+
+
+@each_network
+@few
+@any_pruning
+def test_predicted_costs_are_those_of_the_pruned_network(
+    name: str, seed: int, sparsity: float, budget: Budget
+) -> None:
+    """Parameters and MACs that the plan promises are those of the network that removal builds."""
+    groups, _, cost = structure(name)
+    kept = choose(name, seed, sparsity, budget)
+    widths = channels_kept(groups, kept)
+    pruned = pruned_meta(name, kept)
+    assert cost.params(widths) == parameters(pruned)
+    zeros = {key: torch.zeros_like(tensor, device="cpu") for key, tensor in pruned.state_dict().items()}
+    pruned.load_state_dict(zeros, assign=True)
+    assert cost.macs(widths) == count_macs(pruned)
+
+
+@each_network
+def test_cost_of_a_group_is_what_its_layers_cost(name: str) -> None:
+    """Narrowing one group changes the total by exactly the change of the layers that it touches."""
+    groups, _, cost = structure(name)
+    budgets: tuple[Budget, ...] = ("params", "macs")
+    for group in groups:
+        widths = {group.name: group.channels - group.step}
+        for budget in budgets:
+            saved = cost.total({}, budget) - cost.total(widths, budget)
+            before, after = cost.removed({}), cost.removed(widths)
+            assert saved == cost.of_group(group.name, before, budget) - cost.of_group(
+                group.name, after, budget
+            )
+            assert saved > 0
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+@each_network
+@few
+@any_pruning
+def test_every_width_kept_beside_the_weights_is_right(
+    name: str, seed: int, sparsity: float, budget: Budget
+) -> None:
+    """Sizes that torch and diffusers store as attributes follow the weights."""
+    pruned = pruned_meta(name, choose(name, seed, sparsity, budget))
+    for module_name, module in pruned.named_modules():
+        kind: Any = module
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels), module_name
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features), module_name
+        elif isinstance(module, nn.GroupNorm | UnevenGroupNorm):
+            assert module.weight.shape == module.bias.shape == (module.num_channels,), module_name
+        elif isinstance(module, nn.Embedding):
+            assert module.weight.shape == (module.num_embeddings, module.embedding_dim), module_name
+        elif isinstance(module, Attention):
+            check_attention(kind)
+        elif type(module).__name__ in ("Downsample2D", "Upsample2D") and isinstance(
+            getattr(module, "conv", None), nn.Conv2d
+        ):
+            assert (kind.channels, kind.out_channels) == (kind.conv.in_channels, kind.conv.out_channels)
+        elif type(module).__name__ == "ResnetBlock2D":
+            assert (kind.in_channels, kind.out_channels) == (
+                kind.norm1.num_channels,
+                kind.conv2.out_channels,
+            )
+            for sampler in (kind.upsample, kind.downsample):
+                if hasattr(sampler, "channels"):
+                    assert sampler.channels == sampler.out_channels == kind.in_channels, module_name
+
+
+def check_attention(attention: Any) -> None:
+    inner = attention.to_q.out_features
+    assert inner == attention.to_k.out_features == attention.to_v.out_features
+    assert inner == attention.to_out[0].in_features == attention.inner_dim == attention.inner_kv_dim
+    assert attention.heads == attention.sliceable_head_dim
+    assert inner % attention.heads == 0
+    assert attention.query_dim == attention.to_q.in_features == attention.group_norm.num_channels
+    assert attention.out_dim == attention.to_out[0].out_features
+
+
+@each_network
+@few
+@any_pruning
+def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+    """Input channels, output channels, time features and class vectors keep their width and weights."""
+    dense, pruned = meta(name), pruned_meta(name, choose(name, seed, sparsity, budget))
+    assert pruned.conv_in.in_channels == dense.conv_in.in_channels
+    assert pruned.conv_out.out_channels == dense.conv_out.out_channels
+    assert pruned.time_embedding.linear_1.in_features == dense.time_embedding.linear_1.in_features
+    for key, tensor in dense.time_proj.state_dict().items():
+        assert pruned.time_proj.state_dict()[key].shape == tensor.shape
+    if dense.config.class_embed_type == "identity":
+        assert (
+            pruned.time_embedding.linear_2.out_features == dense.time_embedding.linear_2.out_features
+        )
+    if dense.config.class_embed_type == "timestep":
+        assert pruned.class_embedding.linear_1.in_features == dense.class_embedding.linear_1.in_features
+    if dense.config.num_class_embeds is not None:
+        assert pruned.class_embedding.num_embeddings == dense.class_embedding.num_embeddings
+    for module_name, module in pruned.named_modules():
+        if module_name.endswith("skip_conv") and isinstance(module, nn.Conv2d):
+            assert module.out_channels == dense.get_submodule(module_name).out_channels
+
+
+# --- exactness -----------------------------------------------------------------------------------
+
+
+@each_network
+@few
+@any_pruning
+def test_removal_is_exact(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+    """The narrow network computes what the masked one computes, to float64 rounding, for any selection."""
+    groups, _, _ = structure(name)
+    kept = choose(name, seed, sparsity, budget)
+    model = build(name, seed, torch.float64)
+    made = inputs(model, seed)
+    pruned = class_labels_in_its_dtype(remove(model, groups, kept))
+    dense = forward(model, made)
+    found = forward(pruned, made)
+    expected = masked_forward(model, groups, kept, made)
+    assert relative_error(found, expected) < EXACT
+    if not all(bool(alive.all()) for alive in kept.values()):
+        assert relative_error(dense, expected) > 1e-3  # the selection matters at all
+
+
+@each_network
+def test_removal_is_exact_for_any_binary_mask(name: str) -> None:
+    """Exactness does not rest on equal counts inside norm groups: any mask that leaves one unit is exact."""
+    groups, _, _ = structure(name)
+    source = torch.Generator().manual_seed(5)
+    kept = {group.name: torch.rand(group.units, generator=source) < 0.5 for group in groups}
+    for group in groups:
+        kept[group.name][int(torch.randint(group.units, (), generator=source))] = True
+    model = build(name, 5, torch.float64)
+    made = inputs(model)
+    pruned = class_labels_in_its_dtype(remove(model, groups, kept))
+    found = forward(pruned, made)
+    assert relative_error(found, masked_forward(model, groups, kept, made)) < EXACT
+
+
+@each_network
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    """Full masks and an empty removal both give the dense network, bit for bit."""
+    groups, _, _ = structure(name)
+    kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
+    model = build(name)
+    made = inputs(model)
+    dense = forward(model, made)
+    pruned = remove(model, groups, kept)
+    assert pruned.config.gfprune["modules"] == {}
+    assert torch.equal(forward(pruned, made), dense)
+    assert torch.equal(masked_forward(model, groups, kept, made), dense)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "seams"])
+def test_plain_norms_would_not_be_exact(name: str) -> None:
+    """The mask-aware norms are what makes removal exact: statistics over zeroed channels shift the output."""
+    groups, _, _ = structure(name)
+    kept = choose(name, 0, 0.5)
+    model = build(name, 0, torch.float64)
+    made = inputs(model)
+    pruned = forward(remove(model, groups, kept), made)
+    masked = MaskedModel(model, groups, {key: alive.float() for key, alive in kept.items()})
+    arguments = (masked.effective(), made["sample"], made["timestep"], None)
+    with torch.no_grad():
+        with plain_norms(masked):
+            assert relative_error(masked.forward(*arguments), pruned) > 1e-3
+        assert relative_error(masked.forward(*arguments), pruned) < EXACT  # and the masks are back
+
+
+@pytest.mark.parametrize("name", ["ddpm", "single-head"])
+def test_pruned_attention_is_exact_under_every_processor(name: str) -> None:
+    """The scale stored beside the weights follows the head: the plain attention processor agrees too."""
+    groups, _, _ = structure(name)
+    kept = choose(name, 3, 0.5)
+    model = build(name, 3, torch.float64)
+    made = inputs(model)
+    pruned: Any = remove(model, groups, kept)
+    fused = forward(pruned, made)
+    pruned.set_attn_processor(AttnProcessor())
+    assert relative_error(forward(pruned, made), fused) < EXACT
+
+
+def test_weights_of_the_source_are_left_alone() -> None:
+    """Removal copies: the dense network computes the same afterwards, and shares no memory with the pruned."""
+    groups, _, _ = structure("ddpm")
+    model = build("ddpm")
+    made = inputs(model)
+    before = forward(model, made)
+    pruned = remove(model, groups, choose("ddpm", 1, 0.5))
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.zero_()
+    assert torch.equal(forward(model, made), before)
+
+
+def test_discover_leaves_the_network_as_it_was() -> None:
+    """Tracing neither keeps hooks, nor gradients, nor changes which parameters require them."""
+    model = build("ddpm")
+    model.conv_in.weight.requires_grad_(True)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    groups, trace = discover(model)
+    assert [p.requires_grad for p in model.parameters()].count(True) == 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    on_meta, trace_on_meta = structure("ddpm")[:2]
+    assert trace == trace_on_meta
+    assert [group.name for group in groups] == [group.name for group in on_meta]
+    for here, there in zip(groups, on_meta, strict=True):
+        assert torch.equal(here.cells, there.cells)
+        assert [(m.module, m.side) for m in here.members] == [(m.module, m.side) for m in there.members]
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+@each_network
+@few
+@any_pruning
+def test_cells_keep_equal_counts(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+    """Every cell of a group keeps the same number of units, and at least one."""
+    groups, _, _ = structure(name)
+    kept = choose(name, seed, sparsity, budget)
+    for group in groups:
+        assert torch.equal(group.cells.flatten().sort().values, torch.arange(group.units))
+        counts = kept[group.name][group.cells].sum(1)
+        assert len(counts.unique()) == 1, group.name
+        assert int(counts[0]) >= 1
+
+
+@each_network
+@few
+@any_pruning
+def test_norms_stay_plain_except_at_seams(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+    """`UnevenGroupNorm` appears only under a skip connection, where two tensors meet in one norm."""
+    groups, _, _ = structure(name)
+    kept = choose(name, seed, sparsity, budget)
+    pruned = pruned_meta(name, kept)
+    sources = {
+        module_name: sum(any(m.module == module_name for m in group.members) for group in groups)
+        for module_name, module in pruned.named_modules()
+        if isinstance(module, nn.GroupNorm | UnevenGroupNorm)
+    }
+    for module_name, count in sources.items():
+        norm = pruned.get_submodule(module_name)
+        dense = meta(name).get_submodule(module_name)
+        if isinstance(norm, UnevenGroupNorm):
+            assert count > 1, module_name
+            assert len(set(norm.group_sizes)) > 1, "a plain norm would do"
+        elif count == 1 and dense.num_channels // dense.num_groups > 1:
+            assert norm.num_groups == dense.num_groups, module_name
+    assert any(count > 1 for count in sources.values())
+
+
+@each_network
+def test_seams_are_exercised(name: str) -> None:
+    """The networks of this file do have norms that straddle seams, so that their exactness means something."""
+    kept = choose(name, 0, 0.4)
+    uneven = [m for m in pruned_meta(name, kept).modules() if isinstance(m, UnevenGroupNorm)]
+    assert uneven
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data(), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_uneven_norm_normalises_each_group_by_itself(data: st.DataObject, sizes: list[int]) -> None:
+    """Each group of an uneven norm is what `nn.GroupNorm` with one group makes of its channels."""
+    source = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    weight, bias, x = (
+        torch.randn(shape, generator=source, dtype=torch.float64)
+        for shape in ((sum(sizes),), (sum(sizes),), (2, sum(sizes), 3, 3))
+    )
+    norm = UnevenGroupNorm(sizes, 1e-5, weight, bias)
+    parts = [
+        nn.functional.group_norm(part, 1, w, b, 1e-5)
+        for part, w, b in zip(x.split(sizes, 1), weight.split(sizes), bias.split(sizes), strict=True)
+    ]
+    torch.testing.assert_close(norm(x), torch.cat(parts, 1), rtol=1e-10, atol=1e-10)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+# --- native layout -------------------------------------------------------------------------------
+
+
+@each_network
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_native_results_load_in_the_stock_class(name: str, budget: Budget) -> None:
+    """The native layout is a plain `UNet2DModel` of the promised size, with the norm groups of its config."""
+    groups, _, cost = structure(name)
+    model = build(name)
+    made = inputs(model)
+    allocation, config = native_allocation(model, cost, 0.4, budget)
+    assert allocation.sparsity == 1 - cost.total(allocation.kept, budget) / cost.total({}, budget)
+    scores = random_scores(groups, 1)
+    kept = {g.name: select(g, scores[g.name], allocation.kept[g.name]) for g in groups}
+    native = remove_native(model, groups, kept, config)
+    assert type(native) is UNet2DModel
+    assert parameters(native) == cost.params(allocation.kept)
+    assert config["block_out_channels"][0] == model.config.block_out_channels[0]
+    assert native.config.block_out_channels == config["block_out_channels"]
+
+    fresh = UNet2DModel(**{key: value for key, value in native.config.items() if not key.startswith("_")})
+    fresh.load_state_dict(native.state_dict(), strict=True)
+    assert torch.equal(forward(fresh.eval(), made), forward(native, made))
+    for module_name, norm in fresh.named_modules():
+        if isinstance(norm, nn.GroupNorm):
+            found = native.get_submodule(module_name)
+            assert (found.num_groups, found.num_channels) == (norm.num_groups, norm.num_channels)
+
+    adaptive = remove(model, groups, kept).state_dict()
+    assert all(torch.equal(tensor, adaptive[key]) for key, tensor in native.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ddpm", "seams", "scale-shift", "learned-time", "ncsnpp"])
+def test_native_allocation_shrinks(name: str) -> None:
+    """Networks whose stages differ in width can be expressed narrower by the stock class."""
+    _, _, cost = structure(name)
+    allocation, _ = native_allocation(meta(name), cost, 0.3, "params")
+    assert allocation.sparsity > 0
+
+
+# --- budget --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def middling() -> CostModel:
+    """A network of middle size, without weights."""
+    with torch.device("meta"):
+        model = UNet2DModel(
+            sample_size=16,
+            block_out_channels=(32, 48, 80, 72),
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )
+    groups, trace = discover(model)
+    return CostModel(model, groups, trace)
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.44, 0.5, 0.7])
+@pytest.mark.parametrize("align", [1, 8])
+def test_sparsity_is_met_within_one_point(
+    middling: CostModel, sparsity: float, budget: Budget, align: int
+) -> None:
+    """The achieved sparsity is within 0.01 of the one asked for, in the budget asked for."""
+    scores = random_scores(tuple(middling.groups.values()), 7)
+    allocation = allocate(middling, scores, sparsity, budget=budget, align=align)
+    assert abs(allocation.sparsity - sparsity) <= TOLERANCE
+    assert allocation.sparsity == 1 - middling.total(allocation.kept, budget) / middling.total({}, budget)
+    for name, group in middling.groups.items():
+        assert 0 < allocation.kept[name] <= group.channels
+        assert allocation.kept[name] % group.step == 0
+
+
+@each_network
+def test_an_unreachable_budget_names_a_reachable_one(name: str) -> None:
+    """The error is a usage error, and following its advice works."""
+    groups, _, cost = structure(name)
+    scores = random_scores(groups, 0)
+    with pytest.raises(UsageError, match=r"0\.999 of params cannot be reached") as caught:
+        allocate(cost, scores, 0.999)
+    advice = float(re.findall(r"nearest reachable is (\d\.\d+)", str(caught.value))[0])
+    assert 0.5 < advice < 1
+    assert abs(allocate(cost, scores, advice).sparsity - advice) <= TOLERANCE
+
+
+def test_lowest_score_per_saving_goes_first() -> None:
+    """A group whose units score next to nothing is the first to be narrowed, down to its floor."""
+    groups, _, cost = structure("ddpm")
+    scores = {group.name: torch.ones(group.units) for group in groups}
+    worthless = max(groups, key=lambda group: cost.of_group(group.name, cost.removed({}), "params")).name
+    scores[worthless] *= 1e-6
+    kept = allocate(cost, scores, 0.05, strict=False).kept
+    share = {group.name: kept[group.name] / group.channels for group in groups}
+    assert share[worthless] < 1
+    assert min(share, key=lambda name: share[name]) == worthless
+
+
+# --- selection -----------------------------------------------------------------------------------
+
+
+def toy_group(cells: int, per_cell: int, unit_size: int) -> ChannelGroup:
+    units = torch.arange(cells * per_cell)
+    interleaved = units.view(per_cell, cells).T.contiguous()  # neighbours lie in different cells
+    return ChannelGroup("toy", cells * per_cell * unit_size, unit_size, interleaved, ())
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    cells=st.integers(1, 4),
+    per_cell=st.integers(1, 5),
+    unit_size=st.integers(1, 3),
+    data=st.data(),
+)
+def test_select_keeps_the_best_of_each_cell(
+    cells: int, per_cell: int, unit_size: int, data: st.DataObject
+) -> None:
+    """As many units as asked for; none left behind in a cell beats one kept; ties fall to the lower index."""
+    group = toy_group(cells, per_cell, unit_size)
+    ranks = st.lists(st.integers(0, 3), min_size=group.units, max_size=group.units)  # many ties
+    scores = torch.tensor(data.draw(ranks)).float()
+    units = data.draw(st.integers(0, group.units))
+    kept = select(group, scores, units * unit_size)
+    assert int(kept.sum()) == units
+    assert torch.equal(kept, select(group, scores, units * unit_size))
+    counts = kept[group.cells].sum(1)
+    assert int(counts.max() - counts.min()) <= 1
+    for cell in group.cells:
+        inside = [(-float(scores[u]), int(u)) for u in cell if kept[u]]
+        outside = [(-float(scores[u]), int(u)) for u in cell if not kept[u]]
+        if inside and outside:
+            assert max(inside) < min(outside)
+    assert len(group.kept_channels(kept)) == units * unit_size
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(cells=st.integers(1, 4), per_cell=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_step_scores_are_what_selection_gives_up(cells: int, per_cell: int, seed: int) -> None:
+    """The price list of a group agrees with what `select` removes, step by step."""
+    group = toy_group(cells, per_cell, 1)
+    scores = torch.rand(group.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    prices = step_scores(group, scores)
+    assert len(prices) == per_cell
+    for steps in range(per_cell + 1):
+        kept = select(group, scores, group.channels - steps * group.step)
+        assert float(scores[~kept].sum()) == pytest.approx(sum(prices[:steps]))
+
+
+def test_selection_is_narrower_for_a_tighter_budget() -> None:
+    """With the same scores a tighter budget keeps a subset, so that masks do not turn round on the way."""
+    groups, _, _ = structure("seams")
+    for group in groups:
+        scores = random_scores(groups, 4)[group.name]
+        wide = select(group, scores, group.channels - group.step)
+        narrow = select(group, scores, max(group.step, group.channels - 2 * group.step))
+        assert not bool((narrow & ~wide).any())
+
+
+def test_shapes_of_the_configuration_are_plain_json() -> None:
+    """The configuration entry holds names, integers and lists only, and rebuilds the same shapes."""
+    groups, _, _ = structure("seams")
+    kept = choose("seams", 2, 0.5)
+    model = build("seams")
+    pruned = remove(model, groups, kept)
+    modules = pruned.config.gfprune["modules"]
+    for shape in modules.values():
+        for value in shape.values():
+            assert isinstance(value, int) or all(isinstance(size, int) for size in value)
+    again = PrunedUNet2DModel.from_config(pruned.config)
+    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
+        key: tensor.shape for key, tensor in pruned.state_dict().items()
+    }
+    assert module_shapes(model, {}) == {}
