@@ -3,7 +3,7 @@
     python benchmarks/criteria.py --sparsity 0.5 --seeds 1
 
 Prints a Markdown table: denoising loss on the demo's held-out images, dense and pruned. Scoring is not
-charged: its cost in gradients is a column of its own.
+charged: its cost, counted in gradients over the draws, is a column of its own.
 """
 
 import argparse

@@ -40,6 +40,7 @@ def write_card(
     front: dict[str, Any] = {"library_name": "diffusers", **inherited(root), "tags": ["gfprune", "pruned"]}
     if base_model:
         front["base_model"] = base_model
+    removed = f"{record['sparsity']['achieved']:.1%} of the denoiser's {record['sparsity']['of']}"
     recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
     lines = [
         "---",
@@ -48,8 +49,7 @@ def write_card(
         "",
         f"# {record['source']['label'] if base_model else record['class_name']}, pruned",
         "",
-        f"{record['sparsity']['achieved']:.1%} of the denoiser's {record['sparsity']['of']} removed by gfprune "
-        f"(criterion {recipe['criterion']}, layout {recipe['layout']}).",
+        f"{removed} removed by gfprune (criterion {recipe['criterion']}, layout {recipe['layout']}).",
         "",
         "```python",
         loading,

@@ -179,7 +179,8 @@ def noising_process(scheduler: Any) -> NoisingProcess:
     prediction = config.get("prediction_type", "epsilon")
     if signal is None or prediction not in ("epsilon", "v_prediction", "sample"):
         raise GfpruneError(
-            f"scheduler {name} (prediction_type {prediction!r}) is not supported: use a checkpoint with a DDPM, "
+            f"scheduler {name} (prediction_type {prediction!r}) is not supported: use one with a DDPM, "
             "DDIM, PNDM, DPM-Solver, Euler or ScoreSdeVe scheduler"
         )
+    clip = bool(config.get("clip_sample", False))
     return VariancePreserving(torch.as_tensor(signal).float().cpu(), prediction, clip)

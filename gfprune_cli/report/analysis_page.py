@@ -18,7 +18,13 @@ Group = Mapping[str, Any]
 Plan = Mapping[str, Any]
 
 WIDE = 960  # px, the plots along the network
+SIDE = 50  # px, left of the axes, for the percentages
 LABELLED = 40  # sensitivity bars that get a label each; of more groups both ends are shown
+LEFT = (
+    ("params", "parameters", BLUE, "o-"),
+    ("macs", "MACs", ORANGE, "o-"),
+    ("bytes", "file size", GREY, "s--"),
+)
 SHORT = {
     "down_blocks": "down",
     "mid_block": "mid",
@@ -32,13 +38,7 @@ SHORT = {
     "conv_shortcut": "shortcut",
     "time_embedding": "time",
 }
-ORDER = (
-    ("down_blocks", 1),
-    ("mid_block", 2),
-    ("up_blocks", 3),
-    ("conv_norm_out", 4),
-    ("conv_out", 4),
-)
+ORDER = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3, "conv_norm_out": 4, "conv_out": 4}
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -53,9 +53,7 @@ def render(document: Mapping[str, Any]) -> str:
     """
     groups = network_order(document["groups"])
     plans = sorted(document.get("plan") or [], key=lambda plan: plan["sparsity"])
-    measured = sorted(
-        (group for group in groups if is_measured(group)), key=lambda group: -group["sensitivity"]
-    )
+    measured = sorted(filter(is_measured, groups), key=lambda group: -group["sensitivity"])
     plots = {}
     if groups:
         plots["where"] = where_plot(document, groups)
@@ -72,9 +70,10 @@ def render(document: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": "{:,}".format, "percent": percent, "human": human, "ratio": ratio}
+    environment.filters |= {"number": "{:,}".format, "percent": percent, "target": target, "human": human}
+    environment.tests["measured"] = is_measured
     page = environment.get_template("analysis.html").render(
-        doc=document, groups=groups, plans=plans, measured=measured, plots=plots, scale=width_colours()
+        doc=document, groups=groups, plans=plans, measured=measured, plots=plots
     )
     # A JSON string may hold half a surrogate pair, which no file can.
     return page.encode("utf-8", "replace").decode("utf-8")
@@ -87,12 +86,16 @@ def is_measured(group: Group) -> bool:
 
 def network_order(groups: Sequence[Group]) -> list[Group]:
     """The groups in the order in which data meets them: modules of a U-Net list `up` before `mid`."""
-    rank = dict(ORDER)
-    return sorted(groups, key=lambda group: rank.get(group["name"].split(".")[0], 0))
+    return sorted(groups, key=lambda group: ORDER.get(group["name"].split(".")[0], 0))
 
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def target(share: float) -> str:
+    """0.445 -> "44.5 %", 0.5 -> "50 %"."""
+    return f"{100 * share:g} %"
 
 
 def ratio(part: float, whole: float) -> float:
@@ -114,7 +117,7 @@ def plain(name: str) -> str:
     return "".join(char if " " <= char <= "~" else "?" for char in name)
 
 
-def shorten(name: str, limit: int = 32) -> str:
+def shorten(name: str, limit: int = 42) -> str:
     """down_blocks.2.resnets.0.conv1 -> "down 2 · res 0 · conv1", cut in the middle beyond `limit`."""
     words: list[str] = []
     for part in plain(name).split("."):
@@ -135,17 +138,14 @@ def section(name: str) -> str:
 
 def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
     """Share of the parameters (up) and MACs (down) that each group accounts for, along the network."""
-    shares = [
-        (ratio(group["params"], document["params"]), ratio(group["macs"], document["macs"]))
-        for group in groups
-    ]
-    up, down = (100 * (max(column) or 0.01) for column in zip(*shares, strict=True))
+    params = [ratio(group["params"], document["params"]) for group in groups]
+    macs = [ratio(group["macs"], document["macs"]) for group in groups]
 
     def paint(axes: Any) -> Tips:
         places, width = range(len(groups)), 0.8 if len(groups) <= 80 else 0.94
-        axes.bar(places, [100 * share for share, _ in shares], width, color=BLUE)
-        axes.bar(places, [-100 * share for _, share in shares], width, color=ORANGE)
-        axes.set_ylim(-1.2 * down, 1.2 * up)
+        axes.bar(places, [100 * share for share in params], width, color=BLUE)
+        axes.bar(places, [-100 * share for share in macs], width, color=ORANGE)
+        axes.set_ylim(-120 * (max(macs) or 0.01), 120 * (max(params) or 0.01))
         axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         axes.grid(axis="y")
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
@@ -153,9 +153,9 @@ def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
         axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
         along_network(axes, groups)
         return [
-            f"{group['name']}\n{group['channels']:,} channels\n{group['params']:,} parameters ({percent(params)})"
-            f"\n{group['macs']:,} MACs ({percent(macs)})"
-            for group, (params, macs) in zip(groups, shares, strict=True)
+            f"{group['name']}\n{group['channels']:,} channels\n"
+            f"{group['params']:,} parameters ({percent(weights)})\n{group['macs']:,} MACs ({percent(work)})"
+            for group, weights, work in zip(groups, params, macs, strict=True)
         ]
 
     largest = max(groups, key=lambda group: group["params"])
@@ -163,57 +163,61 @@ def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
         f"Bar chart of {len(groups)} channel groups in network order. The most parameters, "
         f"{human(largest['params'])}, are in {largest['name']}."
     )
-    return draw("where", label, (WIDE, 360), (48, 74, 4, 4), paint)
+    bottom = below(groups)
+    return draw("where", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
 
 
 def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
-    """Heat map of the share of channels that each group (column) keeps at each sparsity (row)."""
-    rows = [
-        [ratio(plan["kept"].get(group["name"], group["channels"]), group["channels"]) for group in groups]
-        for plan in plans
-    ]
+    """Heat map of the share of channels that each group (column) loses at each sparsity (row)."""
+
+    def kept(group: Group, plan: Plan) -> int:
+        return int(plan["kept"].get(group["name"], group["channels"]))
 
     def paint(axes: Any) -> Tips:
-        from matplotlib.colors import ListedColormap
+        from matplotlib.colors import LinearSegmentedColormap
 
+        # By opacity, so that the page's own background means "all kept" in light and dark alike.
+        colours = LinearSegmentedColormap.from_list("removed", [PURPLE + "14", PURPLE + "ff"])
         edges = [place - 0.5 for place in range(len(groups) + 1)]
-        # Edges in the cells' own colours hide the seams that browsers leave between neighbours.
-        axes.pcolormesh(
-            edges,
-            range(len(plans) + 1),
-            rows,
-            cmap=ListedColormap(width_colours()),
-            vmin=0,
-            vmax=1,
-            edgecolors="face",
-            linewidth=0.3,
-        )
+        for row, plan in enumerate(plans):
+            gone = [1 - ratio(kept(group, plan), group["channels"]) for group in groups]
+            axes.pcolormesh(edges, [row + 0.04, row + 0.96], [gone], cmap=colours, vmin=0, vmax=1)
         axes.set_ylim(len(plans), 0)
         axes.set_yticks(
-            [row + 0.5 for row in range(len(plans))], [f"{100 * p['sparsity']:g} %" for p in plans]
+            [row + 0.5 for row in range(len(plans))], [target(plan["sparsity"]) for plan in plans]
         )
         along_network(axes, groups)
         return [
             "\n".join(
-                [f"{group['name']}", f"{group['channels']:,} channels"]
-                + [
-                    f"{100 * plan['sparsity']:g} %: {plan['kept'].get(group['name'], '?')} kept"
-                    for plan in plans
-                ]
+                [group["name"], f"{group['channels']:,} channels"]
+                + [f"{target(plan['sparsity'])}: {kept(group, plan):,} kept" for plan in plans]
             )
             for group in groups
         ]
 
-    label = f"Heat map: share of channels that each of {len(groups)} groups keeps at {len(plans)} sparsities."
-    return draw("widths", label, (WIDE, 78 + 34 * len(plans)), (48, 74, 4, 4), paint)
+    label = f"Heat map: share of channels that each of {len(groups)} groups loses at {len(plans)} sparsities."
+    bottom = below(groups)
+    return draw("widths", label, (WIDE, 4 + 34 * len(plans) + bottom), (SIDE, bottom, 4, 4), paint)
 
 
-def width_colours() -> list[str]:
-    """Ten colours, from nothing kept to everything kept."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+def blocks(groups: Sequence[Group]) -> list[tuple[str, int, int, bool]]:
+    """Name, first group, number of groups of each block, and whether its name has to stand upright."""
+    pixels = (WIDE - SIDE - 4) / len(groups)
+    found = []
+    start = 0
+    for name, run in groupby(section(group["name"]) for group in groups):
+        count = len(list(run))
+        if (flat := 6.6 * len(name) <= pixels * count) or pixels * count >= 9:
+            found.append((name, start, count, not flat))
+        else:
+            found.append(("", start, count, False))  # too narrow for a line of text
+        start += count
+    return found
 
-    return [to_hex(colormaps["viridis"](0.08 + 0.84 * step / 9)) for step in range(10)]
+
+def below(groups: Sequence[Group]) -> int:
+    """Pixels that the names of the blocks take."""
+    return 14 + max(7 * len(name) if upright else 10 for name, _, _, upright in blocks(groups))
 
 
 def along_network(axes: Any, groups: Sequence[Group]) -> None:
@@ -222,46 +226,33 @@ def along_network(axes: Any, groups: Sequence[Group]) -> None:
 
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks([])
-    pixels = (WIDE - 52) / len(groups)
-    start = 0
-    for number, (name, found) in enumerate(groupby(section(group["name"]) for group in groups)):
-        count = len(list(found))
+    bottom = axes.get_xaxis_transform()
+    for number, (name, start, count, upright) in enumerate(blocks(groups)):
         if number % 2 == 0:
             axes.axvspan(start - 0.5, start + count - 0.5, color=INK, alpha=0.05, linewidth=0, zorder=0)
-        upright = 6.6 * len(name) > pixels * count
-        if not upright or pixels * count >= 9:  # a narrower band has no room for a line of text
-            axes.annotate(
-                name,
-                (start + (count - 1) / 2, 0),
-                (0, -6),
-                xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                rotation=90 if upright else 0,
-                fontsize=10,
-                annotation_clip=False,
-            )
-        start += count
-    for place in range(len(groups)):
-        column = Rectangle(
-            (place - 0.5, 0), 1, 1, transform=axes.get_xaxis_transform(), fill=False, linewidth=0
+        axes.annotate(
+            name,
+            (start + (count - 1) / 2, 0),
+            (0, -6),
+            xycoords=bottom,
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            rotation=90 if upright else 0,
+            fontsize=10,
         )
+    for place in range(len(groups)):
+        column = Rectangle((place - 0.5, 0), 1, 1, transform=bottom, fill=False, linewidth=0)
         column.set_gid(f"tip-{place}")
         axes.add_patch(column)
 
 
 def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
     """Parameters, MACs and file size left, in percent of the whole model, over the sparsity."""
-    series = (
-        ("params", "parameters", BLUE, "o-"),
-        ("macs", "MACs", ORANGE, "o-"),
-        ("bytes", "file size", GREY, "s--"),
-    )
 
     def paint(axes: Any) -> Tips:
         places = [0.0, *(100 * plan["sparsity"] for plan in plans)]
-        for key, text, colour, style in series:
+        for key, text, colour, style in LEFT:
             shares = [100.0, *(100 * ratio(plan[key], document[key]) for plan in plans)]
             hollow = {"markerfacecolor": "none", "markersize": 9} if key == "bytes" else {"markersize": 5}
             axes.plot(places, shares, style, color=colour, label=text, linewidth=2, clip_on=False, **hollow)
@@ -276,11 +267,11 @@ def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
 
     last = plans[-1]
     label = (
-        f"Curves of what is left. At {100 * last['sparsity']:g} % sparsity: "
-        + ", ".join(f"{percent(ratio(last[key], document[key]))} of the {text}" for key, text, *_ in series)
+        f"Curves of what is left. At {target(last['sparsity'])} sparsity: "
+        + ", ".join(f"{percent(ratio(last[key], document[key]))} of the {text}" for key, text, *_ in LEFT)
         + "."
     )
-    return draw("left", label, (440, 300), (46, 46, 12, 8), paint)
+    return draw("left", label, (440, 300), (SIDE, 48, 14, 8), paint)
 
 
 def sensitivity_plot(measured: Sequence[Group]) -> Markup:
@@ -304,13 +295,12 @@ def sensitivity_plot(measured: Sequence[Group]) -> Markup:
             at = dict(xytext=(shift, 0), textcoords="offset points", ha=align, va="center", fontsize=10)
             axes.annotate(f"{value:+.3g} %", (value, place), **at)
         if gap:
-            axes.text(
-                0, half, f"  … {len(measured) - len(shown)} more, see the table", va="center", style="italic"
-            )
+            more = f"  … {len(measured) - len(shown)} more, see the table"
+            axes.text(0, half, more, va="center", style="italic")
         axes.grid(axis="x")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         return []
 
     first = measured[0]
     label = f"Bar chart of sensitivity. Most sensitive: {first['name']}, {percent(first['sensitivity'])}."
-    return draw("sensitivity", label, (640, 34 + 19 * (len(shown) + gap)), (212, 26, 8, 4), paint)
+    return draw("sensitivity", label, (720, 34 + 19 * (len(shown) + gap)), (270, 26, 8, 4), paint)
