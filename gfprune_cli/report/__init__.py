@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 Tips = Sequence[str]  # what the pointer is told over the shapes with the ids tip-0, tip-1, ...
 
 # Legible on white and on near-black.
-BLUE, ORANGE, PURPLE, GREY = "#3f7fc1", "#d9812e", "#8a63c9", "#8a8f98"
+BLUE, ORANGE, PURPLE, GREY = "#3f7fc1", "#d9812e", "#9a6ee0", "#8a8f98"
 INK = "#010203"  # stands for the page's text colour until the SVG is inlined
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -23,6 +23,7 @@ STYLE: dict[str, Any] = {
     "ytick.color": INK,
     "xtick.major.pad": 7,
     "xtick.major.size": 0,
+    "ytick.major.pad": 7,
     "ytick.major.size": 0,
     "grid.color": INK,
     "grid.alpha": 0.14,
@@ -34,6 +35,25 @@ STYLE: dict[str, Any] = {
     "axes.spines.left": False,
     "legend.frameon": False,
 }
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def target(share: float) -> str:
+    """0.445 -> "44.5 %", 0.5 -> "50 %"."""
+    return f"{100 * share:g} %"
+
+
+def human(value: float, unit: str = "") -> str:
+    """1740323 -> "1.74 M"."""
+    prefixes = ["", "K", "M", "G", "T", "P"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    number = f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+    return f"{number} {prefixes[0]}{unit}".strip()
 
 
 def draw(
@@ -51,8 +71,9 @@ def draw(
     text = io.StringIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc has no say in the page
+        settings: Any = STYLE | {"svg.hashsalt": salt}
         # Ids are hashed with the salt: one salt per plot keeps them apart on the page.
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": salt})
+        matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(width / 72, height / 72))  # SVG counts 72 units per inch
         box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
         tips = paint(figure.add_axes(box))

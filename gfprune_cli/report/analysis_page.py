@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gfprune_cli.report import BLUE, GREY, INK, ORANGE, PURPLE, Tips, draw
+from gfprune_cli.report import BLUE, GREY, INK, ORANGE, PURPLE, Tips, draw, human, percent, target
 
 Group = Mapping[str, Any]
 Plan = Mapping[str, Any]
 
 WIDE = 960  # px, the plots along the network
-SIDE = 50  # px, left of the axes, for the percentages
+SIDE = 54  # px, left of the axes, for the percentages
 LABELLED = 40  # sensitivity bars that get a label each; of more groups both ends are shown
 LEFT = (
     ("params", "parameters", BLUE, "o-"),
@@ -89,27 +89,8 @@ def network_order(groups: Sequence[Group]) -> list[Group]:
     return sorted(groups, key=lambda group: ORDER.get(group["name"].split(".")[0], 0))
 
 
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
-def target(share: float) -> str:
-    """0.445 -> "44.5 %", 0.5 -> "50 %"."""
-    return f"{100 * share:g} %"
-
-
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def human(value: float, unit: str = "") -> str:
-    """1740323 -> "1.74 M"."""
-    prefixes = ["", "K", "M", "G", "T", "P"]
-    while value >= 999.5 and len(prefixes) > 1:
-        value /= 1000
-        prefixes.pop(0)
-    number = f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
-    return f"{number} {prefixes[0]}{unit}".strip()
 
 
 def plain(name: str) -> str:
@@ -117,7 +98,7 @@ def plain(name: str) -> str:
     return "".join(char if " " <= char <= "~" else "?" for char in name)
 
 
-def shorten(name: str, limit: int = 42) -> str:
+def shorten(name: str, limit: int = 46) -> str:
     """down_blocks.2.resnets.0.conv1 -> "down 2 · res 0 · conv1", cut in the middle beyond `limit`."""
     words: list[str] = []
     for part in plain(name).split("."):
@@ -183,10 +164,9 @@ def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
             gone = [1 - ratio(kept(group, plan), group["channels"]) for group in groups]
             axes.pcolormesh(edges, [row + 0.04, row + 0.96], [gone], cmap=colours, vmin=0, vmax=1)
         axes.set_ylim(len(plans), 0)
-        axes.set_yticks(
-            [row + 0.5 for row in range(len(plans))], [target(plan["sparsity"]) for plan in plans]
-        )
-        along_network(axes, groups)
+        places = [row + 0.5 for row in range(len(plans))]
+        axes.set_yticks(places, [target(plan["sparsity"]) for plan in plans])
+        along_network(axes, groups, shaded=False)
         return [
             "\n".join(
                 [group["name"], f"{group['channels']:,} channels"]
@@ -220,15 +200,17 @@ def below(groups: Sequence[Group]) -> int:
     return 14 + max(7 * len(name) if upright else 10 for name, _, _, upright in blocks(groups))
 
 
-def along_network(axes: Any, groups: Sequence[Group]) -> None:
-    """Bands and names of the blocks below `axes`, and a column per group that answers the pointer."""
+def along_network(axes: Any, groups: Sequence[Group], shaded: bool = True) -> None:
+    """The blocks, as bands or with a line between them, their names, and a column per group to point at."""
     from matplotlib.patches import Rectangle
 
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks([])
     bottom = axes.get_xaxis_transform()
     for number, (name, start, count, upright) in enumerate(blocks(groups)):
-        if number % 2 == 0:
+        if not shaded and number:
+            axes.axvline(start - 0.5, color=INK, alpha=0.6, linewidth=0.7)
+        if shaded and number % 2 == 0:
             axes.axvspan(start - 0.5, start + count - 0.5, color=INK, alpha=0.05, linewidth=0, zorder=0)
         axes.annotate(
             name,
@@ -301,6 +283,7 @@ def sensitivity_plot(measured: Sequence[Group]) -> Markup:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         return []
 
+    side = 16 + round(6.1 * max(len(shorten(group["name"])) for group in shown))
     first = measured[0]
     label = f"Bar chart of sensitivity. Most sensitive: {first['name']}, {percent(first['sensitivity'])}."
-    return draw("sensitivity", label, (720, 34 + 19 * (len(shown) + gap)), (270, 26, 8, 4), paint)
+    return draw("sensitivity", label, (440 + side, 34 + 19 * (len(shown) + gap)), (side, 26, 8, 4), paint)

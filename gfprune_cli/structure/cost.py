@@ -8,6 +8,7 @@ from torch import nn
 
 from gfprune_cli.structure.graph import Trace
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.norms import NORMS
 
 Budget = Literal["params", "macs"]
 
@@ -110,7 +111,7 @@ def layer_costs(
     if isinstance(module, nn.Linear):
         out, into = dimension("out", module.out_features), dimension("in", module.in_features)
         return [LayerCost(name, out, into, 1, int(module.bias is not None), trace.positions.get(name, 0))]
-    if isinstance(module, nn.GroupNorm) and module.affine:
+    if isinstance(module, NORMS) and module.weight is not None:
         return [LayerCost(name, dimension("out", module.num_channels), Dimension(2), 1, 0, 0)]
     if isinstance(module, nn.Embedding):
         return [

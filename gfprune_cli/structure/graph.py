@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
+from gfprune_cli.structure.norms import group_labels, plain_stand_ins
 
 KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.Conv2d, "conv"),
@@ -88,6 +89,18 @@ def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
     Raises:
         GfpruneError: the network cannot be traced.
     """
+    with plain_stand_ins(model):
+        found, trace = trace_groups(model)
+    order = {name: index for index, name in enumerate(trace.positions)}
+    protected = {
+        name for module in fixed_layers(model) for name, other in model.named_modules() if module is other
+    }
+    groups = [group for group in found if group is not None and not touches(group, protected)]
+    return tuple(sorted(groups, key=lambda group: order[group.name])), trace
+
+
+def trace_groups(model: nn.Module) -> tuple[list[ChannelGroup | None], Trace]:
+    """Every group that the dependency graph finds, and what the forward pass showed."""
     trace = Trace()
     hooks = list(observe(model, trace))
     required = [parameter.requires_grad for parameter in model.parameters()]
@@ -101,7 +114,8 @@ def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
                 forward_fn=lambda network, inputs: network(**inputs, return_dict=False)[0],
                 verbose=False,
             )
-        found = [read_group(model, raw) for raw in graph.get_all_groups(ignored_layers=fixed_layers(model))]
+        groups = graph.get_all_groups(ignored_layers=fixed_layers(model))
+        return [read_group(model, raw) for raw in groups], trace
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GfpruneError(f"cannot trace {type(model).__name__}: {line}") from error
@@ -110,12 +124,6 @@ def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
             hook.remove()
         for parameter, require in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(require)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    protected = {
-        name for module in fixed_layers(model) for name, other in model.named_modules() if module is other
-    }
-    groups = [group for group in found if group is not None and not touches(group, protected)]
-    return tuple(sorted(groups, key=lambda group: order[group.name])), trace
 
 
 @contextmanager
@@ -259,7 +267,7 @@ def head_size(model: nn.Module, members: Sequence[Member]) -> int:
 
 def norm_partition(norm: nn.GroupNorm, member: Member, channels: int) -> torch.Tensor:
     """[channels] label of the norm groups that a channel is in (all of its positions taken together)."""
-    group_of_position = member.positions // (norm.num_channels // norm.num_groups)
+    group_of_position = group_labels(norm)[member.positions]
     seen: list[list[int]] = [[] for _ in range(channels)]
     for channel, group in zip(member.channels.tolist(), group_of_position.tolist(), strict=True):
         seen[channel].append(group)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.norms import NORMS, group_labels
 
 Kept = Mapping[str, torch.Tensor]
 
@@ -54,7 +55,7 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
 def dimension_size(model: nn.Module, name: str, side: str) -> int:
     """Size of one dimension of a module."""
     module = model.get_submodule(name)
-    if isinstance(module, nn.GroupNorm):
+    if isinstance(module, NORMS):
         return module.num_channels
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
@@ -100,10 +101,9 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
     shapes: dict[str, dict[str, Any]] = {}
     for name, cut in cuts.items():
         module = model.get_submodule(name)
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, NORMS):
             assert cut.out is not None
-            per_group = module.num_channels // module.num_groups
-            sizes = torch.bincount(cut.out // per_group, minlength=module.num_groups)
+            sizes = torch.bincount(group_labels(module)[cut.out])
             shapes[name] = {"groups": [size for size in sizes.tolist() if size]}
             continue
         if isinstance(module, nn.Embedding):
@@ -130,7 +130,8 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
 
     cuts = cuts_of(model, groups, kept)
     config = stock_config(model)
-    config["gfprune"] = {"format": 1, "modules": module_shapes(model, cuts)}
+    earlier = (config.get("gfprune") or {}).get("modules", {})
+    config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
     return rebuild(PrunedUNet2DModel, config, slice_state(model, cuts))
 
 

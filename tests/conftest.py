@@ -1,0 +1,67 @@
+"""Fixtures: tiny checkpoints made on the spot, caches in a temporary folder, no network."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: small tensors are slower with several threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY = dict(
+    sample_size=16,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=1,
+    block_out_channels=(16, 32),
+    norm_num_groups=4,
+    attention_head_dim=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+QUICK = dict(images=8, sample_steps=2, draws=8, iterations=4, steps_per_iteration=2, batch=4)
+Gfprune = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDPM pipeline of 78 k random parameters, as diffusers saves it."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    DDPMPipeline(UNet2DModel(**TINY), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gfprune(tmp_path_factory: pytest.TempPathFactory) -> Gfprune:
+    """Run the command line in a process of its own."""
+
+    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=os.environ | environment,
+            timeout=600,
+            check=False,
+        )
+
+    return run
+
+
+def quick_flags() -> list[str]:
+    """`QUICK` as command-line flags."""
+    return [part for name, value in QUICK.items() for part in ("--" + name.replace("_", "-"), str(value))]
