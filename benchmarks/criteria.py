@@ -53,9 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = dict(sparsity=options.sparsity, budget=options.budget, layout=options.layout)
     print(f"dense {held_out_loss(gfprune.load('demo')):.5f}")
-    print(
-        "| mode | criterion | seed | held-out loss | self-drawn loss | MACs left | scoring, gradients | seconds |"
-    )
+    print("| mode | criterion | seed | held-out loss | self-drawn loss | MACs left | scoring | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for seed in range(options.seeds):
         for mode in options.modes:

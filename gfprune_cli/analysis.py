@@ -162,14 +162,12 @@ def measure_sensitivity(
     stays as it is.
     """
     from gfprune_cli.flow.mask import MaskedModel
-    from gfprune_cli.pruning import Run, make_plan
+    from gfprune_cli.pruning import Run, choose_device, make_plan
     from gfprune_cli.structure.groups import select
 
     source = resolve(recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline)
     plan = make_plan(source, recipe, report)
-    run = Run(
-        recipe, source, plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), report
-    )
+    run = Run(recipe, source, plan, choose_device(device), report)
     scored = run.scored()
     masked: MaskedModel = scored.masked
     baseline = run.masked_loss(scored.draws, masked, PROBE_DRAWS)

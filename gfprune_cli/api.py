@@ -20,7 +20,7 @@ __all__ = ["analyze", "load", "prune"]
 
 
 def prune(
-    model: str = "demo",
+    model: str | None = None,
     *,
     out: str | PathLike[str] | None = None,
     config: str | PathLike[str] | None = None,
@@ -35,7 +35,7 @@ def prune(
     """Prune a checkpoint and write the result, as `gfprune prune` does.
 
     Args:
-        model: "demo", a local diffusers folder, or a Hub id.
+        model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
         out: destination folder; by default named after the model and the settings.
         config: a YAML recipe; `settings` override it.
         force: replace a destination that is not empty.

@@ -21,7 +21,7 @@ from gfprune_cli.checkpoint.reader import (
     sha256_of_weights,
 )
 from gfprune_cli.checkpoint.source import Source, resolve
-from gfprune_cli.checkpoint.writer import write_checkpoint
+from gfprune_cli.checkpoint.writer import check_pipeline, stored_dtype, write_checkpoint
 from gfprune_cli.data.calibration import cached, call, draw_labels, self_images
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
@@ -91,13 +91,16 @@ def default_output(recipe: PruneRecipe) -> Path:
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
 
-def make_plan(source: Source, recipe: PruneRecipe, report: Report) -> Plan:
+def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
     """Read configuration and headers, find the channel groups, check that the budget can be reached.
 
     Raises:
         UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
     """
-    component = inspect(source, component=recipe.component, variant=recipe.variant)
+    component = inspect(
+        source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
+    )
+    check_pipeline(component)
     meta = build_meta(component)
     groups, trace = discover(meta)
     if not groups:
@@ -158,14 +161,17 @@ def prune(
     if not dry_run:
         check_destination(destination, force=force)
     source = resolve(
-        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
+        recipe.model,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        offline=offline,
+        config_only=dry_run,
+        report=report,
     )
-    plan = make_plan(source, recipe, report)
+    plan = make_plan(source, recipe, report, weights_required=not dry_run)
     if dry_run:
         return planned(plan, recipe, time.monotonic() - start)
-    run = Run(
-        recipe, source, plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), report
-    )
+    run = Run(recipe, source, plan, choose_device(device), report)
     state = StateFolder(destination, run.identity())
     if force and not resume:
         state.clear()
@@ -177,7 +183,9 @@ def prune(
     model, kept, losses, gradients = run.execute(state)
     record = run.record(model, kept, losses)
     report(Event("write", text=f"writing {destination}"))
-    record = write_checkpoint(destination, model, plan.component, record, force=force)
+    record = write_checkpoint(
+        destination, model.to(stored_dtype(plan.component)), plan.component, record, force=force
+    )
     state.clear()
     return PruneResult(
         recipe.model,
@@ -205,7 +213,7 @@ def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
         uniform = {group.name: torch.ones(group.units) for group in plan.groups}
         allocation = allocate(plan.cost, uniform, recipe.sparsity, budget=recipe.budget)
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
-    before = plan.component.bytes
+    before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(
         recipe.model,
         None,
@@ -370,7 +378,13 @@ class Run:
             raise GfpruneError(f"{self.plan.component.folder}/config.json has no sample_size: add it")
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         recipe = self.recipe
+        if config.class_embed_type is not None:
+            raise GfpruneError(
+                f"{self.plan.component.folder}/config.json: class_embed_type {config.class_embed_type} needs "
+                "a conditioning that gfprune cannot draw; it prunes unconditional and num_class_embeds networks"
+            )
         if recipe.data is not None:
+            self.refuse_latent_data()
             loaded = load_images(
                 recipe.data,
                 size=(height, width),
@@ -380,7 +394,8 @@ class Run:
                 report=self.report,
             )
             self.data_fingerprint: str | None = fingerprint(loaded)
-            images = to_model_range(loaded)
+            low, high = self.process.value_range
+            images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
             if len(images) < 2:
                 raise UsageError(f"--data {recipe.data} holds {len(images)} image: at least 2 are needed")
             labels = draw_labels(config.num_class_embeds, len(images), recipe.seed)
@@ -412,6 +427,15 @@ class Run:
                 self.report,
             )
         return images.to(self.device), None if labels is None else labels.to(self.device)
+
+    def refuse_latent_data(self) -> None:
+        """Pixels are no input for a network that works on latents."""
+        decoders = {"vae", "vqvae"} & set(self.plan.component.pipeline or {})
+        if decoders:
+            raise UsageError(
+                f"--data {self.recipe.data}: this pipeline works on latents of its {decoders.pop()}; "
+                "drop --data to calibrate on latents drawn from the model"
+            )
 
     @torch.no_grad()
     def loss(self, draws: Draws, model: nn.Module) -> float:
@@ -485,6 +509,22 @@ class Run:
             "loss": dict(losses),
             "tools": {tool: installed_version(tool) for tool in TOOLS},
         }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default CUDA if there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not available here; use cpu, or drop the flag") from error
+    return device
 
 
 def schedule_of(recipe: PruneRecipe) -> Schedule:

@@ -48,7 +48,9 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gfprune(tmp_path_factory: pytest.TempPathFactory) -> Gfprune:
     """Run the command line in a process of its own."""
 
-    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
             capture_output=True,

@@ -78,7 +78,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def randomise(model: UNet2DModel, seed: int) -> UNet2DModel:
-    """Draw every parameter: weights that keep activations near one, norm weights near one, biases near zero."""
+    """Draw every parameter: activations near one, norm weights near one, biases near zero."""
     source = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
@@ -93,14 +93,14 @@ def randomise(model: UNet2DModel, seed: int) -> UNet2DModel:
     return model
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """One of `NETWORKS`, with random parameters."""
     model = randomise(UNet2DModel(**{**NETWORKS[name], **changes}), seed)
     nn.Module.to(model, dtype)
     return class_labels_in_its_dtype(model.eval().requires_grad_(False))
 
 
-def class_labels_in_its_dtype(model: nn.Module) -> nn.Module:
+def class_labels_in_its_dtype(model: Any) -> Any:
     """diffusers projects class "timesteps" in float32 and forgets to cast them to the network's dtype."""
     if model.config.class_embed_type == "timestep":
         model.class_embedding.register_forward_pre_hook(
@@ -109,7 +109,7 @@ def class_labels_in_its_dtype(model: nn.Module) -> nn.Module:
     return model
 
 
-def inputs(model: nn.Module, seed: int = 0, count: int = 2) -> dict[str, torch.Tensor]:
+def inputs(model: Any, seed: int = 0, count: int = 2) -> dict[str, torch.Tensor]:
     """Keyword arguments of `forward`: `count` random samples, timesteps and what the classes need."""
     source = torch.Generator().manual_seed(seed)
     template = example_inputs(model)

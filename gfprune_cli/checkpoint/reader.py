@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
 from gfprune_cli.checkpoint.layout import ANALYZE_ONLY, DENOISERS, PRUNED_CLASS, locate
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo
-from gfprune_cli.checkpoint.scheduler import forbid_remote_code, load_scheduler, scheduler_config_path
+from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.weights import NoWeights, read_weights
 from gfprune_cli.errors import GfpruneError
@@ -129,7 +129,6 @@ def _build(component: Component, device: str) -> "nn.Module":
 def _model_class(class_name: str) -> Any:
     if class_name not in DENOISERS | ANALYZE_ONLY:
         raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
-    forbid_remote_code()
     if class_name == PRUNED_CLASS:
         from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
 

@@ -1,6 +1,5 @@
 """The noise scheduler that a checkpoint comes with."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,6 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from gfprune_cli.checkpoint.reader import Component
-
-
-def forbid_remote_code() -> None:
-    """Call before diffusers is imported: it reads this once, and no config can then switch remote code on."""
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 
 def scheduler_config_path(component: "Component") -> Path | None:
@@ -40,7 +34,6 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
     Raises:
         GfpruneError: the file is missing or broken, or names something that is no diffusers scheduler.
     """
-    forbid_remote_code()
     import diffusers
 
     path = scheduler_config_path(component)

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.card import write_card
 from gfprune_cli.checkpoint.durable import default_mode, staged, write_json, write_tensors
+from gfprune_cli.checkpoint.files import CONVERSION, checked_file, trusted_roots
 from gfprune_cli.checkpoint.modeling import gfprune_unet2d_v1 as modeling
 from gfprune_cli.checkpoint.reader import Component, scheduler_config_path
+from gfprune_cli.errors import GfpruneError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-COPIED = (".json", ".safetensors", ".txt", ".model", ".py")  # of the components that stay as they are
+COPIED = (".json", ".safetensors", ".txt", ".model")  # of the components that stay as they are
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_checkpoint(
@@ -55,6 +59,29 @@ def write_checkpoint(
     return complete
 
 
+def stored_dtype(component: Component) -> torch.dtype:
+    """The type that all weights are stored in, if it is a half one; else float32."""
+    stored = {info.dtype for info in component.tensors.values()}
+    return DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+
+
+def check_pipeline(component: Component) -> None:
+    """Refuse a pipeline whose other components could not travel along.
+
+    Raises:
+        GfpruneError: a component's weights are pickled.
+    """
+    for name, value in (component.pipeline or {}).items():
+        folder = component.root / name
+        if name == component.name or not isinstance(value, list) or not folder.is_dir():
+            continue
+        suffixes = {path.suffix for path in folder.iterdir()}
+        if suffixes & {".bin", ".ckpt", ".pt", ".pth"} and ".safetensors" not in suffixes:
+            raise GfpruneError(
+                f"{folder} holds pickled weights only, and they cannot travel along: {CONVERSION}"
+            )
+
+
 def write_model(folder: Path, model: nn.Module) -> None:
     """Configuration, weights and, for a non-uniform network, the file that defines its class."""
     config: Any = model
@@ -74,6 +101,7 @@ def library_entry(model: nn.Module) -> list[str]:
 def copy_pipeline(staging: Path, component: Component, name: str, entry: list[str]) -> None:
     """Everything of the pipeline but the pruned component: JSON and safetensors only, no pickles."""
     assert component.pipeline is not None
+    roots = trusted_roots(component.root)
     index = {**component.pipeline, name: entry}
     (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for other, value in component.pipeline.items():
@@ -82,6 +110,7 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
             continue
         for path in sorted(source.rglob("*")):
             if path.suffix in COPIED and path.is_file():
+                checked_file(path, roots)
                 target = staging / other / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)

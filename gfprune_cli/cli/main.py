@@ -96,7 +96,7 @@ def prune(
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline, resumable=True) as session:
         from gfprune_cli.cli.tables import prune_table
         from gfprune_cli.pruning import prune as run
         from gfprune_cli.recipe import resolve_recipe

@@ -22,9 +22,13 @@ class Session:
         debug: tracebacks with errors.
         json: the result is a JSON document.
         offline: tell every library in this process to stay off the network.
+        resumable: the command keeps a state to go on from.
     """
 
-    def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
+    def __init__(
+        self, *, quiet: bool, debug: bool, json: bool, offline: bool, resumable: bool = False
+    ) -> None:
+        self.resumable = resumable
         self.quiet, self.debug, self.json = quiet, debug, json
         self.signal_number = 0
         self.bar: Any = None
@@ -52,9 +56,8 @@ class Session:
         """
         if self.signal_number:
             name = signal.Signals(self.signal_number).name
-            raise Interrupted(
-                f"stopped by {name}; the state is saved, continue with --resume", self.signal_number
-            )
+            saved = "; the state is saved, continue with --resume" if self.resumable else ""
+            raise Interrupted(f"stopped by {name}{saved}", self.signal_number)
         if self.quiet:
             return
         if event.phase == "notice":
@@ -153,6 +156,8 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|torch_pruning|huggingface_hub)\b")
+    # diffusers reads it once, at import: no configuration can then switch remote code on
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; for equal bytes
 

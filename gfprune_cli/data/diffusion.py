@@ -25,6 +25,10 @@ class NoisingProcess(Protocol):
     def steps(self) -> int:
         """Length of the training schedule."""
 
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """What the darkest and the brightest pixel are to the network."""
+
     def timesteps(self, index: torch.Tensor) -> torch.Tensor:
         """[N] what the network is told about the noise level."""
 
@@ -66,6 +70,10 @@ class VariancePreserving:
     signal: torch.Tensor
     prediction: str
     clip: bool
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        return -1.0, 1.0
 
     @property
     def steps(self) -> int:
@@ -133,6 +141,10 @@ class VarianceExploding:
     sigmas: torch.Tensor
 
     @property
+    def value_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    @property
     def steps(self) -> int:
         return len(self.sigmas)
 
@@ -160,7 +172,7 @@ class VarianceExploding:
             sigma = float(self.sigmas[now])
             following = float(self.sigmas[grid[position + 1]]) if position + 1 < len(grid) else 0.0
             x = x + sigma * (sigma - following) * score
-        return x.clamp(-1, 1)
+        return x.clamp(*self.value_range)
 
 
 def noising_process(scheduler: Any) -> NoisingProcess:

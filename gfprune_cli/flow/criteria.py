@@ -40,7 +40,10 @@ class Evidence:
     gradients: float = field(default=0.0)
 
     def energy_flow(self) -> dict[str, torch.Tensor]:
-        """theta * (H g) for every parameter, at the masked network: its sum over a unit is -dE/dm."""
+        """theta * (H g) for every parameter, at the masked network: its sum over a unit is -dE/dm.
+
+        The statistics of the norms are held fixed: their own dependence on the masks is left out.
+        """
         weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
         _, first = gradient(self.losses, weights)
         if self.way is None:
@@ -84,7 +87,7 @@ def diff_pruning(evidence: Evidence) -> Masks:
             if value < TIMESTEP_THRESHOLD * largest:
                 break
             used += 1
-    evidence.gradients += len(evidence.losses) / (3 * len(evidence.losses))
+    evidence.gradients += 1 / 3  # the forward passes that find the threshold
     values = evidence.first_order(evidence.losses[:used])
     return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
 

@@ -40,7 +40,8 @@ def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
             )
             total += value.detach().double().item()
             if not summed:
-                summed = dict(zip(leaves, found, strict=True))
+                # autograd may hand out one tensor for several inputs, or an expanded one
+                summed = {name: part.clone() for name, part in zip(leaves, found, strict=True)}
             else:
                 for name, part in zip(leaves, found, strict=True):
                     summed[name] += part

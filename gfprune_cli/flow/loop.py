@@ -1,5 +1,7 @@
 """The pruning loop: score, tighten the budget, let the masks flow, train; until every mask is 0 or 1."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -224,21 +226,27 @@ def scoring_losses(
     chunk: int,
     report: Report,
 ) -> list[Loss]:
-    """The denoising loss over the draws of one iteration, in chunks of ascending noise."""
+    """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
-    def chunk_loss(first: int) -> Loss:
-        count = min(chunk, total - first)
+    Chunks are as equal as they can be, and weighted so that their mean counts every draw once.
+    """
+    chunks = math.ceil(total / chunk)
+    edges = [total * number // chunks for number in range(chunks + 1)]
+
+    def chunk_loss(first: int, end: int) -> Loss:
+        count = end - first
 
         def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
             report(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
             noisy = process.add_noise(batch.images, batch.noise, batch.index)
             output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.labels)
-            return process.losses(output, batch.images, batch.noise, batch.index).mean()
+            losses = process.losses(output, batch.images, batch.noise, batch.index)
+            return losses.sum() * (chunks / total)
 
         return loss
 
-    return [chunk_loss(first) for first in range(0, total, chunk)]
+    return [chunk_loss(first, end) for first, end in itertools.pairwise(edges)]
 
 
 def leaving_rank(group: ChannelGroup, scores: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Soft masks: one number in [0, 1] per unit, moved by bounded steps and applied to what units produce."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ Masks = dict[str, torch.Tensor]  # group name -> [units]
 
 
 def full_masks(groups: tuple[ChannelGroup, ...], device: torch.device) -> Masks:
-    return {group.name: torch.ones(group.units, device=device) for group in groups}
+    # float64: a long run adds tens of thousands of small steps, and must still arrive at 0 or 1
+    return {group.name: torch.ones(group.units, dtype=torch.float64, device=device) for group in groups}
 
 
 def move(
@@ -125,7 +125,7 @@ class MaskedModel:
                     module = self.model.get_submodule(member.module)
                     weight = module.weight
                     assert isinstance(weight, torch.Tensor)
-                    found[key] = torch.ones(weight.shape[1 if key[1] else 0], device=per_channel.device)
+                    found[key] = per_channel.new_ones(weight.shape[1 if key[1] else 0])
                 found[key][member.positions] = per_channel[member.channels]
         return found
 
@@ -180,8 +180,3 @@ def plain_norms(masked: MaskedModel) -> Iterator[None]:
     finally:
         for norm, (averaging, full) in zip(norms, saved, strict=True):
             norm.averaging, norm.full = averaging, full
-
-
-def iterations_to_settle(bound: float) -> int:
-    """Iterations after which a unit that leaves at the slowest allowed speed has reached 0."""
-    return math.ceil(1 / (0.5 * bound))

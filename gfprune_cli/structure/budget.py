@@ -67,6 +67,8 @@ def allocate(
     for floor in FLOORS:
         minimum = minimum_widths(cost, floor * math.sqrt(1 - sparsity), align)
         kept = descend(cost, scores, target, minimum, budget, align)
+        if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
+            kept = exchange(cost, kept, target, minimum, budget)
         best = Allocation(kept, 1 - cost.total(kept, budget) / dense)
         if not strict or abs(best.sparsity - sparsity) <= TOLERANCE:
             return best
@@ -127,6 +129,29 @@ def descend(
         for other in neighbours(cost, name):
             rates.pop(other, None)
     return kept
+
+
+def exchange(
+    cost: CostModel, kept: Mapping[str, int], target: float, minimum: Mapping[str, int], budget: Budget
+) -> dict[str, int]:
+    """Land nearer to the target by giving a step back to one group and taking one from another.
+
+    Small networks have few steps, and the greedy path can end a step short of the tolerance.
+    """
+    best = dict(kept)
+    error = abs(cost.total(best, budget) - target)
+    names = list(best)
+    moves = [{a: 1} for a in names] + [{a: 1, b: -1} for a in names for b in names if a != b]
+    for move in moves:
+        trial = dict(kept)
+        for name, direction in move.items():
+            trial[name] += direction * cost.groups[name].step
+        if any(not minimum[name] <= trial[name] <= cost.groups[name].channels for name in move):
+            continue
+        distance = abs(cost.total(trial, budget) - target)
+        if distance < error:
+            best, error = trial, distance
+    return best
 
 
 def neighbours(cost: CostModel, name: str) -> set[str]:

@@ -129,9 +129,13 @@ def refresh_attributes(model: nn.Module) -> None:
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif kind == "ResnetBlock2D":
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+            for sampler in (module.upsample, module.downsample):
+                if hasattr(sampler, "channels"):  # resampling without weights of its own
+                    sampler.channels = sampler.out_channels = module.in_channels
         elif kind == "Attention" and module.to_q is not None:
             module.query_dim = module.cross_attention_dim = module.to_q.in_features
             module.out_dim = module.to_out[0].out_features
+            module.scale = (module.to_q.out_features // module.heads) ** -0.5  # read by unfused processors
 
 
 class PrunedUNet2DModel(UNet2DModel):

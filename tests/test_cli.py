@@ -1,0 +1,270 @@
+"""The command line's contract: stdout, stderr, exit codes, one-line errors, nothing written on failure."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Gfprune, quick_flags
+from typer.testing import CliRunner
+
+from gfprune_cli.cli.main import app
+from gfprune_cli.recipe import option_names
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PRUNE_KEYS = {
+    "schema_version", "command", "model", "output", "component", "layout", "criterion", "seed", "sparsity",
+    "params", "macs", "bytes", "loss", "seconds",
+}  # fmt: skip
+
+
+def test_stdout_is_the_output_path_and_nothing_else(
+    pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune
+) -> None:
+    """`OUT=$(gfprune prune ...)` works, logs carry no escape codes, the default name says what it is."""
+    done = gfprune("prune", "--model", pipeline_folder, "--sparsity", "0.4", *quick_flags(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "tiny-taylor-params40\n"
+    assert (tmp_path / "tiny-taylor-params40" / WEIGHTS).exists()
+    assert "\x1b" not in done.stderr
+    assert "denoising loss" in done.stderr
+
+
+def test_json_is_one_document_with_every_promised_key(
+    pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune
+) -> None:
+    done = gfprune(
+        "prune", "--model", pipeline_folder, "--out", tmp_path / "out", "--json", "--quiet", *quick_flags()
+    )
+    document = json.loads(done.stdout)
+    assert document.keys() >= PRUNE_KEYS
+    assert document["schema_version"] == 1
+    assert document["params"]["after"] < document["params"]["before"]
+    assert done.stderr == ""
+
+
+def test_dry_run_plans_and_writes_nothing(pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    done = gfprune("prune", "--model", pipeline_folder, "--dry-run", "--json", cwd=tmp_path)
+    document = json.loads(done.stdout)
+    assert document["output"] is None
+    assert abs(document["sparsity"]["achieved"] - 0.5) <= 0.01
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_analyze_prints_groups_and_plan(pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    page = tmp_path / "page.html"
+    done = gfprune("analyze", "--model", pipeline_folder, "--sparsity", "0.3", "--sparsity", "0.5", "--json",
+                   "--html", page)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [plan["sparsity"] for plan in document["plan"]] == [0.3, 0.5]
+    for group in document["groups"]:
+        assert group.keys() >= {"name", "channels", "params", "macs", "members"}
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+    again = gfprune("analyze", "--model", pipeline_folder, "--html", page)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+def test_analyze_needs_no_weights(pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline_folder, folder)
+    (folder / WEIGHTS).unlink()
+    done = gfprune("analyze", "--model", folder, "--sparsity", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "conv_in" in done.stdout
+
+
+def test_analyze_measures_sensitivity(pipeline_folder: Path, gfprune: Gfprune) -> None:
+    done = gfprune("analyze", "--model", pipeline_folder, "--sensitivity", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    rises = [group["sensitivity"] for group in json.loads(done.stdout)["groups"]]
+    assert all(isinstance(rise, float) for rise in rises)
+    assert any(rise != 0 for rise in rises)
+
+
+def test_analyze_into_a_closed_pipe_ends_quietly(pipeline_folder: Path) -> None:
+    command = f"{sys.executable} -m gfprune_cli analyze --model {pipeline_folder} | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_help_names_every_recipe_option_and_imports_no_torch() -> None:
+    shown = CliRunner().invoke(app, ["prune", "--help"], terminal_width=200).output
+    for name in option_names():
+        assert "--" + name.replace("_", "-") in shown
+    script = (
+        "import sys; from typer.testing import CliRunner; from gfprune_cli.cli.main import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert not {'torch', 'diffusers', 'pydantic', 'rich.progress', 'yaml'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def damaged(name: str, source: Path, folder: Path) -> list[object]:
+    """Arguments of a run that must fail, from a copy of the tiny pipeline made wrong in one way."""
+    model = folder / "model"
+    shutil.copytree(source, model)
+    weights, config = model / WEIGHTS, model / "unet" / "config.json"
+    if name == "missing path":
+        return ["--model", folder / "nowhere"]
+    if name == "no checkpoint":
+        (folder / "empty").mkdir()
+        return ["--model", folder / "empty"]
+    if name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if name == "corrupt header":
+        weights.write_bytes(struct.pack("<Q", 1 << 40) + weights.read_bytes()[8:])
+    if name == "pickle":
+        weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    if name == "pickle under another name":
+        weights.write_bytes(b"\x80\x04" + b"cos\nsystem\n" * 20)
+    if name == "shape":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": [16, 64]}))
+    if name == "not finite":
+        data = bytearray(weights.read_bytes())
+        data[-4:] = struct.pack("<f", float("nan"))
+        weights.write_bytes(bytes(data))
+    if name == "class":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "Evil"}))
+    if name == "sparsity":
+        return ["--model", model, "--sparsity", "1.5"]
+    if name == "sparsity not a number":
+        return ["--model", model, "--sparsity", "half"]
+    if name == "unreachable":
+        return ["--model", model, "--sparsity", "0.999"]
+    if name == "existing output":
+        (folder / "out").mkdir()
+        (folder / "out" / "mine.txt").write_text("keep me")
+    if name in ("unknown key", "not yaml"):
+        recipe = folder / "recipe.yaml"
+        recipe.write_text("sparsty: 0.5" if name == "unknown key" else "a: [1")
+        return ["--model", model, "--config", recipe]
+    if name == "empty data":
+        (folder / "images").mkdir()
+        return ["--model", model, "--data", folder / "images"]
+    if name == "unreadable data":
+        (folder / "images").mkdir()
+        (folder / "images" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+        return ["--model", model, "--data", folder / "images"]
+    if name == "object array":
+        np.savez(folder / "x.npz", x=np.array([{}], dtype=object))
+        return ["--model", model, "--data", folder / "x.npz"]
+    if name == "device":
+        return ["--model", model, "--device", "quantum"]
+    return ["--model", model]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("missing path", 2, "no such folder"),
+        ("no checkpoint", 1, "empty"),
+        ("truncated", 1, "safetensors"),
+        ("corrupt header", 1, "safetensors"),
+        ("pickle", 1, "safe_serialization"),
+        ("pickle under another name", 1, "safetensors"),
+        ("shape", 1, "unet"),
+        ("not finite", 1, "finite"),
+        ("class", 1, "Evil"),
+        ("sparsity", 2, "--sparsity"),
+        ("sparsity not a number", 2, "--sparsity"),
+        ("unreachable", 2, "nearest"),
+        ("existing output", 2, "--force"),
+        ("unknown key", 2, "sparsty"),
+        ("not yaml", 2, "YAML"),
+        ("empty data", 2, "images"),
+        ("unreadable data", 1, "a.png"),
+        ("object array", 2, "x.npz"),
+        ("device", 2, "--device"),
+    ],
+)
+def test_bad_input_gets_one_line_and_writes_nothing(
+    pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, name: str, code: int, words: str
+) -> None:
+    arguments = damaged(name, pipeline_folder, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = gfprune("prune", "--quiet", "--out", tmp_path / "out", *quick_flags(), *arguments)
+    assert done.returncode in (1, 2), done.stderr
+    assert done.stdout == ""
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert done.returncode == code, done.stderr
+    if name != "sparsity not a number":  # Typer's own usage error
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_network_is_one_line(tmp_path: Path, gfprune: Gfprune) -> None:
+    done = gfprune(
+        "prune", "--quiet", "--model", "someone/model", cwd=tmp_path, HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "model-taylor-params50").exists()
+
+
+@pytest.mark.slow
+def test_the_ddpm_cifar10_architecture_from_the_hub(tmp_path: Path, gfprune: Gfprune) -> None:
+    """35.7 M parameters, flat repository layout, pinned revision: downloaded, pruned, recorded."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DModel
+    from hub_server import COMMIT, hub_server
+
+    folder = tmp_path / "repository"
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        downsample_padding=0,
+    )
+    unet.save_pretrained(folder)
+    DDPMScheduler().save_pretrained(folder)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    with hub_server({"google/ddpm-cifar10-32": folder}) as hub:
+        done = gfprune(
+            "prune", "--model", "google/ddpm-cifar10-32", "--revision", "main", "--sparsity", "0.44",
+            "--json", "--one-shot", "--images", "4", "--sample-steps", "1", "--draws", "4",
+            "--out", tmp_path / "out", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["params"]["before"] == 35_746_307
+    assert abs(document["sparsity"]["achieved"] - 0.44) <= 0.01
+    assert abs(document["loss"]["removed"] - document["loss"]["masked"]) <= 0.02 * document["loss"]["masked"]
+    record = json.loads((tmp_path / "out" / "gfprune.json").read_text())
+    assert record["source"]["commit"] == COMMIT
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: google/ddpm-cifar10-32" in card
+    assert "license: apache-2.0" in card
+
+
+def test_the_library_leaves_the_environment_alone() -> None:
+    """Only the command line forbids remote code for its process; a user's own process may load the result."""
+    script = (
+        "import os, gfprune_cli; gfprune_cli.load; assert 'DIFFUSERS_DISABLE_REMOTE_CODE' not in os.environ"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
