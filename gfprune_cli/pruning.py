@@ -380,8 +380,8 @@ class Run:
         recipe = self.recipe
         if config.class_embed_type is not None:
             raise GfpruneError(
-                f"{self.plan.component.folder}/config.json: class_embed_type {config.class_embed_type} needs "
-                "a conditioning that gfprune cannot draw; it prunes unconditional and num_class_embeds networks"
+                f"{self.plan.component.folder}/config.json: class_embed_type {config.class_embed_type} needs"
+                " conditioning that gfprune cannot draw; it prunes unconditional and class-label networks"
             )
         if recipe.data is not None:
             self.refuse_latent_data()

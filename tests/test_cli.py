@@ -247,7 +247,7 @@ def test_the_ddpm_cifar10_architecture_from_the_hub(tmp_path: Path, gfprune: Gfp
         done = gfprune(
             "prune", "--model", "google/ddpm-cifar10-32", "--revision", "main", "--sparsity", "0.44",
             "--json", "--one-shot", "--images", "4", "--sample-steps", "1", "--draws", "4",
-            "--out", tmp_path / "out", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0",
+            "--out", tmp_path / "out", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
