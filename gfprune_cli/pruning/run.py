@@ -1,27 +1,20 @@
-"""`prune`: from a checkpoint to a smaller one, end to end."""
+"""One prune run: from a dense network in memory to a narrow one."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination
+from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import (
-    Component,
-    build_meta,
-    inspect,
     load_model,
     load_scheduler,
     scheduler_config_path,
     sha256_of_weights,
 )
-from gfprune_cli.checkpoint.source import Source, resolve
-from gfprune_cli.checkpoint.writer import check_pipeline, stored_dtype, write_checkpoint
+from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.data.calibration import cached, call, draw_labels, self_images
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
@@ -32,204 +25,17 @@ from gfprune_cli.flow.loop import PruningLoop, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
-from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.pruning.plan import Plan
 from gfprune_cli.recipe import PruneRecipe
-from gfprune_cli.structure.budget import Allocation, allocate
-from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import discover
-from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import remove, remove_native
 
-SCHEMA_VERSION = 1
 SCORE_CHUNK = 16
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 REPORT_CHUNK = 32  # divides REPORT_DRAWS
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 COARSE_EVERY = 4
-TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What a prune run did; `document()` is the JSON of the command."""
-
-    model: str
-    output: str | None
-    component: str
-    class_name: str
-    layout: str
-    criterion: str
-    seed: int
-    sparsity: Mapping[str, Any]
-    params: Mapping[str, int]
-    macs: Mapping[str, int]
-    bytes: Mapping[str, int]
-    loss: Mapping[str, float | None]
-    scoring_gradients: float
-    seconds: float
-
-    def document(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The structure of a checkpoint and the widths a recipe asks for."""
-
-    component: Component
-    groups: tuple[ChannelGroup, ...]
-    cost: CostModel
-    native: Allocation | None
-    native_config: Mapping[str, Any] | None
-
-
-def default_output(recipe: PruneRecipe) -> Path:
-    """A name derived from the model and the settings."""
-    stem = Path(recipe.model).name or "model"
-    parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
-    return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
-
-
-def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
-    """Read configuration and headers, find the channel groups, check that the budget can be reached.
-
-    Raises:
-        UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
-    """
-    component = inspect(
-        source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
-    )
-    check_pipeline(component)
-    meta = build_meta(component)
-    groups, trace = discover(meta)
-    if not groups:
-        raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
-    cost = CostModel(meta, groups, trace)
-    if recipe.layout == "adaptive":
-        uniform = {group.name: torch.ones(group.units) for group in groups}
-        allocate(cost, uniform, recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None)
-    if component.is_pruned:
-        raise UsageError(
-            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
-        )
-    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
-    if allocation.sparsity <= 0:
-        raise UsageError(
-            f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
-        )
-    notice(
-        report,
-        f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
-        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
-    )
-    return Plan(component, groups, cost, allocation, config)
-
-
-def prune(
-    recipe: PruneRecipe,
-    *,
-    out: Path | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    device: str | None = None,
-    report: Report = silent,
-) -> PruneResult:
-    """Prune a checkpoint and write the result.
-
-    Args:
-        recipe: what to do; decides the bytes of the output.
-        out: destination folder; by default named after the model and the settings.
-        force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one.
-        dry_run: plan only; nothing is written and no weights are read.
-        offline: never use the network.
-        device: torch device; by default CUDA if there is one.
-
-    Returns:
-        The numbers before and after.
-
-    Raises:
-        UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
-        Interrupted: raised by `report`; the state is durable by then.
-    """
-    start = time.monotonic()
-    destination = Path(out) if out is not None else default_output(recipe)
-    if not dry_run:
-        check_destination(destination, force=force)
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        offline=offline,
-        config_only=dry_run,
-        report=report,
-    )
-    plan = make_plan(source, recipe, report, weights_required=not dry_run)
-    if dry_run:
-        return planned(plan, recipe, time.monotonic() - start)
-    run = Run(recipe, source, plan, choose_device(device), report)
-    state = StateFolder(destination, run.identity())
-    if force and not resume:
-        state.clear()
-    if state.exists() and not resume:
-        raise UsageError(
-            f"an interrupted run left its state in {state.folder}: "
-            "continue it with --resume, or discard it with --force"
-        )
-    model, kept, losses, gradients = run.execute(state)
-    record = run.record(model, kept, losses)
-    report(Event("write", text=f"writing {destination}"))
-    record = write_checkpoint(
-        destination, model.to(stored_dtype(plan.component)), plan.component, record, force=force
-    )
-    state.clear()
-    return PruneResult(
-        recipe.model,
-        str(destination),
-        plan.component.name,
-        type(model).__name__,
-        recipe.layout,
-        recipe.criterion,
-        recipe.seed,
-        record["sparsity"],
-        record["params"],
-        record["macs"],
-        record["bytes"],
-        record["loss"],
-        round(gradients, 2),
-        round(time.monotonic() - start, 3),
-    )
-
-
-def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
-    """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
-    if plan.native is not None:
-        allocation = plan.native
-    else:
-        uniform = {group.name: torch.ones(group.units) for group in plan.groups}
-        allocation = allocate(plan.cost, uniform, recipe.sparsity, budget=recipe.budget)
-    params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
-    before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
-    return PruneResult(
-        recipe.model,
-        None,
-        plan.component.name,
-        plan.component.class_name,
-        recipe.layout,
-        recipe.criterion,
-        recipe.seed,
-        {"target": recipe.sparsity, "achieved": allocation.sparsity, "of": recipe.budget},
-        params,
-        {"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
-        {"before": before, "after": round(before * params["after"] / params["before"])},
-        {"before": None, "masked": None, "removed": None},
-        0.0,
-        round(seconds, 3),
-    )
 
 
 @dataclass(frozen=True)
@@ -474,42 +280,6 @@ class Run:
                 raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
         return model.to(self.device)
 
-    def record(
-        self, model: nn.Module, kept: Mapping[str, torch.Tensor], losses: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """The document of `gfprune.json`: enough to repeat the run and to build on it."""
-        plan, recipe = self.plan, self.recipe
-        channels = {group.name: group.kept_channels(kept[group.name]) for group in plan.groups}
-        widths = {name: len(indices) for name, indices in channels.items()}
-        params = sum(parameter.numel() for parameter in model.parameters())
-        assert params == plan.cost.params(widths), "the cost model and the network disagree"
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": "prune",
-            "recipe": recipe.document(),
-            "resolved": {"align": self.align, "precision": self.precision, "device": self.device.type},
-            "source": {
-                "label": self.source.label,
-                "kind": self.source.kind,
-                "commit": self.source.commit,
-                "weights": self.hashes,
-                "data": self.data_fingerprint,
-            },
-            "class_name": type(model).__name__,
-            "component": plan.component.name,
-            "kept": {name: indices.tolist() for name, indices in channels.items()},
-            "sparsity": {
-                "target": recipe.sparsity,
-                "achieved": 1 - plan.cost.total(widths, recipe.budget) / plan.cost.total({}, recipe.budget),
-                "of": recipe.budget,
-            },
-            "params": {"before": plan.cost.params({}), "after": params},
-            "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
-            "bytes": {"before": plan.component.bytes, "after": 0},
-            "loss": dict(losses),
-            "tools": {tool: installed_version(tool) for tool in TOOLS},
-        }
-
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for; by default CUDA if there is one.
@@ -537,10 +307,3 @@ def schedule_of(recipe: PruneRecipe) -> Schedule:
         bound=recipe.bound,
         score_every=COARSE_EVERY if recipe.coarse else 1,
     )
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

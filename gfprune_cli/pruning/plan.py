@@ -1,0 +1,98 @@
+"""The structure of a checkpoint, and the widths that a recipe asks for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gfprune_cli.checkpoint.reader import (
+    Component,
+    build_meta,
+    inspect,
+)
+from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.writer import check_pipeline
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import Report, notice
+from gfprune_cli.pruning.result import PruneResult
+from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.structure.budget import Allocation, allocate
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.native import native_allocation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structure of a checkpoint and the widths a recipe asks for."""
+
+    component: Component
+    groups: tuple[ChannelGroup, ...]
+    cost: CostModel
+    native: Allocation | None
+    native_config: Mapping[str, Any] | None
+
+
+def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
+    """Read configuration and headers, find the channel groups, check that the budget can be reached.
+
+    Raises:
+        UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
+    """
+    component = inspect(
+        source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
+    )
+    check_pipeline(component)
+    meta = build_meta(component)
+    groups, trace = discover(meta)
+    if not groups:
+        raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
+    cost = CostModel(meta, groups, trace)
+    if recipe.layout == "adaptive":
+        uniform = {group.name: torch.ones(group.units) for group in groups}
+        allocate(cost, uniform, recipe.sparsity, budget=recipe.budget)
+        return Plan(component, groups, cost, None, None)
+    if component.is_pruned:
+        raise UsageError(
+            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
+        )
+    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
+    if allocation.sparsity <= 0:
+        raise UsageError(
+            f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
+        )
+    notice(
+        report,
+        f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
+    )
+    return Plan(component, groups, cost, allocation, config)
+
+
+def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
+    """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
+    if plan.native is not None:
+        allocation = plan.native
+    else:
+        uniform = {group.name: torch.ones(group.units) for group in plan.groups}
+        allocation = allocate(plan.cost, uniform, recipe.sparsity, budget=recipe.budget)
+    params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
+    before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
+    return PruneResult(
+        recipe.model,
+        None,
+        plan.component.name,
+        plan.component.class_name,
+        recipe.layout,
+        recipe.criterion,
+        recipe.seed,
+        {"target": recipe.sparsity, "achieved": allocation.sparsity, "of": recipe.budget},
+        params,
+        {"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
+        {"before": before, "after": round(before * params["after"] / params["before"])},
+        {"before": None, "masked": None, "removed": None},
+        0.0,
+        round(seconds, 3),
+    )

@@ -1,0 +1,57 @@
+"""The document of `gfprune.json`: enough to repeat a run and to build on it."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.pruning.result import SCHEMA_VERSION
+from gfprune_cli.pruning.run import Run
+
+TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
+
+
+def make_record(
+    run: Run, model: nn.Module, kept: Mapping[str, torch.Tensor], losses: Mapping[str, float]
+) -> dict[str, Any]:
+    """The document of `gfprune.json`: enough to repeat the run and to build on it."""
+    plan, recipe = run.plan, run.recipe
+    channels = {group.name: group.kept_channels(kept[group.name]) for group in plan.groups}
+    widths = {name: len(indices) for name, indices in channels.items()}
+    params = sum(parameter.numel() for parameter in model.parameters())
+    assert params == plan.cost.params(widths), "the cost model and the network disagree"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "prune",
+        "recipe": recipe.document(),
+        "resolved": {"align": run.align, "precision": run.precision, "device": run.device.type},
+        "source": {
+            "label": run.source.label,
+            "kind": run.source.kind,
+            "commit": run.source.commit,
+            "weights": run.hashes,
+            "data": run.data_fingerprint,
+        },
+        "class_name": type(model).__name__,
+        "component": plan.component.name,
+        "kept": {name: indices.tolist() for name, indices in channels.items()},
+        "sparsity": {
+            "target": recipe.sparsity,
+            "achieved": 1 - plan.cost.total(widths, recipe.budget) / plan.cost.total({}, recipe.budget),
+            "of": recipe.budget,
+        },
+        "params": {"before": plan.cost.params({}), "after": params},
+        "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
+        "bytes": {"before": plan.component.bytes, "after": 0},
+        "loss": dict(losses),
+        "tools": {tool: installed_version(tool) for tool in TOOLS},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
