@@ -10,11 +10,12 @@ from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.pruning import Plan, Run, choose_device, deterministic
 from gfprune_cli.recipe import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.graph import discover
-from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.groups import ChannelGroup, select
 
 SCHEMA_VERSION = 1
 PARAMETER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -111,7 +112,8 @@ def analyze(
         if not groups:
             raise GfpruneError(f"{found.folder}: no channel group can be measured")
         recipe = PruneRecipe(model=model, revision=revision, variant=variant, component=component)
-        rises = measure_sensitivity(recipe, device=device, offline=offline, report=report)
+        plan = Plan(found, groups, cost, None, None)
+        rises = measure_sensitivity(Run(recipe, source, plan, choose_device(device), report), report)
     total = cost.params({})
     return Analysis(
         model,
@@ -153,28 +155,20 @@ def plan_for(
     )
 
 
-def measure_sensitivity(
-    recipe: PruneRecipe, *, device: str | None, offline: bool, report: Report
-) -> dict[str, float]:
+def measure_sensitivity(run: Run, report: Report) -> dict[str, float]:
     """Group name -> relative rise of the denoising loss when its weakest quarter is masked.
 
     The weakest units by first-order Taylor score go, the same number in every norm group; everything else
     stays as it is.
     """
-    from gfprune_cli.flow.mask import MaskedModel
-    from gfprune_cli.pruning import Run, choose_device, make_plan
-    from gfprune_cli.structure.groups import select
-
-    source = resolve(recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline)
-    plan = make_plan(source, recipe, report)
-    run = Run(recipe, source, plan, choose_device(device), report)
-    scored = run.scored()
-    masked: MaskedModel = scored.masked
+    with deterministic():
+        scored = run.scored()
+    masked, groups = scored.masked, run.plan.groups
     baseline = run.masked_loss(scored.draws, masked, PROBE_DRAWS)
     whole = dict(masked.masks)
     rises = {}
-    for number, group in enumerate(plan.groups):
-        report(Event("probe", number, len(plan.groups)))
+    for number, group in enumerate(groups):
+        report(Event("probe", number, len(groups)))
         keep = max(group.step, round(group.channels * (1 - PROBE_SHARE) / group.unit_size) * group.unit_size)
         support = select(group, scored.scores[group.name], min(keep, group.channels))
         masked.set_masks(whole | {group.name: support.to(whole[group.name])})

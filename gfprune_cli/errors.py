@@ -14,8 +14,9 @@ class UsageError(GfpruneError):
 
 
 class Interrupted(GfpruneError):
-    """The run was stopped by a signal after its state was made durable (exit code 128 + signal)."""
+    """The run was stopped by a signal (exit code 128 + signal)."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number

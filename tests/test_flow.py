@@ -19,7 +19,7 @@ from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm
 from gfprune_cli.data.diffusion import VariancePreserving
 from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.errors import GfpruneError, Interrupted
-from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
+from gfprune_cli.flow.criteria import FUNCTIONS, Evidence, score
 from gfprune_cli.flow.energy import (
     Loss,
     Weights,
@@ -507,7 +507,7 @@ def evidence(masked: MaskedModel, seed: int = 0, iteration: int = 1) -> Evidence
     return Evidence(masked, scoring_losses(masked, process(), draws, iteration, 4, 2, silent), seed)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", list(FUNCTIONS))
 def test_scores_are_one_finite_number_per_unit(criterion: Any) -> None:
     """Every criterion scores every unit of every group, the same way twice, in float64 on the CPU."""
     masked = masked_model()
@@ -905,3 +905,31 @@ def test_scores_have_momentum() -> None:
     loop.rescore()
     for name, values in loop.flow.scores.items():
         torch.testing.assert_close(values, 0.5 * first[name] + 0.5 * fresh[name])
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_norms_survive_half_precision_autocast(uneven: bool) -> None:
+    """Under bf16 autocast the statistics stay in float32: a large mean must not swallow the variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = 20 + torch.randn(2, 8, 16, 16, generator=generator)
+    plain = nn.GroupNorm(2, 8)
+    if uneven:
+        norm: nn.Module = UnevenGroupNorm([4, 4], plain.eps, plain.weight.data, plain.bias.data)
+    else:
+        norm = MaskedGroupNorm(plain)
+        norm.set_mask(torch.tensor([1.0] * 7 + [0.999]))  # not full: the weighted formula is used
+    with torch.autocast("cpu", torch.bfloat16):
+        output = norm(x)
+    assert float((output - plain(x)).detach().abs().max()) < 0.05
+
+
+def test_the_exact_product_is_finite_behind_masks_of_zero() -> None:
+    """A channel that is exactly zero has a second derivative: masks reach 0 while units are still scored."""
+    norm = MaskedGroupNorm(nn.GroupNorm(2, 4).double())
+    norm.set_mask(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64).view(1, 4, 1, 1)
+    loss = [lambda weights: norm(x * weights["w"] * mask).pow(4).mean()]
+    weights = {"w": torch.ones(1, 4, 1, 1, dtype=torch.float64)}
+    product = exact_product(loss, weights, {"w": torch.ones(1, 4, 1, 1, dtype=torch.float64)})
+    assert bool(product["w"].isfinite().all())

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TINY, Gfprune, quick_flags
+from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
-from gfprune_cli.errors import Interrupted, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -271,3 +274,59 @@ def test_every_criterion_runs_and_they_choose_differently(
 def test_low_precision_training_runs_on_the_cpu(pipeline_folder: Path, tmp_path: Path) -> None:
     result = gfprune_cli.prune(str(pipeline_folder), precision="bf16", out=tmp_path / "out", **QUICK)
     assert result.loss["removed"] is not None
+
+
+def test_force_replaces_only_what_gfprune_wrote(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Neither a folder of the user's, nor the model that is being pruned, nor a folder around it."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="only what gfprune wrote"):
+        gfprune_cli.prune(str(pipeline_folder), out=mine, force=True, **QUICK)
+    assert (mine / "thesis.txt").read_text() == "keep me"
+    copy = tmp_path / "around" / "model"
+    shutil.copytree(pruned, copy)
+    shutil.copy(copy / "gfprune.json", copy.parent)
+    for out in (copy, copy.parent):
+        with pytest.raises(UsageError, match="would replace --model"):
+            gfprune_cli.prune(str(copy), sparsity=0.2, out=out, force=True, **QUICK)
+    assert digest(copy) == digest(pruned)
+
+
+def test_a_full_disk_is_said_and_changes_nothing(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gfprune_cli.checkpoint.durable.save_file", full)
+    with pytest.raises(GfpruneError, match="no space left"):
+        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+
+    def stop(event: Event) -> None:
+        if event.phase == "train" and event.step == 2:
+            raise Interrupted("stop", signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, report=stop, **QUICK)
+    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+    with pytest.raises(UsageError, match="data contents"):
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, resume=True, **QUICK)
+
+
+def test_half_precision_in_half_precision_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline
+
+    folder = tmp_path / "half"
+    DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(folder)
+    result = gfprune_cli.prune(str(folder), out=tmp_path / "out", **QUICK)
+    with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+    assert result.bytes["after"] < result.bytes["before"]

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -47,12 +49,19 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     file (safetensors creates its files unreadable for others).
     """
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(ordered, path, metadata={"format": "pt"})
+    try:
+        save_file(ordered, path, metadata={"format": "pt"})
+    except (
+        SafetensorError
+    ) as error:  # it wraps the system's errors; unwrap, so that a full disk is known as one
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(default_mode())
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -101,12 +110,9 @@ def staged(destination: Path, *, force: bool, needed: int = 0) -> Iterator[Path]
         GfpruneError: the disk is full or not writable; the destination is as it was.
     """
     check_destination(destination, force=force)
-    staging = destination.parent / f".{destination.name}.gfprune-staging-{os.getpid()}"
+    staging = hidden(destination, f"staging-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
-            if not process_exists(orphan):
-                shutil.rmtree(orphan, ignore_errors=True)
         staging.mkdir()
         yield staging
         sync_tree(staging)
@@ -134,20 +140,60 @@ def process_exists(orphan: Path) -> bool:
     return True
 
 
+def hidden(destination: Path, suffix: str) -> Path:
+    """A name beside the destination that listings leave out."""
+    return destination.parent / f".{destination.name}.gfprune-{suffix}"
+
+
+def recover(destination: Path) -> None:
+    """Clean up after killed runs: bring back an output that was never replaced, drop staging folders."""
+    for old in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-old-*"):
+        if not process_exists(old):
+            if destination.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(destination)
+    for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
+        if not process_exists(orphan):
+            shutil.rmtree(orphan, ignore_errors=True)
+
+
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse to overwrite what the user did not offer up."""
-    if destination.is_file() or destination.is_symlink():
-        raise UsageError(f"--out {destination} is a file: name a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not force:
+    """Refuse, before any work, what cannot be written and what the user did not offer up.
+
+    `--force` replaces only what gfprune wrote: a folder with a gfprune.json.
+    """
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        kind = "link" if destination.is_symlink() else "file"
+        raise UsageError(f"--out {destination} is a {kind}: name a folder")
+    if destination.name in ("", "..") or destination.resolve() == Path.cwd():
+        raise UsageError(f"--out {str(destination)!r}: name a folder below the current one, or elsewhere")
+    if os.path.ismount(destination):
+        raise UsageError(f"--out {destination} is a mount point and cannot be replaced: name a folder in it")
+    if destination.is_dir() and any(destination.iterdir()):
+        check_replaceable(destination, force=force)
+    parent = next(folder for folder in destination.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise GfpruneError(f"{parent} is not writable: choose another --out")
+
+
+def check_replaceable(destination: Path, *, force: bool) -> None:
+    """Refuse to replace a folder without `--force`, or one that gfprune did not write."""
+    if not force:
         raise UsageError(
             f"--out {destination} exists and is not empty: use --force to replace it, or another --out"
+        )
+    if not (destination / "gfprune.json").is_file():
+        raise UsageError(
+            f"--out {destination} has no gfprune.json, and --force replaces only what gfprune wrote: "
+            "name another --out"
         )
 
 
 def replace_folder(staging: Path, destination: Path, *, force: bool) -> None:
     """Rename a finished folder into place; a folder that was there survives until the new one stands."""
     check_destination(destination, force=force)
-    old = destination.parent / f".{destination.name}.gfprune-old-{os.getpid()}"
+    old = hidden(destination, f"old-{os.getpid()}")
     if destination.exists():
         destination.rename(old)
     try:
@@ -169,7 +215,7 @@ class StateFolder:
     """
 
     def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = destination.parent / f".{destination.name}.gfprune-state"
+        self.folder = hidden(destination, "state")
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
 
     def exists(self) -> bool:
@@ -177,7 +223,7 @@ class StateFolder:
 
     def states(self) -> list[Path]:
         """Published states, oldest first."""
-        return sorted(self.folder.glob("state-*")) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("state-" + "[0-9]" * 6)) if self.folder.is_dir() else []
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest state whose checksum holds.
@@ -191,17 +237,18 @@ class StateFolder:
             try:
                 numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
                 intact = numbers["sha256"] == sha256(state / "state.safetensors")
+                identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             if not intact:
                 continue
-            changed = [key for key, value in self.identity.items() if numbers["identity"].get(key) != value]
+            changed = [key for key, value in self.identity.items() if identity.get(key) != value]
             if changed:
                 raise UsageError(
                     f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
                     "repeat the settings of that run, or start over with --force"
                 )
-            return load_file(state / "state.safetensors"), numbers["numbers"]
+            return load_file(state / "state.safetensors"), progress
         if states:
             raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
         return None
@@ -227,12 +274,13 @@ class StateFolder:
             staging.rename(self.folder / f"state-{number:06d}")
             sync(self.folder)
         except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise free_space_error(self.folder.parent, needed, error) from error
             raise GfpruneError(
                 f"cannot write the state in {self.folder}: {error.strerror or error}"
             ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         for old in self.states()[:-KEPT_STATES]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from torch import nn
 from gfprune_cli.checkpoint.card import write_card
 from gfprune_cli.checkpoint.durable import default_mode, staged, write_json, write_tensors
 from gfprune_cli.checkpoint.files import CONVERSION, checked_file, trusted_roots
+from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.checkpoint.modeling import gfprune_unet2d_v1 as modeling
 from gfprune_cli.checkpoint.reader import Component, scheduler_config_path
 from gfprune_cli.errors import GfpruneError
@@ -69,16 +70,15 @@ def check_pipeline(component: Component) -> None:
     """Refuse a pipeline whose other components could not travel along.
 
     Raises:
-        GfpruneError: a component's weights are pickled.
+        GfpruneError: a component has no safetensors weights.
     """
-    for name, value in (component.pipeline or {}).items():
+    for name in pipeline_components(component.pipeline or {}):
         folder = component.root / name
-        if name == component.name or not isinstance(value, list) or not folder.is_dir():
-            continue
-        suffixes = {path.suffix for path in folder.iterdir()}
-        if suffixes & {".bin", ".ckpt", ".pt", ".pth"} and ".safetensors" not in suffixes:
+        if name == component.name or not (folder / "config.json").exists():
+            continue  # schedulers and feature extractors have no weights
+        if not list(folder.glob("*.safetensors")):
             raise GfpruneError(
-                f"{folder} holds pickled weights only, and they cannot travel along: {CONVERSION}"
+                f"{folder} has no safetensors weights, and pickles cannot travel along: {CONVERSION}"
             )
 
 
@@ -104,9 +104,9 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
     roots = trusted_roots(component.root)
     index = {**component.pipeline, name: entry}
     (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for other, value in component.pipeline.items():
+    for other in pipeline_components(component.pipeline):
         source = component.root / other
-        if other == name or not isinstance(value, list) or not source.is_dir():
+        if other == name or not source.is_dir():
             continue
         for path in sorted(source.rglob("*")):
             if path.suffix in COPIED and path.is_file():

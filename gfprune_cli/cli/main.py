@@ -83,7 +83,9 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output that exists, and discard saved state.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     offline: Offline = False,
     device: Device = None,
@@ -96,7 +98,7 @@ def prune(
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline, resumable=True) as session:
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import prune_table
         from gfprune_cli.pruning import prune as run
         from gfprune_cli.recipe import resolve_recipe

@@ -22,13 +22,9 @@ class Session:
         debug: tracebacks with errors.
         json: the result is a JSON document.
         offline: tell every library in this process to stay off the network.
-        resumable: the command keeps a state to go on from.
     """
 
-    def __init__(
-        self, *, quiet: bool, debug: bool, json: bool, offline: bool, resumable: bool = False
-    ) -> None:
-        self.resumable = resumable
+    def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
         self.quiet, self.debug, self.json = quiet, debug, json
         self.signal_number = 0
         self.bar: Any = None
@@ -56,8 +52,7 @@ class Session:
         """
         if self.signal_number:
             name = signal.Signals(self.signal_number).name
-            saved = "; the state is saved, continue with --resume" if self.resumable else ""
-            raise Interrupted(f"stopped by {name}{saved}", self.signal_number)
+            raise Interrupted(f"stopped by {name}", self.signal_number)
         if self.quiet:
             return
         if event.phase == "notice":
@@ -147,7 +142,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of device memory: {text}; use --device cpu or a smaller --batch"
+        return f"out of device memory: {text}; use --device cpu"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 

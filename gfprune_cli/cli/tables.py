@@ -1,6 +1,7 @@
 """Results as tables for people."""
 
 from rich.table import Table
+from rich.text import Text
 
 from gfprune_cli.analysis import Analysis
 from gfprune_cli.pruning import PruneResult
@@ -24,7 +25,7 @@ def prune_table(result: PruneResult) -> Table:
     """Before and after: parameters, MACs, bytes, loss."""
     achieved = f"{result.sparsity['achieved']:.1%} of {result.sparsity['of']} removed"
     title = f"{result.model}: {achieved} ({result.criterion}, {result.layout})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for name, pair, unit in (

@@ -7,7 +7,6 @@ mean nothing across layers and are divided by their group's mean.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 
@@ -15,9 +14,8 @@ from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.recipe import CriterionName
 
-Criterion = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
-CRITERIA: tuple[str, ...] = get_args(Criterion)
 TIMESTEP_THRESHOLD = 0.05  # of the largest loss: Diff-Pruning leaves later timesteps out
 
 
@@ -123,7 +121,7 @@ FUNCTIONS: dict[str, Callable[[Evidence], Masks]] = {
 }
 
 
-def score(criterion: Criterion, evidence: Evidence) -> Masks:
+def score(criterion: CriterionName, evidence: Evidence) -> Masks:
     """Scores by group name, [units] float64 on the CPU.
 
     Raises:
@@ -134,6 +132,6 @@ def score(criterion: Criterion, evidence: Evidence) -> Masks:
         if not bool(torch.isfinite(values).all()):
             raise GfpruneError(
                 f"the {criterion} scores of channel group {name} are not finite: "
-                "check the weights with `gfprune analyze`, or use --criterion taylor"
+                "use --criterion taylor, or lower --learning-rate"
             )
     return scores

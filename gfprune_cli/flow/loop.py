@@ -11,12 +11,13 @@ import torch
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.flow.criteria import Criterion, Evidence, score
+from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report
+from gfprune_cli.recipe import CriterionName
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 MOMENTUM = 0.5  # of the scores from one iteration to the next
@@ -68,7 +69,7 @@ class PruningLoop:
     trainer: Trainer
     process: NoisingProcess
     schedule: Schedule
-    criterion: Criterion
+    criterion: CriterionName
     allocate: Allocator
     draws: Draws
     scoring_draws: int
@@ -88,9 +89,11 @@ class PruningLoop:
             while self.flow.iteration <= self.schedule.iterations:
                 self.iterate()
                 self.save()
-        except Interrupted:
+        except Interrupted as stop:
             self.save()
-            raise
+            raise Interrupted(
+                f"{stop}; the state is saved, continue with --resume", stop.signal_number
+            ) from stop
         assert settled(self.masked.masks)
         return {name: mask.cpu() == 1 for name, mask in self.masked.masks.items()}
 
@@ -201,8 +204,8 @@ class PruningLoop:
                 weight.copy_(families["weight"][name])
         self.masked.set_masks({name: mask.to(device) for name, mask in families["mask"].items()})
         adam = self.trainer.adam
-        adam.first = {name: tensor.to(device) for name, tensor in families.get("first", {}).items()}
-        adam.second = {name: tensor.to(device) for name, tensor in families.get("second", {}).items()}
+        adam.first = self.like_weights(families.get("first", {}))
+        adam.second = self.like_weights(families.get("second", {}))
         adam.steps, self.trainer.micro_batch = numbers["adam_steps"], numbers["micro_batch"]
         self.flow = Flow(
             numbers["iteration"],
@@ -215,6 +218,11 @@ class PruningLoop:
             numbers["loss"],
             numbers["history"],
         )
+
+    def like_weights(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Saved moments on the device and in the memory format of their weights: kernels depend on both."""
+        weights = self.masked.weights
+        return {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in tensors.items()}
 
 
 def scoring_losses(

@@ -1,11 +1,13 @@
 """Training of the weights between mask steps, with distillation from the dense model."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Batch, Draws
@@ -81,7 +83,7 @@ class Trainer:
         return self.rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
     def step(self, step: int) -> float:
-        """One update; on lack of memory the same step again in halves.
+        """One update; on lack of memory its gradients again in halves.
 
         Raises:
             GfpruneError: the loss or the gradient is not finite (before the update), or a single sample
@@ -89,44 +91,56 @@ class Trainer:
         """
         while True:
             try:
-                return self.attempt(step)
+                value = self.gradients(step)
+                break
             except torch.OutOfMemoryError:
-                size = self.micro_batch or self.batch
-                if size == 1:
-                    raise GfpruneError(
-                        f"out of memory with one sample per pass at training step {step}: use a larger device"
-                    ) from None
-                self.micro_batch = (size + 1) // 2
-                for weight in self.masked.weights.values():
-                    weight.grad = None
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self.halve(step)
+        self.adam.update(self.masked.weights, self.learning_rate(step))
+        self.clear()
+        return value
 
-    def attempt(self, step: int) -> float:
+    def halve(self, step: int) -> None:
+        """Halve the micro-batch and forget the gradients so far."""
         size = self.micro_batch or self.batch
-        total = torch.zeros((), device=self.draws.images.device)
+        if size == 1:
+            raise GfpruneError(
+                f"out of memory with one sample per pass at training step {step}: use a larger device"
+            ) from None
+        self.micro_batch = (size + 1) // 2
+        self.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def clear(self) -> None:
+        for weight in self.masked.weights.values():
+            weight.grad = None
+
+    def gradients(self, step: int) -> float:
+        """Accumulate and clip the gradients of one batch; returns its loss."""
+        size = self.micro_batch or self.batch
+        device = self.draws.images.device
+        total = torch.zeros((), device=device)
+        # the fused kernels' backward passes are not deterministic on CUDA
+        kernels = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
         for first in range(0, self.batch, size):
             count = min(size, self.batch - first)
             batch = self.draws.batch("train", step, count, first=first, of=self.batch)
-            loss = self.loss(batch) * (count / self.batch)
-            loss.backward()
+            with kernels:
+                loss = self.loss(batch) * (count / self.batch)
+                loss.backward()
             total += loss.detach()
         weights = self.masked.weights
-        norm = nn.utils.clip_grad_norm_(weights.values(), CLIP)
-        value = float(total)
-        if not (torch.isfinite(norm) and torch.isfinite(total)):
+        length = nn.utils.clip_grad_norm_(weights.values(), CLIP)
+        if not (torch.isfinite(length) and torch.isfinite(total)):
             culprit = next(
                 (n for n, w in weights.items() if w.grad is not None and not bool(w.grad.isfinite().all())),
-                "",
+                "none",
             )
             raise GfpruneError(
-                f"the training loss at step {step} is not finite (first bad gradient: {culprit or 'none'}): "
+                f"the training loss at step {step} is not finite (first bad gradient: {culprit}): "
                 "lower --learning-rate"
             )
-        self.adam.update(weights, self.learning_rate(step))
-        for weight in weights.values():
-            weight.grad = None
-        return value
+        return float(total)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean of distill * |student - teacher|^2 + (1 - distill) * denoising loss."""

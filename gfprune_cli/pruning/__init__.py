@@ -3,18 +3,18 @@
 import time
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination
+from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.checkpoint.writer import stored_dtype, write_checkpoint
+from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.pruning.run import Run, choose_device
+from gfprune_cli.pruning.run import Run, choose_device, deterministic
 from gfprune_cli.recipe import PruneRecipe
 
-__all__ = ["Plan", "PruneResult", "Run", "choose_device", "make_plan", "prune"]
+__all__ = ["Plan", "PruneResult", "Run", "choose_device", "deterministic", "make_plan", "prune"]
 
 
 def default_output(recipe: PruneRecipe) -> Path:
@@ -54,8 +54,10 @@ def prune(
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
-    destination = Path(out) if out is not None else default_output(recipe)
+    destination = Path(out).expanduser() if out is not None else default_output(recipe)
+    chosen = choose_device(device)
     if not dry_run:
+        recover(destination)
         check_destination(destination, force=force)
     source = resolve(
         recipe.model,
@@ -65,10 +67,13 @@ def prune(
         config_only=dry_run,
         report=report,
     )
-    plan = make_plan(source, recipe, report, weights_required=not dry_run)
+    plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
     if dry_run:
         return planned(plan, recipe, time.monotonic() - start)
-    run = Run(recipe, source, plan, choose_device(device), report)
+    for name, used in (("--model", source.folder), ("--data", Path(recipe.data) if recipe.data else None)):
+        if used is not None and used.resolve().is_relative_to(destination.resolve()):
+            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
+    run = Run(recipe, source, plan, chosen, report)
     state = StateFolder(destination, run.identity())
     if force and not resume:
         state.clear()
@@ -77,12 +82,11 @@ def prune(
             f"an interrupted run left its state in {state.folder}: "
             "continue it with --resume, or discard it with --force"
         )
-    model, kept, losses, gradients = run.execute(state)
+    with deterministic():
+        model, kept, losses, gradients = run.execute(state)
     record = make_record(run, model, kept, losses)
     report(Event("write", text=f"writing {destination}"))
-    record = write_checkpoint(
-        destination, model.to(stored_dtype(plan.component)), plan.component, record, force=force
-    )
+    record = write_checkpoint(destination, model, plan.component, record, force=force)
     state.clear()
     return PruneResult(
         recipe.model,

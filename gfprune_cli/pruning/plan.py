@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gfprune_cli.checkpoint.layout import ANALYZE_ONLY
 from gfprune_cli.checkpoint.reader import (
     Component,
     build_meta,
@@ -35,6 +36,11 @@ class Plan:
     native_config: Mapping[str, Any] | None
 
 
+def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
+    """Every unit as important as every other: what a plan is made with before anything is measured."""
+    return {group.name: torch.ones(group.units) for group in groups}
+
+
 def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
     """Read configuration and headers, find the channel groups, check that the budget can be reached.
 
@@ -44,15 +50,17 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     component = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
     )
-    check_pipeline(component)
+    if component.class_name in ANALYZE_ONLY:
+        raise GfpruneError(f"{component.folder}: {component.class_name} can be analyzed, but not pruned yet")
+    if weights_required:
+        check_pipeline(component)
     meta = build_meta(component)
     groups, trace = discover(meta)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        uniform = {group.name: torch.ones(group.units) for group in groups}
-        allocate(cost, uniform, recipe.sparsity, budget=recipe.budget)
+        allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
         return Plan(component, groups, cost, None, None)
     if component.is_pruned:
         raise UsageError(
@@ -76,8 +84,7 @@ def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
     if plan.native is not None:
         allocation = plan.native
     else:
-        uniform = {group.name: torch.ones(group.units) for group in plan.groups}
-        allocation = allocate(plan.cost, uniform, recipe.sparsity, budget=recipe.budget)
+        allocation = allocate(plan.cost, uniform_scores(plan.groups), recipe.sparsity, budget=recipe.budget)
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(

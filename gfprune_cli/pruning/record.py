@@ -1,16 +1,13 @@
 """The document of `gfprune.json`: enough to repeat a run and to build on it."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
 
-from gfprune_cli.pruning.result import SCHEMA_VERSION
+from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
 from gfprune_cli.pruning.run import Run
-
-TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
 
 
 def make_record(
@@ -46,12 +43,5 @@ def make_record(
         "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
         "bytes": {"before": plan.component.bytes, "after": 0},
         "loss": dict(losses),
-        "tools": {tool: installed_version(tool) for tool in TOOLS},
+        "tools": installed_tools(),
     }
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 SCHEMA_VERSION = 1
+TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,15 @@ class PruneResult:
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
+
+
+def installed_tools() -> dict[str, str | None]:
+    """Versions of what decides the bytes of an output."""
+    return {tool: installed_version(tool) for tool in TOOLS}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,6 +1,11 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
-from collections.abc import Mapping
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +20,7 @@ from gfprune_cli.checkpoint.reader import (
     sha256_of_weights,
 )
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import cached, call, draw_labels, self_images
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
@@ -26,7 +32,8 @@ from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report, notice
-from gfprune_cli.pruning.plan import Plan
+from gfprune_cli.pruning.plan import Plan, uniform_scores
+from gfprune_cli.pruning.result import installed_tools
 from gfprune_cli.recipe import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import remove, remove_native
@@ -68,28 +75,37 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = noising_process(scheduler)
         self.schedule = schedule_of(recipe)
-        self.precision = recipe.precision or ("bf16" if device.type == "cuda" else "fp32")
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = recipe.precision or ("bf16" if half else "fp32")
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
         addresses = ("model", "revision", "variant")  # the hashes below say what they stood for
         settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
-        return {**settings, "weights": self.hashes, "commit": self.source.commit, "device": self.device.type}
+        inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
+        return {
+            **settings,
+            "weights": self.hashes,
+            "commit": self.source.commit,
+            "device": self.device.type,
+            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            "tools": installed_tools(),
+        }
 
     def execute(
         self, state: StateFolder
     ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, float], float]:
         """The pruned network, kept units by group, losses, and the cost of scoring in gradients."""
-        self.make_deterministic()
         dense, masked = self.load(), MaskedModel(self.load().requires_grad_(True), self.plan.groups)
         draws, reports = self.draws(dense)
+        state.identity["data contents"] = self.data_fingerprint
         loop = self.loop(masked, dense, draws, state)
         kept = loop.run()
         losses = {"before": self.loss(reports, dense), "masked": self.masked_loss(reports, masked)}
         self.report(Event("remove", text="removing channels"))
         model = self.removed(masked, kept)
-        losses["removed"] = self.loss(reports, model)
+        losses["removed"] = self.loss(reports, nn.Module.to(copy.deepcopy(model), torch.float32))
         return model, kept, losses, loop.flow.gradients
 
     def load(self) -> nn.Module:
@@ -113,19 +129,11 @@ class Run:
 
     def scored(self) -> "Scored":
         """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
-        self.make_deterministic()
         dense = self.load()
         draws, reports = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
         losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
         return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
-
-    def make_deterministic(self) -> None:
-        """Same seed, same bytes: no autotuned or atomic kernels, and no TF32 in scores."""
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
     def loop(self, masked: MaskedModel, dense: nn.Module, draws: Draws, state: StateFolder) -> PruningLoop:
         recipe = self.recipe
@@ -160,10 +168,16 @@ class Run:
 
         def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
             target = recipe.sparsity * progress
-            strict = progress >= 1
-            return allocate(
-                plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=strict
-            ).kept
+            try:
+                final = progress >= 1
+                widths = allocate(
+                    plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=final
+                )
+            except (
+                UsageError
+            ):  # these scores end short of the budget; equal ones did not, when it was planned
+                widths = allocate(plan.cost, uniform_scores(plan.groups), target, budget=recipe.budget)
+            return widths.kept
 
         def native(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
             assert plan.native is not None
@@ -263,6 +277,10 @@ class Run:
             noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
             output = network(noisy, self.process.timesteps(batch.index), batch.labels)
             total += float(self.process.losses(output, batch.images, batch.noise, batch.index).double().sum())
+        if not math.isfinite(total):
+            raise GfpruneError(
+                "a reported loss is not finite: lower --learning-rate, or check the checkpoint"
+            )
         return total / count
 
     def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -275,10 +293,31 @@ class Run:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:
             model = remove(dense, self.plan.groups, kept)
+        # what is checked, measured and written is one and the same
+        nn.Module.to(model, stored_dtype(self.plan.component))
         for name, tensor in model.state_dict().items():
             if not bool(tensor.isfinite().all()):
                 raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
-        return model.to(self.device)
+        return nn.Module.to(model, self.device)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    algorithms = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -291,6 +330,8 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("masks and scores need float64")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: not available here; use cpu, or drop the flag") from error

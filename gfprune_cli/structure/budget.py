@@ -69,9 +69,11 @@ def allocate(
         kept = descend(cost, scores, target, minimum, budget, align)
         if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
             kept = exchange(cost, kept, target, minimum, budget)
-        best = Allocation(kept, 1 - cost.total(kept, budget) / dense)
-        if not strict or abs(best.sparsity - sparsity) <= TOLERANCE:
-            return best
+        found = Allocation(kept, 1 - cost.total(kept, budget) / dense)
+        if not strict or abs(found.sparsity - sparsity) <= TOLERANCE:
+            return found
+        if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
+            best = found
     assert best is not None
     if align > 1:
         return allocate(cost, scores, sparsity, budget=budget, align=1)

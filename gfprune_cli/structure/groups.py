@@ -62,10 +62,6 @@ class ChannelGroup:
         """Members that create the activation: at mask 0 it is exactly zero."""
         return tuple(member for member in self.members if member.side == "out")
 
-    def unit_of_channel(self) -> torch.Tensor:
-        """[channels] unit index of each channel."""
-        return torch.arange(self.channels) // self.unit_size
-
     def kept_channels(self, kept_units: torch.Tensor) -> torch.Tensor:
         """Sorted channel indices of the kept units, given as bool [units]."""
         return torch.nonzero(kept_units.repeat_interleave(self.unit_size)).flatten()

@@ -39,15 +39,18 @@ def group_norm_from_moments(
         membership: [C, G], 1 where the channel belongs to the group.
         weight, bias: [C].
     """
-    flat = x.flatten(2)
-    mean = flat.mean(2)
-    square = torch.linalg.vector_norm(flat, dim=2).square() / flat.shape[2]
-    group_mean = mean @ averaging
-    group_variance = (square @ averaging - group_mean.square()).clamp_min(0)
-    scale = (torch.rsqrt(group_variance + eps) @ membership.T) * weight
-    shift = bias - (group_mean @ membership.T) * scale
-    view = (*scale.shape, *[1] * (x.ndim - 2))
-    return torch.addcmul(shift.view(view), x, scale.view(view))
+    # autocast would take the products in half precision, where mean(x^2) - mean(x)^2 cancels
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = x.flatten(2)
+        mean = flat.mean(2)
+        square = flat.square().mean(2)
+        group_mean = mean @ averaging
+        group_variance = (square @ averaging - group_mean.square()).clamp_min(0)
+        scale = (torch.rsqrt(group_variance + eps) @ membership.T) * weight
+        shift = bias - (group_mean @ membership.T) * scale
+        view = (*scale.shape, *[1] * (x.ndim - 2))
+        return torch.addcmul(shift.view(view), x, scale.view(view))
 
 
 class UnevenGroupNorm(nn.Module):
