@@ -100,11 +100,9 @@ def train(options: argparse.Namespace) -> None:
     images, probes = to_tensor(training).to(options.device), to_tensor(held_out)
     scheduler = DDPMScheduler()
     weights = sample_weights(scheduler.alphas_cumprod, options.noise_weight).to(options.device)
-    model = (
-        UNet2DModel.from_pretrained(options.init, subfolder="unet")
-        if options.init
-        else UNet2DModel(**NETWORK)
-    )
+    model = UNet2DModel(**NETWORK)
+    if options.init:
+        model.load_state_dict(UNet2DModel.from_pretrained(options.init, subfolder="unet").state_dict())
     model = model.train().to(options.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=1e-4)
