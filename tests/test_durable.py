@@ -1,0 +1,98 @@
+"""Writes: whole or not at all, nothing of the user's lost, the same bytes every time."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gfprune_cli.checkpoint.durable import StateFolder, recover, staged, write_tensors
+from gfprune_cli.errors import GfpruneError, UsageError
+
+DEAD = 2**22 + 1  # above the largest process id of Linux
+
+
+def fill(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gfprune.json").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]*?"])
+def test_an_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path, name: str) -> None:
+    """Killed between the two renames: the old output is the good one; staging folders of the dead go."""
+    out = tmp_path / name
+    fill(tmp_path / f".{name}.gfprune-old-{DEAD}", "old")
+    fill(tmp_path / f".{name}.gfprune-staging-{DEAD}", "half-written")
+    alive = tmp_path / f".{name}.gfprune-staging-{os.getppid()}"
+    fill(alive, "another run's")
+    recover(out)
+    assert (out / "gfprune.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, alive.name])
+
+
+def test_a_failed_write_leaves_the_old_output_and_no_traces(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    with pytest.raises(ZeroDivisionError), staged(out, force=True) as staging:
+        fill(staging, str(1 / 0))
+    assert (out / "gfprune.json").read_text() == "old"
+    with staged(out, force=True) as staging:
+        fill(staging, "new")
+    assert (out / "gfprune.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "current folder", "root"])
+def test_destinations_that_cannot_be_written_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    out = {"current folder": Path(), "root": Path("/")}.get(kind, tmp_path / kind)
+    with pytest.raises(UsageError, match="--out"), staged(out, force=True):
+        pytest.fail("the block must not run")
+
+
+def test_states_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    state = StateFolder(tmp_path / "out", {"seed": 0})
+    for step in range(4):
+        state.save({"weight": torch.full((3,), float(step))}, {"step": step})
+    assert [path.name for path in state.states()] == ["state-000002", "state-000003"]
+    newest = state.states()[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    loaded = state.load()
+    assert loaded is not None
+    assert loaded[1] == {"step": 2}
+    with pytest.raises(UsageError, match="other seed"):
+        StateFolder(tmp_path / "out", {"seed": 1}).load()
+
+
+@pytest.mark.parametrize("damage", ["not json", "[]", "{}", '{"sha256": 0}', "null"])
+def test_a_foreign_state_is_one_line(tmp_path: Path, damage: str) -> None:
+    state = StateFolder(tmp_path / "out", {})
+    state.save({"weight": torch.zeros(1)}, {})
+    (state.states()[0] / "state.json").write_text(damage)
+    (state.folder / "state-old").mkdir()
+    with pytest.raises(GfpruneError, match="start over"):
+        state.load()
+
+
+@settings(max_examples=20, deadline=None)
+@given(names=st.lists(st.text("abc.", min_size=1, max_size=6), min_size=1, max_size=5, unique=True))
+def test_the_same_tensors_give_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    tensors = {name: torch.arange(4.0) for name in names}
+    write_tensors(folder / "a", tensors)
+    write_tensors(folder / "b", dict(reversed(tensors.items())))
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    header = (folder / "a").read_bytes()
+    assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {
+        "format": "pt"
+    }
