@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
 from gfprune_cli.checkpoint.reader import inspect, load_model, load_scheduler
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.source import DEMO, resolve
 from gfprune_cli.data.diffusion import noising_process
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.images import to_model_range
 from gfprune_cli.flow.energy import Loss, Weights, exact_product, finite_difference_product, gradient, norm
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
@@ -31,7 +33,7 @@ import resource, sys
 import torch, diffusers, torch_pruning
 import gfprune_cli.pruning
 from gfprune_cli.checkpoint.reader import inspect, load_model
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.source import DEMO, resolve
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
@@ -54,14 +56,15 @@ print(peak - start)
 
 
 def scoring_problem(dtype: torch.dtype, batch: int) -> tuple[list[Loss], Weights]:
-    """The demo's denoising loss over one chunk of draws, and the weights it is taken at."""
+    """The demo's denoising loss over four chunks of draws, and the weights it is taken at."""
     component = inspect(resolve("demo"))
     process = noising_process(load_scheduler(component))
-    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with np.load(DEMO / "images.npz") as data:
+        images = to_model_range(torch.from_numpy(data["x"]).permute(0, 3, 1, 2).contiguous())
     masked = MaskedModel(load_model(component, dtype=dtype), ())
     draws = Draws(images.to(dtype), process.steps, 0)
     weights = {name: weight.detach() for name, weight in masked.weights.items()}
-    return scoring_losses(masked, process, draws, 1, batch, batch, silent), weights
+    return scoring_losses(masked, process, draws, 1, 4 * batch, batch, silent), weights
 
 
 def product_costs(repeats: int, batch: int) -> None:
