@@ -112,9 +112,9 @@ class PruningLoop:
                 flow.loss = self.train()
             flow.step += 1
             done = (flow.iteration - 1) * moves + flow.step
-            self.report(
-                Event("train", done, schedule.iterations * moves, values={"loss": flow.loss} | self.levels())
-            )
+            trained = {"loss": flow.loss} if schedule.steps_per_iteration else {}
+            phase = "train" if trained else "mask"
+            self.report(Event(phase, done, schedule.iterations * moves, values=trained | self.levels()))
         flow.history.append({"iteration": flow.iteration, "loss": flow.loss} | self.levels())
         flow.iteration, flow.step = flow.iteration + 1, 0
 
@@ -135,7 +135,7 @@ class PruningLoop:
         """Share of units outside the support, and mean mask."""
         inside = torch.cat([support.flatten() for support in self.flow.support.values()])
         masks = torch.cat([mask.flatten() for mask in self.masked.masks.values()])
-        return {"selected": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
+        return {"leaving": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
 
     def rescore(self) -> None:
         """Score at the masked network, with momentum over iterations."""
