@@ -21,7 +21,7 @@ from gfprune_cli.data.calibration import call
 from gfprune_cli.data.diffusion import noising_process
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import to_model_range
-from gfprune_cli.recipe import CriterionName
+from gfprune_cli.recipes.prune import CriterionName
 
 DRAWS = 1024
 

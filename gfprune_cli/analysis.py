@@ -8,10 +8,11 @@ import torch
 
 from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, silent
-from gfprune_cli.pruning import Plan, Run, choose_device, deterministic
-from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.pruning import Plan, Run
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.graph import discover

@@ -10,7 +10,8 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.pruning import prune as run_recipe
-from gfprune_cli.recipe import resolve_recipe
+from gfprune_cli.recipes.options import resolve_recipe
+from gfprune_cli.recipes.prune import PruneRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ def prune(
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
         report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
-        **settings: any field of `gfprune_cli.recipe.PruneRecipe`, such as `sparsity=0.5`.
+        **settings: any field of `gfprune_cli.recipes.prune.PruneRecipe`, such as `sparsity=0.5`.
 
     Returns:
         The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
@@ -56,7 +57,9 @@ def prune(
         >>> prune("demo", sparsity=0.5, out="demo-pruned").params
         {'before': 1740323, 'after': ...}
     """
-    recipe = resolve_recipe(Path(config) if config is not None else None, {"model": model, **settings})
+    recipe = resolve_recipe(
+        PruneRecipe, Path(config) if config is not None else None, {"model": model, **settings}
+    )
     return run_recipe(
         recipe,
         out=Path(out) if out is not None else None,

@@ -14,7 +14,8 @@ from conftest import Gfprune, quick_flags
 from typer.testing import CliRunner
 
 from gfprune_cli.cli.main import app
-from gfprune_cli.recipe import option_names
+from gfprune_cli.recipes.options import option_names
+from gfprune_cli.recipes.prune import PruneRecipe
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PRUNE_KEYS = {
@@ -100,7 +101,7 @@ def test_analyze_into_a_closed_pipe_ends_quietly(pipeline_folder: Path) -> None:
 
 def test_help_names_every_recipe_option_and_imports_no_torch() -> None:
     shown = CliRunner().invoke(app, ["prune", "--help"], terminal_width=200).output
-    for name in option_names():
+    for name in option_names(PruneRecipe):
         assert "--" + name.replace("_", "-") in shown
     script = (
         "import sys; from typer.testing import CliRunner; from gfprune_cli.cli.main import app\n"

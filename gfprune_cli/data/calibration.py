@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gfprune_cli.checkpoint.durable import write_tensors
-from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import generator
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.data.images import fingerprint, load_images, to_model_range
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, notice
 
 SAMPLE_BATCH = 32
@@ -31,6 +34,124 @@ def draw_labels(classes: int | None, count: int, seed: int) -> torch.Tensor | No
     if classes is None:
         return None
     return torch.randint(classes, (count,), generator=generator(seed, "labels"))
+
+
+@dataclass(frozen=True)
+class Images:
+    """`images` [N, C, H, W] in the network range, `labels` [N] or None, `fingerprint` of data given."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Which images a run works on.
+
+    Args:
+        data: what the user gave; None to draw images from the model.
+        count: images to draw, or the most to take from `data`.
+        sample_steps: sampling steps of a drawn image.
+        seed: of the run.
+    """
+
+    data: str | None
+    count: int
+    sample_steps: int
+    seed: int
+
+    def answer(
+        self,
+        model: nn.Module,
+        component: Component,
+        scheduler: Any,
+        hashes: Mapping[str, str],
+        report: Report,
+    ) -> Images:
+        """The images: read from the user's data, or drawn from `model` (once; they are cached).
+
+        Args:
+            component, hashes: what `model` was loaded from, and the hashes of its weight files.
+            scheduler: of the pipeline.
+
+        Raises:
+            UsageError: data that does not fit the network; GfpruneError: the network cannot be sampled.
+        """
+        config: Any = model.config
+        height, width = image_size(component, config)
+        process = noising_process(scheduler)
+        if self.data is not None:
+            refuse_latent_data(self.data, component)
+            loaded = load_images(
+                self.data,
+                size=(height, width),
+                channels=config.in_channels,
+                limit=self.count,
+                seed=self.seed,
+                report=report,
+            )
+            if len(loaded) < 2:
+                raise UsageError(f"--data {self.data} holds {len(loaded)} image: at least 2 are needed")
+            low, high = process.value_range
+            images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
+            return Images(
+                images, draw_labels(config.num_class_embeds, len(images), self.seed), fingerprint(loaded)
+            )
+        labels = draw_labels(config.num_class_embeds, self.count, self.seed)
+        device = next(model.parameters()).device
+        key = {
+            "weights": dict(hashes),
+            "config": {key: value for key, value in dict(config).items() if not key.startswith("_")},
+            "scheduler": dict(scheduler.config),
+            "images": self.count,
+            "steps": self.sample_steps,
+            "seed": self.seed,
+            "device": device.type,
+        }
+        images = cached(
+            {name: repr(value) for name, value in key.items()},
+            lambda: self_images(
+                model,
+                process,
+                count=self.count,
+                steps=self.sample_steps,
+                seed=self.seed,
+                labels=labels,
+                shape=(config.in_channels, height, width),
+                device=device,
+                report=report,
+            ),
+            report,
+        )
+        return Images(images, labels, None)
+
+
+def image_size(component: Component, config: Any) -> tuple[int, int]:
+    """(height, width) of what the network denoises.
+
+    Raises:
+        GfpruneError: the configuration does not say, or wants conditioning that cannot be drawn.
+    """
+    if config.sample_size is None:
+        raise GfpruneError(f"{component.folder}/config.json has no sample_size: add it")
+    if config.class_embed_type is not None:
+        raise GfpruneError(
+            f"{component.folder}/config.json: class_embed_type {config.class_embed_type} needs"
+            " conditioning that gfprune cannot draw; it prunes unconditional and class-label networks"
+        )
+    size = config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def refuse_latent_data(data: str, component: Component) -> None:
+    """Pixels are no input for a network that works on latents."""
+    decoders = {"vae", "vqvae"} & set(component.pipeline or {})
+    if decoders:
+        raise UsageError(
+            f"--data {data}: this pipeline works on latents of its {decoders.pop()}; "
+            "drop --data to calibrate on latents drawn from the model"
+        )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.recipe import CriterionName
+from gfprune_cli.recipes.prune import CriterionName
 
 TIMESTEP_THRESHOLD = 0.05  # of the largest loss: Diff-Pruning leaves later timesteps out
 

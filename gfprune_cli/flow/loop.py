@@ -17,7 +17,7 @@ from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report
-from gfprune_cli.recipe import CriterionName
+from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 MOMENTUM = 0.5  # of the scores from one iteration to the next

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
@@ -11,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Batch, Draws
+from gfprune_cli.device import Precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
 
-Precision = Literal["fp32", "bf16"]
 WARMUP_STEPS = 10
 FINAL_RATE = 0.1  # of the learning rate, at the end of the cosine
 CLIP = 1.0  # gradient norm

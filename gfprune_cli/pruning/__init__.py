@@ -6,15 +6,16 @@ from pathlib import Path
 from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import write_checkpoint
+from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.pruning.run import Run, choose_device, deterministic
-from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.pruning.run import Run
+from gfprune_cli.recipes.prune import PruneRecipe
 
-__all__ = ["Plan", "PruneResult", "Run", "choose_device", "deterministic", "make_plan", "prune"]
+__all__ = ["Plan", "PruneResult", "Run", "make_plan", "prune"]
 
 
 def default_output(recipe: PruneRecipe) -> Path:

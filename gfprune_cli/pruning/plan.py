@@ -17,7 +17,7 @@ from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +18,11 @@ from gfprune_cli.checkpoint.reader import (
 )
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import cached, call, draw_labels, self_images
+from gfprune_cli.data.calibration import ImageRequest, call
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
-from gfprune_cli.data.images import fingerprint, load_images, to_model_range
+from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss
+from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.loop import PruningLoop, scoring_losses
@@ -34,13 +32,11 @@ from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import installed_tools
-from gfprune_cli.recipe import PruneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import remove, remove_native
 
 SCORE_CHUNK = 16
-REPORT_DRAWS = 512  # noisy samples behind each reported loss
-REPORT_CHUNK = 32  # divides REPORT_DRAWS
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 COARSE_EVERY = 4
 
@@ -75,8 +71,7 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = noising_process(scheduler)
         self.schedule = schedule_of(recipe)
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = recipe.precision or ("bf16" if half else "fp32")
+        self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
 
     def identity(self) -> dict[str, Any]:
@@ -192,96 +187,25 @@ class Run:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Calibration images [N, C, H, W] in the network's range, and their labels."""
-        config: Any = dense.config
-        size = config.sample_size
-        if size is None:
-            raise GfpruneError(f"{self.plan.component.folder}/config.json has no sample_size: add it")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
         recipe = self.recipe
-        if config.class_embed_type is not None:
-            raise GfpruneError(
-                f"{self.plan.component.folder}/config.json: class_embed_type {config.class_embed_type} needs"
-                " conditioning that gfprune cannot draw; it prunes unconditional and class-label networks"
-            )
-        if recipe.data is not None:
-            self.refuse_latent_data()
-            loaded = load_images(
-                recipe.data,
-                size=(height, width),
-                channels=config.in_channels,
-                limit=recipe.images,
-                seed=recipe.seed,
-                report=self.report,
-            )
-            self.data_fingerprint: str | None = fingerprint(loaded)
-            low, high = self.process.value_range
-            images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
-            if len(images) < 2:
-                raise UsageError(f"--data {recipe.data} holds {len(images)} image: at least 2 are needed")
-            labels = draw_labels(config.num_class_embeds, len(images), recipe.seed)
-        else:
-            self.data_fingerprint = None
-            labels = draw_labels(config.num_class_embeds, recipe.images, recipe.seed)
-            key = {
-                "weights": self.hashes,
-                "config": {key: value for key, value in dict(config).items() if not key.startswith("_")},
-                "scheduler": dict(self.scheduler.config),
-                "images": recipe.images,
-                "steps": recipe.sample_steps,
-                "seed": recipe.seed,
-                "device": self.device.type,
-            }
-            images = cached(
-                {name: repr(value) for name, value in key.items()},
-                lambda: self_images(
-                    dense,
-                    self.process,
-                    count=recipe.images,
-                    steps=recipe.sample_steps,
-                    seed=recipe.seed,
-                    labels=labels,
-                    shape=(config.in_channels, height, width),
-                    device=self.device,
-                    report=self.report,
-                ),
-                self.report,
-            )
-        return images.to(self.device), None if labels is None else labels.to(self.device)
+        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed)
+        found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
+        self.data_fingerprint = found.fingerprint
+        return found.images.to(self.device), None if found.labels is None else found.labels.to(self.device)
 
-    def refuse_latent_data(self) -> None:
-        """Pixels are no input for a network that works on latents."""
-        decoders = {"vae", "vqvae"} & set(self.plan.component.pipeline or {})
-        if decoders:
-            raise UsageError(
-                f"--data {self.recipe.data}: this pipeline works on latents of its {decoders.pop()}; "
-                "drop --data to calibrate on latents drawn from the model"
-            )
-
-    @torch.no_grad()
     def loss(self, draws: Draws, model: nn.Module) -> float:
         """Denoising loss of a network over the fixed report draws."""
-        return self.mean_loss(draws, lambda x, timesteps, labels: call(model, x, timesteps, labels))
+        return self.measured(draws, lambda x, timesteps, labels: call(model, x, timesteps, labels))
 
     @torch.no_grad()
     def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = REPORT_DRAWS) -> float:
         effective = {name: tensor.detach() for name, tensor in masked.effective().items()}
-        return self.mean_loss(
+        return self.measured(
             draws, lambda x, timesteps, labels: masked.forward(effective, x, timesteps, labels), count
         )
 
-    def mean_loss(self, draws: Draws, network: Any, count: int = REPORT_DRAWS) -> float:
-        total = 0.0
-        for first in range(0, count, REPORT_CHUNK):
-            self.report(Event("evaluate", first, count))
-            batch = draws.batch("report", 0, REPORT_CHUNK, first=first, of=count)
-            noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
-            output = network(noisy, self.process.timesteps(batch.index), batch.labels)
-            total += float(self.process.losses(output, batch.images, batch.noise, batch.index).double().sum())
-        if not math.isfinite(total):
-            raise GfpruneError(
-                "a reported loss is not finite: lower --learning-rate, or check the checkpoint"
-            )
-        return total / count
+    def measured(self, draws: Draws, network: Network, count: int = REPORT_DRAWS) -> float:
+        return denoising_loss(network, self.process, draws, count, self.report)
 
     def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, from trained weights in the stock module tree."""
@@ -299,43 +223,6 @@ class Run:
             if not bool(tensor.isfinite().all()):
                 raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
         return nn.Module.to(model, self.device)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
-    algorithms = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for; by default CUDA if there is one.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("masks and scores need float64")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: not available here; use cpu, or drop the flag") from error
-    return device
 
 
 def schedule_of(recipe: PruneRecipe) -> Schedule:

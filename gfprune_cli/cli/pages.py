@@ -1,0 +1,20 @@
+"""HTML pages that commands write beside their result."""
+
+from pathlib import Path
+
+
+def check_page(path: Path, *, force: bool) -> None:
+    """Refuse before the work, not after it."""
+    from gfprune_cli.errors import UsageError
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--html {path}: name a file in a folder that exists")
+    if path.exists() and not force:
+        raise UsageError(f"--html {path} exists: use --force to replace it, or another name")
+
+
+def write_page(path: Path, page: str) -> None:
+    """The page appears whole or not at all."""
+    from gfprune_cli.checkpoint.durable import write_file
+
+    write_file(path, page.encode())

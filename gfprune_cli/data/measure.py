@@ -1,0 +1,41 @@
+"""The denoising loss of a network over fixed draws: the number that every command reports."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.progress import Event, Report
+
+REPORT_DRAWS = 512  # noisy samples behind each reported loss
+CHUNK = 32
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@torch.no_grad()
+def denoising_loss(
+    network: Network, process: NoisingProcess, draws: Draws, count: int, report: Report
+) -> float:
+    """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
+
+    Args:
+        network: (noisy images [N, C, H, W], timesteps [N], labels [N] or None) -> output.
+        draws: where images and noise come from; equal draws at every call.
+
+    Raises:
+        GfpruneError: the loss is not finite.
+    """
+    total = 0.0
+    for first in range(0, count, CHUNK):
+        report(Event("evaluate", first, count))
+        batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        output = network(noisy, process.timesteps(batch.index), batch.labels)
+        losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
+        total += float(losses.double().sum())
+    if not math.isfinite(total):
+        raise GfpruneError("a reported loss is not finite: lower --learning-rate, or check the checkpoint")
+    return total / count

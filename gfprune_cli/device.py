@@ -1,0 +1,55 @@
+"""The device of a run, and how it computes: same seed, same bytes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from gfprune_cli.errors import UsageError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    algorithms = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default CUDA if there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("masks and scores need float64")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not available here; use cpu, or drop the flag") from error
+    return device
+
+
+def default_precision(device: torch.device) -> Precision:
+    """bf16 where the device has it natively, else fp32."""
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if half else "fp32"

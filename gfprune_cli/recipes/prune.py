@@ -1,0 +1,59 @@
+"""The options of `gfprune prune`."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from gfprune_cli.recipes.options import Help
+
+CriterionName = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRecipe:
+    """Everything that decides the bytes of a prune run's output."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
+    revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
+    variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
+    component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
+    sparsity: Annotated[float, Gt(0), Lt(1), Help("Fraction of the budget to remove, between 0 and 1.")] = 0.5
+    budget: Annotated[Literal["params", "macs"], Help("What the sparsity counts.")] = "params"
+    layout: Annotated[
+        Literal["adaptive", "native"],
+        Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
+    ] = "adaptive"
+    criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
+    iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
+    steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 30
+    draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64
+    bound: Annotated[float, Gt(0), Le(1), Help("Largest move of a mask entry in one iteration.")] = 0.5
+    one_shot: Annotated[bool, Help("Score once and remove at once: no soft masks, no training.")] = False
+    coarse: Annotated[bool, Help("Score at every fourth iteration only.")] = False
+    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per training step.")] = 16
+    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate between mask steps.")] = 5e-4
+    distill: Annotated[
+        float, Ge(0), Le(1), Help("Share of distillation from the dense model in the loss.")
+    ] = 0.9
+    align: Annotated[
+        int | None, Ge(1), Le(1024), Help("Round widths to a multiple (default: 8 on CUDA, else 4).")
+    ] = None
+    data: Annotated[
+        str | None, Help("Image folder, .npz or Hugging Face dataset id (default: drawn from the model).")
+    ] = None
+    images: Annotated[int, Ge(2), Le(10**7), Help("Calibration images to draw, or to take from --data.")] = (
+        256
+    )
+    sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn calibration image.")] = 20
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        Help("Of training passes (default: bf16 on CUDA, else fp32); scores are always fp32."),
+    ] = None
+    seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def document(self) -> dict[str, Any]:
+        """The resolved recipe, as it is written and read."""
+        return asdict(self)
