@@ -3,16 +3,17 @@
 import gfprune_cli as gfprune
 
 result = gfprune.prune(model="demo", sparsity=0.5, out="demo-pruned")
-unet = gfprune.load("demo-pruned")
+result = gfprune.finetune("demo-pruned", steps=500, out="demo-finetuned")
+unet = gfprune.load("demo-finetuned")
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gfprune_cli.api import analyze, load, prune
+    from gfprune_cli.api import analyze, finetune, load, prune
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "load", "prune"]
+__all__ = ["analyze", "finetune", "load", "prune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,17 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recovery import FinetuneResult
+from gfprune_cli.recovery import finetune as run_finetune
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["analyze", "load", "prune"]
+__all__ = ["analyze", "finetune", "load", "prune"]
 
 
 def prune(
@@ -66,6 +69,62 @@ def prune(
         force=force,
         resume=resume,
         dry_run=dry_run,
+        offline=offline,
+        device=device,
+        report=report,
+    )
+
+
+def finetune(
+    model: str | PathLike[str] | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    save_every: int = 100,
+    sample_every: int = 100,
+    logs: str | PathLike[str] | None = None,
+    logger: str | None = None,
+    offline: bool = False,
+    device: str | None = None,
+    report: Report = silent,
+    **settings: Any,
+) -> FinetuneResult:
+    """Train a pruned checkpoint with the dense model as teacher, as `gfprune finetune` does.
+
+    Args:
+        model: a folder that `prune` wrote, or a Hub id (unless `config` names one).
+        out: destination folder; by default named after the model.
+        save_every, sample_every: steps between saved states, and between sample grids; 0 for none.
+        logs: folder of metrics and samples; by default `OUT-logs`.
+        logger: "tensorboard" or "trackio", if installed.
+        **settings: any field of `gfprune_cli.recipes.finetune.FinetuneRecipe`, such as `steps=500`.
+            The other arguments are those of `prune`.
+
+    Returns:
+        The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
+
+    Raises:
+        UsageError: wrong settings. GfpruneError: anything else, in one line.
+
+    Example:
+        >>> finetune("demo-pruned", steps=500, out="demo-finetuned").loss
+        {'before': ..., 'after': ..., 'teacher': ...}
+    """
+    given = {"model": None if model is None else str(model), **settings}
+    recipe = resolve_recipe(FinetuneRecipe, Path(config) if config is not None else None, given)
+    return run_finetune(
+        recipe,
+        out=Path(out) if out is not None else None,
+        force=force,
+        resume=resume,
+        dry_run=dry_run,
+        save_every=save_every,
+        sample_every=sample_every,
+        logs=Path(logs) if logs is not None else None,
+        logger=logger,
         offline=offline,
         device=device,
         report=report,

@@ -53,3 +53,11 @@ def default_precision(device: torch.device) -> Precision:
     """bf16 where the device has it natively, else fp32."""
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if half else "fp32"
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Passes in half precision where asked for; weights stay as they are."""
+    return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)

@@ -40,6 +40,8 @@ def write_card(
     front: dict[str, Any] = {"library_name": "diffusers", **inherited(root), "tags": ["gfprune", "pruned"]}
     if base_model:
         front["base_model"] = base_model
+    if record.get("finetune") and base_model:
+        front["base_model_relation"] = "finetune"
     removed = f"{record['sparsity']['achieved']:.1%} of the denoiser's {record['sparsity']['of']}"
     recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
     lines = [
@@ -62,7 +64,22 @@ def write_card(
         f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
         f"| denoising loss | {loss['before']:.4f} | {loss['removed']:.4f} |",
         "",
+        *finetune_lines(record),
         "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def finetune_lines(record: Mapping[str, Any]) -> list[str]:
+    """One line per finetuning, oldest first."""
+    lines = []
+    for entry in record.get("finetune") or []:
+        loss, recipe = entry["loss"], entry["recipe"]
+        lines.append(
+            f"Then finetuned for {recipe['steps']} steps with the dense model as teacher: denoising loss "
+            f"{loss['before']:.4f} before, {loss['after']:.4f} after, {loss['teacher']:.4f} for the teacher, "
+            "on images that training did not see."
+        )
+        lines.append("")
+    return lines

@@ -35,7 +35,7 @@ def recipe_option(recipe: type, name: str) -> Any:
     metavar = None
     if get_origin(bare) is Literal:
         metavar, bare = "[" + "|".join(get_args(bare)) + "]", str
-    default = getattr(recipe, name)
+    default = getattr(recipe, name, None)
     shown = "" if default is None or isinstance(default, bool) else f" [default: {default}]"
     option = typer.Option(
         flag(name), help=option_help(recipe, name) + shown, metavar=metavar, show_default=False

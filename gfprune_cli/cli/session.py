@@ -4,11 +4,13 @@ import json as json_module
 import os
 import signal
 import sys
+import time
 import traceback
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from gfprune_cli.errors import GfpruneError, Interrupted
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event
 
 LINES_PER_PHASE = 10  # of progress, where there is no terminal to draw a bar on
@@ -25,10 +27,11 @@ class Session:
     """
 
     def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
-        self.quiet, self.debug, self.json = quiet, debug, json
+        self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
         self.signal_number = 0
         self.bar: Any = None
         self.phase, self.shown = "", -1
+        self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -72,19 +75,27 @@ class Session:
 
     def print_progress(self, event: Event) -> None:
         """A few plain lines per phase, for logs."""
-        tenth = event.step * LINES_PER_PHASE // event.total if event.total else 0
-        if event.phase == self.phase and (tenth == self.shown or event.phase in ("score", "evaluate")):
+        if not event.total and not event.text:
             return
+        repeated = event.phase in ("score", "evaluate")
+        tenth = event.step * LINES_PER_PHASE // event.total if event.total else 0
+        if event.phase == self.phase and (tenth == self.shown or repeated):
+            return
+        if event.phase != self.phase:
+            self.began, self.first = time.monotonic(), event.step
         self.phase, self.shown = event.phase, tenth
-        count = (
-            f" {event.step}/{event.total}" if event.total and event.phase not in ("score", "evaluate") else ""
-        )
+        count = f" {event.step}/{event.total}" if event.total and not repeated else ""
         values = "".join(f"  {name} {value:.4g}" for name, value in event.values.items())
-        print(
-            f"{event.phase}{count}{' ' + event.text if event.text else ''}{values}",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f" {event.text}" if event.text else ""
+        left = self.time_left(event) if event.phase == "finetune" else ""
+        print(f"{event.phase}{count}{text}{values}{left}", file=sys.stderr, flush=True)
+
+    def time_left(self, event: Event) -> str:
+        done = event.step - self.first
+        if not done or event.step >= event.total:
+            return ""
+        seconds = (time.monotonic() - self.began) / done * (event.total - event.step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def note(self, text: str) -> None:
         self.close_bar()
@@ -102,6 +113,8 @@ class Session:
     def result(self, document: dict[str, Any], text: str) -> None:
         """The one thing that goes to stdout."""
         self.close_bar()
+        if not main_process():
+            return
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
@@ -123,8 +136,14 @@ class Session:
             return
         if self.debug:
             traceback.print_exception(error)
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code(error)) from None
+
+
+def main_process() -> bool:
+    """Whether this is the one of several launched processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def exit_code(error: BaseException) -> int:

@@ -5,6 +5,7 @@ from rich.text import Text
 
 from gfprune_cli.analysis import Analysis
 from gfprune_cli.pruning import PruneResult
+from gfprune_cli.recovery import FinetuneResult
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -43,6 +44,20 @@ def prune_table(result: PruneResult) -> Table:
     if before is not None and masked is not None and removed is not None:
         table.add_row("denoising loss", f"{before:.4f}", f"{removed:.4f}", change(before, removed))
         table.add_row("  masked, before removal", "", f"{masked:.4f}", change(before, masked))
+    return table
+
+
+def finetune_table(result: FinetuneResult) -> Table:
+    """Denoising loss before and after, beside the teacher's."""
+    table = Table(title=Text(f"{result.model}: {result.steps} steps, teacher {result.teacher}"))
+    table.title_justify = "left"
+    for column in ("", "before", "after", "teacher"):
+        table.add_column(column, justify="left" if not column else "right")
+    losses = [result.loss[key] for key in ("before", "after", "teacher")]
+    table.add_row("denoising loss", *("" if loss is None else f"{loss:.4f}" for loss in losses))
+    before, after, teacher = losses
+    if before is not None and after is not None and teacher is not None and before > teacher:
+        table.add_row("share of the gap closed", "", f"{(before - after) / (before - teacher):.0%}", "")
     return table
 
 

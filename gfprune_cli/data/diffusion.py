@@ -43,6 +43,9 @@ class NoisingProcess(Protocol):
     def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """[N] squared distance of two network outputs, in the units of the denoising loss."""
 
+    def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
+        """[N] min-SNR weight of each sample's denoising loss (arXiv 2303.09556)."""
+
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """[N, C, H, W] images from standard normal noise in a few deterministic steps."""
 
@@ -101,6 +104,17 @@ class VariancePreserving:
 
     def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return mean_square(output - reference)
+
+    def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
+        """min(snr, gamma) over what the loss on this prediction already weighs: snr, snr + 1, or 1."""
+        signal = self.signal.to(index.device)[index]
+        ratio = signal / (1 - signal).clamp_min(1e-12)
+        capped = ratio.clamp_max(gamma)
+        if self.prediction == "sample":
+            return capped
+        if self.prediction == "v_prediction":
+            return capped / (ratio + 1)
+        return torch.where(ratio > 0, capped / ratio.clamp_min(1e-12), 1.0)  # at snr 0 the limit is 1
 
     def split(
         self, output: torch.Tensor, x: torch.Tensor, signal: torch.Tensor
@@ -161,6 +175,11 @@ class VarianceExploding:
 
     def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return mean_square(per_sample(self.sigmas, index, output) * (output - reference))
+
+    def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
+        """As for epsilon prediction, with snr = 1 / sigma^2."""
+        ratio = self.sigmas.to(index.device)[index] ** -2
+        return ratio.clamp_max(gamma) / ratio
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Euler steps along the probability-flow ODE, equally spaced in log sigma (arXiv 2206.00364)."""

@@ -5,8 +5,11 @@ That is what makes a run resumable in the middle, and independent of how batches
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Levels = Literal["stratified", "antithetic", "uniform"]
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
@@ -45,19 +48,31 @@ class Draws:
     seed: int
     labels: torch.Tensor | None = None
 
-    def batch(self, purpose: str, step: int, size: int, *, first: int = 0, of: int | None = None) -> Batch:
-        """`size` draws of one step: images at random, noise levels stratified over the whole schedule.
+    def batch(
+        self,
+        purpose: str,
+        step: int,
+        size: int,
+        *,
+        first: int = 0,
+        of: int | None = None,
+        levels: Levels = "stratified",
+    ) -> Batch:
+        """`size` draws of one step: images and noise at random, noise levels as `levels` says.
 
         Args:
-            first, of: these are draws `first ... first + size - 1` of `of` that share one stratification.
+            first, of: these are draws `first ... first + size - 1` of `of` that share one step.
+            levels: "stratified" puts one draw in each of `of` equal parts of the schedule; "antithetic"
+                draws pairs t, T - 1 - t, stratified over the pairs (arXiv 2107.00630, appendix I.1);
+                "uniform" draws independently.
         """
         of = of or size
         chosen, noise, index = [], [], []
         for draw in range(first, first + size):
             source = generator(self.seed, purpose, step, draw)
             chosen.append(int(torch.randint(len(self.images), (), generator=source)))
-            share = (draw + float(torch.rand((), generator=source))) / of
-            index.append(min(self.steps - 1, int(share * self.steps)))
+            offset = float(torch.rand((), generator=source))
+            index.append(self.level(purpose, step, draw, of, levels, offset))
             noise.append(torch.randn(self.images.shape[1:], generator=source))
         device = self.images.device
         return Batch(
@@ -66,3 +81,21 @@ class Draws:
             torch.tensor(index, device=device),
             None if self.labels is None else self.labels[chosen],
         )
+
+    def level(self, purpose: str, step: int, draw: int, of: int, levels: Levels, offset: float) -> int:
+        """Position in the schedule of one draw; `offset` in [0, 1) is its own random number."""
+        share = offset if levels == "uniform" else (draw + offset) / of
+        if levels == "antithetic":
+            pair = draw // 2
+            source = generator(self.seed, purpose, step, "pair", pair)
+            share = (pair + float(torch.rand((), generator=source))) / ((of + 1) // 2)
+        index = min(self.steps - 1, int(share * self.steps))
+        return self.steps - 1 - index if levels == "antithetic" and draw % 2 else index
+
+    def directions(self, purpose: str, step: int, size: int, *, first: int = 0) -> torch.Tensor:
+        """[size, C, H, W] standard normal, for draws `first ...` of one step."""
+        drawn = [
+            torch.randn(self.images.shape[1:], generator=generator(self.seed, purpose, step, draw))
+            for draw in range(first, first + size)
+        ]
+        return torch.stack(drawn).to(self.images.device, self.images.dtype)

@@ -70,6 +70,8 @@ def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: dict[str, 
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "recipe"
+        if first["type"] in ("missing", "missing_argument"):
+            raise UsageError(f"{flag(name)} is missing: {option_help(recipe, name)}") from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             where = "unknown setting" if name in given else f"--config {config}: unknown recipe key"
             raise UsageError(

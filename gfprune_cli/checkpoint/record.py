@@ -1,0 +1,79 @@
+"""The record that travels in a checkpoint, `gfprune.json`: what it was pruned from, and what was kept."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Lt, MinLen
+
+from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.errors import GfpruneError
+
+RECORD = "gfprune.json"
+RECORD_BYTES = 64 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The dense checkpoint: how it was named, its Hub commit, and the SHA-256 of its weight files."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    label: str
+    kind: Literal["demo", "local", "hub"]
+    commit: str | None
+    weights: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What later commands read of a record.
+
+    Args:
+        document: the whole file.
+        source: what the checkpoint was pruned from.
+        kept: channel group -> channels of the dense model that are left, ascending.
+        component: name in the pipeline.
+    """
+
+    document: dict[str, Any]
+    source: Origin
+    kept: dict[str, list[int]]
+    component: str
+
+
+@dataclass(frozen=True)
+class _Document:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    source: Origin
+    kept: dict[str, Annotated[list[Annotated[int, Ge(0), Lt(1 << 24)]], MinLen(1)]]
+    component: str
+
+
+def read_record(root: Path) -> Record | None:
+    """The record of a checkpoint folder; None if it has none.
+
+    Raises:
+        GfpruneError: it is there and damaged.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    path = root / RECORD
+    if not path.exists():
+        return None
+    document = read_json(path, trusted_roots(root), limit=RECORD_BYTES)
+    try:
+        known = TypeAdapter(_Document).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])[:80]
+        raise GfpruneError(
+            f"{path} is damaged: {where}: {first['msg']}; prune again, or restore it"
+        ) from None
+    for name, digest in known.source.weights.items():
+        if not _DIGEST.fullmatch(digest):
+            raise GfpruneError(f"{path} is damaged: the hash of {name[:80]!r} is no SHA-256; restore it")
+    return Record(document, known.source, known.kept, known.component)

@@ -1,0 +1,62 @@
+"""The options of `gfprune finetune`."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from gfprune_cli.recipes.options import Help
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
+    """Everything that decides the bytes of a finetune run's output."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    model: Annotated[str, Help("A checkpoint that gfprune prune wrote: a local folder, or a Hub id.")]
+    revision: Annotated[str | None, Help("Hub branch, tag or commit of the model.")] = None
+    variant: Annotated[str | None, Help("Weights variant of the teacher, such as fp16.")] = None
+    component: Annotated[str | None, Help("Pipeline component to train (default: the denoiser).")] = None
+    teacher: Annotated[
+        str | None, Help("The dense model (default: the one the checkpoint was pruned from).")
+    ] = None
+    teacher_revision: Annotated[str | None, Help("Hub branch, tag or commit of the teacher.")] = None
+    data: Annotated[
+        str, Help("self (images drawn from the teacher), an image folder, .npz or Hugging Face dataset id.")
+    ] = "self"
+    images: Annotated[
+        int | None, Ge(2), Le(10**7), Help("Images to draw (default: 512), or to take from --data (all).")
+    ] = None
+    sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn image.")] = 20
+    steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 1000
+    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 16
+    micro_batch: Annotated[
+        int | None, Ge(1), Le(65536), Help("Samples per pass and process; gradients add up (default: all).")
+    ] = None
+    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate.")] = 5e-4
+    warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
+    weight_decay: Annotated[float, Ge(0), Le(1), Help("Of AdamW.")] = 0.0
+    clip: Annotated[float, Gt(0), Help("Largest gradient norm.")] = 1.0
+    ema: Annotated[float, Ge(0), Lt(1), Help("Largest decay of the weight average that is written.")] = 0.9999
+    denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
+    distill: Annotated[float, Ge(0), Help("Weight of output distillation from the teacher.")] = 0.9
+    features: Annotated[
+        float, Ge(0), Help("Weight of feature distillation on the kept channels; decays to 0.")
+    ] = 0.0
+    jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
+    min_snr: Annotated[float | None, Gt(0), Help("Min-SNR gamma, such as 5 (default: no weighting).")] = None
+    timesteps: Annotated[
+        Literal["stratified", "antithetic", "uniform"], Help("How noise levels are drawn.")
+    ] = "stratified"
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, Help("Of the passes (default: bf16 on CUDA, else fp32).")
+    ] = None
+    channels_last: Annotated[bool | None, Help("Memory format (default: on CUDA only).")] = None
+    checkpointing: Annotated[bool, Help("Recompute activations: slower, less memory.")] = False
+    compile: Annotated[bool, Help("Compile the networks with torch.compile.")] = False
+    seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def document(self) -> dict[str, Any]:
+        """The resolved recipe, as it is written and read."""
+        return asdict(self)

@@ -1,0 +1,149 @@
+"""The training loop: steps, saved states, what people see, and stopping without loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from gfprune_cli.checkpoint.durable import StateFolder
+from gfprune_cli.data.calibration import call
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import generator
+from gfprune_cli.errors import Interrupted
+from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.recovery.trainer import Stopped, Trainer
+from gfprune_cli.recovery.watch import Watch
+
+GRID_SAMPLES = 8
+SIGTERM = 15
+
+
+@dataclass
+class Samples:
+    """The dense model's samples, and the noise they came from.
+
+    Args:
+        noise: [N, C, H, W].
+        labels: [N] or None.
+        dense: uint8 [N, C, H, W].
+        steps: of the sampler.
+    """
+
+    noise: torch.Tensor
+    labels: torch.Tensor | None
+    dense: torch.Tensor
+    steps: int
+
+
+def draw(
+    network: Callable[..., torch.Tensor], process: NoisingProcess, noise: torch.Tensor,
+    labels: torch.Tensor | None, steps: int,
+) -> torch.Tensor:  # fmt: skip
+    """uint8 [N, C, H, W] samples of a network."""
+    with torch.no_grad():
+        images = process.sample(lambda x, timesteps: call(network, x, timesteps, labels), noise, steps)  # type: ignore[arg-type]
+    low, high = process.value_range
+    return ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def dense_samples(
+    teacher: torch.nn.Module, process: NoisingProcess, shape: tuple[int, ...], classes: int | None, *,
+    seed: int, steps: int, device: torch.device,
+) -> Samples:  # fmt: skip
+    """The upper row of every grid."""
+    noise = torch.stack(
+        [torch.randn(shape, generator=generator(seed, "grid", index)) for index in range(GRID_SAMPLES)]
+    ).to(device)
+    labels = None if classes is None else (torch.arange(GRID_SAMPLES) % classes).to(device)
+    return Samples(noise, labels, draw(teacher, process, noise, labels, steps), steps)
+
+
+@dataclass
+class Loop:
+    """One run over one network.
+
+    Args:
+        trainer: makes the steps.
+        state: where they survive a kill.
+        save_every, sample_every: steps between saved states, and between grids; 0 for none.
+        samples: the dense row of the grids; None where samples are no pictures.
+        open_watch: (steps done) -> where metrics go; None in all processes but the first.
+    """
+
+    trainer: Trainer
+    process: NoisingProcess
+    state: StateFolder
+    report: Report
+    save_every: int
+    sample_every: int
+    samples: Samples | None
+    open_watch: Callable[[int], Watch] | None
+    done: int = 0
+    stop: Interrupted | None = field(default=None, init=False)
+
+    def run(self) -> None:
+        """Run to the end, from the last durable state if there is one.
+
+        Raises:
+            Interrupted: told to stop; the state is saved.
+        """
+        saved = self.state.load()
+        if saved is not None:
+            tensors, numbers = saved
+            self.trainer.restore(tensors, numbers)
+            self.done = numbers["done"]
+            notice(self.report, f"continuing after step {self.done}")
+        watch = self.open_watch(self.done) if self.open_watch else None
+        try:
+            self.steps(watch)
+        finally:
+            if watch is not None:
+                watch.close()
+
+    def steps(self, watch: Watch | None) -> None:
+        trainer, total = self.trainer, self.trainer.recipe.steps
+        while self.done < total:
+            try:
+                values = trainer.step(self.done, self.stopping)
+            except Stopped:
+                self.interrupt()
+            self.done += 1
+            if watch is not None:
+                watch.log(self.done, values)
+            shown = {"loss": values["loss"], "lr": values["lr"]}
+            self.tell(Event("finetune", self.done, total, values=shown))
+            if self.sample_every and (self.done % self.sample_every == 0 or self.done == total):
+                self.picture(watch)
+            if self.save_every and (self.done % self.save_every == 0 or self.done == total):
+                self.save()
+
+    def tell(self, event: Event) -> None:
+        """Report, and keep an interrupt until all processes agree on it."""
+        try:
+            self.report(event)
+        except Interrupted as stop:
+            self.stop = stop
+
+    def stopping(self) -> bool:
+        """Asked before every pass: a signal may arrive within a long step."""
+        self.tell(Event("pass"))
+        return self.stop is not None
+
+    def interrupt(self) -> None:
+        self.save()
+        stop = self.stop or Interrupted("stopped with another process", SIGTERM)
+        raise Interrupted(f"{stop}; the state is saved, continue with --resume", stop.signal_number) from stop
+
+    def save(self) -> None:
+        if self.trainer.processes.main:
+            tensors, numbers = self.trainer.state()
+            self.state.save(tensors, {**numbers, "done": self.done})
+
+    def picture(self, watch: Watch | None) -> None:
+        """A grid of the averaged weights' samples."""
+        if watch is None or self.samples is None:
+            return
+        with self.trainer.averaged() as network:
+            samples = self.samples
+            pruned = draw(network, self.process, samples.noise, samples.labels, samples.steps)
+        watch.picture(self.done, samples.dense, pruned)

@@ -1,0 +1,160 @@
+"""What a pruned network learns from: the data, and the dense network it was cut from.
+
+Four terms, each a mean over the samples of a batch, added with the weights of the recipe:
+
+denoise    the training loss of the checkpoint itself (arXiv 2006.11239, eq. 14)
+distill    |student(x_t) - teacher(x_t)|^2, in the units of the denoising loss (arXiv 1503.02531)
+features   the same on the outputs of the layers, against the teacher's kept channels: width pruning needs no
+           projector. Relative to the teacher's power, layer by layer (arXiv 1412.6550)
+jacobian   the squared length of J v for a random direction v, a projection of J^T J (arXiv 2506.05398),
+           here as the relative difference of student and teacher
+
+Min-SNR weighting (arXiv 2303.09556) applies to the first two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from gfprune_cli.data.calibration import call
+from gfprune_cli.data.diffusion import NoisingProcess, mean_square
+from gfprune_cli.data.draws import Batch
+from gfprune_cli.device import Precision, autocast
+
+JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
+SMALL = 1e-6  # of the denominators of relative differences
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight of each term; `features` is the weight at the first step."""
+
+    denoise: float
+    distill: float
+    features: float
+    jacobian: float
+    min_snr: float | None
+
+
+class FeaturePair:
+    """Outputs of the same layers in student and teacher, caught by hooks.
+
+    Args:
+        student, teacher: the two networks.
+        positions: layer -> the teacher's output positions that the student still has.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, positions: Mapping[str, torch.Tensor]) -> None:
+        self.positions: dict[str, torch.Tensor] = {}
+        self.caught: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
+        self.handles: list[RemovableHandle] = []
+        self.on = False
+        for name, index in positions.items():
+            layer = student.get_submodule(name)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and len(index) == layer.weight.shape[0]:
+                self.positions[name] = index
+        for role, network in (("student", student), ("teacher", teacher)):
+            for name in self.positions:
+                self.handles.append(
+                    network.get_submodule(name).register_forward_hook(self.catcher(role, name))
+                )
+
+    def catcher(self, role: str, name: str) -> Any:
+        def catch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if self.on:
+                self.caught[role][name] = output
+
+        return catch
+
+    def distance(self) -> torch.Tensor:
+        """[N] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
+        terms = []
+        for name, index in self.positions.items():
+            mine, theirs = self.caught["student"].pop(name), self.caught["teacher"].pop(name)
+            if mine.ndim < 3:
+                continue  # the time embedding: no image in it
+            dimension = 1 if mine.ndim == 4 else -1
+            theirs = theirs.detach().index_select(dimension, index.to(theirs.device)).float()
+            power = mean_square(theirs).mean().clamp_min(SMALL)
+            terms.append(mean_square(mine.float() - theirs) / power)
+        return torch.stack(terms).mean(0)
+
+
+class RecoveryLoss:
+    """The weighted sum of the four terms.
+
+    Args:
+        student: called with gradients; may be compiled.
+        teacher: called without.
+        process: noising process of both.
+        weights: of the terms.
+        features: caught layers; None if their weight is 0.
+        precision: of the passes; the Jacobian term is always taken in float32.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        process: NoisingProcess,
+        weights: Weights,
+        features: FeaturePair | None,
+        precision: Precision,
+    ) -> None:
+        self.student, self.teacher, self.process = student, teacher, process
+        self.weights, self.features, self.precision = weights, features, precision
+
+    def terms(
+        self, batch: Batch, probe: torch.Tensor | None, progress: float
+    ) -> dict[str, tuple[float, torch.Tensor]]:
+        """Term -> (its weight now, [N] loss of each sample).
+
+        Args:
+            batch: what to denoise.
+            probe: [N, C, H, W] random directions, if the Jacobian has a weight.
+            progress: share of the run that is done, in [0, 1]; the feature term decays with it.
+        """
+        weights, process = self.weights, self.process
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        timesteps = process.timesteps(batch.index)
+        features = weights.features * (1 - progress)
+        catch = self.features if features else None
+        if catch is not None:
+            catch.on = True
+        with autocast(noisy.device, self.precision):
+            output = call(self.student, noisy, timesteps, batch.labels).float()
+            reference = output
+            if weights.distill or catch is not None:
+                with torch.no_grad():
+                    reference = call(self.teacher, noisy, timesteps, batch.labels).float()
+        if catch is not None:
+            catch.on = False
+        scale = 1.0 if weights.min_snr is None else process.min_snr(batch.index, weights.min_snr)
+        denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
+        terms = {"denoise": (weights.denoise, denoise)}
+        if weights.distill:
+            terms["distill"] = weights.distill, process.distance(output, reference, batch.index) * scale
+        if catch is not None:
+            terms["features"] = features, catch.distance()
+        if weights.jacobian:
+            assert probe is not None
+            terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.labels, probe)
+        return terms
+
+    def jacobian(
+        self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None, probe: torch.Tensor
+    ) -> torch.Tensor:
+        """[N] squared relative difference of |J v|^2 between student and teacher, v = `probe`."""
+
+        def stretch(network: nn.Module) -> torch.Tensor:
+            ahead = call(network, x + JACOBIAN_STEP * probe, timesteps, labels)
+            return mean_square((ahead - call(network, x, timesteps, labels)) / JACOBIAN_STEP)
+
+        mine = stretch(self.student)
+        with torch.no_grad():
+            theirs = stretch(self.teacher)
+        return ((mine - theirs) / (theirs + SMALL)).square()

@@ -1,0 +1,211 @@
+"""One finetune run: from a pruned network to a better one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.durable import StateFolder
+from gfprune_cli.checkpoint.reader import Component, load_model, load_scheduler, sha256_of_weights
+from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.data.calibration import ImageRequest, call
+from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
+from gfprune_cli.device import default_precision
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.progress import Report
+from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.processes import Processes
+from gfprune_cli.recovery.teacher import Teacher, kept_positions
+from gfprune_cli.recovery.trainer import Trainer
+from gfprune_cli.recovery.watch import Watch
+
+DRAWN_IMAGES = 512
+REPORT_SHARE = 8  # one image in so many is kept aside for the reported losses ...
+REPORT_IMAGES = 256  # ... and at most so many
+ALL_IMAGES = 10**7
+
+
+@dataclass
+class Run:
+    """The inputs of one run, checked.
+
+    Args:
+        component: the pruned network on disk.
+        record: its `gfprune.json`.
+    """
+
+    recipe: FinetuneRecipe
+    component: Component
+    record: Record
+    teacher: Teacher
+    processes: Processes
+    report: Report
+    hashes: dict[str, str] = field(init=False)
+    fingerprint: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.hashes = sha256_of_weights(self.component)
+        scheduler = load_scheduler(self.component) or load_scheduler(self.teacher.component)
+        if scheduler is None:
+            raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
+        self.scheduler: Any = scheduler
+        self.process: NoisingProcess = noising_process(scheduler)
+        self.device = self.processes.device
+        self.precision = self.recipe.precision or default_precision(self.device)
+        wanted = self.recipe.channels_last
+        self.channels_last = self.device.type == "cuda" if wanted is None else wanted
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that left the state."""
+        addresses = ("model", "revision", "variant", "teacher", "teacher_revision")  # the hashes tell
+        settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
+        inputs = {"config": self.component.config, "scheduler": dict(self.scheduler.config)}
+        return {
+            "command": "finetune",
+            **settings,
+            "weights": self.hashes,
+            "teacher weights": self.teacher.hashes,
+            "device": self.device.type,
+            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            "tools": installed_tools(),
+        }
+
+    def execute(
+        self,
+        state: StateFolder,
+        *,
+        save_every: int,
+        sample_every: int,
+        open_watch: Callable[[int], Watch] | None,
+    ) -> tuple[nn.Module, dict[str, float]]:
+        """The trained network (averaged weights, in the type it is stored in), and the losses."""
+        teacher = self.place(load_model(self.teacher.component))
+        student = self.place(load_model(self.component))
+        draws, reports = self.draws(teacher)
+        state.identity["data contents"] = self.fingerprint
+        losses = {"teacher": self.loss(reports, teacher), "before": self.loss(reports, student)}
+        trainer = self.trainer(student, teacher, draws)
+        samples = self.samples(teacher) if sample_every and self.processes.main else None
+        loop = Loop(trainer, self.process, state, self.report, save_every, sample_every, samples, open_watch)
+        loop.run()
+        trainer.ema.copy_to(student.parameters())
+        student.requires_grad_(False)
+        nn.Module.to(student, stored_dtype(self.component))
+        check_finite(student)
+        losses["after"] = self.loss(reports, nn.Module.to(student, torch.float32))
+        return nn.Module.to(student, stored_dtype(self.component)), losses
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A network on the run's device, frozen, in float32."""
+        if self.channels_last:
+            model = nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return nn.Module.to(model, self.device).requires_grad_(False)
+
+    def draws(self, teacher: nn.Module) -> tuple[Draws, Draws]:
+        """Draws for training, and for the reported losses; from different images."""
+        recipe = self.recipe
+        drawn = recipe.data == "self"
+        request = ImageRequest(
+            None if drawn else recipe.data,
+            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
+            recipe.sample_steps,
+            recipe.seed,
+        )
+        with self.processes.main_first():
+            found = request.answer(
+                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
+            )
+        self.fingerprint = found.fingerprint
+        images = found.images.to(self.device)
+        labels = None if found.labels is None else found.labels.to(self.device)
+        split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
+        parts = [
+            Draws(images[part], self.process.steps, recipe.seed, None if labels is None else labels[part])
+            for part in (slice(split), slice(split, None))
+        ]
+        return parts[0], parts[1]
+
+    def trainer(self, student: nn.Module, teacher: nn.Module, draws: Draws) -> Trainer:
+        """The student in training: trained in eval mode, as dropout would blur what it is taught."""
+        recipe = self.recipe
+        pair = None
+        if recipe.features:
+            pair = FeaturePair(student, teacher, kept_positions(teacher, self.record))
+        if recipe.checkpointing:
+            student.enable_gradient_checkpointing()  # type: ignore[operator]
+        student.requires_grad_(True)
+        weights = Weights(recipe.denoise, recipe.distill, recipe.features, recipe.jacobian, recipe.min_snr)
+        called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
+        loss = RecoveryLoss(called[0], called[1], self.process, weights, pair, self.precision)  # type: ignore[arg-type]
+        return Trainer(student, loss, draws, recipe, self.processes)
+
+    def samples(self, teacher: nn.Module) -> Samples | None:
+        """The dense row of the sample grids; None for latents, which are no pictures."""
+        config: Any = teacher.config
+        if config.in_channels not in (1, 3) or {"vae", "vqvae"} & set(self.component.pipeline or {}):
+            return None
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return dense_samples(
+            teacher,
+            self.process,
+            (config.in_channels, height, width),
+            config.num_class_embeds,
+            seed=self.recipe.seed,
+            steps=self.recipe.sample_steps,
+            device=self.device,
+        )
+
+    def loss(self, draws: Draws, model: nn.Module) -> float:
+        return denoising_loss(
+            lambda x, timesteps, labels: call(model, x, timesteps, labels),
+            self.process,
+            draws,
+            REPORT_DRAWS,
+            self.report,
+        )
+
+    def make_record(self, losses: dict[str, float]) -> dict[str, Any]:
+        """The checkpoint's record, with this run appended."""
+        entry = {
+            "recipe": self.recipe.document(),
+            "resolved": {
+                "precision": self.precision,
+                "device": self.device.type,
+                "channels_last": self.channels_last,
+                "processes": self.processes.count,
+            },
+            "student": {"weights": self.hashes},
+            "teacher": {
+                "label": self.teacher.source.label,
+                "kind": self.teacher.source.kind,
+                "commit": self.teacher.source.commit,
+                "weights": self.teacher.hashes,
+            },
+            "data": self.fingerprint,
+            "loss": losses,
+            "tools": installed_tools(),
+        }
+        earlier = self.record.document.get("finetune")
+        return {**self.record.document, "finetune": [*(earlier if isinstance(earlier, list) else []), entry]}
+
+
+def check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
+
+
+def default_output(recipe: FinetuneRecipe) -> Path:
+    """A name derived from the model."""
+    return Path(f"{Path(recipe.model).name or 'model'}-finetuned")

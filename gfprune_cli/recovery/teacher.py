@@ -1,0 +1,132 @@
+"""The dense model that a pruned checkpoint learns from: found, checked, loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.reader import Component, build_meta, inspect, load_scheduler, sha256_of_weights
+from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.removal import cuts_of
+
+# what pruning may change in a configuration: widths, and what follows from them
+WIDTHS = {"block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"}
+OWN = {"gfprune", "auto_map"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A dense checkpoint that fits the student: where it is, and the hashes of its weights."""
+
+    source: Source
+    component: Component
+    hashes: dict[str, str]
+
+
+def find_teacher(
+    student: Component, record: Record, recipe: FinetuneRecipe, *, offline: bool, report: Report
+) -> Teacher:
+    """The teacher that the user named, or the one that the student was pruned from.
+
+    Raises:
+        UsageError: the one named does not fit; GfpruneError: the recorded one is gone or has changed.
+    """
+    origin = record.source
+    label = recipe.teacher or origin.label
+    revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
+    variant = recipe.variant or (None if recipe.teacher else origin_variant(record))
+    try:
+        source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
+    except GfpruneError as error:
+        if recipe.teacher is not None:
+            raise UsageError(str(error).replace("--model", "--teacher", 1)) from error
+        raise GfpruneError(
+            f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
+            f"({error}): name it with --teacher"
+        ) from error
+    component = inspect(source, component=student.name or None, variant=variant)
+    check_fit(student, component, label)
+    report(Event("load", text=f"hashing {source.folder}"))
+    hashes = sha256_of_weights(component)
+    if sorted(hashes.values()) != sorted(origin.weights.values()):
+        if recipe.teacher is None:
+            raise GfpruneError(
+                f"the weights of {quoted(label)} have changed since this checkpoint was pruned from them: "
+                "restore them, or accept them as they are with --teacher"
+            )
+        notice(report, f"--teacher {label}: not the weights that this checkpoint was pruned from")
+    return Teacher(source, component, hashes)
+
+
+def origin_variant(record: Record) -> str | None:
+    """Which weights of the dense model were pruned."""
+    settings = record.document.get("recipe")
+    variant = settings.get("variant") if isinstance(settings, dict) else None
+    return variant if isinstance(variant, str) else None
+
+
+def check_fit(student: Component, teacher: Component, label: str) -> None:
+    """Refuse a teacher whose outputs mean something else.
+
+    Raises:
+        UsageError: another class, resolution, structure or noise.
+    """
+    if teacher.class_name.removeprefix("Pruned") != student.class_name.removeprefix("Pruned"):
+        raise UsageError(
+            f"teacher {quoted(label)} is a {teacher.class_name}, and the student was pruned from a "
+            f"{student.class_name.removeprefix('Pruned')}: name the model it was pruned from"
+        )
+    mine, theirs = dict(build_config(student)), dict(build_config(teacher))
+    for key in sorted((mine.keys() | theirs.keys()) - WIDTHS - OWN):
+        if not key.startswith("_") and plain(mine.get(key)) != plain(theirs.get(key)):
+            raise UsageError(
+                f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
+                "name the model it was pruned from"
+            )
+    for key in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
+        values = [getattr(load_scheduler(part), "config", {}).get(key) for part in (student, teacher)]
+        if values[0] != values[1]:
+            raise UsageError(
+                f"teacher {quoted(label)} was trained with {key} {values[1]}, the student with {values[0]}: "
+                "name the model it was pruned from"
+            )
+
+
+def build_config(component: Component) -> Any:
+    """The configuration with the class's defaults filled in."""
+    return build_meta(component).config
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def kept_positions(teacher: nn.Module, record: Record) -> dict[str, torch.Tensor]:
+    """Module -> output positions of the teacher that the student still has, ascending.
+
+    Args:
+        teacher: on any device; only its structure is read.
+
+    Raises:
+        GfpruneError: the record does not describe a pruning of this network.
+    """
+    groups, _ = discover(teacher)
+    alive = {}
+    for group in groups:
+        kept = record.kept.get(group.name)
+        if kept is None or kept[-1] >= group.channels:
+            raise GfpruneError(
+                f"gfprune.json keeps no valid channels of {quoted(group.name)}: it belongs to another model"
+            )
+        channels = torch.zeros(group.channels, dtype=torch.bool)
+        channels[kept] = True
+        alive[group.name] = channels.view(group.units, group.unit_size).all(1)
+    cuts = cuts_of(teacher, groups, alive)
+    return {name: cut.out for name, cut in cuts.items() if cut.out is not None}

@@ -1,0 +1,228 @@
+"""One training step, and everything that a step changes."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.losses import RecoveryLoss
+from gfprune_cli.recovery.processes import Processes
+
+FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SMALLEST_SCALE = 1e-4  # of float16 gradients; below it they are not finite for another reason
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Stopped(Exception):
+    """Some process was told to stop; nothing of the step was applied."""
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine (arXiv 1608.03983) down to a tenth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * (FINAL_RATE + (1 - FINAL_RATE) * (0.5 + 0.5 * math.cos(math.pi * done)))
+
+
+@dataclass
+class Trainer:
+    """Trains a network with AdamW, and keeps the moving average of its weights.
+
+    Args:
+        network: what is trained; its parameters are updated in place.
+        loss: of a batch; calls the network.
+        draws: where batches come from.
+        recipe: sizes, rates and seeds.
+        processes: that share each batch.
+    """
+
+    network: nn.Module
+    loss: RecoveryLoss
+    draws: Draws
+    recipe: FinetuneRecipe
+    processes: Processes
+    micro_batch: int = 0
+    optimizer: torch.optim.AdamW = field(init=False)
+    ema: EMAModel = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.parameters = dict(self.network.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        # its decay is min(decay, (1 + s) / (10 + s)) at step s
+        self.ema = EMAModel(self.parameters.values(), decay=recipe.ema, foreach=True)
+        device = self.processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.loss.precision == "fp16")
+        self.micro_batch = self.micro_batch or recipe.micro_batch or recipe.batch
+
+    def step(self, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
+        """One update; on lack of memory its gradients again in halves.
+
+        Args:
+            stopping: asked before every pass; whether this process was told to stop.
+
+        Returns:
+            Means over the batch of the loss and its terms, the learning rate, the gradient's norm.
+
+        Raises:
+            Stopped: some process was told to stop; the weights are those before the step.
+            GfpruneError: the loss or the gradient is not finite (before the update), or a single sample
+                does not fit in memory.
+        """
+        while True:
+            try:
+                sums = self.accumulate(step, stopping)
+                break
+            except torch.OutOfMemoryError:
+                self.halve(step)
+        rate = learning_rate(step, self.recipe.steps, self.recipe.learning_rate, self.recipe.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self.reduce_and_clip(step, sums)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.parameters.values())
+        return {**sums, "lr": rate, "grad_norm": norm}
+
+    def accumulate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
+        """Add up the gradients of this process's share of the batch; means of the terms over all shares."""
+        share = self.processes.share(self.recipe.batch)
+        sums: dict[str, torch.Tensor] = {}
+        stop = False
+        for first in range(share.start, share.stop, self.micro_batch):
+            stop = stop or stopping()
+            if stop:
+                break
+            for name, value in self.backward(step, first, min(self.micro_batch, share.stop - first)).items():
+                sums[name] = sums.get(name, 0) + value
+        names = self.term_names()
+        packed = torch.stack(
+            [sums.get(name, torch.zeros(())).cpu() for name in names] + [torch.tensor(float(stop))]
+        )
+        *means, stops = self.processes.total(packed.to(self.processes.device)).tolist()
+        if stops:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise Stopped
+        return dict(zip(names, means, strict=True))
+
+    def term_names(self) -> list[str]:
+        weights = self.loss.weights
+        chosen = ("distill", "features", "jacobian")
+        return ["loss", "denoise", *(name for name in chosen if getattr(weights, name))]
+
+    def backward(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
+        """Gradients of `count` draws of the batch; their share in the mean of each term."""
+        recipe, of = self.recipe, self.recipe.batch
+        batch = self.draws.batch("train", step, count, first=first, of=of, levels=recipe.timesteps)
+        probe = self.draws.directions("probe", step, count, first=first) if recipe.jacobian else None
+        terms = self.loss.terms(batch, probe, step / recipe.steps)
+        loss = torch.stack([weight * values.sum() / of for weight, values in terms.values()]).sum()
+        self.scaler.scale(loss).backward()
+        shares = {name: (values.detach().sum() / of) for name, (_, values) in terms.items()}
+        return {"loss": loss.detach(), **shares}
+
+    def reduce_and_clip(self, step: int, sums: Mapping[str, float]) -> float:
+        """Sum the gradients over the processes, undo their scale, clip them; returns their norm.
+
+        Raises:
+            GfpruneError: the loss or a gradient is not finite.
+        """
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad = self.processes.total(parameter.grad)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip))
+        bad = not math.isfinite(sums["loss"])
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE
+        if bad or not (math.isfinite(norm) or overflow):
+            names = (
+                n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()
+            )
+            culprit = next(names, "none")
+            self.optimizer.zero_grad(set_to_none=True)
+            raise GfpruneError(
+                f"the training loss at step {step} is not finite (first bad gradient: {culprit}): "
+                "lower --learning-rate, or use --precision fp32"
+            )
+        return norm if math.isfinite(norm) else 0.0  # an overflow in float16: the scaler skips this step
+
+    def halve(self, step: int) -> None:
+        """Halve the micro-batch and forget the gradients so far."""
+        self.optimizer.zero_grad(set_to_none=True)
+        size = min(self.micro_batch, len(self.processes.share(self.recipe.batch)))
+        if size <= 1:
+            raise GfpruneError(
+                f"out of memory with one sample per pass at training step {step}: "
+                "use --checkpointing, a half --precision, or a larger device"
+            ) from None
+        self.micro_batch = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with the moving average in place of its weights."""
+        self.ema.store(self.parameters.values())
+        self.ema.copy_to(self.parameters.values())
+        try:
+            yield self.network
+        finally:
+            self.ema.restore(self.parameters.values())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Everything that the next steps depend on: (tensors, numbers)."""
+        tensors: dict[str, torch.Tensor] = {}
+        shadows = zip(self.parameters.items(), self.ema.shadow_params, strict=True)
+        for (name, parameter), shadow in shadows:
+            tensors[f"weight/{name}"], tensors[f"ema/{name}"] = parameter.detach(), shadow
+            for moment in MOMENTS:
+                if parameter in self.optimizer.state:
+                    tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
+        updates = max((int(entry["step"]) for entry in self.optimizer.state.values()), default=0)
+        numbers = {
+            "updates": updates,
+            "averaged": self.ema.optimization_step,
+            "micro_batch": self.micro_batch,
+            "scaler": self.scaler.state_dict(),
+        }
+        return tensors, numbers
+
+    @torch.no_grad()
+    def restore(self, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
+        """Continue from `state()`.
+
+        Raises:
+            GfpruneError: a tensor is missing, or has another shape.
+        """
+        shadows = []
+        for name, parameter in self.parameters.items():
+            families = ["weight", "ema"] + [m for m in MOMENTS if f"{MOMENTS[0]}/{name}" in tensors]
+            copies = {}
+            for family in families:
+                found = tensors.get(f"{family}/{name}")
+                if found is None or found.shape != parameter.shape:
+                    raise GfpruneError(f"the saved state does not fit: {family} of {name}; use --force")
+                # memory formats decide which kernels run, so they are those of the parameters
+                copies[family] = torch.empty_like(parameter).copy_(found)
+            parameter.copy_(copies.pop("weight"))
+            shadows.append(copies.pop("ema"))
+            if copies:
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(numbers["updates"])), **copies}
+        self.ema.shadow_params = shadows
+        self.ema.optimization_step = numbers["averaged"]
+        self.micro_batch = numbers["micro_batch"]
+        self.scaler.load_state_dict(numbers["scaler"])
