@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-.venv: $(STAMP) ## Create the virtual environment and install gfprune in it, with all extras
+.venv: $(STAMP) ## Create the virtual environment and install gfprune in it, with what the tests use
 
 $(STAMP): pyproject.toml requirements.lock.txt
 	@if ! $(BIN)/python -c '' 2>/dev/null; then \
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock.txt
 	fi
 	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-		-c requirements.lock.txt -e '.[dev,data]'
+		-c requirements.lock.txt -e '.[dev,data,tensorboard]'
 	@touch $@
 
 demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters
