@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -269,3 +270,24 @@ def test_the_library_leaves_the_environment_alone() -> None:
     )
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
+
+
+def test_a_signal_within_a_long_operation_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling or tracing reports nothing for minutes; the run ends all the same, with the signal's code."""
+    from gfprune_cli.cli import session
+
+    monkeypatch.setattr(session, "PATIENCE", 0.01)
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    }
+    try:
+        with (
+            pytest.raises(SystemExit) as stop,
+            session.Session(quiet=True, debug=False, json=False, offline=False),
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stop.value.code == 143

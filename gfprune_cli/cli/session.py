@@ -13,6 +13,7 @@ from typing import Any, Self
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event
 
+PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
 LINES_PER_PHASE = 10  # of progress, where there is no terminal to draw a bar on
 
 
@@ -46,6 +47,15 @@ class Session:
         if self.signal_number:
             os._exit(128 + number)
         self.signal_number = number
+        signal.signal(signal.SIGALRM, self.on_patience_lost)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+    def on_patience_lost(self, number: int, frame: FrameType | None) -> None:
+        """No event came in time: stop where the run is. What it saved before stands."""
+        name = signal.Signals(self.signal_number).name
+        raise Interrupted(
+            f"stopped by {name} within a long operation; --resume continues", self.signal_number
+        )
 
     def report(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
@@ -54,6 +64,7 @@ class Session:
             Interrupted: a signal arrived.
         """
         if self.signal_number:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # saving may take its time
             name = signal.Signals(self.signal_number).name
             raise Interrupted(f"stopped by {name}", self.signal_number)
         if self.quiet:
@@ -131,6 +142,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self.close_bar()
         if error is None or isinstance(error, SystemExit):
             return

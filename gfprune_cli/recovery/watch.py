@@ -8,6 +8,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def make_tracker(logger: str | None, folder: Path, name: str) -> Any:
     tracker = (
         TensorBoardTracker(name, str(folder)) if logger == "tensorboard" else TrackioTracker(run_name=name)
     )
-    tracker.start()
+    with redirect_stdout(StringIO()):  # loggers talk; stdout is for the result
+        tracker.start()
     return tracker
 
 
@@ -116,7 +119,8 @@ class Watch:
     def close(self) -> None:
         self.file.close()
         if self.tracker is not None:
-            self.tracker.finish()
+            with redirect_stdout(StringIO()):
+                self.tracker.finish()
 
 
 def grid(dense: torch.Tensor, pruned: torch.Tensor) -> Image.Image:
