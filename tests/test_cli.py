@@ -280,13 +280,15 @@ def test_a_signal_within_a_long_operation_stops_it(monkeypatch: pytest.MonkeyPat
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     }
-    try:
-        with (
-            pytest.raises(SystemExit) as stop,
-            session.Session(quiet=True, debug=False, json=False, offline=False),
-        ):
+
+    def wait_for_ever() -> None:
+        with session.Session(quiet=True, debug=False, json=False, offline=False):
             os.kill(os.getpid(), signal.SIGTERM)
             signal.pause()
+
+    try:
+        with pytest.raises(SystemExit) as stop:
+            wait_for_ever()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -213,9 +213,18 @@ def test_compiled_networks_are_what_is_trained(
         return compile_(network, backend="eager")  # traced as by the default one, which needs a C++ compiler
 
     monkeypatch.setattr(torch, "compile", record)
-    gfprune_cli.finetune(pruned, out=tmp_path / "out", sample_every=0, compile=True, features=0.1, **BRIEF)
+    common: dict[str, Any] = dict(sample_every=0, features=0.1, **BRIEF)
+    gfprune_cli.finetune(pruned, out=tmp_path / "compiled", compile=True, **common)
     assert len(compiled) == 2
-    assert digest(tmp_path / "out") != digest(pruned)
+    gfprune_cli.finetune(pruned, out=tmp_path / "eager", **common)
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / f"{name}-logs/metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("compiled", "eager")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
@@ -331,6 +340,19 @@ def arguments_that_must_fail(
         return ["--data", str(folder / "empty")], 2, "no image in it"
     if case == "no loss":
         return ["--denoise", "0", "--distill", "0"], 2, "all loss weights are 0"
+    if case == "logs in the output":
+        return ["--logs", str(folder / "result" / "logs")], 2, "lies in --out"
+    if case == "logs in the data":
+        (folder / "data").mkdir()
+        return ["--data", str(folder / "data"), "--logs", str(folder / "data" / "logs")], 2, "lie in --data"
+    if case == "too much at once":
+        return ["--compile", "--checkpointing", "--features", "1"], 2, "do not go together"
+    if case == "record without numbers":
+        del record["sparsity"]
+    if case == "record with another history":
+        record["finetune"] = [{"x": 1}]
+    if case == "kept channels out of order":
+        record["kept"] = {name: kept[::-1] for name, kept in record["kept"].items()}
     if case == "unknown logger":
         return ["--logger", "paper"], 2, "--logger"
     if case == "logs of another run":
@@ -342,6 +364,9 @@ def arguments_that_must_fail(
         "teacher changed": (1, "have changed"),
         "teacher gone": (1, "name it with --teacher"),
         "damaged record": (1, "is damaged"),
+        "record without numbers": (1, "is damaged: sparsity"),
+        "record with another history": (1, "is damaged: finetune"),
+        "kept channels out of order": (1, "do not ascend"),
         "record of another model": (1, "belongs to another model"),
     }
     extra = ["--features", "0.1"] if case == "record of another model" else []
@@ -352,8 +377,10 @@ def arguments_that_must_fail(
     "case",
     [
         "never pruned", "no model", "another architecture", "another resolution", "another prediction",
-        "teacher missing", "teacher changed", "teacher gone", "damaged record", "record of another model",
-        "zero images", "no loss", "unknown logger", "logs of another run",
+        "teacher missing", "teacher changed", "teacher gone", "damaged record",
+        "record of another model", "zero images", "no loss", "unknown logger", "logs of another run",
+        "logs in the output", "logs in the data", "too much at once", "record without numbers",
+        "record with another history", "kept channels out of order",
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_nothing_is_written(
@@ -409,3 +436,62 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
     (newest / "state.safetensors").write_bytes(b"nonsense")
     gfprune_cli.finetune(pruned, out=out, resume=True, sample_every=0, **BRIEF)
     assert digest(out) == digest(tuned)
+
+
+def test_a_signal_within_a_grid_saves_all_steps_before_it(pruned: Path, tuned: Path, tmp_path: Path) -> None:
+    in_a_row = 0
+
+    def stop(event: Event) -> None:
+        nonlocal in_a_row
+        in_a_row = in_a_row + 1 if event.phase == "pass" else 0
+        if in_a_row == 2 and seen_steps:  # only a grid makes two passes in a row
+            raise Interrupted("stop", signal.SIGTERM)
+        if event.phase == "finetune":
+            seen_steps.append(event.step)
+
+    seen_steps: list[int] = []
+    out = tmp_path / "out"
+    settings: dict[str, Any] = dict(out=out, save_every=0, sample_every=3, **BRIEF)
+    with pytest.raises(Interrupted):
+        gfprune_cli.finetune(pruned, report=stop, **settings)
+    assert seen_steps == [1, 2, 3]
+    state = max((tmp_path / ".out.gfprune-state").iterdir()) / "state.json"
+    assert json.loads(state.read_text())["numbers"]["done"] == 3
+    gfprune_cli.finetune(pruned, resume=True, **settings)
+    assert digest(out) == digest(tuned)
+
+
+def test_a_bare_model_keeps_its_schedule(tmp_path: Path) -> None:
+    """Else the pruned model would be taught the noise of another one."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    bare = tmp_path / "bare"
+    UNet2DModel(**TINY).save_pretrained(bare)
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(bare)
+    gfprune_cli.prune(str(bare), one_shot=True, sparsity=0.4, out=tmp_path / "pruned", **QUICK_ONE_SHOT)
+    gfprune_cli.finetune(tmp_path / "pruned", out=tmp_path / "tuned", sample_every=0, **BRIEF | dict(steps=2))
+    schedule = json.loads((tmp_path / "tuned" / "scheduler_config.json").read_text())
+    assert schedule["prediction_type"] == "v_prediction"
+
+
+def test_a_signal_while_the_teacher_loads_is_a_signal(pruned: Path, tmp_path: Path) -> None:
+    loads = 0
+
+    def stop(event: Event) -> None:
+        nonlocal loads
+        loads += event.phase == "load"
+        if loads == 2:
+            raise Interrupted("stop", signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        gfprune_cli.finetune(pruned, out=tmp_path / "out", report=stop, **BRIEF)
+
+
+def test_resume_does_not_touch_the_metrics_of_another_run(pruned: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "metrics.jsonl").write_text("another run's")
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.finetune(pruned, out=tmp_path / "out", logs=logs, resume=True, **BRIEF)
+    assert (logs / "metrics.jsonl").read_text() == "another run's"

@@ -20,9 +20,9 @@ from gfprune_cli.checkpoint.record import Origin, Record
 from gfprune_cli.data.diffusion import VariancePreserving, noising_process
 from gfprune_cli.data.draws import Batch, Draws
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.processes import Processes
 from gfprune_cli.recovery.teacher import kept_positions
 from gfprune_cli.recovery.trainer import Stopped, Trainer, learning_rate
 from gfprune_cli.recovery.watch import METRICS, Watch, grid
@@ -44,9 +44,9 @@ class Scale(nn.Module):
         return (self.factor * x,)
 
 
-def tiny(seed: int = 0) -> UNet2DModel:
+def tiny(seed: int = 0, **changes: Any) -> UNet2DModel:
     torch.manual_seed(seed)
-    return UNet2DModel(**TINY).eval()
+    return UNet2DModel(**TINY | changes).eval()
 
 
 def batch(count: int = 4, seed: int = 0) -> Batch:
@@ -66,14 +66,17 @@ def half_pruned(dense: UNet2DModel) -> tuple[nn.Module, Record]:
     return remove(dense, groups, kept), Record({}, Origin("dense", "local", None, {}), channels, "unet")
 
 
-def test_kept_positions_lead_from_the_students_weights_to_the_teachers() -> None:
-    dense = tiny()
+@pytest.mark.parametrize("heads", [8, None])
+def test_kept_positions_lead_from_the_students_weights_to_the_teachers(heads: int | None) -> None:
+    dense = tiny(attention_head_dim=heads)
+    nn.init.normal_(dense.mid_block.attentions[0].to_q.bias)
     student, record = half_pruned(dense)
-    positions = kept_positions(dense, record)
+    positions, scales = kept_positions(dense, record)
     assert len(positions) > 10
+    assert bool(scales) == (heads is None), "one head becomes narrower, several become fewer"
     for name, index in positions.items():
         mine, theirs = student.get_submodule(name), dense.get_submodule(name)
-        assert torch.equal(mine.bias, theirs.bias[index]), name
+        torch.testing.assert_close(mine.bias, theirs.bias[index] * scales.get(name, 1.0), msg=name)
 
 
 def test_a_record_of_another_network_is_refused() -> None:
@@ -92,18 +95,18 @@ def loss_of(student: nn.Module, teacher: nn.Module, pair: FeaturePair | None = N
     return RecoveryLoss(student, teacher, PROCESS, Weights(**defaults | weights), pair, "fp32")
 
 
-def test_features_are_equal_where_only_unread_channels_went_and_not_elsewhere() -> None:
-    """A student that differs from the teacher only in channels that are zero has the teacher's features."""
+def test_features_compare_each_kept_channel_with_the_teachers() -> None:
+    """Layers that read the image agree on their kept channels; deeper ones miss what was removed."""
     dense = tiny()
     student, record = half_pruned(dense)
-    positions = kept_positions(dense, record)
-    pair = FeaturePair(student, dense, positions)
+    positions, _ = kept_positions(dense, record)
+    pair = FeaturePair(student, dense, positions, {})
     layers = [name for name in pair.positions if student.get_submodule(name).weight.ndim == 4]
     assert "down_blocks.0.resnets.0.conv1" in layers
     loss = loss_of(student, dense, pair, features=1.0)
     assert float(loss.terms(batch(), None, 0.0)["features"][1].mean()) > 0.01
     # conv_in reads the image in both, so its kept channels are the same
-    only = FeaturePair(student, dense, {"conv_in": positions["conv_in"]})
+    only = FeaturePair(student, dense, {"conv_in": positions["conv_in"]}, {})
     loss = loss_of(student, dense, only, features=1.0)
     assert float(loss.terms(batch(), None, 0.0)["features"][1].abs().max()) < 1e-10
 
@@ -112,7 +115,7 @@ def test_the_feature_term_decays_to_nothing_and_gives_gradients() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
     student.requires_grad_(True)
-    loss = loss_of(student, dense, FeaturePair(student, dense, kept_positions(dense, record)), features=0.5)
+    loss = loss_of(student, dense, FeaturePair(student, dense, *kept_positions(dense, record)), features=0.5)
     assert [loss.terms(batch(), None, share)["features"][0] for share in (0.0, 0.5)] == [0.5, 0.25]
     assert "features" not in loss.terms(batch(), None, 1.0)
     loss.terms(batch(), None, 0.0)["features"][1].sum().backward()
@@ -239,7 +242,7 @@ def test_accumulated_micro_batches_make_the_same_step() -> None:
     whole, parts = make_trainer(), make_trainer(micro_batch=3)
     a, b = whole.step(0, never), parts.step(0, never)
     assert a == pytest.approx(b, rel=1e-5)
-    assert float(whole.network.factor) == pytest.approx(float(parts.network.factor), rel=1e-6)
+    assert whole.network.factor.item() == pytest.approx(parts.network.factor.item(), rel=1e-6)
 
 
 def test_lack_of_memory_halves_the_micro_batch_and_repeats_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +344,7 @@ def test_checkpointing_changes_no_gradient_and_features_survive_it() -> None:
         student.requires_grad_(True)
         if recompute:
             student.enable_gradient_checkpointing()
-        pair = FeaturePair(student, dense, kept_positions(dense, record))
+        pair = FeaturePair(student, dense, *kept_positions(dense, record))
         loss = loss_of(student, dense, pair, features=1.0, distill=1.0)
         terms = loss.terms(batch(), None, 0.0)
         sum(weight * values.sum() for weight, values in terms.values()).backward()
@@ -382,3 +385,34 @@ def test_shares_of_a_batch_cover_it_once() -> None:
             states = [SimpleNamespace(process_index=rank, num_processes=count) for rank in range(count)]
             taken = [draw for state in states for draw in Processes(state, CPU).share(total)]
             assert taken == list(range(total))
+
+
+def test_the_feature_term_does_not_depend_on_how_a_batch_is_split() -> None:
+    dense = tiny()
+    student, record = half_pruned(dense)
+    loss = loss_of(student, dense, FeaturePair(student, dense, *kept_positions(dense, record)), features=1.0)
+    sample = batch(4)
+    whole = loss.terms(sample, None, 0.0)["features"][1]
+    parts = [
+        loss.terms(Batch(sample.images[part], sample.noise[part], sample.index[part]), None, 0.0)["features"][
+            1
+        ]
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_failed_pass_holds_no_activations() -> None:
+    dense = tiny()
+    student, record = half_pruned(dense)
+    pair = FeaturePair(student, dense, *kept_positions(dense, record))
+    loss = loss_of(student, dense, pair, features=1.0)
+    dense.conv_out.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.terms(batch(), None, 0.0)
+    assert not any(pair.caught.values())
+    assert not pair.on
+
+
+def fail(module: nn.Module, inputs: Any) -> None:
+    raise torch.OutOfMemoryError("no")

@@ -198,7 +198,7 @@ def replace_folder(staging: Path, destination: Path, *, force: bool) -> None:
         destination.rename(old)
     try:
         staging.rename(destination)
-    except OSError:
+    except BaseException:
         if old.exists():
             old.rename(destination)
         raise

@@ -1,7 +1,8 @@
 """The record that travels in a checkpoint, `gfprune.json`: what it was pruned from, and what was kept."""
 
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -45,12 +46,64 @@ class Record:
 
 
 @dataclass(frozen=True)
+class _Recipe:
+    """The settings that a model card names."""
+
+    criterion: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class _Sparsity:
+    achieved: float
+    of: str
+
+
+@dataclass(frozen=True)
+class _Change:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class _Loss:
+    before: float
+    removed: float
+
+
+@dataclass(frozen=True)
+class _Steps:
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    before: float
+    after: float
+    teacher: float
+
+
+@dataclass(frozen=True)
+class _Finetuned:
+    recipe: _Steps
+    loss: _Recovery
+
+
+@dataclass(frozen=True)
 class _Document:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
     source: Origin
     kept: dict[str, Annotated[list[Annotated[int, Ge(0), Lt(1 << 24)]], MinLen(1)]]
     component: str
+    class_name: str
+    recipe: _Recipe
+    sparsity: _Sparsity
+    params: _Change
+    macs: _Change
+    bytes: _Change
+    loss: _Loss
+    finetune: list[_Finetuned] = field(default_factory=list)
 
 
 def read_record(root: Path) -> Record | None:
@@ -73,6 +126,9 @@ def read_record(root: Path) -> Record | None:
         raise GfpruneError(
             f"{path} is damaged: {where}: {first['msg']}; prune again, or restore it"
         ) from None
+    for group, channels in known.kept.items():
+        if any(a >= b for a, b in itertools.pairwise(channels)):
+            raise GfpruneError(f"{path} is damaged: the channels of {group[:80]!r} do not ascend; restore it")
     for name, digest in known.source.weights.items():
         if not _DIGEST.fullmatch(digest):
             raise GfpruneError(f"{path} is damaged: the hash of {name[:80]!r} is no SHA-256; restore it")

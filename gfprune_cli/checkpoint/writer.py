@@ -44,6 +44,8 @@ def write_checkpoint(
         write_model(folder, model)
         if not bare:
             copy_pipeline(staging, component, name, library_entry(model))
+        else:
+            copy_scheduler(staging, component)
         complete = {**record, "bytes": {**record["bytes"], "after": (folder / WEIGHTS).stat().st_size}}
         write_json(staging / "gfprune.json", complete)
         source = record["source"]
@@ -118,6 +120,15 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
     if schedule is not None and "scheduler" in component.pipeline:
         (staging / "scheduler").mkdir(exist_ok=True)
         shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
+
+
+def copy_scheduler(staging: Path, component: Component) -> None:
+    """The schedule that lies in a bare model's own folder: without it the model's noise is not known."""
+    schedule = scheduler_config_path(component)
+    if schedule is not None and schedule.is_relative_to(component.root):
+        target = staging / schedule.relative_to(component.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(schedule, target)
 
 
 def loading_line(destination: Path, model: nn.Module, *, bare: bool) -> str:

@@ -37,9 +37,8 @@ def recipe_option(recipe: type, name: str) -> Any:
         metavar, bare = "[" + "|".join(get_args(bare)) + "]", str
     default = getattr(recipe, name, None)
     shown = "" if default is None or isinstance(default, bool) else f" [default: {default}]"
-    option = typer.Option(
-        flag(name), help=option_help(recipe, name) + shown, metavar=metavar, show_default=False
-    )
+    names = f"{flag(name)}/--no-{flag(name)[2:]}" if bare is bool else flag(name)
+    option = typer.Option(names, help=option_help(recipe, name) + shown, metavar=metavar, show_default=False)
     return Annotated[bare | None, option]
 
 

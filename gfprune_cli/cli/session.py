@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.launch import launched, main_process
 from gfprune_cli.progress import Event
 
 PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
@@ -44,6 +45,9 @@ class Session:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first signal asks the run to save and stop, the second one ends it."""
+        if launched():  # a launcher repeats the signal that its processes got; they stop together
+            self.signal_number = self.signal_number or number
+            return
         if self.signal_number:
             os._exit(128 + number)
         self.signal_number = number
@@ -151,11 +155,6 @@ class Session:
         if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code(error)) from None
-
-
-def main_process() -> bool:
-    """Whether this is the one of several launched processes that speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def exit_code(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
@@ -11,13 +12,13 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
 from gfprune_cli.device import deterministic
 from gfprune_cli.errors import UsageError
+from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.processes import Processes
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.run import Run, default_output
 from gfprune_cli.recovery.teacher import find_teacher
-from gfprune_cli.recovery.watch import Watch, check_logs, logs_folder, make_tracker
+from gfprune_cli.recovery.watch import Watch, check_logger, check_logs, logs_folder, make_tracker
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -60,39 +61,26 @@ def finetune(
     """
     start = time.monotonic()
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
-    folder = logs_folder(destination, logs)
+    folder = logs_folder(destination, Path(logs).expanduser() if logs is not None else None)
     check_recipe(recipe)
+    check_logger(logger)
     processes = Processes.start(device)
+    if recipe.batch < processes.count:
+        raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
     if not dry_run and processes.main:
         recover(destination)
         check_destination(destination, force=force)
-        check_logs(folder, may_replace=force or resume)
     component, record = pruned_checkpoint(recipe, offline=offline, report=report)
     teacher = find_teacher(component, record, recipe, offline=offline, report=report)
     run = Run(recipe, component, record, teacher, processes, report)
-
-    def result(losses: dict[str, float], output: Path | None) -> FinetuneResult:
-        return FinetuneResult(
-            recipe.model,
-            teacher.source.label,
-            str(output) if output else None,
-            str(folder) if output else None,
-            component.name,
-            component.class_name,
-            sum(math.prod(info.shape) for info in component.tensors.values()),
-            recipe.steps,
-            processes.count,
-            recipe.seed,
-            {key: losses.get(key) for key in ("before", "after", "teacher")},
-            round(time.monotonic() - start, 3),
-        )
-
     if dry_run:
-        return result({}, None)
-    refuse_own_inputs(destination, recipe, component, teacher.component)
+        return summary(run, {}, None, None, time.monotonic() - start)
+    refuse_overlaps(destination, folder, recipe, component, teacher.component)
     state = StateFolder(destination, run.identity())
-    prepare_state(state, processes, force=force, resume=resume)
-    tracker = make_tracker(logger, folder, destination.name)
+    if processes.main:
+        prepare(state, folder, force=force, resume=resume)
+    processes.wait()
+    tracker = make_tracker(logger, folder, destination.name) if processes.main else None
     with deterministic():
         model, losses = run.execute(
             state,
@@ -105,12 +93,39 @@ def finetune(
         write_checkpoint(destination, model, component, run.make_record(losses), force=force)
         state.clear()
     processes.wait()
-    return result(losses, destination)
+    return summary(run, losses, destination, folder, time.monotonic() - start)
+
+
+def summary(
+    run: Run, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
+) -> FinetuneResult:
+    """The numbers of a run; no losses in a dry one."""
+    return FinetuneResult(
+        run.recipe.model,
+        run.teacher.source.label,
+        str(output) if output else None,
+        str(logs) if logs else None,
+        run.component.name,
+        run.component.class_name,
+        sum(math.prod(info.shape) for info in run.component.tensors.values()),
+        run.recipe.steps,
+        run.processes.count,
+        run.recipe.seed,
+        {key: losses.get(key) for key in ("before", "after", "teacher")},
+        round(seconds, 3),
+    )
 
 
 def check_recipe(recipe: FinetuneRecipe) -> None:
+    """Refuse settings that no run can follow.
+
+    Raises:
+        UsageError: nothing to learn from, or options that do not go together.
+    """
     if not (recipe.denoise or recipe.distill or recipe.features or recipe.jacobian):
         raise UsageError("all loss weights are 0: give --denoise, --distill, --features or --jacobian one")
+    if recipe.compile and recipe.checkpointing and recipe.features:
+        raise UsageError("--compile, --checkpointing and --features do not go together: drop one of them")
 
 
 def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) -> tuple[Component, Record]:
@@ -132,23 +147,34 @@ def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) 
     return component, record
 
 
-def refuse_own_inputs(
-    destination: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
+def refuse_overlaps(
+    destination: Path, logs: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
 ) -> None:
+    """Refuse an output that would replace an input, and logs that would lie in either.
+
+    Raises:
+        UsageError: which folder lies in which.
+    """
     data = None if recipe.data == "self" else Path(recipe.data)
-    for name, used in (("--model", student.root), ("--teacher", teacher.root), ("--data", data)):
-        if used is not None and used.resolve().is_relative_to(destination.resolve()):
+    inputs = [("--model", student.root), ("--teacher", teacher.root), ("--data", data)]
+    for name, used in inputs:
+        if used is None:
+            continue
+        if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
+        if logs.resolve().is_relative_to(used.resolve()):
+            raise UsageError(f"the logs {logs} would lie in {name} {used}: name another folder with --logs")
+    if logs.resolve().is_relative_to(destination.resolve()):
+        raise UsageError(f"--logs {logs} lies in --out, which appears only at the end: name another folder")
 
 
-def prepare_state(state: StateFolder, processes: Processes, *, force: bool, resume: bool) -> None:
-    """Discard or refuse the state of an earlier run, unless it is to be continued."""
-    if processes.main:
-        if force and not resume:
-            state.clear()
-        if state.exists() and not resume:
-            raise UsageError(
-                f"an interrupted run left its state in {state.folder}: "
-                "continue it with --resume, or discard it with --force"
-            )
-    processes.wait()
+def prepare(state: StateFolder, logs: Path, *, force: bool, resume: bool) -> None:
+    """Discard or refuse state and logs of an earlier run, unless it is to be continued."""
+    if force and not resume:
+        state.clear()
+    if state.exists() and not resume:
+        raise UsageError(
+            f"an interrupted run left its state in {state.folder}: "
+            "continue it with --resume, or discard it with --force"
+        )
+    check_logs(logs, may_replace=force or state.exists())

@@ -1,9 +1,11 @@
 """The training loop: steps, saved states, what people see, and stopping without loss."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.data.calibration import call
@@ -15,7 +17,6 @@ from gfprune_cli.recovery.trainer import Stopped, Trainer
 from gfprune_cli.recovery.watch import Watch
 
 GRID_SAMPLES = 8
-SIGTERM = 15
 
 
 @dataclass
@@ -36,26 +37,43 @@ class Samples:
 
 
 def draw(
-    network: Callable[..., torch.Tensor], process: NoisingProcess, noise: torch.Tensor,
-    labels: torch.Tensor | None, steps: int,
-) -> torch.Tensor:  # fmt: skip
-    """uint8 [N, C, H, W] samples of a network."""
+    network: nn.Module,
+    process: NoisingProcess,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    steps: int,
+    poll: Callable[[], None],
+) -> torch.Tensor:
+    """uint8 [N, C, H, W] samples of a network; `poll` is called before every pass and may raise."""
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        poll()
+        return call(network, x, timesteps, labels)
+
     with torch.no_grad():
-        images = process.sample(lambda x, timesteps: call(network, x, timesteps, labels), noise, steps)  # type: ignore[arg-type]
+        images = process.sample(denoise, noise, steps)
     low, high = process.value_range
     return ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def dense_samples(
-    teacher: torch.nn.Module, process: NoisingProcess, shape: tuple[int, ...], classes: int | None, *,
-    seed: int, steps: int, device: torch.device,
-) -> Samples:  # fmt: skip
+    teacher: nn.Module,
+    process: NoisingProcess,
+    shape: tuple[int, int, int],
+    classes: int | None,
+    *,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    report: Report,
+) -> Samples:
     """The upper row of every grid."""
     noise = torch.stack(
         [torch.randn(shape, generator=generator(seed, "grid", index)) for index in range(GRID_SAMPLES)]
     ).to(device)
     labels = None if classes is None else (torch.arange(GRID_SAMPLES) % classes).to(device)
-    return Samples(noise, labels, draw(teacher, process, noise, labels, steps), steps)
+    dense = draw(teacher, process, noise, labels, steps, lambda: report(Event("pass")))
+    return Samples(noise, labels, dense, steps)
 
 
 @dataclass
@@ -112,10 +130,10 @@ class Loop:
                 watch.log(self.done, values)
             shown = {"loss": values["loss"], "lr": values["lr"]}
             self.tell(Event("finetune", self.done, total, values=shown))
+            if self.done == total or (self.save_every and self.done % self.save_every == 0):
+                self.save()
             if self.sample_every and (self.done % self.sample_every == 0 or self.done == total):
                 self.picture(watch)
-            if self.save_every and (self.done % self.save_every == 0 or self.done == total):
-                self.save()
 
     def tell(self, event: Event) -> None:
         """Report, and keep an interrupt until all processes agree on it."""
@@ -131,7 +149,7 @@ class Loop:
 
     def interrupt(self) -> None:
         self.save()
-        stop = self.stop or Interrupted("stopped with another process", SIGTERM)
+        stop = self.stop or Interrupted("stopped with another process", signal.SIGTERM)
         raise Interrupted(f"{stop}; the state is saved, continue with --resume", stop.signal_number) from stop
 
     def save(self) -> None:
@@ -140,10 +158,19 @@ class Loop:
             self.state.save(tensors, {**numbers, "done": self.done})
 
     def picture(self, watch: Watch | None) -> None:
-        """A grid of the averaged weights' samples."""
-        if watch is None or self.samples is None:
+        """A grid of the averaged weights' samples; given up when the run is to stop."""
+        if watch is None or self.samples is None or self.stop is not None:
             return
-        with self.trainer.averaged() as network:
-            samples = self.samples
-            pruned = draw(network, self.process, samples.noise, samples.labels, samples.steps)
-        watch.picture(self.done, samples.dense, pruned)
+        samples = self.samples
+        try:
+            with self.trainer.averaged() as network:
+                pruned = draw(network, self.process, samples.noise, samples.labels, samples.steps, self.poll)
+            watch.picture(self.done, samples.dense, pruned)
+        except Stopped:
+            pass  # the next step saves and stops, together with the other processes
+        except OSError as error:
+            notice(self.report, f"no samples were written in {watch.folder}: {error.strerror}")
+
+    def poll(self) -> None:
+        if self.stopping():
+            raise Stopped

@@ -12,18 +12,19 @@ jacobian   the squared length of J v for a random direction v, a projection of J
 Min-SNR weighting (arXiv 2303.09556) applies to the first two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from gfprune_cli.data.calibration import call
 from gfprune_cli.data.diffusion import NoisingProcess, mean_square
 from gfprune_cli.data.draws import Batch
 from gfprune_cli.device import Precision, autocast
+from gfprune_cli.errors import GfpruneError
 
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
 SMALL = 1e-6  # of the denominators of relative differences
@@ -46,22 +47,32 @@ class FeaturePair:
     Args:
         student, teacher: the two networks.
         positions: layer -> the teacher's output positions that the student still has.
+        scales: layer -> what removal multiplied its outputs with, where that is not 1.
+
+    Raises:
+        GfpruneError: no layer of the two can be compared.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, positions: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        positions: Mapping[str, torch.Tensor],
+        scales: Mapping[str, float],
+    ) -> None:
+        self.scales = scales
         self.positions: dict[str, torch.Tensor] = {}
         self.caught: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
-        self.handles: list[RemovableHandle] = []
         self.on = False
         for name, index in positions.items():
             layer = student.get_submodule(name)
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and len(index) == layer.weight.shape[0]:
                 self.positions[name] = index
+        if not self.positions:
+            raise GfpruneError("no layer of student and teacher can be compared: use --features 0")
         for role, network in (("student", student), ("teacher", teacher)):
             for name in self.positions:
-                self.handles.append(
-                    network.get_submodule(name).register_forward_hook(self.catcher(role, name))
-                )
+                network.get_submodule(name).register_forward_hook(self.catcher(role, name))
 
     def catcher(self, role: str, name: str) -> Any:
         def catch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -69,6 +80,22 @@ class FeaturePair:
                 self.caught[role][name] = output
 
         return catch
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """Catch outputs in the block; where it fails, they are let go."""
+        self.on = True
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            self.on = False
+
+    def forget(self) -> None:
+        for caught in self.caught.values():
+            caught.clear()
 
     def distance(self) -> torch.Tensor:
         """[N] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
@@ -79,8 +106,9 @@ class FeaturePair:
                 continue  # the time embedding: no image in it
             dimension = 1 if mine.ndim == 4 else -1
             theirs = theirs.detach().index_select(dimension, index.to(theirs.device)).float()
-            power = mean_square(theirs).mean().clamp_min(SMALL)
-            terms.append(mean_square(mine.float() - theirs) / power)
+            theirs = theirs * self.scales.get(name, 1.0)
+            terms.append(mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL))
+        self.forget()
         return torch.stack(terms).mean(0)
 
 
@@ -123,16 +151,12 @@ class RecoveryLoss:
         timesteps = process.timesteps(batch.index)
         features = weights.features * (1 - progress)
         catch = self.features if features else None
-        if catch is not None:
-            catch.on = True
-        with autocast(noisy.device, self.precision):
+        with catch.catching() if catch else nullcontext(), autocast(noisy.device, self.precision):
             output = call(self.student, noisy, timesteps, batch.labels).float()
             reference = output
             if weights.distill or catch is not None:
                 with torch.no_grad():
                     reference = call(self.teacher, noisy, timesteps, batch.labels).float()
-        if catch is not None:
-            catch.on = False
         scale = 1.0 if weights.min_snr is None else process.min_snr(batch.index, weights.min_snr)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
         terms = {"denoise": (weights.denoise, denoise)}

@@ -19,12 +19,12 @@ from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
 from gfprune_cli.pruning.result import installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.processes import Processes
 from gfprune_cli.recovery.teacher import Teacher, kept_positions
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
@@ -75,6 +75,7 @@ class Run:
             **settings,
             "weights": self.hashes,
             "teacher weights": self.teacher.hashes,
+            "resolved precision": self.precision,
             "device": self.device.type,
             **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
             "tools": installed_tools(),
@@ -140,7 +141,7 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, kept_positions(teacher, self.record))
+            pair = FeaturePair(student, teacher, *kept_positions(teacher, self.record))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)
@@ -164,6 +165,7 @@ class Run:
             seed=self.recipe.seed,
             steps=self.recipe.sample_steps,
             device=self.device,
+            report=self.report,
         )
 
     def loss(self, draws: Draws, model: nn.Module) -> float:

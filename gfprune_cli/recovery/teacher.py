@@ -1,6 +1,7 @@
 """The dense model that a pruned checkpoint learns from: found, checked, loaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,17 +9,21 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import Component, build_meta, inspect, load_scheduler, sha256_of_weights
-from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.record import Origin, Record
 from gfprune_cli.checkpoint.source import Source, resolve
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.graph import discover
-from gfprune_cli.structure.removal import cuts_of
+from gfprune_cli.structure.removal import attention_scales, cuts_of
 
 # what pruning may change in a configuration: widths, and what follows from them
 WIDTHS = {"block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"}
 OWN = {"gfprune", "auto_map"}
+NOISE = (  # what decides, in a scheduler's configuration, what the outputs mean
+    *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
+    *("trained_betas", "rescale_betas_zero_snr", "sigma_min", "sigma_max"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,27 @@ def find_teacher(
         UsageError: the one named does not fit; GfpruneError: the recorded one is gone or has changed.
     """
     origin = record.source
-    label = recipe.teacher or origin.label
+    label = recipe.teacher or recorded_label(origin)
     revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
     variant = recipe.variant or (None if recipe.teacher else origin_variant(record))
     try:
         source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
+    except Interrupted:
+        raise
     except GfpruneError as error:
-        if recipe.teacher is not None:
-            raise UsageError(str(error).replace("--model", "--teacher", 1)) from error
+        if recipe.teacher is not None or (isinstance(error, UsageError) and revision):
+            text = (
+                str(error).replace("--model", "--teacher", 1).replace("--revision", "--teacher-revision", 1)
+            )
+            raise type(error)(text) from error
         raise GfpruneError(
             f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
             f"({error}): name it with --teacher"
         ) from error
-    component = inspect(source, component=student.name or None, variant=variant)
+    pipeline = (source.folder / "model_index.json").exists()
+    component = inspect(
+        source, component=student.name if student.name and pipeline else None, variant=variant
+    )
     check_fit(student, component, label)
     report(Event("load", text=f"hashing {source.folder}"))
     hashes = sha256_of_weights(component)
@@ -63,6 +76,20 @@ def find_teacher(
             )
         notice(report, f"--teacher {label}: not the weights that this checkpoint was pruned from")
     return Teacher(source, component, hashes)
+
+
+def recorded_label(origin: Origin) -> str:
+    """Where a record says the dense model is. A folder that is gone is never looked for on the Hub.
+
+    Raises:
+        GfpruneError: it is not there.
+    """
+    if origin.kind == "local" and not Path(origin.label).expanduser().is_dir():
+        raise GfpruneError(
+            f"the dense model this checkpoint was pruned from, {quoted(origin.label)}, is not there: "
+            "name it with --teacher"
+        )
+    return "demo" if origin.kind == "demo" else origin.label
 
 
 def origin_variant(record: Record) -> str | None:
@@ -90,7 +117,7 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
                 f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
                 "name the model it was pruned from"
             )
-    for key in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
+    for key in NOISE:
         values = [getattr(load_scheduler(part), "config", {}).get(key) for part in (student, teacher)]
         if values[0] != values[1]:
             raise UsageError(
@@ -108,8 +135,9 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def kept_positions(teacher: nn.Module, record: Record) -> dict[str, torch.Tensor]:
-    """Module -> output positions of the teacher that the student still has, ascending.
+def kept_positions(teacher: nn.Module, record: Record) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Module -> output positions of the teacher that the student still has, ascending; and the factors by
+    which removal scaled the outputs of some of them (the queries of heads that became narrower).
 
     Args:
         teacher: on any device; only its structure is read.
@@ -129,4 +157,5 @@ def kept_positions(teacher: nn.Module, record: Record) -> dict[str, torch.Tensor
         channels[kept] = True
         alive[group.name] = channels.view(group.units, group.unit_size).all(1)
     cuts = cuts_of(teacher, groups, alive)
-    return {name: cut.out for name, cut in cuts.items() if cut.out is not None}
+    scales = {f"{name}.to_q": factor for name, factor in attention_scales(teacher, cuts).items()}
+    return {name: cut.out for name, cut in cuts.items() if cut.out is not None}, scales

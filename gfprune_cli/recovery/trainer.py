@@ -12,9 +12,9 @@ from torch import nn
 
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
-from gfprune_cli.recovery.processes import Processes
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -82,12 +82,8 @@ class Trainer:
             GfpruneError: the loss or the gradient is not finite (before the update), or a single sample
                 does not fit in memory.
         """
-        while True:
-            try:
-                sums = self.accumulate(step, stopping)
-                break
-            except torch.OutOfMemoryError:
-                self.halve(step)
+        while (sums := self.accumulate_or_fail(step, stopping)) is None:
+            self.halve(step)  # outside of any handler: the failed pass's memory is free by now
         rate = learning_rate(step, self.recipe.steps, self.recipe.learning_rate, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -97,6 +93,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
         return {**sums, "lr": rate, "grad_norm": norm}
+
+    def accumulate_or_fail(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """What `accumulate` returns; None if memory ran out."""
+        try:
+            return self.accumulate(step, stopping)
+        except torch.OutOfMemoryError:
+            return None
 
     def accumulate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
         """Add up the gradients of this process's share of the batch; means of the terms over all shares."""
@@ -168,7 +171,7 @@ class Trainer:
             raise GfpruneError(
                 f"out of memory with one sample per pass at training step {step}: "
                 "use --checkpointing, a half --precision, or a larger device"
-            ) from None
+            )
         self.micro_batch = (size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ OUT-logs/samples/step-000100.png    samples of the same noise: dense above, prun
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -39,23 +40,30 @@ def check_logs(folder: Path, *, may_replace: bool) -> None:
         raise UsageError(f"{folder / METRICS} is of another run: replace it with --force, or name --logs")
 
 
-def make_tracker(logger: str | None, folder: Path, name: str) -> Any:
-    """accelerate's tracker for a logger.
+def check_logger(logger: str | None) -> None:
+    """Refuse before the work, not within it.
 
     Raises:
         UsageError: unknown, or not installed.
     """
     if logger is None:
-        return None
+        return
     if logger not in LOGGERS:
         raise UsageError(f"--logger {logger!r}: use {' or '.join(LOGGERS)}")
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker, TrackioTracker
     from accelerate.utils import is_tensorboard_available, is_trackio_available
 
     available = is_tensorboard_available() if logger == "tensorboard" else is_trackio_available()
     if not available:
         raise UsageError(f"--logger {logger} is not installed: pip install 'gfprune[{logger}]'")
+
+
+def make_tracker(logger: str | None, folder: Path, name: str) -> Any:
+    """accelerate's tracker for a logger that `check_logger` accepted; None for none."""
+    if logger is None:
+        return None
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker
+
     PartialState()  # trackers ask it whether this is the main process
     tracker = (
         TensorBoardTracker(name, str(folder)) if logger == "tensorboard" else TrackioTracker(run_name=name)
@@ -79,6 +87,8 @@ class Watch:
         self.start = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not done:
+                shutil.rmtree(folder / "samples", ignore_errors=True)
             self.file = (folder / METRICS).open("r+" if done and (folder / METRICS).exists() else "w+")
             self.forget_after(done)
         except OSError as error:

@@ -5,7 +5,6 @@ taken here, explicitly, and not by DistributedDataParallel: a process that repea
 or that was told to stop, must not leave the others waiting in the middle of a backward pass.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,9 @@ from typing import Any
 import torch
 
 from gfprune_cli.device import choose_device
+from gfprune_cli.launch import launched
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for another, which may be drawing images
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
