@@ -6,6 +6,7 @@ import typer
 
 from gfprune_cli import __version__
 from gfprune_cli.cli.analyze import analyze
+from gfprune_cli.cli.evaluate import evaluate
 from gfprune_cli.cli.prune import prune
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (analyze, prune):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def show_version(value: bool) -> None:

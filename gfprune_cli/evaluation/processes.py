@@ -1,0 +1,50 @@
+"""The processes of one run: one, or as many as `accelerate launch` or torchrun started."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gfprune_cli.device import choose_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Args:
+        rank, count: which of how many.
+        device: of this process.
+        meet: wait until every process is here; after it each goes its own way.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    meet: Callable[[], None]
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def join(device: str | None) -> Processes:
+    """The processes that the launcher's environment describes.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    chosen = choose_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(0, 1, chosen, lambda: None)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=chosen.type == "cpu")
+
+    def meet() -> None:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+    own = chosen if chosen.type == "cpu" or chosen.index is not None else state.device
+    return Processes(state.process_index, state.num_processes, own, meet)
