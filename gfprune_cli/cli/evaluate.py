@@ -84,5 +84,5 @@ def evaluate(
         session.result(document, as_markdown(document).rstrip("\n"))
         if result.missed:
             raise GateMissed(
-                "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value:.6g}" for g in result.missed)
+                "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value}" for g in result.missed)
             )

@@ -95,9 +95,7 @@ def image_batches(
     return _assemble(frames, total, size, channels, report, source, batch)
 
 
-def _open(
-    source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int
-) -> tuple[_Frames, int]:
+def _open(source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int) -> tuple[_Frames, int]:
     """The images of a source as they are stored, and how many there are (at most)."""
     _check_request(size, channels, limit)
     # os.path and not pathlib: a name too long or with a null byte is answered, not raised.

@@ -19,7 +19,7 @@ from gfprune_cli.evaluation.result import check_gates
 from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 NOT_EMA = "google/ddpm-cifar10-32"
@@ -29,12 +29,17 @@ NOT_EMA = "google/ddpm-cifar10-32"
 class Remarks:
     """What the user should know: told at once, and kept for the result."""
 
-    report: Report
+    told: Report
     texts: list[str] = field(default_factory=list)
+
+    def report(self, event: Event) -> None:
+        """Pass an event on, and keep it if it is a notice."""
+        if event.phase == "notice" and event.text not in self.texts:
+            self.texts.append(event.text)
+        self.told(event)
 
     def add(self, text: str) -> None:
         notice(self.report, text)
-        self.texts.append(text)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def gather(
         UsageError: wrong settings; GfpruneError: a checkpoint or file cannot be read.
     """
     remarks = Remarks(report)
+    report = remarks.report
     why_not: dict[str, str] = {}
     model = model_of(recipe, offline=offline, report=report)
     settings = settings_of(recipe, model.process)
@@ -135,14 +141,13 @@ def gather(
         data = loss_images(recipe, model, shape, report)
         if save_stats and (data is None or extractor is None):
             raise UsageError(
-                f"--save-stats needs images in --data and Inception weights: {why_not.get('fid', 'no images')}"
+                "--save-stats needs images in --data and Inception weights: "
+                + why_not.get("fid", "--data names statistics")
             )
     return Inputs(recipe, settings, model, reference, shape, extractor, statistics, data, remarks)
 
 
-def remark_on_models(
-    recipe: EvalRecipe, model: Subject, reference: Subject | None, remarks: Remarks
-) -> None:
+def remark_on_models(recipe: EvalRecipe, model: Subject, reference: Subject | None, remarks: Remarks) -> None:
     """What about these checkpoints bears on the numbers."""
     if not model.has_scheduler:
         remarks.add("no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)")

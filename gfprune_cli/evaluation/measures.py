@@ -86,9 +86,7 @@ class Measures:
         found: Metrics = {}
         for role, suffix in (("model", ""), ("reference", "_reference")):
             if role in self.networks:
-                features = sample_features(
-                    self.shown(role), extractor, inputs.settings.samples, self.report
-                )
+                features = sample_features(self.shown(role), extractor, inputs.settings.samples, self.report)
                 values = distances(features, real, extractor, inputs.recipe.seed)
                 found |= {name + suffix: value for name, value in values.items()}
         dimensions = len(real.gaussian.mean)

@@ -46,5 +46,5 @@ def join(device: str | None) -> Processes:
         state.wait_for_everyone()
         state.destroy_process_group()
 
-    own = chosen if chosen.type == "cpu" or chosen.index is not None else state.device
-    return Processes(state.process_index, state.num_processes, own, meet)
+    shared = device in (None, "cuda") and chosen.type == "cuda"
+    return Processes(state.process_index, state.num_processes, state.device if shared else chosen, meet)

@@ -8,16 +8,17 @@ from gfprune_cli.errors import UsageError
 from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
+Png = bytes  # `bytes` is a field of the result
 MORE_TOOLS = ("accelerate", "clean-fid", "numpy", "pytorch-msssim")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A quality gate, and whether the model passed it."""
+    """A quality gate, and whether the model passed it; one that could not be measured (None) is missed."""
 
     name: str
     limit: float
-    value: float
+    value: float | None
     passed: bool
 
 
@@ -42,7 +43,7 @@ class EvalResult:
     device: str
     tools: Mapping[str, str | None]
     seconds: float
-    grid: Sequence[tuple[bytes, bytes]] = field(default=(), repr=False)
+    grid: Sequence[tuple[Png, Png]] = field(default=(), repr=False)
 
     def document(self) -> dict[str, Any]:
         found = asdict(self)
@@ -95,7 +96,7 @@ def passed_gates(
         values["speedup"] = max(eager, key=lambda row: row["batch"])["speedup"]
     gates = []
     for name, limit, metric in gate_rows(recipe):
-        value = float(values[metric])
-        passed = value <= limit if name.startswith("max") else value >= limit
+        value = values.get(metric)
+        passed = value is not None and (value <= limit if name.startswith("max") else value >= limit)
         gates.append(Gate(name, limit, value, passed))
     return gates

@@ -75,6 +75,7 @@ def evaluate(
         check_destination(out, force=force)
     latency_batches(recipe)
     inputs = gather(recipe, processes, save_stats=save_stats is not None, offline=offline, report=report)
+    report = inputs.remarks.report
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     store = sample_store(inputs, processes.device, out or beside)
@@ -213,7 +214,7 @@ def measure_costs(
     inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, report: Report
 ) -> Costs:
     """How large, and unless `--no-latency` how fast: both networks in one interleaved run."""
-    from gfprune_cli.evaluation.cost import macs, measure_latency, peak_memory
+    from gfprune_cli.evaluation.cost import macs, measure_latency, memory_measured, peak_memory
 
     recipe, roles = inputs.recipe, ("model", "reference")
     both = {role: networks.get(role) for role in roles}
@@ -224,15 +225,13 @@ def measure_costs(
     work = {role: None if network is None else macs(network) for role, network in both.items()}
     ratio = work["reference"] / work["model"] if work["reference"] and work["model"] else None
     batches = latency_batches(recipe)
-    what = f"peak bytes of one forward pass of {batches[-1]} images"
+    what = memory_measured(batches[-1])
     if recipe.no_latency:
         return Costs([], params, work, {"model": None, "reference": None, "what": what})
     memory: dict[str, Any] = {
         role: None
         if network is None
-        else peak_memory(
-            network, batch=batches[-1], device=device, precision=recipe.precision, report=report
-        )
+        else peak_memory(network, batch=batches[-1], device=device, precision=recipe.precision, report=report)
         for role, network in both.items()
     }
     rows = measure_latency(

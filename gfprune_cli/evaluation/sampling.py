@@ -155,7 +155,7 @@ def own_loop(scheduler: Any) -> Sampling:
 
 
 def ddpm_scheduler(scheduler: Any, grid: Sequence[int]) -> Any:
-    """diffusers' ancestral sampler (arXiv 2006.11239, equation 7) on a list of positions, repeats left out."""
+    """diffusers' ancestral sampler (arXiv 2006.11239, algorithm 2) on these positions, repeats left out."""
     import diffusers
 
     made = diffusers.DDPMScheduler.from_config(scheduler.config)

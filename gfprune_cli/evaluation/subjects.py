@@ -85,9 +85,7 @@ def model_of(recipe: EvalRecipe, *, offline: bool, report: Report) -> Subject:
     source = resolve(
         recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
     )
-    return Subject(
-        recipe.model, source, inspect(source, component=recipe.component, variant=recipe.variant)
-    )
+    return Subject(recipe.model, source, inspect(source, component=recipe.component, variant=recipe.variant))
 
 
 def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: Report) -> Subject:

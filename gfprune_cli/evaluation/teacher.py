@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ class Losses:
         """Mean losses in equal ranges of the schedule, least noise first; `to` is excluded."""
         edges = [round(self.steps * i / LOSS_BINS) for i in range(LOSS_BINS + 1)]
         rows = []
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
+        for first, end in pairwise(edges):
             inside = (self.index >= first) & (self.index < end)
             if inside.any():
                 reference = None if self.reference is None else float(self.reference[inside].mean())

@@ -37,9 +37,9 @@ class EvalRecipe:
     protocol: Annotated[
         ProtocolName | None, Help("Sample as a published protocol does; flags override it.")
     ] = None
-    samples: Annotated[int | None, Ge(2), Le(10**7), Help("Images to draw from each model [default: 256].")] = (
-        None
-    )
+    samples: Annotated[
+        int | None, Ge(2), Le(10**7), Help("Images to draw from each model [default: 256].")
+    ] = None
     steps: Annotated[int | None, Ge(1), Le(1000), Help("Sampling steps [default: 50].")] = None
     sampler: Annotated[
         Sampler | None,
@@ -63,7 +63,7 @@ class EvalRecipe:
     no_latency: Annotated[bool, Help("Do not measure latency and memory.")] = False
     latency_batches: Annotated[str, Help("Batch sizes to time, separated by commas.")] = "1,64"
     compile: Annotated[bool, Help("Time torch.compile as well.")] = False
-    deepcache: Annotated[bool, Help("Time DeepCache-style caching of the reference as well.")] = False
+    deepcache: Annotated[bool, Help("Time the model with DeepCache-style caching as well.")] = False
     max_fid: Annotated[float | None, Ge(0), Help("Exit with 3 if the FID is above this.")] = None
     min_ssim: Annotated[
         float | None, Ge(-1), Le(1), Help("Exit with 3 if the SSIM to the reference is below this.")
