@@ -110,35 +110,40 @@ class Measures:
         if getattr(teacher, "mid_block", None) is None:
             inputs.remarks.add("no fd_teacher: the reference has no middle block")
             return {}
-        count = inputs.settings.samples
-        against: Iterator[torch.Tensor] = self.store.images("reference")
-        if inputs.data is not None:
-            against = (
-                inputs.in_network_range(images)
-                for images in image_batches(
-                    str(inputs.recipe.data),
-                    size=inputs.shape[1:],
-                    channels=inputs.shape[0],
-                    limit=count,
-                    batch=FEATURE_BATCH,
-                    seed=inputs.recipe.seed,
-                    report=self.report,
-                )
-            )
-        first, second = (self.features(teacher, images) for images in (against, self.store.images("model")))
-        self.warn_of_few("fd_teacher", len(first.mean), first.count, second.count)
-        entry = {
-            "value": frechet_distance(first, second),
+        count, samples = inputs.settings.samples, self.store.images
+        own = self.features(teacher, samples("model"))
+        dense = self.features(teacher, samples("reference"))
+        real = dense if inputs.data is None else self.features(teacher, self.real_images(count))
+        self.warn_of_few("fd_teacher", len(own.mean), own.count, real.count)
+        origin = {
             "ci95": None,
             "n": count,
             "against": "reference" if inputs.data is None else "data",
-            "n_real": first.count,
-            "dimensions": len(first.mean),
+            "n_real": real.count,
+            "dimensions": len(own.mean),
             "timestep": feature_index(inputs.process),
         }
-        return {"fd_teacher": entry}
+        found = {"fd_teacher": {"value": frechet_distance(real, own)} | origin}
+        if real is not dense:
+            found["fd_teacher_reference"] = {"value": frechet_distance(real, dense)} | origin
+        return found
+
+    def real_images(self, count: int) -> Iterator[torch.Tensor]:
+        """At most `count` images of `--data` in the network's range, batch by batch."""
+        inputs = self.inputs
+        batches = image_batches(
+            str(inputs.recipe.data),
+            size=inputs.shape[1:],
+            channels=inputs.shape[0],
+            limit=count,
+            batch=FEATURE_BATCH,
+            seed=inputs.recipe.seed,
+            report=self.report,
+        )
+        return (inputs.in_network_range(images) for images in batches)
 
     def features(self, teacher: nn.Module, images: Iterator[torch.Tensor]) -> Gaussian:
+        """The Gaussian of images in the teacher's features."""
         count = self.inputs.settings.samples
         return gaussian(
             teacher_features(
@@ -177,11 +182,14 @@ class Measures:
         )
 
     def grid(self) -> list[tuple[bytes, bytes]]:
-        """Pairs of PNG files (reference, model), by image number; none without a reference or for latents."""
-        if self.inputs.model.latent or "reference" not in self.networks:
+        """Pairs of PNG files (reference, model), by image number; an empty file for no reference."""
+        if self.inputs.model.latent:
             return []
-        pairs = (first_images(self.shown(role), GRID) for role in ("reference", "model"))
-        return [(png(one), png(other)) for one, other in zip(*pairs, strict=True)]
+        own = [png(image) for image in first_images(self.shown("model"), GRID)]
+        if "reference" not in self.networks:
+            return [(b"", image) for image in own]
+        other = [png(image) for image in first_images(self.shown("reference"), GRID)]
+        return list(zip(other, own, strict=True))
 
 
 def first_images(chunks: Iterator[torch.Tensor], count: int) -> torch.Tensor:

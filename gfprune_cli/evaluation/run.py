@@ -79,10 +79,15 @@ def evaluate(
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     store = sample_store(inputs, processes.device, out or beside)
-    store.check(resume=resume, force=force)
+    if processes.first:  # the others find the folder as it was left here
+        store.check(resume=resume, force=force)
+        store.begin(resume=resume)
+    processes.wait()
     networks = {role: subject.load(processes.device) for role, subject in inputs.subjects.items()}
     with deterministic():
-        draw_all(inputs, networks, store, processes, resume=resume, report=report)
+        draw_all(inputs, networks, store, processes, report)
+        processes.wait()
+        processes.part()
         if not processes.first:
             return None
         measures = Measures(inputs, store, networks, processes.device, report)
@@ -138,13 +143,9 @@ def draw_all(
     networks: Mapping[str, nn.Module],
     store: SampleStore,
     processes: Processes,
-    *,
-    resume: bool,
     report: Report,
 ) -> None:
     """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
-    if processes.first:
-        store.begin(resume=resume)
     sampling = make_sampling(inputs.settings, inputs.process, inputs.model.scheduler)
     labels = inputs.labels(inputs.settings.samples)
     own = [(role, chunk) for role in networks for chunk in store.chunks[processes.rank :: processes.count]]
@@ -171,7 +172,6 @@ def draw_all(
             store.put(role, chunk, images)
         done += len(members)
         report(Event("sample", done, total))
-    processes.meet()
 
 
 def denoiser(network: nn.Module, labels: torch.Tensor | None, recipe: EvalRecipe, tick: Any) -> Any:
