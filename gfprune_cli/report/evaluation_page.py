@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from gfprune_cli.report import BLUE, GREY, INK, ORANGE, Tips, draw, fill, human, percent, ratio
+from gfprune_cli.report import BLUE, GREY, Tips, draw, fill, human, percent, ratio
 from gfprune_cli.report.evaluation_tables import (
     SIZES,
     Document,
@@ -42,6 +42,15 @@ class Tile:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A cost as a share of the reference's, and the two numbers in words."""
+
+    name: str
+    share: float
+    words: str
+
+
 def render(document: Document, grid: Grid = ()) -> str:
     """The page for an `eval` document.
 
@@ -53,8 +62,6 @@ def render(document: Document, grid: Grid = ()) -> str:
         One HTML document with its style, plots and images inside; the same input gives the same text.
     """
     plots = {}
-    if bars := relative_costs(document):
-        plots["cost"] = cost_plot(bars)
     if bins := loss_bins(document):
         plots["loss"] = loss_plot(bins)
     found = tables(document)
@@ -67,6 +74,7 @@ def render(document: Document, grid: Grid = ()) -> str:
         warnings=list(document.get("warnings") or []),
         pictures=[(inline_png(before), inline_png(after)) for before, after in grid],
         small=all(png_width(image) <= SMALL for images in grid for image in images if image),
+        bars=relative_costs(document),
         plots=plots,
     )
 
@@ -99,7 +107,7 @@ def remark(text: str) -> str:
 
 
 def markdown_table(table: Table) -> list[str]:
-    sides = [":--" if column < table.text else "--:" for column in range(len(table.columns))]
+    sides = [":--" if column in table.words else "--:" for column in range(len(table.columns))]
     cells = [table.columns, *table.rows]
     lines = [f"| {' | '.join(map(literal, row))} |" for row in cells]
     return [lines[0], f"|{'|'.join(sides)}|", *lines[1:]]
@@ -153,43 +161,19 @@ def headline_latency(document: Document) -> Mapping[str, Any] | None:
     return max(rows, key=lambda row: row["batch"], default=None)
 
 
-def relative_costs(document: Document) -> list[tuple[str, float, str]]:
-    """(what, share of the reference's, both in words), for all that was measured on both."""
+def relative_costs(document: Document) -> list[Bar]:
+    """All that was measured on both networks."""
     found = []
     for key, label, unit in SIZES:
         model, reference = pair(document, key)
         if model is not None and reference:
-            found.append((label, model / reference, f"{human(model, unit)} of {human(reference, unit)}"))
+            found.append(Bar(label, model / reference, f"{human(model, unit)} of {human(reference, unit)}"))
     for row in document.get("latency") or []:
         if row.get("ms_reference"):
-            text = f"{number(row['ms'], 3)} of {number(row['ms_reference'], 3)} ms"
             name = f"latency, {mode_name(row)}, batch {row['batch']}"
-            found.append((name, row["ms"] / row["ms_reference"], text))
-    return [bar for bar in found if math.isfinite(bar[1])]
-
-
-def cost_plot(bars: Sequence[tuple[str, float, str]]) -> Markup:
-    """Bars of the model's costs in percent of the reference's."""
-
-    def paint(axes: Any) -> Tips:
-        shares = [100 * share for _, share, _ in bars]
-        axes.barh(range(len(bars)), shares, 0.66, color=[ORANGE if share > 100 else BLUE for share in shares])
-        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-        axes.set_ylim(len(bars) - 0.4, -0.6)
-        end = max(100.0, *shares)
-        axes.set_xlim(0, 1.5 * end)  # the rest is for the words
-        axes.axvline(100, color=INK, linewidth=1, alpha=0.6, linestyle=(0, (3, 3)))
-        for place, (_, share, text) in enumerate(bars):
-            axes.text(1.04 * end, place, f"{percent(share)}  ({text})", va="center", fontsize=10)
-        step = 25 if end <= 150 else 50 * math.ceil(end / 400)
-        axes.set_xticks(range(0, math.ceil(end) + 1, step))
-        axes.grid(axis="x")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        return []
-
-    label = "Bar chart, percent of the reference: " + ", ".join(f"{n} {percent(s)}" for n, s, _ in bars) + "."
-    side = 16 + round(6.1 * max(len(name) for name, _, _ in bars))
-    return draw("cost", label, (640 + side, 34 + 26 * len(bars)), (side, 26, 8, 4), paint)
+            words = f"{number(row['ms'], 3)} of {number(row['ms_reference'], 3)} ms"
+            found.append(Bar(name, row["ms"] / row["ms_reference"], words))
+    return [bar for bar in found if math.isfinite(bar.share)]
 
 
 def loss_bins(document: Document) -> list[Mapping[str, Any]]:
@@ -247,7 +231,7 @@ def loss_plot(bins: Sequence[Mapping[str, Any]]) -> Markup:
         f"Curves of the denoising loss: the model's goes from {number(first['loss'])} "
         f"at timestep {first['from']} to {number(last['loss'])} at {last['to']}."
     )
-    return draw("loss", label, (720, 320), (64, 48, 14, 8), paint)
+    return draw("loss", label, (520, 320), (64, 48, 22, 8), paint)
 
 
 def inline_png(image: bytes) -> str:

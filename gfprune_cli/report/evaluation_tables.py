@@ -40,13 +40,13 @@ DEEPCACHE = (
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `text` columns on the left are words, all others numbers."""
+    """One table: the columns `words` hold words, all others numbers."""
 
     title: str
     intro: str
     columns: Row
     rows: Sequence[Row]
-    text: int = 1
+    words: tuple[int, ...] = (0,)
     note: str = ""
 
 
@@ -114,7 +114,7 @@ def gates_table(document: Document) -> Table:
         "The limits that this evaluation was asked to hold.",
         ("gate", "", "measured", "limit"),
         rows,
-        2,
+        words=(0, 1),
     )
 
 
@@ -130,9 +130,9 @@ def metrics_table(document: Document) -> Table:
         )
         label, meaning = METRICS.get(name, (name, ""))
         meaning = "; ".join(filter(None, (meaning, more)))
-        rows.append((label, meaning, number(metric.get("value")), between, number(metric.get("n"))))
-    columns = ("metric", "what it says", "value", "95 % confidence interval", "n")
-    return Table("Metrics", "", columns, rows, 2)
+        rows.append((label, number(metric.get("value")), between, number(metric.get("n")), meaning))
+    columns = ("metric", "value", "95 % confidence", "n", "what it says")
+    return Table("Metrics", "", columns, rows, words=(0, 4))
 
 
 def cost_table(document: Document) -> Table:
@@ -158,18 +158,17 @@ def cost_table(document: Document) -> Table:
 def latency_table(document: Document) -> Table:
     latencies = document.get("latency") or []
     compared = any(row.get("ms_reference") is not None for row in latencies)
-    rows = []
+    rows: list[Row] = []
     for row in latencies:
-        cells: Row = (mode_name(row), number(row["batch"]))
-        if compared:
-            cells += timing(row.get("ms_reference"), row.get("spread_reference"))
-        cells += timing(row["ms"], row.get("spread"))
-        if compared:
-            cells += (times(row.get("speedup")), times(row.get("mac_ratio")))
-        rows.append(cells)
+        before, after = number(row.get("ms_reference")), number(row["ms"])
+        ratios = times(row.get("speedup")), times(row.get("mac_ratio"))
+        spreads = quartiles(row.get("spread_reference")), quartiles(row.get("spread"))
+        cells = (before, after, *ratios, *spreads) if compared else (after, spreads[1])
+        rows.append((mode_name(row), number(row["batch"]), *cells))
     columns: Row = ("", "batch", "model", "quartiles")
     if compared:
-        columns = ("", "batch", "reference", "quartiles", "model", "quartiles", "speed-up", "MAC ratio")
+        columns = ("", "batch", "reference", "model", "speed-up", "MAC ratio")
+        columns += ("reference, quartiles", "model, quartiles")
     intro = "One evaluation of the network, median of repeats, in milliseconds."
     if compared:
         intro += (
@@ -180,8 +179,8 @@ def latency_table(document: Document) -> Table:
     return Table("Latency", intro, columns, rows, note=DEEPCACHE if cached else "")
 
 
-def timing(ms: float | None, spread: Sequence[float] | None) -> Row:
-    return number(ms), f"{number(spread[0])} to {number(spread[1])}" if spread else NONE
+def quartiles(spread: Sequence[float] | None) -> str:
+    return f"{number(spread[0])} to {number(spread[1])}" if spread else NONE
 
 
 def loss_table(document: Document) -> Table:
@@ -224,7 +223,7 @@ def provenance_table(document: Document) -> Table:
         named.append(("time taken", f"{seconds:.0f} s"))
     # a seed is a name more than a number: no thousands
     rows = [(key, str(value)) for key, value in named if value is not None and value != ""]
-    return Table("How it was measured", "", ("", "value"), rows, 2)
+    return Table("How it was measured", "", ("setting", "value"), rows, words=(0, 1))
 
 
 def flat(prefix: str, tools: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
