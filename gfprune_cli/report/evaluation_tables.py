@@ -32,8 +32,8 @@ METRICS = {
 }
 GATES = {"min": "at least", "max": "at most"}
 DEEPCACHE = (
-    "DeepCache: the model with its deep features computed on every fifth step only (arXiv 2312.00858), averaged "
-    "over the five steps{beside}. Caching changes the images; samples and metrics are without it."
+    "DeepCache: the model with its deep features computed on every fifth step only (arXiv 2312.00858), "
+    "averaged over the five steps{beside}. Caching changes the images; samples and metrics are without it."
 )
 
 
