@@ -71,12 +71,14 @@ class Stopwatch:
         repeats: at most so many; fewer, but not under `FEWEST`, once `seconds` have passed.
         seconds: spent on a row, about.
         clock: seconds, monotonic.
+        pulse: called between timed calls; what it raises ends the row.
     """
 
     device: torch.device
     repeats: int
-    seconds: float = ROW_SECONDS
-    clock: Clock = time.perf_counter
+    seconds: float
+    clock: Clock
+    pulse: Call
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -86,6 +88,7 @@ class Stopwatch:
     def warm_up(self, call: Call) -> None:
         begin = self.now()
         for count in range(WARM_UP):
+            self.pulse()
             call()
             if count + 1 >= FEWEST_WARM_UP and self.now() - begin >= self.seconds:
                 return
@@ -99,6 +102,7 @@ class Stopwatch:
         for repeat in range(self.repeats):
             order = range(len(calls)) if repeat % 2 == 0 else reversed(range(len(calls)))
             for index in order:
+                self.pulse()
                 start = self.now()
                 calls[index]()
                 times[index].append(self.now() - start)
@@ -139,13 +143,13 @@ def measure_latency(
     Returns:
         The rows that could be measured, in the order asked for.
     """
-    stopwatch = Stopwatch(device, repeats, seconds, clock)
     wanted = [(mode, batch) for mode in modes for batch in dict.fromkeys(batches)]
     rows: dict[tuple[str, int], Latency] = {}
     networks = [prepare(network, device) for network in (model, reference) if network is not None]
     with default_kernels():
         for number, (mode, batch) in enumerate(wanted):
-            report(Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
+            pulse = partial(report, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
+            stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
             row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, report)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
@@ -170,7 +174,7 @@ def attempt(
         except GfpruneError:
             raise
         except Exception as error:  # a compiler may fail in any way; the other rows are still worth having
-            problem = error
+            problem = error.with_traceback(None)  # its frames hold the tensors that did not fit
         else:
             if size != batch:
                 notice(report, f"latency ({mode}): batch {batch} does not fit in memory, {size} is measured")

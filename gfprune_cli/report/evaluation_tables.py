@@ -32,9 +32,8 @@ METRICS = {
 }
 GATES = {"min": "at least", "max": "at most"}
 DEEPCACHE = (
-    "The DeepCache row is the model with its deep features computed on every fifth step only (arXiv "
-    "2312.00858), averaged over the five steps, beside the reference without a cache. Caching changes the "
-    "images; the samples and metrics here are without it."
+    "DeepCache: the model with its deep features computed on every fifth step only (arXiv 2312.00858), "
+    "averaged over the five steps{beside}. Caching changes the images; samples and metrics are without it."
 )
 
 
@@ -175,8 +174,9 @@ def latency_table(document: Document) -> Table:
             " Both networks were timed in turn in the same run. The MAC ratio is the speed-up that the work "
             "alone would promise."
         )
+    note = DEEPCACHE.format(beside=", beside the reference without a cache" if compared else "")
     cached = any(row["mode"] == "deepcache" for row in latencies)
-    return Table("Latency", intro, columns, rows, note=DEEPCACHE if cached else "")
+    return Table("Latency", intro, columns, rows, note=note if cached else "")
 
 
 def quartiles(spread: Sequence[float] | None) -> str:
