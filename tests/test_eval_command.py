@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -318,6 +319,21 @@ def test_an_npz_of_images_is_data(pruned: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, x=np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8))
     assert evaluate(pruned, data=str(path)).metrics["fd_teacher"]["n_real"] == 6
+
+
+@pytest.mark.slow
+def test_the_gate_of_the_documentation_runs_as_written(pruned: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/evaluation.md").read_text()
+    script = next(block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--min-ssim" in block)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-eu"], input=script, capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | {"PATH": path, "OUT": str(pruned)}, timeout=300,
+    )  # fmt: skip
+    assert done.stdout == "not good enough\n", done.stderr  # a random network denoises nothing
+    assert done.returncode == 1
+    gates = json.loads((tmp_path / "eval.json").read_text())["gates"]
+    assert {gate["name"] for gate in gates} == {"min-ssim", "max-loss"}
 
 
 @pytest.mark.parametrize("sampler", ["euler", "pipeline"])
