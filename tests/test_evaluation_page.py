@@ -56,11 +56,11 @@ def make() -> dict[str, Any]:
         "class_name": "PrunedUNet2DModel",
         "samples": {
             "count": 256, "steps": 20, "sampler": "ddim", "timestep_spacing": "quad", "eta": 0.25,
-            "seed": 12345, "protocol": "ddpm-cifar10",
+            "seed": 12345, "protocol": "ddpm-cifar10", "fid_mode": "clean",
         },
         "metrics": {
             "ssim": {"value": 0.8125, "ci95": [0.7812, 0.8438], "n": 256},
-            "fid": {"value": 5.125, "ci95": None, "n": 255, "mode": "legacy_pytorch"},
+            "fid": {"value": 5.125, "ci95": None, "n": 255, "weights_of": "legacy_pytorch"},
             "loss": {"value": 0.03442, "ci95": None, "n": 512},
             "loss_reference": {"value": 0.02894, "ci95": None, "n": 511},
         },
@@ -186,7 +186,8 @@ def test_every_number_is_on_the_page_and_in_the_markdown(document: dict[str, Any
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", plain), figure
     for words in (
         "runs/pruned", "PrunedUNet2DModel", "fewer samples than features", "quad", "12345", "cpu (2 threads)",
-        "ddpm-cifar10", "0.25", "142 s", "2.13.0", "legacy_pytorch", "bytes of one forward pass",
+        "ddpm-cifar10", "0.25", "142 s", "2.13.0", "weights of legacy_pytorch", "fid mode",
+        "bytes of one forward pass",
     ):  # fmt: skip
         assert words in page
         assert words in plain

@@ -30,6 +30,7 @@ METRICS = {
     "loss": ("denoising loss", "mean over all timesteps; lower is better"),
     "loss_reference": ("denoising loss, reference", "on the same images and noise"),
 }
+SETTINGS = {"count": "samples"}
 GATES = {"min": "at least", "max": "at most"}
 DEEPCACHE = (
     "DeepCache: the model with its deep features computed on every fifth step only (arXiv 2312.00858), "
@@ -123,7 +124,7 @@ def metrics_table(document: Document) -> Table:
         interval = metric.get("ci95")
         between = f"{number(interval[0])} to {number(interval[1])}" if interval else NONE
         more = ", ".join(
-            f"{key} {number(value)}"
+            f"{key.replace('_', ' ')} {number(value)}"
             for key, value in metric.items()
             if key not in ("value", "ci95", "n") and isinstance(value, int | float | str)
         )
@@ -208,13 +209,7 @@ def provenance_table(document: Document) -> Table:
         ("reference", document.get("reference")),
         ("component", document.get("component")),
         ("class", document.get("class_name")),
-        ("samples", samples.get("count")),
-        ("protocol", samples.get("protocol")),
-        ("sampler", samples.get("sampler")),
-        ("steps", samples.get("steps")),
-        ("timestep spacing", samples.get("timestep_spacing")),
-        ("eta", samples.get("eta")),
-        ("seed", samples.get("seed")),
+        *((SETTINGS.get(key, key.replace("_", " ")), value) for key, value in samples.items()),
         ("device", document.get("device")),
         *flat("", document.get("tools") or {}),
     ]
