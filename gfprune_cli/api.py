@@ -111,7 +111,7 @@ def evaluate(
 
     Example:
         >>> evaluate("demo-pruned", samples=64, steps=20).metrics["ssim"]["value"]
-        0.8...
+        0...
     """
     recipe = resolve_recipe(
         EvalRecipe, Path(config) if config is not None else None, {"model": model, **settings}
