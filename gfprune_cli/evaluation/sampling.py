@@ -41,7 +41,9 @@ def timestep_list(spacing: Spacing, total: int, steps: int, offset: int = 0) -> 
         found = np.linspace(0, np.sqrt(total * QUAD_SHARE), steps) ** 2
         return [int(value) for value in found[::-1]]
     if spacing == "trailing":
-        return [round(total - step * total / steps) - 1 for step in range(steps)]
+        # as diffusers rounds; for some step counts its range has one position too many, at -1
+        found = np.round(np.arange(total, 0, -total / steps))[:steps]
+        return [int(value) - 1 for value in found]
     if spacing == "linspace":
         return [int(value) for value in np.linspace(0, total - 1, steps).round()[::-1]]
     skip = total // steps
