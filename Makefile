@@ -29,6 +29,9 @@ $(STAMP): pyproject.toml requirements.lock.txt
 	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 		-c requirements.lock.txt -e '.[dev,data,tensorboard]'
+	@# the tests compare with clean-fid, and need none of the torchvision that it asks for
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
+		-c requirements.lock.txt --no-deps clean-fid
 	@touch $@
 
 demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 from gfprune_cli.analysis import analyze
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.evaluation import EvalResult
+from gfprune_cli.evaluation import evaluate as run_evaluation
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["analyze", "finetune", "load", "prune"]
+__all__ = ["analyze", "evaluate", "finetune", "load", "prune"]
 
 
 def prune(
@@ -125,6 +128,59 @@ def finetune(
         sample_every=sample_every,
         logs=Path(logs) if logs is not None else None,
         logger=logger,
+        offline=offline,
+        device=device,
+        report=report,
+    )
+
+
+def evaluate(
+    model: str | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    save_stats: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    force: bool = False,
+    resume: bool = False,
+    offline: bool = False,
+    device: str | None = None,
+    report: Report = silent,
+    **settings: Any,
+) -> EvalResult | None:
+    """Measure a model, against its dense original if there is one, as `gfprune eval` does.
+
+    Args:
+        model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
+        out: also write the samples as PNG files in this folder.
+        save_stats: also write the statistics of the images in `data` to this .npz file.
+        config: a YAML recipe; `settings` override it.
+        force: replace what exists at `out`, and discard the samples of an interrupted run.
+        resume: go on from the samples of an interrupted run, if there are any.
+        offline: never use the network.
+        device: torch device; by default CUDA if there is one.
+        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
+        **settings: any field of `gfprune_cli.recipes.evaluate.EvalRecipe`, such as `samples=64`.
+
+    Returns:
+        The numbers; `.document()` is the command's JSON, `.missed` the gates that were not passed. None in
+        every process but the first of those that `accelerate launch` started.
+
+    Raises:
+        UsageError: wrong settings. GfpruneError: anything else, in one line.
+
+    Example:
+        >>> evaluate("demo-pruned", samples=64, steps=20).metrics["ssim"]["value"]
+        0...
+    """
+    recipe = resolve_recipe(
+        EvalRecipe, Path(config) if config is not None else None, {"model": model, **settings}
+    )
+    return run_evaluation(
+        recipe,
+        out=Path(out) if out is not None else None,
+        save_stats=Path(save_stats) if save_stats is not None else None,
+        force=force,
+        resume=resume,
         offline=offline,
         device=device,
         report=report,

@@ -75,6 +75,11 @@ class Processes:
         if self.state is not None:
             self.state.wait_for_everyone()
 
+    def part(self) -> None:
+        """Let each process go its own way from here."""
+        if self.state is not None:
+            self.state.destroy_process_group()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block, then the others: they find what it left in the cache."""

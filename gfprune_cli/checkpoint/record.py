@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt, MinLen
 
-from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.files import quoted, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError
 
 RECORD = "gfprune.json"
@@ -43,6 +43,27 @@ class Record:
     source: Origin
     kept: dict[str, list[int]]
     component: str
+
+    @property
+    def variant(self) -> str | None:
+        """Which weights of the dense model were pruned."""
+        settings = self.document.get("recipe")
+        variant = settings.get("variant") if isinstance(settings, dict) else None
+        return variant if isinstance(variant, str) else None
+
+    def dense_label(self) -> str:
+        """Where the dense model is. A folder that is gone is never looked for on the Hub.
+
+        Raises:
+            GfpruneError: it is not there.
+        """
+        label = self.source.label
+        if self.source.kind == "local" and not Path(label).expanduser().is_dir():
+            raise GfpruneError(
+                f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
+                "name it with --teacher"
+            )
+        return "demo" if self.source.kind == "demo" else label
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import typer
 
 from gfprune_cli import __version__
 from gfprune_cli.cli.analyze import analyze
+from gfprune_cli.cli.evaluate import evaluate
 from gfprune_cli.cli.finetune import finetune
 from gfprune_cli.cli.prune import prune
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (analyze, prune, finetune):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def show_version(value: bool) -> None:

@@ -1,16 +1,16 @@
-"""HTML pages that commands write beside their result."""
+"""Pages and files that commands write beside their result."""
 
 from pathlib import Path
 
 
-def check_page(path: Path, *, force: bool) -> None:
+def check_page(path: Path, *, force: bool, flag: str = "--html") -> None:
     """Refuse before the work, not after it."""
     from gfprune_cli.errors import UsageError
 
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--html {path}: name a file in a folder that exists")
+        raise UsageError(f"{flag} {path}: name a file in a folder that exists")
     if path.exists() and not force:
-        raise UsageError(f"--html {path} exists: use --force to replace it, or another name")
+        raise UsageError(f"{flag} {path} exists: use --force to replace it, or another name")
 
 
 def write_page(path: Path, page: str) -> None:

@@ -1,5 +1,8 @@
 """Results as tables for people."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +62,44 @@ def finetune_table(result: FinetuneResult) -> Table:
     if before is not None and after is not None and teacher is not None and before > teacher:
         table.add_row("share of the gap closed", "", f"{(before - after) / (before - teacher):.0%}", "")
     return table
+
+
+def eval_table(document: Mapping[str, Any]) -> Table:
+    """Metrics, then size and latency, of the model and its reference."""
+    against = f" against {document['reference']}" if document["reference"] else ""
+    table = Table(title=Text(f"{document['model']}{against}"), title_justify="left")
+    for column in ("", "model", "reference", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    metrics = document["metrics"]
+    for name, metric in metrics.items():
+        if name.endswith("_reference"):
+            continue
+        other = metrics.get(f"{name}_reference")
+        interval = metric["ci95"]
+        table.add_row(
+            name,
+            number(metric["value"]),
+            number(other["value"]) if other else "",
+            f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
+        )
+    for name, key, unit in (
+        ("parameters", "params", ""),
+        ("MACs per image", "macs", ""),
+        ("weight file", "bytes", "B"),
+        ("peak memory", "memory", "B"),
+    ):
+        pair = [document[key][role] for role in ("model", "reference")]
+        if pair[0] is not None:
+            table.add_row(name, *(short(value) + unit if value is not None else "" for value in pair), "")
+    for row in document["latency"]:
+        faster = f"{row['speedup']:.2f}x" if row["speedup"] else ""
+        reference = f"{row['ms_reference']:.3g} ms" if row["ms_reference"] is not None else ""
+        table.add_row(f"{row['mode']}, batch {row['batch']}", f"{row['ms']:.3g} ms", reference, faster)
+    return table
+
+
+def number(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.4g}"
 
 
 def analysis_text(found: Analysis) -> str:

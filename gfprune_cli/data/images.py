@@ -74,6 +74,29 @@ def load_images(
         UsageError: no such source, nothing usable in it, or a size, limit or channel count that cannot be.
         GfpruneError: an image, array or row that cannot be read; damaged ones are named, never skipped.
     """
+    batches = image_batches(
+        source, size=size, channels=channels, limit=limit, batch=limit, seed=seed, report=report
+    )
+    return torch.cat(list(batches))
+
+
+def image_batches(
+    source: str,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    limit: int,
+    batch: int,
+    seed: int = 0,
+    report: Report = silent,
+) -> Iterator[torch.Tensor]:
+    """What `load_images` returns, in pieces of at most `batch` images: for more than memory holds."""
+    frames, total = _open(source, size=size, channels=channels, limit=limit, seed=seed)
+    return _assemble(frames, total, size, channels, report, source, batch)
+
+
+def _open(source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int) -> tuple[_Frames, int]:
+    """The images of a source as they are stored, and how many there are (at most)."""
     _check_request(size, channels, limit)
     # os.path and not pathlib: a name too long or with a null byte is answered, not raised.
     place = os.path.expanduser(source)
@@ -95,7 +118,7 @@ def load_images(
         frames, total = _dataset_frames(source, limit), limit
     else:
         raise UsageError(f"--data {source!r}: no such folder or .npz file, and not a dataset id (owner/name)")
-    return _assemble(frames, total, size, channels, report, source)
+    return frames, total
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -262,10 +285,11 @@ def _dataset_frames(source: str, limit: int) -> _Frames:
 
 
 def _assemble(
-    frames: _Frames, total: int, size: tuple[int, int], channels: int, report: Report, source: str
-) -> torch.Tensor:
+    frames: _Frames, total: int, size: tuple[int, int], channels: int, report: Report, source: str, batch: int
+) -> Iterator[torch.Tensor]:
     images: list[npt.NDArray[np.uint8]] = []
     resized: Counter[tuple[int, int]] = Counter()
+    count = 0
     for name, frame in frames:
         with _decoding(name):
             image = _flatten(frame, _MODES[channels])
@@ -274,15 +298,20 @@ def _assemble(
                 image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
             pixels = np.asarray(image).reshape(*size, channels)
             images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        report(Event("load", len(images), total, "images"))
-    if not images:
+        count += 1
+        report(Event("load", count, total, "images"))
+        if len(images) == batch:
+            yield torch.from_numpy(np.stack(images))
+            images = []
+    if not count:
         raise UsageError(f"--data {source!r}: no image in this dataset's train split")
+    if images:
+        yield torch.from_numpy(np.stack(images))
     if resized:
         sizes = [f"{width}x{height}" for (width, height), _ in resized.most_common()]
         sizes[3:] = sizes[3:4] if len(sizes) <= 4 else [f"{len(sizes) - 3} other sizes"]
-        what = f"{resized.total()} of {len(images)} images resized to {size[1]}x{size[0]} (width x height)"
+        what = f"{resized.total()} of {count} images resized to {size[1]}x{size[0]} (width x height)"
         notice(report, f"{what}, cropped about the centre, from {', '.join(sizes)}")
-    return torch.from_numpy(np.stack(images))
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -1,7 +1,6 @@
 """The dense model that a pruned checkpoint learns from: found, checked, loaded."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import Component, build_meta, inspect, load_scheduler, sha256_of_weights
-from gfprune_cli.checkpoint.record import Origin, Record
+from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, Report, notice
@@ -44,9 +43,9 @@ def find_teacher(
         UsageError: the one named does not fit; GfpruneError: the recorded one is gone or has changed.
     """
     origin = record.source
-    label = recipe.teacher or recorded_label(origin)
+    label = recipe.teacher or record.dense_label()
     revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
-    variant = recipe.variant or (None if recipe.teacher else origin_variant(record))
+    variant = recipe.variant or (None if recipe.teacher else record.variant)
     try:
         source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
     except Interrupted:
@@ -76,27 +75,6 @@ def find_teacher(
             )
         notice(report, f"--teacher {label}: not the weights that this checkpoint was pruned from")
     return Teacher(source, component, hashes)
-
-
-def recorded_label(origin: Origin) -> str:
-    """Where a record says the dense model is. A folder that is gone is never looked for on the Hub.
-
-    Raises:
-        GfpruneError: it is not there.
-    """
-    if origin.kind == "local" and not Path(origin.label).expanduser().is_dir():
-        raise GfpruneError(
-            f"the dense model this checkpoint was pruned from, {quoted(origin.label)}, is not there: "
-            "name it with --teacher"
-        )
-    return "demo" if origin.kind == "demo" else origin.label
-
-
-def origin_variant(record: Record) -> str | None:
-    """Which weights of the dense model were pruned."""
-    settings = record.document.get("recipe")
-    variant = settings.get("variant") if isinstance(settings, dict) else None
-    return variant if isinstance(variant, str) else None
 
 
 def check_fit(student: Component, teacher: Component, label: str) -> None:

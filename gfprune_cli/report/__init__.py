@@ -2,9 +2,11 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 Tips = Sequence[str]  # what the pointer is told over the shapes with the ids tip-0, tip-1, ...
@@ -35,6 +37,26 @@ STYLE: dict[str, Any] = {
     "axes.spines.left": False,
     "legend.frameon": False,
 }
+
+
+def fill(template: str, tests: Mapping[str, Callable[[Any], bool]] | None = None, **values: Any) -> str:
+    """A page from one of the templates beside this file; every value is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"number": "{:,}".format, "percent": percent, "target": target, "human": human}
+    environment.tests |= tests or {}
+    page = environment.get_template(template).render(values)
+    # A JSON string may hold half a surrogate pair, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def percent(share: float, digits: int = 1) -> str:

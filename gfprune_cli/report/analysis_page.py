@@ -6,13 +6,24 @@ Path("analysis.html").write_text(render(analyze("demo", sparsity=[0.5]).document
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gfprune_cli.report import BLUE, GREY, INK, ORANGE, PURPLE, Tips, draw, human, percent, target
+from gfprune_cli.report import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    Tips,
+    draw,
+    fill,
+    human,
+    percent,
+    ratio,
+    target,
+)
 
 Group = Mapping[str, Any]
 Plan = Mapping[str, Any]
@@ -63,20 +74,15 @@ def render(document: Mapping[str, Any]) -> str:
         plots["left"] = left_plot(document, plans)
     if measured:
         plots["sensitivity"] = sensitivity_plot(measured)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+    return fill(
+        "analysis.html",
+        tests={"measured": is_measured},
+        doc=document,
+        groups=groups,
+        plans=plans,
+        measured=measured,
+        plots=plots,
     )
-    environment.filters |= {"number": "{:,}".format, "percent": percent, "target": target, "human": human}
-    environment.tests["measured"] = is_measured
-    page = environment.get_template("analysis.html").render(
-        doc=document, groups=groups, plans=plans, measured=measured, plots=plots
-    )
-    # A JSON string may hold half a surrogate pair, which no file can.
-    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def is_measured(group: Group) -> bool:
@@ -87,10 +93,6 @@ def is_measured(group: Group) -> bool:
 def network_order(groups: Sequence[Group]) -> list[Group]:
     """The groups in the order in which data meets them: modules of a U-Net list `up` before `mid`."""
     return sorted(groups, key=lambda group: ORDER.get(group["name"].split(".")[0], 0))
-
-
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def plain(name: str) -> str:

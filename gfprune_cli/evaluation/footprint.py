@@ -1,0 +1,102 @@
+"""What a network takes whatever the machine's speed: multiply-accumulates and peak memory."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.device import Precision
+from gfprune_cli.evaluation.deepcache import DeepCache
+from gfprune_cli.evaluation.deployed import batch_inputs, computing_in, out_of_memory, prepare
+from gfprune_cli.progress import Report, notice
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.graph import Trace, example_inputs, observe
+
+Call = Callable[[], object]
+
+
+def memory_measured(batch: int) -> str:
+    """What the bytes of `peak_memory` are, in words."""
+    return f"most bytes of tensors held at once in one forward pass of {batch} images, weights included"
+
+
+def peak_memory(
+    model: nn.Module, *, batch: int, device: torch.device, precision: Precision, report: Report
+) -> int | None:
+    """Bytes that one forward pass needs: weights, buffers, and the peak of what torch allocates above them.
+
+    On CUDA the peak is the caching allocator's own; on the CPU it is added up from the profiler's record of
+    every allocation and release, the scratch space inside operators included. Neither counts the input, the
+    libraries' code, or another network in the same process.
+
+    Returns:
+        The bytes, or None (and a notice) where the pass does not fit in memory.
+    """
+    network = prepare(model, device)
+    tensors = [*network.parameters(), *network.buffers()]
+    resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    try:
+        call = partial(network, **batch_inputs(network, batch), return_dict=False)
+        with torch.inference_mode():
+            with computing_in(precision, device):
+                call()  # what is made once and kept is made before counting
+            with computing_in(precision, device):
+                rise = rise_on_cuda(call, device) if device.type == "cuda" else rise_on_cpu(call)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        notice(report, f"peak memory is not measured: a batch of {batch} does not fit")
+        return None
+    return resident + rise
+
+
+def rise_on_cuda(call: Call, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - int(before)
+
+
+def rise_on_cpu(call: Call) -> int:
+    """The highest running sum of the profiler's memory events: + allocated, - released."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
+@torch.no_grad()
+def macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one evaluation of the network on one image, as `CostModel` counts them.
+
+    Works on any device, the meta device included, and on networks of uneven widths.
+    """
+    return counted(model, partial(model, **example_inputs(model)))
+
+
+@torch.no_grad()
+def cycle_macs(cache: DeepCache) -> int:
+    """Multiply-accumulates of one DeepCache cycle on one image."""
+    inputs = example_inputs(cache.model)
+    full = counted(cache.model, partial(cache.full_step, **inputs))
+    return full + (cache.interval - 1) * counted(cache.shallow, partial(cache.shallow_step, **inputs))
+
+
+def counted(model: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of the layers of `model` that a call runs."""
+    trace = Trace()
+    hooks = list(observe(model, trace))
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return CostModel(model, (), trace).macs({})

@@ -1,0 +1,216 @@
+"""The metrics of an evaluation, from samples on disk."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.images import image_batches
+from gfprune_cli.evaluation.consistency import Consistency, unit_range
+from gfprune_cli.evaluation.inputs import Inputs
+from gfprune_cli.evaluation.quality import Real, distances, real_features, sample_features
+from gfprune_cli.evaluation.statistics import Gaussian, frechet_distance, gaussian
+from gfprune_cli.evaluation.store import SampleStore
+from gfprune_cli.evaluation.teacher import (
+    LOSS_DRAWS,
+    Losses,
+    denoising_losses,
+    feature_index,
+    teacher_features,
+)
+from gfprune_cli.progress import Report
+
+GRID = 16  # pairs of pictures
+FEATURE_BATCH = 32
+Metrics = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Measures:
+    """Metrics of the samples in a store.
+
+    Args:
+        networks: role -> network on the run's device.
+    """
+
+    inputs: Inputs
+    store: SampleStore
+    networks: dict[str, nn.Module]
+    device: torch.device
+    report: Report
+    real: Gaussian | None = None
+
+    def value_range(self) -> tuple[float, float]:
+        """What is black and white: of the process, or for latents the range of the reference's samples."""
+        if not self.inputs.model.latent:
+            return self.inputs.process.value_range
+        role = "reference" if "reference" in self.networks else "model"
+        edges = [(float(images.min()), float(images.max())) for images in self.store.images(role)]
+        return min(low for low, _ in edges), max(high for _, high in edges)
+
+    def shown(self, role: str) -> Iterator[torch.Tensor]:
+        """Samples in [0, 1], chunk by chunk."""
+        low, high = self.value_range()
+        return (unit_range(images, low, high) for images in self.store.images(role))
+
+    def consistency(self) -> Metrics:
+        """SSIM and PSNR between the two models' images of the same noise."""
+        if "reference" not in self.networks:
+            return {}
+        found = Consistency()
+        for one, other in zip(self.shown("reference"), self.shown("model"), strict=True):
+            found.add(one, other, eight_bit=not self.inputs.model.latent)
+        return found.metrics()
+
+    def quality(self) -> Metrics:
+        """Distances to real images in the features of the extractor, of the model and of the reference."""
+        inputs, extractor = self.inputs, self.inputs.extractor
+        if extractor is None:
+            return {}
+        if inputs.statistics is not None:
+            real = Real(inputs.statistics, None)
+        else:
+            real = real_features(
+                str(inputs.recipe.data),
+                extractor,
+                size=inputs.shape[1:],
+                channels=inputs.shape[0],
+                report=self.report,
+            )
+        self.real = real.gaussian
+        found: Metrics = {}
+        for role, suffix in (("model", ""), ("reference", "_reference")):
+            if role in self.networks:
+                features = sample_features(self.shown(role), extractor, inputs.settings.samples, self.report)
+                values = distances(features, real, extractor, inputs.recipe.seed)
+                found |= {name + suffix: value for name, value in values.items()}
+        dimensions = len(real.gaussian.mean)
+        self.warn_of_few(extractor.fid, dimensions, inputs.settings.samples, real.gaussian.count)
+        return found
+
+    def warn_of_few(self, name: str, dimensions: int, *counts: int | None) -> None:
+        """Say that a Gaussian was fitted to fewer vectors than it has dimensions."""
+        few = min(count for count in counts if count)
+        if few < dimensions:
+            self.inputs.remarks.add(
+                f"{name} comes from {few} images in {dimensions} dimensions: its covariance is singular and "
+                "the value biased upwards; compare it only with values from as many images"
+            )
+
+    def teacher_distance(self) -> Metrics:
+        """`fd_teacher`: Frechet distance in the features of the reference's own middle block."""
+        inputs, teacher = self.inputs, self.networks.get("reference")
+        if teacher is None:
+            return {}
+        if getattr(teacher, "mid_block", None) is None:
+            inputs.remarks.add("no fd_teacher: the reference has no middle block")
+            return {}
+        count, samples = inputs.settings.samples, self.store.images
+        own = self.features(teacher, samples("model"))
+        dense = self.features(teacher, samples("reference"))
+        real = dense if inputs.data is None else self.features(teacher, self.real_images(count))
+        self.warn_of_few("fd_teacher", len(own.mean), own.count, real.count)
+        origin = {
+            "ci95": None,
+            "n": count,
+            "against": "reference" if inputs.data is None else "data",
+            "n_real": real.count,
+            "dimensions": len(own.mean),
+            "timestep": feature_index(inputs.process),
+        }
+        found = {"fd_teacher": {"value": frechet_distance(real, own)} | origin}
+        if real is not dense:
+            found["fd_teacher_reference"] = {"value": frechet_distance(real, dense)} | origin
+        return found
+
+    def real_images(self, count: int) -> Iterator[torch.Tensor]:
+        """At most `count` images of `--data` in the network's range, batch by batch."""
+        inputs = self.inputs
+        batches = image_batches(
+            str(inputs.recipe.data),
+            size=inputs.shape[1:],
+            channels=inputs.shape[0],
+            limit=count,
+            batch=FEATURE_BATCH,
+            seed=inputs.recipe.seed,
+            report=self.report,
+        )
+        return (inputs.in_network_range(images) for images in batches)
+
+    def features(self, teacher: nn.Module, images: Iterator[torch.Tensor]) -> Gaussian:
+        """The Gaussian of images in the teacher's features."""
+        count = self.inputs.settings.samples
+        return gaussian(
+            teacher_features(
+                teacher,
+                self.inputs.process,
+                images,
+                labels=self.inputs.labels(count),
+                seed=self.inputs.recipe.seed,
+                report=self.report,
+                total=count,
+            )
+        )
+
+    def losses(self) -> Losses:
+        """Denoising losses on real images, or else on images that the reference drew."""
+        inputs = self.inputs
+        if inputs.data is not None:
+            images = inputs.in_network_range(inputs.data)
+        else:
+            role = "reference" if "reference" in self.networks else "model"
+            images = first_images(self.store.images(role), LOSS_DRAWS)
+        labels = inputs.labels(len(images))
+        draws = Draws(
+            images.to(self.device),
+            inputs.process.steps,
+            inputs.recipe.seed,
+            None if labels is None else labels.to(self.device),
+        )
+        return denoising_losses(
+            self.networks["model"],
+            self.networks.get("reference"),
+            inputs.process,
+            draws,
+            precision=inputs.recipe.precision,
+            report=self.report,
+        )
+
+    def grid(self) -> list[tuple[bytes, bytes]]:
+        """Pairs of PNG files (reference, model), by image number; an empty file for no reference."""
+        if self.inputs.model.latent:
+            return []
+        own = [png(image) for image in first_images(self.shown("model"), GRID)]
+        if "reference" not in self.networks:
+            return [(b"", image) for image in own]
+        other = [png(image) for image in first_images(self.shown("reference"), GRID)]
+        return list(zip(other, own, strict=True))
+
+
+def first_images(chunks: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+    """The first images of a stream of chunks, at most `count`."""
+    found: list[torch.Tensor] = []
+    while sum(map(len, found)) < count and (chunk := next(chunks, None)) is not None:
+        found.append(chunk)
+    return torch.cat(found)[:count]
+
+
+def png(image: torch.Tensor) -> bytes:
+    """An image [C, H, W] in [0, 1] as a PNG file; two or more than four channels show the first one."""
+    from PIL import Image
+
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def files(role: str, chunks: Iterator[torch.Tensor]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the PNG files of one model's samples, by image number."""
+    for number, image in enumerate(chain.from_iterable(chunks)):
+        yield f"{role}/{number:06d}.png", png(image)

@@ -1,0 +1,89 @@
+"""How samples are drawn: the defaults, and the protocols that published numbers were measured with."""
+
+from dataclasses import dataclass
+
+from gfprune_cli.data.diffusion import NoisingProcess, VarianceExploding
+from gfprune_cli.errors import UsageError
+from gfprune_cli.recipes.evaluate import EvalRecipe, FidMode, Sampler, Spacing
+
+DIFF_PRUNING_SAMPLES = 50_000
+DIFF_PRUNING_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Settings of a published evaluation."""
+
+    samples: int
+    steps: int
+    sampler: Sampler
+    timestep_spacing: Spacing
+    eta: float
+    fid_mode: FidMode
+
+
+def diff_pruning(spacing: Spacing) -> Protocol:
+    """Fang et al., "Structural Pruning for Diffusion Models" (arXiv 2305.10924), section 4 and its code."""
+    return Protocol(DIFF_PRUNING_SAMPLES, DIFF_PRUNING_STEPS, "ddim", spacing, 0.0, "legacy_pytorch")
+
+
+PROTOCOLS = {
+    "ddpm-cifar10": diff_pruning("quad"),
+    "celeba64": diff_pruning("uniform"),
+    "lsun-church": diff_pruning("uniform"),
+    "lsun-bedroom": diff_pruning("uniform"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the samples of one run are drawn and judged; `timestep_spacing` None leaves it to a scheduler."""
+
+    samples: int
+    steps: int
+    sampler: Sampler
+    timestep_spacing: Spacing | None
+    eta: float
+    fid_mode: FidMode
+
+
+def settings_of(recipe: EvalRecipe, process: NoisingProcess) -> Settings:
+    """Flags, then the protocol, then the defaults.
+
+    Raises:
+        UsageError: a sampler that the noising process has no steps for, or an option that it ignores.
+    """
+    exploding = isinstance(process, VarianceExploding)
+    usual = Protocol(256, 50, "euler" if exploding else "ddim", "trailing", 0.0, "clean")
+    base = PROTOCOLS[recipe.protocol] if recipe.protocol else usual
+    sampler = recipe.sampler or base.sampler
+    check_sampler(sampler, exploding)
+    spacing = recipe.timestep_spacing
+    if sampler in ("ddim", "ddpm"):
+        spacing = spacing or base.timestep_spacing
+    if sampler == "euler" and spacing is not None:
+        raise UsageError("--timestep-spacing: euler steps are equally spaced in log sigma: drop the flag")
+    if recipe.eta and sampler != "ddim":
+        raise UsageError(f"--eta is for --sampler ddim, not for {sampler}: drop one of the two")
+    eta = base.eta if recipe.eta is None else recipe.eta
+    steps = recipe.steps or base.steps
+    if steps > process.steps:
+        raise UsageError(f"--steps {steps}: the noise schedule has {process.steps} steps; ask for fewer")
+    return Settings(
+        recipe.samples or base.samples,
+        steps,
+        sampler,
+        spacing,
+        eta if sampler == "ddim" else 0.0,
+        recipe.fid_mode or base.fid_mode,
+    )
+
+
+def check_sampler(sampler: Sampler, exploding: bool) -> None:
+    if exploding and sampler in ("ddim", "ddpm"):
+        raise UsageError(
+            f"--sampler {sampler} is for variance-preserving noise, and this model's explodes: "
+            "use euler or pipeline"
+        )
+    if sampler == "euler" and not exploding:
+        raise UsageError("--sampler euler is for variance-exploding models: use ddim, ddpm or pipeline")

@@ -1,0 +1,283 @@
+"""One evaluation from end to end: draw from both models, compare, time, judge."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.durable import (
+    check_destination,
+    hidden,
+    recover,
+    staged,
+    write_file,
+    write_json,
+)
+from gfprune_cli.data.calibration import cache_folder, call
+from gfprune_cli.device import autocast, deterministic
+from gfprune_cli.errors import UsageError
+from gfprune_cli.evaluation.inputs import Inputs, gather
+from gfprune_cli.evaluation.measures import Measures, files
+from gfprune_cli.evaluation.quality import statistics_bytes
+from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
+from gfprune_cli.evaluation.sampling import draw, make_sampling, one_at_a_time
+from gfprune_cli.evaluation.store import SampleStore
+from gfprune_cli.processes import Processes
+from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.pruning.result import SCHEMA_VERSION
+from gfprune_cli.recipes.evaluate import EvalRecipe
+
+REPEATS = 20  # timed passes of each network
+
+
+def evaluate(
+    recipe: EvalRecipe,
+    *,
+    out: Path | None = None,
+    save_stats: Path | None = None,
+    beside: Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    offline: bool = False,
+    device: str | None = None,
+    report: Report = silent,
+) -> EvalResult | None:
+    """Evaluate a model, against a dense reference if there is one.
+
+    Args:
+        recipe: what to do; decides the numbers.
+        out: also write the samples as PNG files in this folder, with the record of the run.
+        save_stats: also write the statistics of the images of `--data` to this .npz file.
+        beside: a file that the caller will write; the state of the run lies hidden beside it.
+        force: replace what exists at `out`, and discard the samples of an interrupted run.
+        resume: go on from the samples of an interrupted run, if there are any.
+        offline: never use the network.
+        device: torch device; by default CUDA if there is one.
+
+    Returns:
+        What was found; None in every process but the first of those that a launcher started.
+
+    Raises:
+        UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
+        Interrupted: raised by `report`; finished chunks of samples are durable by then.
+    """
+    start = time.monotonic()
+    processes = Processes.start(device)
+    if out is not None and processes.main:
+        recover(out)
+        check_destination(out, force=force)
+    latency_batches(recipe)
+    inputs = gather(recipe, processes, save_stats=save_stats is not None, offline=offline, report=report)
+    report = inputs.remarks.report
+    if out is not None and inputs.model.latent:
+        raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
+    store = sample_store(inputs, processes.device, out or beside)
+    if processes.main:  # the others find the folder as it was left here
+        store.check(resume=resume, force=force)
+        store.begin(resume=resume)
+    processes.wait()
+    networks = {role: subject.load(processes.device) for role, subject in inputs.subjects.items()}
+    with deterministic():
+        draw_all(inputs, networks, store, processes, report)
+        processes.wait()
+        processes.part()
+        if not processes.main:
+            return None
+        measures = Measures(inputs, store, networks, processes.device, report)
+        metrics = measures.consistency() | measures.quality() | measures.teacher_distance()
+        losses = measures.losses()
+    metrics |= losses.metrics()
+    costs = measure_costs(inputs, networks, processes.device, report)
+    result = EvalResult(
+        model=inputs.model.label,
+        reference=inputs.reference.label if inputs.reference else None,
+        component=inputs.model.component.name,
+        class_name=inputs.model.component.class_name,
+        samples=described_samples(inputs),
+        metrics=metrics,
+        loss_by_timestep=losses.by_timestep(),
+        latency=costs.latency,
+        params=costs.params,
+        macs=costs.macs,
+        bytes={
+            "model": inputs.model.component.bytes,
+            "reference": inputs.reference.component.bytes if inputs.reference else None,
+        },
+        memory=costs.memory,
+        gates=passed_gates(recipe, metrics, costs.latency),
+        warnings=inputs.remarks.texts,
+        device=str(processes.device),
+        tools=tools(),
+        seconds=round(time.monotonic() - start, 3),
+        grid=measures.grid(),
+    )
+    if save_stats is not None and measures.real is not None and inputs.extractor is not None:
+        write_file(save_stats, statistics_bytes(measures.real, inputs.extractor))
+    if out is not None:
+        write_samples(out, measures, result, force=force)
+    store.clear()
+    return result
+
+
+def sample_store(inputs: Inputs, device: torch.device, beside: Path | None) -> SampleStore:
+    """Where the samples lie until the run ends: hidden beside its output, else in the cache."""
+    identity = inputs.identity(device)
+    if beside is not None:
+        folder = hidden(Path(beside).expanduser(), "state")
+    else:
+        text = json.dumps(identity, sort_keys=True, default=str)
+        folder = cache_folder() / "eval" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    alone = one_at_a_time(inputs.settings, inputs.model.scheduler)
+    return SampleStore(folder, identity, inputs.settings.samples, 1 if alone else inputs.recipe.batch)
+
+
+def draw_all(
+    inputs: Inputs,
+    networks: Mapping[str, nn.Module],
+    store: SampleStore,
+    processes: Processes,
+    report: Report,
+) -> None:
+    """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
+    sampling = make_sampling(inputs.settings, inputs.process, inputs.model.scheduler)
+    labels = inputs.labels(inputs.settings.samples)
+    own = [(role, chunk) for role in networks for chunk in store.chunks[processes.rank :: processes.count]]
+    total = sum(len(store.members(chunk)) for _, chunk in own)
+    done = 0
+    for role, chunk in own:
+        members = store.members(chunk)
+        if not store.has(role, chunk):
+            denoise = denoiser(
+                networks[role],
+                None if labels is None else labels[list(members)].to(processes.device),
+                inputs.recipe,
+                lambda done=done: report(Event("sample", done, total)),
+            )
+            images = draw(
+                sampling,
+                denoise,
+                members=members,
+                shape=inputs.shape,
+                seed=inputs.recipe.seed,
+                device=processes.device,
+                what=inputs.subjects[role].label,
+            )
+            store.put(role, chunk, images)
+        done += len(members)
+        report(Event("sample", done, total))
+
+
+def denoiser(network: nn.Module, labels: torch.Tensor | None, recipe: EvalRecipe, tick: Any) -> Any:
+    """(noisy images, timesteps) -> network output, in the precision of the recipe."""
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        tick()
+        with autocast(x.device, recipe.precision):
+            return call(network, x, timesteps, labels).float()
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Latency rows, and numbers of the model and the reference."""
+
+    latency: list[dict[str, Any]]
+    params: dict[str, int | None]
+    macs: dict[str, int | None]
+    memory: dict[str, Any]
+
+
+def latency_batches(recipe: EvalRecipe) -> list[int]:
+    """The batch sizes to time, ascending.
+
+    Raises:
+        UsageError: not a list of positive whole numbers.
+    """
+    try:
+        found = sorted({int(part) for part in recipe.latency_batches.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UsageError(f"--latency-batches {recipe.latency_batches!r}: use whole numbers such as 1,64")
+    return found
+
+
+def measure_costs(
+    inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, report: Report
+) -> Costs:
+    """How large, and unless `--no-latency` how fast: both networks in one interleaved run."""
+    from gfprune_cli.evaluation.cost import macs, measure_latency, memory_measured, peak_memory
+
+    recipe, roles = inputs.recipe, ("model", "reference")
+    both = {role: networks.get(role) for role in roles}
+    params = {
+        role: None if network is None else sum(parameter.numel() for parameter in network.parameters())
+        for role, network in both.items()
+    }
+    work = {role: None if network is None else macs(network) for role, network in both.items()}
+    ratio = work["reference"] / work["model"] if work["reference"] and work["model"] else None
+    batches = latency_batches(recipe)
+    what = memory_measured(batches[-1])
+    if recipe.no_latency:
+        return Costs([], params, work, {"model": None, "reference": None, "what": what})
+    memory: dict[str, Any] = {
+        role: None
+        if network is None
+        else peak_memory(network, batch=batches[-1], device=device, precision=recipe.precision, report=report)
+        for role, network in both.items()
+    }
+    rows = measure_latency(
+        networks["model"],
+        networks.get("reference"),
+        batches=batches,
+        modes=["eager"] + ["compile"] * recipe.compile + ["deepcache"] * recipe.deepcache,
+        device=device,
+        precision=recipe.precision,
+        mac_ratio=ratio,
+        repeats=REPEATS,
+        report=report,
+    )
+    return Costs([asdict(row) for row in rows], params, work, memory | {"what": what})
+
+
+def described_samples(inputs: Inputs) -> dict[str, Any]:
+    """How the samples were drawn."""
+    settings, recipe = inputs.settings, inputs.recipe
+    return {
+        "count": settings.samples,
+        "steps": settings.steps,
+        "sampler": settings.sampler,
+        "timestep_spacing": settings.timestep_spacing
+        or inputs.model.scheduler.config.get("timestep_spacing", "its own"),
+        "eta": settings.eta,
+        "seed": recipe.seed,
+        "protocol": recipe.protocol,
+        "batch": recipe.batch,
+        "precision": recipe.precision,
+        "fid_mode": settings.fid_mode,
+    }
+
+
+def write_samples(out: Path, measures: Measures, result: EvalResult, *, force: bool) -> None:
+    """The samples as PNG files, one folder for each model, and the record of the run."""
+    inputs = measures.inputs
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "eval",
+        "recipe": inputs.recipe.document(),
+        "weights": {role: subject.hashes for role, subject in inputs.subjects.items()},
+        "result": result.document(),
+    }
+    with staged(out, force=force) as folder:
+        for role in inputs.subjects:
+            (folder / role).mkdir()
+            for name, content in files(role, measures.shown(role)):
+                (folder / name).write_bytes(content)
+        write_json(folder / "gfprune.json", record)

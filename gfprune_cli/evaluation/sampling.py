@@ -1,0 +1,210 @@
+"""Drawing images: DDIM, DDPM, Euler steps, or the pipeline's own scheduler, on any list of timesteps.
+
+Every image has its own noise, initial and per step, so that neither batch size nor the number of processes
+decides what is drawn.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gfprune_cli.data.diffusion import Denoiser, NoisingProcess, VariancePreserving, per_sample
+from gfprune_cli.data.draws import generator
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.evaluation.protocols import Settings
+from gfprune_cli.recipes.evaluate import Spacing
+
+QUAD_SHARE = 0.8  # of the schedule, as in the DDIM code
+Generators = list[torch.Generator]
+Sampling = Callable[[Denoiser, torch.Tensor, Generators], torch.Tensor]
+UNSEEDED = ("DPMSolverSDEScheduler",)  # draws its noise from a source that takes no generator
+
+
+def timestep_list(spacing: Spacing, total: int, steps: int, offset: int = 0) -> list[int]:
+    """Positions in the schedule, from most to least noise.
+
+    uniform and quad are those of the DDIM code (arXiv 2010.02502, appendix D.3), leading, trailing and
+    linspace those of diffusers (arXiv 2305.08891, table 2). quad repeats the first positions when there are
+    many steps, as the DDIM code does; such a step changes nothing.
+
+    Args:
+        total: length of the schedule.
+        steps: how many positions, at most `total`.
+        offset: added to leading positions (`steps_offset` of a scheduler).
+    """
+    if spacing == "quad":
+        found = np.linspace(0, np.sqrt(total * QUAD_SHARE), steps) ** 2
+        return [int(value) for value in found[::-1]]
+    if spacing == "trailing":
+        # as diffusers rounds; for some step counts its range has one position too many, at -1
+        found = np.round(np.arange(total, 0, -total / steps))[:steps]
+        return [int(value) - 1 for value in found]
+    if spacing == "linspace":
+        return [int(value) for value in np.linspace(0, total - 1, steps).round()[::-1]]
+    skip = total // steps
+    offset = offset if spacing == "leading" else 0
+    return [min(total - 1, step * skip + offset) for step in reversed(range(steps))]
+
+
+def ddim(
+    process: VariancePreserving,
+    grid: Sequence[int],
+    eta: float,
+    final: float,
+    denoise: Denoiser,
+    noise: torch.Tensor,
+    generators: Generators,
+) -> torch.Tensor:
+    """DDIM (arXiv 2010.02502, equations 12 and 16).
+
+    A clipped image leaves the predicted noise as it is, as in diffusers' `DDIMScheduler`.
+
+    Args:
+        grid: positions in the schedule, most noise first.
+        eta: 0 deterministic, 1 the variance of DDPM.
+        final: signal level after the last step, 1 unless the scheduler says otherwise.
+    """
+    plain, x = replace(process, clip=False), noise
+    levels = [*(float(process.signal[now]) for now in grid), final]
+    for now, level, following in zip(grid, levels[:-1], levels[1:], strict=True):
+        index = torch.full((len(x),), now, device=x.device)
+        image, predicted = plain.split(
+            denoise(x, process.timesteps(index)), x, per_sample(process.signal, index, x)
+        )
+        image = image.clamp(-1, 1) if process.clip else image
+        variance = eta**2 * (1 - following) / (1 - level) * max(0.0, 1 - level / following)
+        direction = max(0.0, 1 - following - variance) ** 0.5
+        x = following**0.5 * image + direction * predicted
+        if variance:
+            x = x + variance**0.5 * step_noise(x, generators)
+    return x
+
+
+def step_noise(like: torch.Tensor, generators: Generators) -> torch.Tensor:
+    """Standard normal noise, each image's from its own generator."""
+    rows = [torch.randn(like.shape[1:], generator=source) for source in generators]
+    return torch.stack(rows).to(like)
+
+
+def scheduled(scheduler: Any, denoise: Denoiser, noise: torch.Tensor, generators: Generators) -> torch.Tensor:
+    """The loop of a diffusers pipeline around a scheduler whose timesteps are set."""
+    x = noise * scheduler.init_noise_sigma
+    seeded = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generators} if seeded else {}
+    for timestep in scheduler.timesteps:
+        level = timestep.to(x.device).expand(len(x))
+        output = denoise(scheduler.scale_model_input(x, timestep), level)
+        x = scheduler.step(output, timestep, x, **options).prev_sample
+    return x
+
+
+def predictor_corrector(
+    scheduler: Any, denoise: Denoiser, noise: torch.Tensor, generators: Generators
+) -> torch.Tensor:
+    """Predictor-corrector sampling (arXiv 2011.13456, algorithm 2) as in diffusers' `ScoreSdeVePipeline`.
+
+    The corrector's step size is a mean over the batch: see `one_at_a_time`.
+    """
+    x = mean = noise * scheduler.init_noise_sigma
+    for position, timestep in enumerate(scheduler.timesteps):
+        level = scheduler.sigmas[position].to(x.device).expand(len(x))
+        for _ in range(scheduler.config.correct_steps):
+            x = scheduler.step_correct(denoise(x, level), x, generator=generators).prev_sample
+        found = scheduler.step_pred(denoise(x, level), timestep, x, generator=generators)
+        x, mean = found.prev_sample, found.prev_sample_mean
+    return mean
+
+
+def one_at_a_time(settings: Settings, scheduler: Any) -> bool:
+    """Whether images of one batch would depend on each other."""
+    return settings.sampler == "pipeline" and hasattr(scheduler, "step_pred")
+
+
+def make_sampling(settings: Settings, process: NoisingProcess, scheduler: Any) -> Sampling:
+    """The sampler that the settings ask for.
+
+    Raises:
+        UsageError: the pipeline's scheduler cannot do it.
+    """
+    spacing, steps = settings.timestep_spacing, settings.steps
+    if settings.sampler == "euler":
+        return lambda denoise, noise, generators: process.sample(denoise, noise, steps)
+    if settings.sampler == "pipeline":
+        return lambda denoise, noise, generators: own_loop(own_scheduler(scheduler, settings))(
+            denoise, noise, generators
+        )
+    assert spacing is not None
+    assert isinstance(process, VariancePreserving)
+    grid = timestep_list(spacing, process.steps, steps, scheduler.config.get("steps_offset", 0))
+    if settings.sampler == "ddpm":
+        return lambda denoise, noise, generators: scheduled(
+            ddpm_scheduler(scheduler, grid), denoise, noise, generators
+        )
+    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    return lambda denoise, noise, generators: ddim(
+        process, grid, settings.eta, final, denoise, noise, generators
+    )
+
+
+def own_loop(scheduler: Any) -> Sampling:
+    loop = predictor_corrector if hasattr(scheduler, "step_pred") else scheduled
+    return lambda denoise, noise, generators: loop(scheduler, denoise, noise, generators)
+
+
+def ddpm_scheduler(scheduler: Any, grid: Sequence[int]) -> Any:
+    """diffusers' ancestral sampler (arXiv 2006.11239, algorithm 2) on these positions, repeats left out."""
+    import diffusers
+
+    made = diffusers.DDPMScheduler.from_config(scheduler.config)
+    made.set_timesteps(timesteps=list(dict.fromkeys(grid)))
+    return made
+
+
+def own_scheduler(scheduler: Any, settings: Settings) -> Any:
+    """A copy of the pipeline's scheduler with its timesteps set; its state belongs to one batch.
+
+    Raises:
+        UsageError: it cannot be seeded, or does not know this spacing.
+    """
+    name, spacing = type(scheduler).__name__, settings.timestep_spacing
+    if name in UNSEEDED:
+        raise UsageError(f"--sampler pipeline: {name} cannot be seeded per image; use --sampler ddim")
+    made = copy.deepcopy(scheduler)
+    if spacing in ("leading", "trailing", "linspace") and "timestep_spacing" in scheduler.config:
+        made = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
+    elif spacing is not None:
+        raise UsageError(f"--timestep-spacing {spacing}: {name} does not know it; use --sampler ddim or ddpm")
+    made.set_timesteps(settings.steps)
+    if hasattr(made, "set_sigmas"):
+        made.set_sigmas(settings.steps)
+    return made
+
+
+def draw(
+    sampling: Sampling,
+    denoise: Denoiser,
+    *,
+    members: Sequence[int],
+    shape: tuple[int, int, int],
+    seed: int,
+    device: torch.device,
+    what: str,
+) -> torch.Tensor:
+    """[N, C, H, W] images number `members`, on the CPU, in the network's range.
+
+    Raises:
+        GfpruneError: a sample is not finite.
+    """
+    # not the noise of calibration images: a model must not be judged on what it was distilled on
+    noise = torch.stack([torch.randn(shape, generator=generator(seed, "evaluate", i)) for i in members])
+    steps = [generator(seed, "evaluate", "steps", i) for i in members]
+    with torch.no_grad():
+        images = sampling(denoise, noise.to(device), steps).float().cpu()
+    if not bool(images.isfinite().all()):
+        raise GfpruneError(f"samples of {what} are not finite: try --precision fp32 or more --steps")
+    return images

@@ -1,0 +1,161 @@
+"""The networks of an evaluation: the model, and the dense one it is compared with."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.reader import (
+    Component,
+    inspect,
+    load_model,
+    load_scheduler,
+    scheduler_config_path,
+    sha256_of_weights,
+)
+from gfprune_cli.checkpoint.record import RECORD, read_record
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.data.calibration import image_size
+from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.progress import Report
+from gfprune_cli.recipes.evaluate import EvalRecipe
+
+MUST_AGREE = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
+DECODERS = {"vae", "vqvae"}
+
+
+class NoReference(Exception):
+    """There is nothing to compare with; the message says why."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint to evaluate: `label` as the user named it."""
+
+    label: str
+    source: Source
+    component: Component
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file."""
+        return sha256_of_weights(self.component)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The noise scheduler of the checkpoint.
+
+        Raises:
+            GfpruneError: there is none.
+        """
+        scheduler = load_scheduler(self.component)
+        if scheduler is None:
+            raise GfpruneError(f"{self.component.root} has no scheduler: gfprune cannot sample without one")
+        return scheduler
+
+    @cached_property
+    def process(self) -> NoisingProcess:
+        return noising_process(self.scheduler)
+
+    @property
+    def has_scheduler(self) -> bool:
+        return scheduler_config_path(self.component) is not None
+
+    @property
+    def latent(self) -> bool:
+        """Whether the network works on latents of a decoder."""
+        return bool(DECODERS & set(self.component.pipeline or {}))
+
+    def shape(self, config: Any) -> tuple[int, int, int]:
+        """(C, H, W) of what the network denoises."""
+        return (config.in_channels, *image_size(self.component, config))
+
+    def load(self, device: torch.device) -> nn.Module:
+        """The network, frozen, in float32."""
+        return nn.Module.to(load_model(self.component).requires_grad_(False), device)
+
+
+def model_of(recipe: EvalRecipe, *, offline: bool, report: Report) -> Subject:
+    """What `--model` names."""
+    source = resolve(
+        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
+    )
+    return Subject(recipe.model, source, inspect(source, component=recipe.component, variant=recipe.variant))
+
+
+def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: Report) -> Subject:
+    """What `--reference` names, or else the dense model that the model's record names.
+
+    Raises:
+        NoReference: no flag, and no record that leads to a dense model.
+        UsageError: the two networks do not denoise the same thing.
+    """
+    if recipe.reference is not None:
+        source = resolve(
+            recipe.reference,
+            revision=recipe.reference_revision,
+            variant=recipe.reference_variant,
+            offline=offline,
+            report=report,
+        )
+        component = inspect(source, variant=recipe.reference_variant)
+        found = Subject(recipe.reference, source, component)
+    else:
+        for name in ("reference_revision", "reference_variant"):
+            if getattr(recipe, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs --reference")
+        found = recorded_reference(model, offline=offline, report=report)
+    for key in MUST_AGREE:
+        one, other = model.component.config.get(key), found.component.config.get(key)
+        if one != other:
+            raise UsageError(
+                f"--reference {found.label} has {key} {other} and --model {model.label} {one}: "
+                "they cannot be compared"
+            )
+    return found
+
+
+def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subject:
+    """The dense model that `gfprune.json` says the model was pruned from, if it is still the same.
+
+    Raises:
+        NoReference: no record, or the model it names cannot be had or has changed.
+    """
+    root = model.component.root
+    try:
+        record = read_record(root)
+        if record is None:
+            raise NoReference(f"{model.label} has no {RECORD} that names a dense model")
+        source = resolve(
+            record.dense_label(),
+            revision=record.source.commit,
+            variant=record.variant,
+            offline=offline,
+            report=report,
+        )
+        component = inspect(source, component=model.component.name or None, variant=record.variant)
+        found = Subject(record.source.label, source, component)
+    except Interrupted:
+        raise
+    except GfpruneError as error:
+        raise NoReference(str(error).replace("--teacher", "--reference")) from error
+    if source.kind != record.source.kind or found.hashes != record.source.weights:
+        raise NoReference(f"the weights of {found.label} are not those that {root / RECORD} names")
+    return found
+
+
+def same_noise(one: Subject, other: Subject) -> bool:
+    """Whether two checkpoints come with the same noise scheduler."""
+    first, second = (
+        json.dumps(
+            {key: value for key, value in dict(s.scheduler.config).items() if not key.startswith("_")},
+            sort_keys=True,
+            default=str,
+        )
+        for s in (one, other)
+    )
+    return first == second

@@ -1,0 +1,139 @@
+"""What the dense network itself says: distances in its own features, and losses by noise level."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gfprune_cli.data.calibration import call
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import Draws, generator
+from gfprune_cli.device import Precision, autocast
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.evaluation.statistics import Features, mean_with_interval
+from gfprune_cli.progress import Event, Report
+
+FEATURE_NOISE = 0.05  # of the schedule: images are little disturbed and the input is one the network knows
+LOSS_DRAWS = 512
+LOSS_BINS = 10
+CHUNK = 32
+
+
+def feature_index(process: NoisingProcess) -> int:
+    return round((process.steps - 1) * FEATURE_NOISE)
+
+
+@torch.no_grad()
+def teacher_features(
+    teacher: Any,
+    process: NoisingProcess,
+    chunks: Iterable[torch.Tensor],
+    *,
+    labels: torch.Tensor | None,
+    seed: int,
+    report: Report,
+    total: int,
+) -> Features:
+    """[N, D] spatial means of the teacher's middle block on slightly noisy images.
+
+    Args:
+        teacher: a U-Net with a `mid_block`.
+        chunks: images [n, C, H, W] in the network's range; image i always gets the same noise.
+        labels: [N] classes of the images, or None.
+    """
+    device = next(teacher.parameters()).device
+    found: list[torch.Tensor] = []
+    caught: list[torch.Tensor] = []
+    hook = teacher.mid_block.register_forward_hook(
+        lambda module, inputs, output: caught.append(output.float().mean((2, 3)).cpu())
+    )
+    try:
+        done = 0
+        for images in chunks:
+            members = range(done, done + len(images))
+            noise = [torch.randn(images.shape[1:], generator=generator(seed, "features", i)) for i in members]
+            index = torch.full((len(images),), feature_index(process), device=device)
+            noisy = process.add_noise(images.to(device), torch.stack(noise).to(device), index)
+            chosen = None if labels is None else labels[list(members)].to(device)
+            call(teacher, noisy, process.timesteps(index), chosen)
+            found.append(caught.pop())
+            done += len(images)
+            report(Event("features", done, total))
+    finally:
+        hook.remove()
+    return torch.cat(found).double().numpy()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Denoising losses of the same draws: `index` [N] noise levels, `model` and `reference` [N]."""
+
+    index: np.ndarray[Any, Any]
+    model: np.ndarray[Any, Any]
+    reference: np.ndarray[Any, Any] | None
+    steps: int
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        found = {"loss": mean_with_interval(self.model)}
+        if self.reference is not None:
+            found["loss_reference"] = mean_with_interval(self.reference)
+        return found
+
+    def by_timestep(self) -> list[dict[str, Any]]:
+        """Mean losses in equal ranges of the schedule, least noise first; `to` is excluded."""
+        edges = [round(self.steps * i / LOSS_BINS) for i in range(LOSS_BINS + 1)]
+        rows = []
+        for first, end in pairwise(edges):
+            inside = (self.index >= first) & (self.index < end)
+            if inside.any():
+                reference = None if self.reference is None else float(self.reference[inside].mean())
+                rows.append(
+                    {
+                        "from": first,
+                        "to": end,
+                        "loss": float(self.model[inside].mean()),
+                        "loss_reference": reference,
+                        "n": int(inside.sum()),
+                    }
+                )
+        return rows
+
+
+@torch.no_grad()
+def denoising_losses(
+    model: nn.Module,
+    reference: nn.Module | None,
+    process: NoisingProcess,
+    draws: Draws,
+    *,
+    precision: Precision,
+    report: Report,
+) -> Losses:
+    """Denoising loss (arXiv 2006.11239, equation 14, in the scheduler's prediction type) draw by draw.
+
+    Raises:
+        GfpruneError: a loss is not finite.
+    """
+    networks = {"model": model} | ({} if reference is None else {"reference": reference})
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("index", *networks)}
+    for first in range(0, LOSS_DRAWS, CHUNK):
+        report(Event("loss", first, LOSS_DRAWS))
+        batch = draws.batch("evaluate loss", 0, min(CHUNK, LOSS_DRAWS - first), first=first, of=LOSS_DRAWS)
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        found["index"].append(batch.index.cpu())
+        for name, network in networks.items():
+            with autocast(noisy.device, precision):
+                output = call(network, noisy, process.timesteps(batch.index), batch.labels)
+            losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
+            found[name].append(losses.double().cpu())
+    report(Event("loss", LOSS_DRAWS, LOSS_DRAWS))
+    arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    for name in networks:
+        if not math.isfinite(float(arrays[name].sum())):
+            raise GfpruneError(f"the denoising loss of the {name} is not finite: check the checkpoint")
+    return Losses(arrays["index"], arrays["model"], arrays.get("reference"), process.steps)
