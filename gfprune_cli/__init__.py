@@ -9,10 +9,10 @@ unet = gfprune.load("demo-pruned")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gfprune_cli.api import analyze, load, prune
+    from gfprune_cli.api import analyze, export, load, prune
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "load", "prune"]
+__all__ = ["analyze", "export", "load", "prune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,12 @@ class UsageError(GfpruneError):
     exit_code = 2
 
 
+class GateMissed(GfpruneError):
+    """A limit that the user set was missed (exit code 3)."""
+
+    exit_code = 3
+
+
 class Interrupted(GfpruneError):
     """The run was stopped by a signal (exit code 128 + signal)."""
 

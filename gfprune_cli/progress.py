@@ -10,7 +10,8 @@ class Event:
 
     Args:
         phase: what the run is doing ("load", "trace", "calibrate", "score", "train", "mask", "evaluate",
-            "probe", "remove", "write"), or "notice" for a sentence that the user should read.
+            "probe", "remove", "export", "verify", "write"), or "notice" for a sentence that the user should
+            read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.

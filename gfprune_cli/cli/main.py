@@ -6,6 +6,7 @@ import typer
 
 from gfprune_cli import __version__
 from gfprune_cli.cli.analyze import analyze
+from gfprune_cli.cli.export import export
 from gfprune_cli.cli.prune import prune
 
 app = typer.Typer(
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (analyze, prune):
+for command in (analyze, prune, export):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gfprune_cli.analysis import Analysis
+from gfprune_cli.deploy import ExportResult
 from gfprune_cli.pruning import PruneResult
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -43,6 +44,23 @@ def prune_table(result: PruneResult) -> Table:
     if before is not None and masked is not None and removed is not None:
         table.add_row("denoising loss", f"{before:.4f}", f"{removed:.4f}", change(before, removed))
         table.add_row("  masked, before removal", "", f"{masked:.4f}", change(before, masked))
+    return table
+
+
+def export_table(result: ExportResult) -> Table:
+    """Files and their sizes, and the error against the source."""
+    what = f"{result.model}: {result.format}, {result.dtype}"
+    table = Table(title=Text(what), title_justify="left")
+    table.add_column("")
+    table.add_column("planned" if result.output is None else "written", justify="right")
+    for name, size in result.files.items():
+        table.add_row(name, short(size) + "B")
+    parity = result.parity
+    if parity.max_abs is not None and parity.max_rel is not None:
+        table.add_row("largest error", f"{parity.max_abs:.3g}")
+        table.add_row("  of the largest output", f"{parity.max_rel:.3g}")
+        table.add_row("inputs compared", str(parity.inputs))
+    table.add_row("tolerance", f"{parity.tolerance:g}")
     return table
 
 
