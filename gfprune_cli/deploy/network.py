@@ -7,13 +7,11 @@ Inputs and outputs are float32 in every dtype: a sampling loop keeps its state i
 same loop then runs every export.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -56,18 +54,47 @@ class ConstantGroupNorm(nn.Module):
         return (values * scale.view(view) + shift.view(view)).to(x.dtype)
 
 
+class AnyBatchUpsample(nn.Module):
+    """`Upsample2D` without its second path for batches of 64 and more, as a trace follows one path.
+
+    That path only makes the tensor contiguous, for a kernel that PyTorch has mended since.
+    """
+
+    def __init__(self, upsample: Any) -> None:
+        super().__init__()
+        self.doubles = upsample.interpolate and not upsample.use_conv_transpose
+        self.conv = upsample.conv if upsample.name == "conv" else upsample.Conv2d_0
+
+    def forward(self, x: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        """[N, C, H, W] -> [N, C', 2H, 2W]; `UNet2DModel` never asks for another size."""
+        if self.doubles:
+            x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+def replace_modules(model: nn.Module) -> None:
+    """Put modules that trace well in the place of those that do not; the function stays the same."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnevenGroupNorm):
+            model.set_submodule(name, ConstantGroupNorm(module))
+        elif isinstance(module, Upsample2D) and module.norm is None:
+            model.set_submodule(name, AnyBatchUpsample(module))
+    for block in model.modules():
+        if isinstance(block, ResnetBlock2D) and block.upsample is not None:
+            # the block resamples input and state alike in either direction, but counts the batch in one
+            block.upsample, block.downsample = None, block.upsample
+
+
 class Denoiser(nn.Module):
     """A denoiser with float32 inputs and outputs around a network in any dtype.
 
     Args:
-        model: of the dtype that the export computes in; it is changed (norms are replaced).
+        model: of the dtype that the export computes in; some of its modules are replaced.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, UnevenGroupNorm):
-                model.set_submodule(name, ConstantGroupNorm(module))
+        replace_modules(model)
         self.network, self.dtype = model, dtype
         self.eval().requires_grad_(False)
 
@@ -126,37 +153,6 @@ def signature_of(model: nn.Module, scheduler: Any) -> Signature:
     return Signature(inputs, 2 ** (len(config.block_out_channels) - 1))
 
 
-@contextmanager
-def free_of_batch_limits() -> Iterator[None]:
-    """Let any batch through: `Upsample2D` treats batches of 64 and more apart, and a trace follows one path.
-
-    The other path only makes the tensor contiguous, for a kernel that has long been mended.
-    """
-
-    def upsample(self: Any, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-        if self.use_conv_transpose:
-            transposed: torch.Tensor = self.conv(hidden_states)
-            return transposed
-        if self.interpolate:
-            scale = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
-            hidden_states = nn.functional.interpolate(hidden_states, mode="nearest", **scale)
-        if not self.use_conv:
-            return hidden_states
-        convolution = self.conv if self.name == "conv" else self.Conv2d_0
-        output: torch.Tensor = convolution(hidden_states)
-        return output
-
-    original = Upsample2D.forward
-
-    def forward(self: Any, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
-        replaced = upsample if self.norm is None else original
-        result: torch.Tensor = replaced(self, hidden_states, output_size)
-        return result
-
-    with patch.object(Upsample2D, "forward", forward):
-        yield
-
-
 def dynamic_shapes(signature: Signature, *, free_size: bool) -> dict[str, dict[int, Any]]:
     """Every input's free dimensions: the batch, and multiples of the factor for height and width."""
     batch = torch.export.Dim("batch")
@@ -182,7 +178,7 @@ def trace(denoiser: Denoiser, signature: Signature) -> tuple[torch.export.Export
     for free_size in (True, False):
         shapes = dynamic_shapes(signature, free_size=free_size)
         try:
-            with torch.no_grad(), free_of_batch_limits():
+            with torch.no_grad():
                 program = torch.export.export(denoiser, (), example, dynamic_shapes=shapes)
         except Exception as error:  # the tracer raises whatever the network's own code raises
             refused = error
