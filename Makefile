@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock.txt
 	fi
 	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-		-c requirements.lock.txt -e '.[dev,data]'
+		-c requirements.lock.txt -e '.[dev,data,onnx,openvino]'
 	@touch $@
 
 demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters

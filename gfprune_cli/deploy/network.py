@@ -34,7 +34,7 @@ class ConstantGroupNorm(nn.Module):
         super().__init__()
         averaging, membership = norm.matrices(norm.weight.device, torch.float32)
         self.register_buffer("averaging", averaging)  # [C, G]
-        self.register_buffer("scaling", membership.T * norm.weight.float())  # [G, C]
+        self.register_buffer("scaling", (membership.T * norm.weight.float()).contiguous())  # [G, C]
         self.register_buffer("bias", norm.bias.detach().float())  # [C]
         self.eps = norm.eps
 
