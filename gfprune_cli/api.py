@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from gfprune_cli.analysis import analyze
 from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.single_file import SUFFIX, load_single_file
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.deploy import ExportResult
+from gfprune_cli.deploy import export as run_export
 from gfprune_cli.evaluation import EvalResult
 from gfprune_cli.evaluation import evaluate as run_evaluation
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.pruning import prune as run_recipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["analyze", "evaluate", "finetune", "load", "prune"]
+__all__ = ["analyze", "evaluate", "export", "finetune", "load", "prune"]
 
 
 def prune(
@@ -187,6 +191,53 @@ def evaluate(
     )
 
 
+def export(
+    model: str | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    report: Report = silent,
+    **settings: Any,
+) -> ExportResult:
+    """Write a checkpoint, dense or pruned, as a deployable artefact, as `gfprune export` does.
+
+    Args:
+        model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
+        out: destination folder, or file with `single_file`; by default named after model and settings.
+        config: a YAML recipe; `settings` override it.
+        force: replace a destination that gfprune wrote.
+        dry_run: say what would be written.
+        offline: never use the network.
+        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
+        **settings: any field of `gfprune_cli.recipes.export.ExportRecipe`, such as `format="onnx"`.
+
+    Returns:
+        Files, sizes and the error against the source; `.document()` is the command's JSON.
+
+    Raises:
+        UsageError: wrong settings. GateMissed: the error is above the tolerance, nothing was written.
+        GfpruneError: anything else, in one line.
+
+    Example:
+        >>> export("demo", format="onnx", out="demo-onnx").parity.inputs
+        9
+    """
+    recipe = resolve_recipe(
+        ExportRecipe, Path(config) if config is not None else None, {"model": model, **settings}
+    )
+    return run_export(
+        recipe,
+        out=Path(out) if out is not None else None,
+        force=force,
+        dry_run=dry_run,
+        offline=offline,
+        report=report,
+    )
+
+
 def load(
     model: str | PathLike[str],
     *,
@@ -199,7 +250,7 @@ def load(
     """Load the denoiser of a checkpoint, dense or pruned, without remote code.
 
     Args:
-        model: "demo", a local folder, or a Hub id.
+        model: "demo", a local folder, a Hub id, or a file that `gfprune export --single-file` wrote.
         dtype: None means float32.
 
     Returns:
@@ -208,5 +259,7 @@ def load(
     Raises:
         GfpruneError: it cannot be read, in one line.
     """
+    if Path(model).suffix == SUFFIX and Path(model).is_file():
+        return load_single_file(Path(model), dtype=dtype)
     source = resolve(str(model), revision=revision, variant=variant, offline=offline)
     return load_model(inspect(source, component=component, variant=variant), dtype=dtype)

@@ -14,7 +14,7 @@ class UsageError(GfpruneError):
 
 
 class GateMissed(GfpruneError):
-    """A quality gate that the user asked for was missed (exit code 3); the result was printed."""
+    """A limit that the user set was missed (exit code 3)."""
 
     exit_code = 3
 

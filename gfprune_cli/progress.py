@@ -10,8 +10,8 @@ class Event:
 
     Args:
         phase: what the run is doing ("load", "trace", "calibrate", "score", "train", "mask", "evaluate",
-            "probe", "remove", "finetune", "sample", "loss",
-            "features", "latency", "write"), or "notice" for a sentence that the user should read.
+            "probe", "remove", "finetune", "sample", "features", "loss", "latency", "export", "verify",
+            "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.

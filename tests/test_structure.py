@@ -3,6 +3,7 @@
 pytest tests/test_structure.py
 """
 
+import math
 import os
 import re
 import subprocess
@@ -500,6 +501,19 @@ def test_sparsity_is_met_within_one_point(
     for name, group in middling.groups.items():
         assert 0 < allocation.kept[name] <= group.channels
         assert allocation.kept[name] % group.step == 0
+
+
+@pytest.mark.parametrize("align", [8, 16])
+def test_alignment_is_kept_where_it_fits_and_halved_elsewhere(middling: CostModel, align: int) -> None:
+    scores = random_scores(tuple(middling.groups.values()), 7)
+    kept = allocate(middling, scores, 0.5, budget="macs", align=align).kept
+    narrowed = 0
+    for name, group in middling.groups.items():
+        fitting = [math.lcm(group.step, multiple) for multiple in (16, 8, 4, 2) if multiple <= align]
+        fitting = [step for step in fitting if group.channels % step == 0 and group.channels >= 2 * step]
+        assert kept[name] % max(fitting, default=group.step) == 0
+        narrowed += kept[name] < group.channels
+    assert narrowed > 5
 
 
 @each_network

@@ -42,7 +42,9 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: tuple[str, str] = ("format", "pt")
+) -> None:
     """Write a safetensors file: the same tensors always give the same bytes.
 
     One metadata key only (more are written in random order), names sorted, and the mode of any other new
@@ -50,7 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     try:
-        save_file(ordered, path, metadata={"format": "pt"})
+        save_file(ordered, path, metadata=dict([metadata]))
     except (
         SafetensorError
     ) as error:  # it wraps the system's errors; unwrap, so that a full disk is known as one
@@ -110,19 +112,41 @@ def staged(destination: Path, *, force: bool, needed: int = 0) -> Iterator[Path]
         GfpruneError: the disk is full or not writable; the destination is as it was.
     """
     check_destination(destination, force=force)
+    with staging_folder(destination, needed) as staging:
+        yield staging
+        sync_tree(staging)
+        replace_folder(staging, destination, force=force)
+
+
+@contextmanager
+def staging_folder(destination: Path, needed: int) -> Iterator[Path]:
+    """A hidden folder beside `destination` that vanishes when the block ends; system errors in one line."""
     staging = hidden(destination, f"staging-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        sync_tree(staging)
-        replace_folder(staging, destination, force=force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise free_space_error(destination.parent, needed, error) from error
         raise GfpruneError(f"cannot write {destination}: {error.strerror or error}; check --out") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Refuse, before any work, what cannot fit: not every library survives a full disk.
+
+    Raises:
+        GfpruneError: fewer than `needed` bytes are free.
+    """
+    parent = existing_parent(destination)
+    if shutil.disk_usage(parent).free < needed:
+        raise free_space_error(parent, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def existing_parent(destination: Path) -> Path:
+    return next(folder for folder in destination.absolute().parents if folder.exists())
 
 
 def glob_escape(name: str) -> str:
@@ -172,7 +196,12 @@ def check_destination(destination: Path, *, force: bool) -> None:
         raise UsageError(f"--out {destination} is a mount point and cannot be replaced: name a folder in it")
     if destination.is_dir() and any(destination.iterdir()):
         check_replaceable(destination, force=force)
-    parent = next(folder for folder in destination.absolute().parents if folder.exists())
+    check_writable(destination)
+
+
+def check_writable(destination: Path) -> None:
+    """Refuse a destination whose nearest folder that exists cannot be written to."""
+    parent = existing_parent(destination)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise GfpruneError(f"{parent} is not writable: choose another --out")
 

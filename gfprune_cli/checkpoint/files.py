@@ -141,6 +141,12 @@ def read_config(path: Path, roots: tuple[Path, ...]) -> dict[str, Any]:
         GfpruneError: see `read_json`; also a value outside `LIMITS`, too many blocks, or an infinite number.
     """
     config = read_json(path, roots)
+    check_config(config, path)
+    return config
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """The checks of `read_config`; `path` names the origin in messages."""
     for key, value in config.items():
         for number in _numbers(value):
             if not -MAX_NUMBER <= number <= MAX_NUMBER:  # false for NaN too
@@ -161,7 +167,6 @@ def read_config(path: Path, roots: tuple[Path, ...]) -> dict[str, Any]:
             or not all(isinstance(n, str) for n in names)
         ):
             raise GfpruneError(f"{path}: {key!r} has to be a list of at most {MAX_ITEMS} block names")
-    return config
 
 
 def _check_limit(path: Path, key: str, value: object) -> None:

@@ -53,6 +53,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         GfpruneError: not a safetensors file, cut short, or a header that does not describe its data exactly.
     """
+    entries, length, size = _entries(path)
+    entries.pop("__metadata__", None)
+    spans = {name: _span(path, name, entry) for name, entry in entries.items()}
+    _check_layout(path, spans, data_start=8 + length, size=size)
+    ordered = sorted(spans.items(), key=lambda item: item[1][1])
+    return {name: info for name, (info, _, _) in ordered}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free text that a safetensors file carries beside its tensors.
+
+    Raises:
+        GfpruneError: not a safetensors file, or metadata that is not text by name.
+    """
+    metadata = _entries(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise GfpruneError(f"{path}: the metadata in its header is malformed")
+    return metadata
+
+
+def _entries(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(the parsed header, its length, the size of the file)."""
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -64,12 +86,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise GfpruneError(f"{path} cannot be read: {error}") from None
     if not header.startswith(b"{"):
         raise GfpruneError(f"{path} is not a safetensors file: its header is not JSON")
-    entries = parse_json(header, f"the header of {path}")
-    entries.pop("__metadata__", None)
-    spans = {name: _span(path, name, entry) for name, entry in entries.items()}
-    _check_layout(path, spans, data_start=8 + length, size=size)
-    ordered = sorted(spans.items(), key=lambda item: item[1][1])
-    return {name: info for name, (info, _, _) in ordered}
+    return parse_json(header, f"the header of {path}"), length, size
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

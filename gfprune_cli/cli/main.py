@@ -7,6 +7,7 @@ import typer
 from gfprune_cli import __version__
 from gfprune_cli.cli.analyze import analyze
 from gfprune_cli.cli.evaluate import evaluate
+from gfprune_cli.cli.export import export
 from gfprune_cli.cli.finetune import finetune
 from gfprune_cli.cli.prune import prune
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (analyze, prune, finetune):
+for command in (analyze, prune, finetune, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gfprune_cli.analysis import Analysis
+from gfprune_cli.deploy import ExportResult
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.recovery import FinetuneResult
 
@@ -100,6 +101,23 @@ def eval_table(document: Mapping[str, Any]) -> Table:
 
 def number(value: float | None) -> str:
     return "equal" if value is None else f"{value:.4g}"
+
+
+def export_table(result: ExportResult) -> Table:
+    """Files and their sizes, and the error against the source."""
+    what = f"{result.model}: {result.format}, {result.dtype}"
+    table = Table(title=Text(what), title_justify="left")
+    table.add_column("")
+    table.add_column("planned" if result.output is None else "written", justify="right")
+    for name, size in result.files.items():
+        table.add_row(name, short(size) + "B")
+    parity = result.parity
+    if parity.max_abs is not None and parity.max_rel is not None:
+        table.add_row("largest error", f"{parity.max_abs:.3g}")
+        table.add_row("  of the largest output", f"{parity.max_rel:.3g}")
+        table.add_row("inputs compared", str(parity.inputs))
+    table.add_row("tolerance", f"{parity.tolerance:g}")
+    return table
 
 
 def analysis_text(found: Analysis) -> str:

@@ -76,7 +76,7 @@ def allocate(
             best = found
     assert best is not None
     if align > 1:
-        return allocate(cost, scores, sparsity, budget=budget, align=1)
+        return allocate(cost, scores, sparsity, budget=budget, align=align // 2)
     raise UsageError(
         f"--sparsity {sparsity:g} of {budget} cannot be reached: the nearest is {best.sparsity:.3f}. "
         "Ask for that, or use the other --budget"
@@ -84,9 +84,17 @@ def allocate(
 
 
 def width_step(group: ChannelGroup, align: int) -> int:
-    """Channels per step: whole cells, and a multiple of `align` where the group is wide enough for it."""
-    aligned = math.lcm(group.step, align)
-    return aligned if group.channels % aligned == 0 and group.channels >= 4 * aligned else group.step
+    """Channels per step: whole cells, and a multiple of `align` where the group is wide enough for it.
+
+    Elsewhere of half of it, a quarter, ...: kernels that work in blocks waste less on a width that is nearly
+    aligned.
+    """
+    while align > 1:
+        aligned = math.lcm(group.step, align)
+        if group.channels % aligned == 0 and group.channels >= 2 * aligned:
+            return aligned
+        align //= 2
+    return group.step
 
 
 def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
