@@ -266,6 +266,15 @@ def test_inputs_cover_low_middle_and_high_noise_in_two_batches_and_sizes(pipelin
 
 
 @NEEDS_ONNX
+@pytest.mark.slow
+def test_the_exporters_print_nothing(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    """Whatever the libraries log or warn of, stdout is the path and stderr is empty under --quiet."""
+    for form in ("onnx", "torch-export"):
+        done = gfprune("export", "--model", pruned, "--format", form, "--out", tmp_path / form, "--quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / form}\n", "")
+
+
+@NEEDS_ONNX
 def test_onnx_runs_other_batches_and_sizes(pruned: Path, onnx_folder: Path) -> None:
     """Checked by ONNX, run by ONNX Runtime with nothing but NumPy arrays."""
     import onnx

@@ -1,6 +1,7 @@
 """ONNX: written through the torch.export-based exporter, checked, run in ONNX Runtime."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -37,13 +38,15 @@ def require(extra: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter logs what it tries and skips; what fails raises."""
+    """The exporter logs and warns of what it tries and skips; what fails raises."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
