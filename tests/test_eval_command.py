@@ -22,14 +22,17 @@ from conftest import QUICK, Gfprune
 from PIL import Image
 
 import gfprune_cli
+from gfprune_cli.checkpoint.durable import exclusive, write_tensors
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.evaluation import EvalResult
+from gfprune_cli.evaluation import evaluate as run_evaluation
 from gfprune_cli.progress import Event
+from gfprune_cli.recipes.evaluate import EvalRecipe
 
 KEYS = {
     "schema_version", "command", "model", "reference", "component", "class_name", "samples", "metrics",
     "loss_by_timestep", "latency", "params", "macs", "bytes", "memory", "gates", "warnings", "device",
-    "tools", "seconds",
+    "tools", "recipe", "seconds",
 }  # fmt: skip
 FAST: dict[str, Any] = dict(samples=6, steps=3, batch=4, no_latency=True)
 FLAGS = ["--samples", "6", "--steps", "3", "--batch", "4", "--no-latency"]
@@ -388,3 +391,69 @@ def test_samples_that_are_not_finite_stop_the_run(pipeline_folder: Path, monkeyp
     )
     with pytest.raises(GfpruneError, match="not finite"):
         evaluate(pipeline_folder, seed=77)
+
+
+def test_samples_without_an_identity_are_never_used(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """What a kill in the middle of a clean-up could leave: zeros, which would pass for samples."""
+    page = tmp_path / "a.html"
+    clean = evaluate(pruned, no_latency=True)
+    state = tmp_path / ".a.html.gfprune-state"
+    state.mkdir()
+    write_tensors(state / "model-000000.safetensors", {"images": torch.zeros(4, 3, 16, 16)})
+    again = run_evaluation(EvalRecipe(model=str(pruned), **FAST), beside=page, resume=True)
+    assert again is not None
+    assert again.metrics["ssim"] == clean.metrics["ssim"]
+    assert not state.exists()
+
+
+def test_two_runs_into_one_place_do_not_mix(pruned: Path, tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    recipe = EvalRecipe(model=str(pruned), **FAST)
+    with (
+        exclusive(tmp_path / ".a.html.gfprune-state"),
+        pytest.raises(UsageError, match="another run is working"),
+    ):
+        run_evaluation(recipe, beside=page, resume=True)
+    assert run_evaluation(recipe, beside=page) is not None
+    assert list(tmp_path.iterdir()) == [], "neither state nor lock is left"
+
+
+def test_samples_survive_a_report_that_cannot_be_written(pruned: Path, tmp_path: Path) -> None:
+    def fail(result: EvalResult) -> None:
+        raise GfpruneError("no space")
+
+    recipe, page = EvalRecipe(model=str(pruned), **FAST), tmp_path / "a.html"
+    with pytest.raises(GfpruneError, match="no space"):
+        run_evaluation(recipe, beside=page, publish=fail)
+    drawn = []
+    run_evaluation(recipe, beside=page, resume=True, report=lambda event: drawn.append(event.phase))
+    assert drawn.count("sample") <= 4, "one event for each chunk that is there, none for a pass"
+
+
+def test_lack_of_memory_draws_a_chunk_in_parts(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gfprune_cli.evaluation import run
+
+    whole = evaluate(pruned, no_latency=True)
+    draw = run.draw
+
+    def cramped(*arguments: Any, members: range, **options: Any) -> torch.Tensor:
+        if len(members) > 1:
+            raise torch.OutOfMemoryError("no")
+        return draw(*arguments, members=members, **options)
+
+    monkeypatch.setattr(run, "draw", cramped)
+    parts = evaluate(pruned, no_latency=True)
+    assert parts.metrics["ssim"]["value"] == pytest.approx(whole.metrics["ssim"]["value"], abs=1e-4)
+
+
+def test_one_file_cannot_hold_two_reports(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    path = tmp_path / "report"
+    done = gfprune("eval", "--model", pruned, "--html", path, "--markdown", path)
+    assert done.returncode == 2
+    assert "name the same file" in done.stderr
+    long = tmp_path / ("x" * 230)
+    done = gfprune("eval", "--model", pruned, "--markdown", long)
+    assert done.returncode == 2
+    assert "shorter" in done.stderr

@@ -75,6 +75,7 @@ def test_timesteps_are_those_of_diffusers(steps: int, spacing: Any, offset: int)
 
 def test_uniform_and_quad_timesteps_are_those_of_the_ddim_code() -> None:
     assert timestep_list("uniform", 1000, 100) == list(range(0, 1000, 10))[::-1]
+    assert timestep_list("uniform", 1000, 600)[0] == 998, "starts near pure noise at any step count"
     quad = [int(value) for value in np.linspace(0, np.sqrt(1000 * 0.8), 100) ** 2]
     assert timestep_list("quad", 1000, 100) == quad[::-1]
     assert (quad[-1], len(quad)) == (800, 100)

@@ -1,13 +1,14 @@
 """Writing so that nothing is lost: staged beside the destination, made durable, then renamed into place."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,37 @@ def write_file(path: Path, content: bytes) -> None:
             raise free_space_error(path.parent, len(content), error) from error
         raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # a name too long cannot be removed either
+            staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other runs away from a folder; the lock lies beside it and dies with the process.
+
+    Raises:
+        UsageError: another run works there; GfpruneError: the lock cannot be made.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, default_mode())
+    except OSError as error:
+        raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise UsageError(f"another run is working in {folder}: wait for it, or name another output")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -48,7 +48,8 @@ def evaluate(
     """
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import eval_table
-        from gfprune_cli.errors import GateMissed
+        from gfprune_cli.errors import GateMissed, UsageError
+        from gfprune_cli.evaluation import EvalResult
         from gfprune_cli.evaluation import evaluate as run
         from gfprune_cli.recipes.options import resolve_recipe
         from gfprune_cli.report.evaluation_page import markdown as as_markdown
@@ -58,6 +59,18 @@ def evaluate(
         for name, path in (("--html", html), ("--markdown", markdown), ("--save-stats", save_stats)):
             if path is not None and main_process():
                 check_page(path, force=force, flag=name)
+        files = [path.resolve() for path in (html, markdown, save_stats) if path is not None]
+        if len(set(files)) < len(files):
+            raise UsageError("--html, --markdown and --save-stats name the same file: name different ones")
+
+        def publish(result: EvalResult) -> None:
+            if html is not None:
+                write_page(html, render(result.document(), list(result.grid)))
+                session.note(f"wrote {html}")
+            if markdown is not None:
+                write_page(markdown, as_markdown(result.document()))
+                session.note(f"wrote {markdown}")
+
         result = run(
             recipe,
             out=out,
@@ -65,6 +78,7 @@ def evaluate(
             beside=html or markdown or save_stats,
             force=force,
             resume=resume,
+            publish=publish,
             offline=offline,
             device=device,
             report=session.report,
@@ -72,12 +86,6 @@ def evaluate(
         if result is None:
             return
         document = result.document()
-        if html is not None:
-            write_page(html, render(document, list(result.grid)))
-            session.note(f"wrote {html}")
-        if markdown is not None:
-            write_page(markdown, as_markdown(document))
-            session.note(f"wrote {markdown}")
         if json:
             session.show(eval_table(document))
         session.result(document, as_markdown(document).rstrip("\n"))

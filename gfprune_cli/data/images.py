@@ -198,6 +198,8 @@ def _decoding(name: str, damage: _Errors = _DAMAGE, remedy: str = "repair or rem
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise GfpruneError(f"{name}: over {Image.MAX_IMAGE_PIXELS} pixels; shrink or remove it") from error
+    except GfpruneError:
+        raise
     except damage as error:
         raise GfpruneError(f"{name}: cannot be read ({_reason(error)}); {remedy}") from error
 
@@ -265,6 +267,8 @@ def _dataset_frames(source: str, limit: int) -> _Frames:
     # Builders, HTTP clients and Arrow readers raise types of their own: every Exception is translated.
     try:
         stream = datasets.load_dataset(source, split="train", streaming=True)
+    except GfpruneError:  # a signal may arrive in here
+        raise
     except Exception as error:
         what = "no such folder or file, and no Hugging Face dataset with a train split could be opened"
         raise GfpruneError(f"--data {source!r}: {what} ({_reason(error)})") from error

@@ -42,6 +42,7 @@ class EvalResult:
     warnings: Sequence[str]
     device: str
     tools: Mapping[str, str | None]
+    recipe: Mapping[str, Any]
     seconds: float
     grid: Sequence[tuple[Png, Png]] = field(default=(), repr=False)
 

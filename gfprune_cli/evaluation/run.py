@@ -3,8 +3,10 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import (
     check_destination,
+    exclusive,
     hidden,
     recover,
     staged,
@@ -21,7 +24,7 @@ from gfprune_cli.checkpoint.durable import (
 )
 from gfprune_cli.data.calibration import cache_folder, call
 from gfprune_cli.device import autocast, deterministic
-from gfprune_cli.errors import UsageError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.inputs import Inputs, gather
 from gfprune_cli.evaluation.measures import Measures, files
 from gfprune_cli.evaluation.quality import statistics_bytes
@@ -44,6 +47,7 @@ def evaluate(
     beside: Path | None = None,
     force: bool = False,
     resume: bool = False,
+    publish: Callable[[EvalResult], None] | None = None,
     offline: bool = False,
     device: str | None = None,
     report: Report = silent,
@@ -57,6 +61,7 @@ def evaluate(
         beside: a file that the caller will write; the state of the run lies hidden beside it.
         force: replace what exists at `out`, and discard the samples of an interrupted run.
         resume: go on from the samples of an interrupted run, if there are any.
+        publish: gets the result while the samples are still kept, so that nothing is lost if it fails.
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
 
@@ -73,28 +78,48 @@ def evaluate(
         recover(out)
         check_destination(out, force=force)
     latency_batches(recipe)
+    if out is not None and save_stats is not None and save_stats.resolve().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"--save-stats {save_stats} lies in --out {out}, which is written whole: name another"
+        )
     inputs = gather(recipe, processes, save_stats=save_stats is not None, offline=offline, report=report)
     report = inputs.remarks.report
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     store = sample_store(inputs, processes.device, out or beside)
-    if processes.main:  # the others find the folder as it was left here
-        store.check(resume=resume, force=force)
-        store.begin(resume=resume)
-    processes.wait()
-    networks = {role: subject.load(processes.device) for role, subject in inputs.subjects.items()}
-    with deterministic():
-        draw_all(inputs, networks, store, processes, report)
+    with exclusive(store.folder) if processes.main else nullcontext():
+        if processes.main:  # the others find the folder as it was left here
+            store.check(resume=resume, force=force)
+            store.begin(resume=resume)
+        processes.wait()
+        networks = {role: subject.load(processes.device) for role, subject in inputs.subjects.items()}
+        with deterministic():
+            draw_all(inputs, networks, store, processes, report)
         processes.wait()
         processes.part()
         if not processes.main:
             return None
         measures = Measures(inputs, store, networks, processes.device, report)
+        result = measured(measures, start)
+        if out is not None:
+            write_samples(out, measures, result, force=force)
+        if save_stats is not None and measures.real is not None and inputs.extractor is not None:
+            write_file(save_stats, statistics_bytes(measures.real, inputs.extractor))
+        if publish is not None:
+            publish(result)
+        store.clear()
+    return result
+
+
+def measured(measures: Measures, start: float) -> EvalResult:
+    """All numbers, once the samples are drawn; `start` is the run's, on the monotonic clock."""
+    inputs, recipe = measures.inputs, measures.inputs.recipe
+    with deterministic():
         metrics = measures.consistency() | measures.quality() | measures.teacher_distance()
         losses = measures.losses()
     metrics |= losses.metrics()
-    costs = measure_costs(inputs, networks, processes.device, report)
-    result = EvalResult(
+    costs = measure_costs(inputs, measures.networks, measures.device, measures.report)
+    return EvalResult(
         model=inputs.model.label,
         reference=inputs.reference.label if inputs.reference else None,
         component=inputs.model.component.name,
@@ -112,17 +137,12 @@ def evaluate(
         memory=costs.memory,
         gates=passed_gates(recipe, metrics, costs.latency),
         warnings=inputs.remarks.texts,
-        device=str(processes.device),
+        device=str(measures.device),
         tools=tools(),
+        recipe=recipe.document(),
         seconds=round(time.monotonic() - start, 3),
         grid=measures.grid(),
     )
-    if save_stats is not None and measures.real is not None and inputs.extractor is not None:
-        write_file(save_stats, statistics_bytes(measures.real, inputs.extractor))
-    if out is not None:
-        write_samples(out, measures, result, force=force)
-    store.clear()
-    return result
 
 
 def sample_store(inputs: Inputs, device: torch.device, beside: Path | None) -> SampleStore:
@@ -153,24 +173,40 @@ def draw_all(
     for role, chunk in own:
         members = store.members(chunk)
         if not store.has(role, chunk):
-            denoise = denoiser(
-                networks[role],
-                None if labels is None else labels[list(members)].to(processes.device),
-                inputs.recipe,
-                lambda done=done: report(Event("sample", done, total)),
-            )
-            images = draw(
-                sampling,
-                denoise,
-                members=members,
-                shape=inputs.shape,
-                seed=inputs.recipe.seed,
-                device=processes.device,
-                what=inputs.subjects[role].label,
-            )
-            store.put(role, chunk, images)
+
+            def draw_some(members: range, role: str = role, done: int = done) -> torch.Tensor:
+                chosen = None if labels is None else labels[list(members)].to(processes.device)
+                tick = partial(report, Event("sample", done, total))
+                return draw(
+                    sampling,
+                    denoiser(networks[role], chosen, inputs.recipe, tick),
+                    members=members,
+                    shape=inputs.shape,
+                    seed=inputs.recipe.seed,
+                    device=processes.device,
+                    what=inputs.subjects[role].label,
+                )
+
+            store.put(role, chunk, in_parts(draw_some, members))
         done += len(members)
         report(Event("sample", done, total))
+
+
+def in_parts(draw_some: Callable[[range], torch.Tensor], members: range) -> torch.Tensor:
+    """What `draw_some` draws; in halves where memory runs out, as every image has its own seed.
+
+    Raises:
+        GfpruneError: one image alone does not fit.
+    """
+    try:
+        return draw_some(members)
+    except torch.OutOfMemoryError as error:
+        if len(members) == 1:
+            raise GfpruneError(
+                "out of memory with one sample: use a larger device, or --device cpu"
+            ) from error
+    middle = len(members) // 2
+    return torch.cat([in_parts(draw_some, part) for part in (members[:middle], members[middle:])])
 
 
 def denoiser(network: nn.Module, labels: torch.Tensor | None, recipe: EvalRecipe, tick: Any) -> Any:

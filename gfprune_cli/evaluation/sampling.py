@@ -30,7 +30,8 @@ def timestep_list(spacing: Spacing, total: int, steps: int, offset: int = 0) -> 
 
     uniform and quad are those of the DDIM code (arXiv 2010.02502, appendix D.3), leading, trailing and
     linspace those of diffusers (arXiv 2305.08891, table 2). quad repeats the first positions when there are
-    many steps, as the DDIM code does; such a step changes nothing.
+    many steps, as the DDIM code does; such a step changes nothing. Where steps do not divide the schedule,
+    uniform spreads them over all of it: the DDIM code then takes more steps than it was asked for.
 
     Args:
         total: length of the schedule.
@@ -46,8 +47,9 @@ def timestep_list(spacing: Spacing, total: int, steps: int, offset: int = 0) -> 
         return [int(value) - 1 for value in found]
     if spacing == "linspace":
         return [int(value) for value in np.linspace(0, total - 1, steps).round()[::-1]]
+    if spacing == "uniform":
+        return [step * total // steps for step in reversed(range(steps))]
     skip = total // steps
-    offset = offset if spacing == "leading" else 0
     return [min(total - 1, step * skip + offset) for step in reversed(range(steps))]
 
 

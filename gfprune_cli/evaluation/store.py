@@ -1,6 +1,7 @@
 """Finished samples on disk, chunk by chunk: what an interrupted run leaves, and what processes share."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,8 +69,8 @@ class SampleStore:
             )
 
     def begin(self, *, resume: bool) -> None:
-        """Make the folder; without `resume` an empty one."""
-        if not resume:
+        """Make the folder; an empty one, unless it holds an identified run's samples and `resume` is set."""
+        if not resume or not (self.folder / IDENTITY).exists():
             self.clear()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,4 +104,12 @@ class SampleStore:
         return (self.get(role, chunk) for chunk in self.chunks)
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder: at once, so that a kill leaves no samples without their identity."""
+        aside = self.folder.with_name(f"{self.folder.name}-old-{os.getpid()}")
+        try:
+            self.folder.rename(aside)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
+        shutil.rmtree(aside, ignore_errors=True)

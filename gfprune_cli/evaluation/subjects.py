@@ -102,7 +102,9 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
             offline=offline,
             report=report,
         )
-        component = inspect(source, variant=recipe.reference_variant)
+        pipeline = (source.folder / "model_index.json").exists()
+        name = model.component.name if pipeline and model.component.name else None
+        component = inspect(source, component=name, variant=recipe.reference_variant)
         found = Subject(recipe.reference, source, component)
     else:
         for name in ("reference_revision", "reference_variant"):

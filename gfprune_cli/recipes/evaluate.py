@@ -40,7 +40,7 @@ class EvalRecipe:
     samples: Annotated[
         int | None, Ge(2), Le(10**7), Help("Images to draw from each model [default: 256].")
     ] = None
-    steps: Annotated[int | None, Ge(1), Le(1000), Help("Sampling steps [default: 50].")] = None
+    steps: Annotated[int | None, Ge(1), Le(10**6), Help("Sampling steps [default: 50].")] = None
     sampler: Annotated[
         Sampler | None,
         Help("pipeline: the checkpoint's own scheduler [default: ddim; euler if variance exploding]."),
