@@ -7,6 +7,7 @@ import math
 import sys
 import types
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -594,3 +595,37 @@ def test_a_gaussian_of_one_dimension_is_still_one() -> None:
     found = gaussian(np.array([[1.0], [3.0]]))
     assert isinstance(found, Gaussian)
     assert found.covariance.shape == (1, 1)
+
+
+def test_features_that_are_not_finite_are_no_perfect_score() -> None:
+    good = Gaussian(np.zeros(2), np.eye(2), 10)
+    for bad in (
+        Gaussian(np.array([np.nan, 0]), np.eye(2), 10),
+        Gaussian(np.zeros(2), np.full((2, 2), np.nan), 10),
+        Gaussian(np.zeros(2), np.eye(2) * 1e308, 10),
+    ):
+        with pytest.raises(GfpruneError, match="cannot be compared"):
+            frechet_distance(bad, good)
+
+
+@pytest.mark.parametrize("case", ["negative", "lopsided", "announced", "objects", "truncated"])
+def test_statistics_that_are_none_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    path, sigma = tmp_path / "stats.npz", np.eye(4)
+    if case == "negative":
+        sigma = -1e9 * sigma
+    if case == "lopsided":
+        sigma[0, 1] = 5
+    np.savez(path, mu=np.zeros(4), sigma=sigma, n=10)
+    if case == "announced":
+        header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 1))) | {"shape": (10**7, 10**7)}
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, header)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mu.npy", stream.getvalue())
+            archive.writestr("sigma.npy", stream.getvalue())
+    if case == "objects":
+        np.savez(path, mu=np.array([{}], dtype=object), sigma=sigma)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(GfpruneError, match=r"--data .*stats.npz"):
+        read_statistics(path, types.SimpleNamespace(identity="x", mode="clean"))

@@ -252,6 +252,8 @@ def custom(content: bytes, digest: str, stem: str, mode: FidMode, device: torch.
     if len(shape) != 2 or shape[0] != 2:
         raise UsageError(f"--inception: {stem} gives {list(shape)} for 2 images, not [2, D] features")
     name = re.sub(r"\W+", "_", stem.lower())
+    if name == "teacher" or name.endswith("_reference"):
+        raise UsageError(f"--inception: fd_{name} is the name of another metric; rename the file")
     return Extractor(f"{stem} {digest}", mode, f"fd_{name}", f"kd_{name}", network, device)
 
 

@@ -2,7 +2,9 @@
 
 import io
 import math
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,12 @@ from gfprune_cli.progress import Event, Report
 REAL_IMAGES = 10**6  # no more than these are read from --data
 REAL_BATCH = 64
 LARGEST_STATISTICS = 1 << 30  # bytes
+SLACK = 1e-5  # of a covariance: how far rounding may carry it from symmetric and positive
+# what numpy and zipfile raise on damaged bytes
+DAMAGE = (
+    *(OSError, ValueError, TypeError, KeyError, ArithmeticError, EOFError, SyntaxError, NotImplementedError),
+    *(RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, np.linalg.LinAlgError),
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,26 @@ def is_statistics(data: str | None) -> bool:
     path = Path(data or "").expanduser()
     if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except DAMAGE as error:
+        raise GfpruneError(f"--data {path}: not a readable .npz ({error}); write it again") from error
+
+
+def check_array(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse anything but floating-point numbers, as many as the file holds, before they are allocated.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{name} is not a plain array")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
+        if dtype.kind != "f" or stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(f"{name} does not hold the floating-point numbers it announces")
 
 
 def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[str]]:
@@ -55,11 +81,13 @@ def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[st
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > LARGEST_STATISTICS:
                 raise GfpruneError(f"--data {path}: larger than {LARGEST_STATISTICS} bytes")
+            for name in ("mu", "sigma"):
+                check_array(archive, name)
         with np.load(path, allow_pickle=False) as archive:
             mean, covariance = (np.asarray(archive[key], np.float64) for key in ("mu", "sigma"))
             made = {key: str(archive[key]) for key in ("extractor", "mode") if key in archive}
             count = int(archive["n"]) if "n" in archive else None
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise GfpruneError(f"--data {path}: not readable statistics ({error}); write them again") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise GfpruneError(
@@ -67,6 +95,10 @@ def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[st
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise GfpruneError(f"--data {path}: statistics are not finite; write them again")
+    scale = max(float(np.abs(covariance).max()), 1e-12)
+    lowest = float(np.linalg.eigvalsh(covariance).min())
+    if np.abs(covariance - covariance.T).max() > SLACK * scale or lowest < -SLACK * len(mean) * scale:
+        raise GfpruneError(f"--data {path}: sigma is no covariance; write the statistics again")
     wanted = {"extractor": extractor.identity, "mode": extractor.mode}
     for key, value in made.items():
         if value != wanted[key]:

@@ -1,10 +1,13 @@
 """Means with confidence intervals, and distances between distributions of features."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from gfprune_cli.errors import GfpruneError
 
 NORMAL_95 = 1.959963984540054
 KID_SUBSETS = 100
@@ -42,13 +45,22 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
     The trace of sqrt(A B) is the sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A), which is
     symmetric: exact where the covariances are singular, as they are with few samples.
+
+    Raises:
+        GfpruneError: the features are not finite, or too large to be compared.
     """
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ second.covariance @ root)
+    try:
+        values, vectors = np.linalg.eigh(first.covariance)
+        root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        product = np.linalg.eigvalsh(root @ second.covariance @ root)
+    except np.linalg.LinAlgError as error:
+        raise GfpruneError(f"features cannot be compared ({error}): check the model and --data") from error
     difference = first.mean - second.mean
     distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance)
-    return max(0.0, float(distance - 2 * np.sqrt(product.clip(0)).sum()))
+    found = float(distance - 2 * np.sqrt(product.clip(0)).sum())
+    if not math.isfinite(found):  # before clipping: the larger of 0 and NaN would be a perfect score
+        raise GfpruneError("features cannot be compared (not finite): check the model and --data")
+    return max(0.0, found)
 
 
 def kernel_distance(first: Features, second: Features, seed: int) -> dict[str, Any]:
