@@ -1,10 +1,12 @@
 """Sampling and metrics against independent implementations: diffusers, scikit-image, scipy, clean-fid."""
 
 import hashlib
+import http.client
 import importlib
 import io
 import math
 import sys
+import tempfile
 import types
 import warnings
 import zipfile
@@ -27,6 +29,7 @@ from gfprune_cli.data.diffusion import noising_process
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.consistency import Consistency, psnr, quantised, ssim
+from gfprune_cli.evaluation.footprint import peak_memory
 from gfprune_cli.evaluation.inception import OFFICIAL, Extractor, Unavailable, find_extractor
 from gfprune_cli.evaluation.protocols import PROTOCOLS, Settings, settings_of
 from gfprune_cli.evaluation.quality import (
@@ -47,7 +50,7 @@ from gfprune_cli.evaluation.statistics import (
 )
 from gfprune_cli.evaluation.store import SampleStore
 from gfprune_cli.evaluation.teacher import denoising_losses
-from gfprune_cli.progress import silent
+from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 CPU = torch.device("cpu")
@@ -517,7 +520,7 @@ def test_saved_statistics_stand_for_their_images(network_file: tuple[Path, str],
     ("arrays", "words"),
     [
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "sigma"),
-        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
+        ({"mu": np.full(54, np.nan), "sigma": np.eye(54)}, "not finite"),
         ({"mu": np.zeros(3), "sigma": np.array([{}], dtype=object)}, "not readable"),
     ],
 )
@@ -608,6 +611,10 @@ def test_features_that_are_not_finite_are_no_perfect_score() -> None:
             frechet_distance(bad, good)
 
 
+def any_extractor(dimensions: int, network: Any = None) -> Extractor:
+    return Extractor("x", "clean", "fd_x", "kd_x", network, CPU, dimensions)
+
+
 @pytest.mark.parametrize("case", ["negative", "lopsided", "announced", "objects", "truncated"])
 def test_statistics_that_are_none_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     path, sigma = tmp_path / "stats.npz", np.eye(4)
@@ -628,4 +635,136 @@ def test_statistics_that_are_none_are_refused_in_one_line(case: str, tmp_path: P
     if case == "truncated":
         path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(GfpruneError, match=r"--data .*stats.npz"):
-        read_statistics(path, types.SimpleNamespace(identity="x", mode="clean"))
+        read_statistics(path, any_extractor(4))
+
+
+@pytest.mark.parametrize("count", [0, 1, -7, 2.5, np.nan, np.inf, "many", [10, 10], True, None])
+def test_a_number_of_images_that_none_can_have_is_refused(count: Any, tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), n=np.array(count))
+    with pytest.raises(GfpruneError, match="not readable statistics") as caught:
+        read_statistics(path, any_extractor(4))
+    assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_damaged_byte_of_statistics_gives_one_line_at_most(position: int, byte: int) -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, mu=np.arange(4.0), sigma=np.eye(4), n=10)
+    content = bytearray(stream.getvalue())
+    content[position % len(content)] = byte
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stats.npz"
+        path.write_bytes(content)
+        told = ""
+        try:
+            if is_statistics(str(path)):
+                assert read_statistics(path, any_extractor(4))[0].mean.shape == (4,)
+        except GfpruneError as error:
+            told = str(error)
+        assert "\n" not in told
+
+
+def test_statistics_of_another_size_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=np.zeros(5), sigma=np.eye(5), n=10)
+    with (
+        patch("numpy.lib.format.read_array", side_effect=[np.array(10)]) as read,
+        pytest.raises(UsageError, match="5 dimensions, but x gives 4"),
+    ):
+        read_statistics(path, any_extractor(4))
+    assert read.call_count == 1  # n alone
+
+
+def test_covariances_are_told_up_to_rounding(tmp_path: Path) -> None:
+    """Singular and single-precision ones are covariances; unbounded ones with a negative variance are not."""
+    path, values = tmp_path / "stats.npz", gaussian(features(0, 20, 54))
+    for scale, dtype in ((1.0, np.float32), (0.0, np.float64), (1e300, np.float64)):
+        np.savez(path, mu=values.mean, sigma=(values.covariance * scale).astype(dtype))
+        assert read_statistics(path, any_extractor(54))[0].covariance.shape == (54, 54)
+    wrong = np.eye(54)
+    wrong[0, 0] = -1e-3
+    indefinite = np.ones((54, 54)) - 0.5 * np.eye(54)
+    for sigma in (wrong, 1e308 * wrong, indefinite):
+        np.savez(path, mu=values.mean, sigma=sigma)
+        with pytest.raises(GfpruneError, match="is no covariance"):
+            read_statistics(path, any_extractor(54))
+
+
+def test_features_must_be_finite_and_of_the_size_promised() -> None:
+    pytest.importorskip("cleanfid.resize")
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    for given_, words in (
+        (torch.full((3, 4), torch.nan), "not finite"),
+        (torch.zeros(3, 5), r"\[3, 5\] for 3 images, not \[3, 4\]"),
+        ((torch.zeros(3, 4),), "a tuple for 3 images"),
+        (torch.zeros(3, 4, dtype=torch.int64), "int64"),
+    ):
+        with pytest.raises(GfpruneError, match=words):
+            any_extractor(4, lambda _, given_=given_: given_).features(images)
+
+
+class Pair(torch.nn.Module):
+    """A network that gives no tensor."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+def test_networks_that_give_no_features_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pair.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Pair()).save(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(GfpruneError, match=r"pair gives a tuple for 2 images, not \[2, D\] features"):
+        extractor_of((path, digest))
+
+
+@pytest.mark.parametrize("name", ["teacher", "Teacher", "pooled_reference", "pooled reference"])
+def test_an_extractor_does_not_take_the_name_of_another_distance(
+    name: str, network_file: tuple[Path, str], tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}.pt"
+    path.write_bytes(network_file[0].read_bytes())
+    with pytest.raises(UsageError, match="rename the file"):
+        extractor_of((path, network_file[1]))
+    assert extractor_of(network_file).dimensions == 54
+
+
+def test_weights_too_large_to_be_any_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.pt"
+    with path.open("wb") as stream:
+        stream.truncate((1 << 30) + 1)  # sparse
+    for name in (path, tmp_path):
+        with patch.object(Path, "read_bytes") as read, pytest.raises(UsageError, match="no regular file of"):
+            extractor_of((name, "0" * 64))
+        assert not read.called
+
+
+@pytest.mark.parametrize(
+    "error", [http.client.IncompleteRead(b"x"), http.client.BadStatusLine("a\nb"), TimeoutError()]
+)
+def test_a_broken_download_is_one_line(error: Exception, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    (tmp_path / "inception" / OFFICIAL["clean"].name).mkdir(parents=True)  # no file: fetched
+    with (
+        patch("urllib.request.urlopen", side_effect=error),
+        pytest.raises(Unavailable, match="cannot be fetched") as caught,
+    ):
+        find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch", [2**40, 2**61, 2**62, 2**63])
+def test_a_batch_beyond_any_memory_does_not_fit(batch: int, pipeline_folder: Path) -> None:
+    import gfprune_cli
+
+    events: list[Event] = []
+    model = gfprune_cli.load(pipeline_folder)
+    assert peak_memory(model, batch=batch, device=CPU, precision="fp32", report=events.append) is None
+    assert [event.text for event in events] == [
+        f"peak memory is not measured: a batch of {batch} does not fit"
+    ]

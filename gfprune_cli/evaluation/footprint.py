@@ -16,6 +16,12 @@ from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import Trace, example_inputs, observe
 
 Call = Callable[[], object]
+# What torch says of tensors whose size or number of bytes is no 64-bit integer.
+TOO_LARGE = (
+    "storage size calculation overflowed",
+    "integer multiplication overflow",
+    "overflow when unpacking",
+)
 
 
 def memory_measured(batch: int) -> str:
@@ -45,8 +51,8 @@ def peak_memory(
                 call()  # what is made once and kept is made before counting
             with computing_in(precision, device):
                 rise = rise_on_cuda(call, device) if device.type == "cuda" else rise_on_cpu(call)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not (out_of_memory(error) or any(words in str(error).lower() for words in TOO_LARGE)):
             raise
         notice(report, f"peak memory is not measured: a batch of {batch} does not fit")
         return None

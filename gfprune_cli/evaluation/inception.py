@@ -6,8 +6,10 @@ are a TorchScript archive and a state dict, so this is the one place that reads 
 """
 
 import hashlib
+import http.client
 import io
 import re
+import stat
 import sys
 import tempfile
 import urllib.request
@@ -32,6 +34,8 @@ from gfprune_cli.recipes.evaluate import FidMode
 BATCH = 32
 SIZE = 299
 TIMEOUT_S = 30
+INCEPTION_DIMENSIONS = 2048
+LARGEST_WEIGHTS = 1 << 30  # bytes
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -75,6 +79,7 @@ class Extractor:
         mode: how clean-fid resizes.
         fid, kid: what distances between these features are called: "fid" and "kid" for Inception only.
         network: [N, 3, 299, 299] in [0, 255] -> [N, D].
+        dimensions: D.
     """
 
     identity: str
@@ -83,10 +88,15 @@ class Extractor:
     kid: str
     network: Network
     device: torch.device
+    dimensions: int
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> Features:
-        """[N, D] features of 8-bit images [N, C, H, W], C = 1 or 3."""
+        """[N, D] features of 8-bit images [N, C, H, W], C = 1 or 3.
+
+        Raises:
+            GfpruneError: the network gives something else, or values that are not finite.
+        """
         from cleanfid.resize import build_resizer
 
         with quiet_library():
@@ -96,8 +106,36 @@ class Extractor:
                 pixels = part.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
                 resized = np.stack([resize(image) for image in pixels]).transpose(0, 3, 1, 2)
                 batch = torch.from_numpy(np.ascontiguousarray(resized, dtype=np.float32))
-                found.append(self.network(batch.to(self.device)).double().cpu())
+                found.append(self.checked(self.network(batch.to(self.device)), len(part)))
         return torch.cat(found).numpy()
+
+    def checked(self, given: Any, count: int) -> torch.Tensor:
+        """[count, D] finite float64 features on the CPU, or an error."""
+        if features_shape(given) != [count, self.dimensions]:
+            raise GfpruneError(
+                f"{self.identity} gives {described(given)} for {count} images, not "
+                f"[{count}, {self.dimensions}] features: name another network with --inception"
+            )
+        found: torch.Tensor = given.double().cpu()
+        if not found.isfinite().all():
+            raise GfpruneError(
+                f"the features of {self.identity} are not finite: name another network with --inception"
+            )
+        return found
+
+
+def features_shape(given: object) -> list[int] | None:
+    """[N, D] if a network gave features, else None."""
+    if isinstance(given, torch.Tensor) and given.is_floating_point() and given.ndim == 2 and given.shape[1]:
+        return list(given.shape)
+    return None
+
+
+def described(given: object) -> str:
+    """What a network gave, in words."""
+    if isinstance(given, torch.Tensor):
+        return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+    return f"a {type(given).__name__}"
 
 
 def find_extractor(
@@ -149,9 +187,13 @@ def read_weights(path: str, expected: str | None, mode: FidMode) -> bytes:
         UsageError: it cannot be read, or is not what it should be.
     """
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = read_file(Path(path).expanduser())
     except OSError as error:
         raise UsageError(f"--inception {path}: {error.strerror}; check the path") from error
+    if content is None:
+        raise UsageError(
+            f"--inception {path} is no regular file of at most {LARGEST_WEIGHTS} bytes; check the path"
+        )
     digest = hashlib.sha256(content).hexdigest()
     if expected is not None and digest != expected.lower():
         raise UsageError(f"--inception {path} has SHA-256 {digest}, not {expected}: fetch it again")
@@ -166,6 +208,14 @@ def read_weights(path: str, expected: str | None, mode: FidMode) -> bytes:
     return content
 
 
+def read_file(path: Path) -> bytes | None:
+    """The bytes of a file; None if it is a pipe or device, or larger than any extractor."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_WEIGHTS:
+        return None
+    return path.read_bytes()
+
+
 def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
     """An official file from the cache, or from its place on the network.
 
@@ -175,10 +225,12 @@ def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
     from huggingface_hub import is_offline_mode
 
     path = cache_folder() / "inception" / weights.name
-    if path.is_file():
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == weights.sha256:
-            return content
+    try:
+        cached = read_file(path)
+    except OSError:  # absent or not readable: fetched anew
+        cached = None
+    if cached is not None and hashlib.sha256(cached).hexdigest() == weights.sha256:
+        return cached
     remedy = f"fetch {weights.url} elsewhere and name it with --inception"
     if offline or is_offline_mode():
         raise Unavailable(f"{weights.name} is not here and the network may not be used: {remedy}")
@@ -186,8 +238,9 @@ def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
     try:
         with urllib.request.urlopen(weights.url, timeout=TIMEOUT_S) as stream:
             content = stream.read(weights.bytes + 1)
-    except OSError as error:
-        raise Unavailable(f"{weights.name} cannot be fetched ({error}): {remedy}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unavailable(f"{weights.name} cannot be fetched ({reason}): {remedy}") from error
     if hashlib.sha256(content).hexdigest() != weights.sha256:
         raise Unavailable(f"what {weights.url} sent is not the file with SHA-256 {weights.sha256}: {remedy}")
     try:
@@ -208,7 +261,7 @@ def official(content: bytes, mode: FidMode, device: torch.device) -> Extractor:
         return features
 
     call: Network = network if mode == "clean" else legacy
-    return Extractor(OFFICIAL[mode].name, mode, "fid", "kid", call, device)
+    return Extractor(OFFICIAL[mode].name, mode, "fid", "kid", call, device, INCEPTION_DIMENSIONS)
 
 
 def torchscript_inception(content: bytes) -> torch.nn.Module:
@@ -245,16 +298,18 @@ def custom(content: bytes, digest: str, stem: str, mode: FidMode, device: torch.
     Raises:
         UsageError: it is no such network.
     """
+    name = re.sub(r"\W+", "_", stem.lower())
+    # `fd_teacher` is a distance of its own, and `..._reference` is how the reference's are told apart
+    if name == "teacher" or name.endswith("_reference"):
+        raise UsageError(f"--inception: fd_{name} is the name of another distance; rename the file {stem!r}")
     with quiet_library():
         network: Any = torch.jit.load(io.BytesIO(content), map_location=device).eval()
         with torch.no_grad():
-            shape = network(torch.zeros(2, 3, SIZE, SIZE, device=device)).shape
-    if len(shape) != 2 or shape[0] != 2:
-        raise UsageError(f"--inception: {stem} gives {list(shape)} for 2 images, not [2, D] features")
-    name = re.sub(r"\W+", "_", stem.lower())
-    if name == "teacher" or name.endswith("_reference"):
-        raise UsageError(f"--inception: fd_{name} is the name of another metric; rename the file")
-    return Extractor(f"{stem} {digest}", mode, f"fd_{name}", f"kd_{name}", network, device)
+            given = network(torch.zeros(2, 3, SIZE, SIZE, device=device))
+    shape = features_shape(given)
+    if shape is None or shape[0] != 2:
+        raise UsageError(f"--inception: {stem} gives {described(given)} for 2 images, not [2, D] features")
+    return Extractor(f"{stem} {digest}", mode, f"fd_{name}", f"kd_{name}", network, device, shape[1])
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 import io
 import math
-import tokenize
+import os
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfprune_cli.data.images import image_batches
+from gfprune_cli.data.images import _DAMAGE, _reason, image_batches
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.inception import Extractor
 from gfprune_cli.evaluation.statistics import (
@@ -28,12 +27,8 @@ from gfprune_cli.progress import Event, Report
 REAL_IMAGES = 10**6  # no more than these are read from --data
 REAL_BATCH = 64
 LARGEST_STATISTICS = 1 << 30  # bytes
+LARGEST_NOTE = 4096  # bytes of a name or number beside the statistics
 SLACK = 1e-5  # of a covariance: how far rounding may carry it from symmetric and positive
-# what numpy and zipfile raise on damaged bytes
-DAMAGE = (
-    *(OSError, ValueError, TypeError, KeyError, ArithmeticError, EOFError, SyntaxError, NotImplementedError),
-    *(RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, np.linalg.LinAlgError),
-)
 
 
 @dataclass(frozen=True)
@@ -45,80 +40,161 @@ class Real:
 
 
 def is_statistics(data: str | None) -> bool:
-    """Whether `--data` names an .npz of statistics, not images."""
-    path = Path(data or "").expanduser()
-    if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
+    """Whether `--data` names an .npz of statistics, not images.
+
+    Raises:
+        GfpruneError: the .npz is damaged.
+    """
+    path = os.path.expanduser(data or "")
+    if not path.lower().endswith(".npz") or not os.path.isfile(path) or not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except DAMAGE as error:
-        raise GfpruneError(f"--data {path}: not a readable .npz ({error}); write it again") from error
-
-
-def check_array(archive: zipfile.ZipFile, name: str) -> None:
-    """Refuse anything but floating-point numbers, as many as the file holds, before they are allocated.
-
-    Raises:
-        ValueError: what is wrong.
-    """
-    member = archive.getinfo(f"{name}.npy")
-    with archive.open(member) as stream:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError(f"{name} is not a plain array")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
-        if dtype.kind != "f" or stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-            raise ValueError(f"{name} does not hold the floating-point numbers it announces")
+    except _DAMAGE as error:
+        raise GfpruneError(
+            f"--data {path}: not a readable .npz ({_reason(error)}); write it again"
+        ) from error
 
 
 def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[str]]:
     """Mean and covariance of real images' features, and what the user should know about them.
+
+    The file may be anything: sizes are checked before they are allocated, and what it says it is made of
+    before it is read.
 
     Raises:
         GfpruneError: the file is damaged; UsageError: it is of another extractor or mode.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > LARGEST_STATISTICS:
-                raise GfpruneError(f"--data {path}: larger than {LARGEST_STATISTICS} bytes")
-            for name in ("mu", "sigma"):
-                check_array(archive, name)
-        with np.load(path, allow_pickle=False) as archive:
-            mean, covariance = (np.asarray(archive[key], np.float64) for key in ("mu", "sigma"))
-            made = {key: str(archive[key]) for key in ("extractor", "mode") if key in archive}
-            count = int(archive["n"]) if "n" in archive else None
-    except DAMAGE as error:
-        raise GfpruneError(f"--data {path}: not readable statistics ({error}); write them again") from error
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise GfpruneError(
-            f"--data {path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; write them again"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise GfpruneError(f"--data {path}: statistics are not finite; write them again")
-    scale = max(float(np.abs(covariance).max()), 1e-12)
-    lowest = float(np.linalg.eigvalsh(covariance).min())
-    if np.abs(covariance - covariance.T).max() > SLACK * scale or lowest < -SLACK * len(mean) * scale:
-        raise GfpruneError(f"--data {path}: sigma is no covariance; write the statistics again")
+            shapes = {key: array_shape(archive, key) for key in ("mu", "sigma")}
+            size, *rest = shapes["mu"] or (0,)
+            if rest or size < 1 or shapes["sigma"] != (size, size):
+                raise ValueError(f"mu is {list(shapes['mu'])} and sigma {list(shapes['sigma'])}")
+            made = {key: str(note(archive, key, "U")) for key in ("extractor", "mode") if has(archive, key)}
+            count = image_count(note(archive, "n", "iuf")) if has(archive, "n") else None
+            warnings = check_origin(path, made, size, extractor)
+            mean, covariance = (read_array(archive, key) for key in ("mu", "sigma"))
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("they are not finite")
+        if not is_covariance(covariance):
+            raise ValueError("sigma is no covariance")
+    except _DAMAGE as error:
+        reason = _reason(error)
+        raise GfpruneError(f"--data {path}: not readable statistics ({reason}); write them again") from error
+    return Gaussian(mean, covariance, count), warnings
+
+
+def has(archive: zipfile.ZipFile, name: str) -> bool:
+    return f"{name}.npy" in archive.namelist()
+
+
+def read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array, which are those of the bytes stored.
+
+    Raises:
+        ValueError: it is not plain, or too large.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        # later versions are for headers over 64 kB
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{name} is not a plain array")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1024)
+        if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(f"{name} does not hold the numbers that it announces")
+    if member.file_size > LARGEST_STATISTICS:
+        raise ValueError(f"{name} is larger than {LARGEST_STATISTICS} bytes")
+    return shape, dtype
+
+
+def array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """The shape of an array of floating-point numbers.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    shape, dtype = read_header(archive, name)
+    if dtype.kind != "f" or dtype.itemsize not in (4, 8):
+        raise ValueError(f"{name} holds {dtype}, not float32 or float64")
+    return shape
+
+
+def read_array(archive: zipfile.ZipFile, name: str) -> Features:
+    """An array whose header has been checked, as float64."""
+    with archive.open(f"{name}.npy") as stream:
+        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False), np.float64)
+
+
+def note(archive: zipfile.ZipFile, name: str, kinds: str) -> Any:
+    """A single value of one of numpy's `kinds`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    shape, dtype = read_header(archive, name)
+    if shape or dtype.kind not in kinds or dtype.itemsize > LARGEST_NOTE:
+        raise ValueError(f"{name} is {list(shape)} of {dtype}, not a single value")
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False).item()
+
+
+def image_count(stored: float) -> int:
+    """How many images statistics are of.
+
+    Raises:
+        ValueError: no statistics can be of so many.
+    """
+    if not math.isfinite(stored) or stored < 2 or stored != int(stored):
+        raise ValueError(f"n is {stored}, not a number of images of at least 2")
+    return int(stored)
+
+
+def is_covariance(matrix: Features) -> bool:
+    """Whether a finite matrix [D, D] is symmetric with no negative eigenvalue, up to rounding."""
+    scale = float(np.abs(matrix).max())
+    if scale == 0:
+        return True
+    matrix = matrix / scale  # nothing below overflows
+    if np.abs(matrix - matrix.T).max() > SLACK or matrix.diagonal().min() < 0:
+        return False
+    return bool(np.linalg.eigvalsh(matrix).min() >= -SLACK * np.trace(matrix))
+
+
+def check_origin(path: Path, made: dict[str, str], size: int, extractor: Extractor) -> list[str]:
+    """Refuse statistics of another extractor or mode; warnings where they do not tell.
+
+    Raises:
+        UsageError: they are of another one.
+    """
     wanted = {"extractor": extractor.identity, "mode": extractor.mode}
     for key, value in made.items():
         if value != wanted[key]:
             raise UsageError(f"--data {path} was made with {key} {value!r}, not {wanted[key]!r}")
+    if size != extractor.dimensions:
+        raise UsageError(
+            f"--data {path}: statistics of {size} dimensions, but {extractor.identity} gives "
+            f"{extractor.dimensions}; name those of this extractor"
+        )
     unknown = [key for key in wanted if key not in made]
-    warnings = [
+    if not unknown:
+        return []
+    return [
         f"{path} does not name its {' and '.join(unknown)}: taken to be {extractor.identity} "
         f"in mode {extractor.mode}"
     ]
-    return Gaussian(mean, covariance, count), warnings if unknown else []
 
 
 def statistics_bytes(found: Gaussian, extractor: Extractor) -> bytes:
     """An .npz with mu, sigma, n, extractor and mode."""
     stream = io.BytesIO()
+    count: dict[str, Any] = {} if found.count is None else {"n": np.int64(found.count)}
     np.savez(
         stream,
         mu=found.mean,
         sigma=found.covariance,
-        n=np.int64(found.count or 0),
+        **count,
         extractor=np.str_(extractor.identity),
         mode=np.str_(extractor.mode),
     )
@@ -159,7 +235,7 @@ def distances(features: Features, real: Real, extractor: Extractor, seed: int) -
     """Frechet and kernel distance of samples to real images, under the names that the extractor allows.
 
     Raises:
-        UsageError: the statistics have another number of dimensions.
+        UsageError: the statistics have another number of dimensions; GfpruneError: a distance is not finite.
     """
     samples = gaussian(features)
     if samples.mean.shape != real.gaussian.mean.shape:
@@ -169,9 +245,10 @@ def distances(features: Features, real: Real, extractor: Extractor, seed: int) -
         )
     origin = {"extractor": extractor.identity, "mode": extractor.mode, "n_real": real.gaussian.count}
     distance = frechet_distance(real.gaussian, samples)
-    if not math.isfinite(distance):
-        raise GfpruneError(f"the distance in the features of {extractor.identity} is not finite")
     found = {extractor.fid: {"value": distance, "ci95": None, "n": len(features)} | origin}
     if real.features is not None:
-        found[extractor.kid] = kernel_distance(real.features, features, seed) | origin
+        kernel = kernel_distance(real.features, features, seed)
+        if not math.isfinite(kernel["value"]):
+            raise GfpruneError(f"{extractor.kid} is not finite: check the model and --data")
+        found[extractor.kid] = kernel | origin
     return found

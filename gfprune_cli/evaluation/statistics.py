@@ -50,14 +50,15 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
         GfpruneError: the features are not finite, or too large to be compared.
     """
     try:
-        values, vectors = np.linalg.eigh(first.covariance)
-        root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-        product = np.linalg.eigvalsh(root @ second.covariance @ root)
+        with np.errstate(all="ignore"):  # what overflows is refused below
+            values, vectors = np.linalg.eigh(first.covariance)
+            root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+            product = np.linalg.eigvalsh(root @ second.covariance @ root)
+            difference = first.mean - second.mean
+            distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance)
+            found = float(distance - 2 * np.sqrt(product.clip(0)).sum())
     except np.linalg.LinAlgError as error:
         raise GfpruneError(f"features cannot be compared ({error}): check the model and --data") from error
-    difference = first.mean - second.mean
-    distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance)
-    found = float(distance - 2 * np.sqrt(product.clip(0)).sum())
     if not math.isfinite(found):  # before clipping: the larger of 0 and NaN would be a perfect score
         raise GfpruneError("features cannot be compared (not finite): check the model and --data")
     return max(0.0, found)
