@@ -3,13 +3,15 @@
     python benchmarks/export.py
 
 Prunes the demo in one shot (latency does not depend on training), exports dense and pruned networks to
-every format, and calls dense and pruned in turn, round by round, on one thread. The time is the CPU time of
-the process, so that other work on the machine counts little; the speed-up is the median over the rounds of
-dense time over pruned time, with its quartiles. The last column is the speed-up over the MAC ratio.
+every format, and calls dense and pruned in turn, round by round, on one thread, with one runtime in memory
+at a time. The time is the CPU time of the process, so that other work on the machine counts little; the
+speed-up is the median over the rounds of dense time over pruned time, with its quartiles. The last column is
+the speed-up over the MAC ratio. `--folder` keeps the checkpoints and exports, and uses those that are there.
 """
 
 import argparse
 import importlib.util
+import json
 import statistics
 import tempfile
 import time
@@ -26,21 +28,22 @@ from gfprune_cli.deploy.torch_program import run_program
 
 QUICK: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
 PRUNED: dict[str, dict[str, Any]] = {
-    "`--sparsity 0.5`": dict(sparsity=0.5),
-    "`--budget macs`": dict(sparsity=0.5, budget="macs"),
-    "`--budget macs --align 16`": dict(sparsity=0.5, budget="macs", align=16),
-    "`--layout native`": dict(sparsity=0.5, layout="native"),
+    "params": dict(sparsity=0.5),
+    "macs": dict(sparsity=0.5, budget="macs"),
+    "macs, align 16": dict(sparsity=0.5, budget="macs", align=16),
+    "native": dict(sparsity=0.5, layout="native"),
 }
+FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "openvino": "openvino_model.xml"}
 Runner = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
-def eager(model: str) -> Runner:
+def load_eager(model: str) -> Runner:
     """The source network in PyTorch, uncompiled."""
     network = Denoiser(gfprune_cli.load(model), torch.float32)
     return lambda inputs: network(**inputs)
 
 
-def openvino_runner(path: Path) -> Runner:
+def load_openvino(path: Path) -> Runner:
     """OpenVINO in float32 on one thread."""
     import openvino
 
@@ -51,17 +54,34 @@ def openvino_runner(path: Path) -> Runner:
     )
 
 
-def runners(model: str, folder: Path) -> dict[str, Runner]:
-    """Runtime -> the network in it, exported afresh."""
-    found: dict[str, Runner] = {"PyTorch, eager": eager(model)}
-    gfprune_cli.export(model, format="torch-export", out=folder / "program")
-    found["torch-export"] = run_program(folder / "program" / "model.pt2")
-    gfprune_cli.export(model, format="onnx", out=folder / "onnx")
-    found["ONNX Runtime"] = run_onnx(folder / "onnx" / "model.onnx", threads=1)
-    if importlib.util.find_spec("openvino") is not None:
-        gfprune_cli.export(model, format="openvino", out=folder / "openvino")
-        found["OpenVINO"] = openvino_runner(folder / "openvino" / "openvino_model.xml")
-    return found
+def load(runtime: str, model: str, folder: Path) -> Runner:
+    """One network in one runtime."""
+    if runtime == "eager":
+        return load_eager(model)
+    path = folder / runtime / FILES[runtime]
+    if runtime == "onnx":
+        return run_onnx(path, threads=1)
+    return run_program(path) if runtime == "torch-export" else load_openvino(path)
+
+
+def prepare(root: Path, runtimes: list[str]) -> dict[str, str]:
+    """Prune and export what is not there yet; name -> checkpoint, the dense one first."""
+    models = {"dense": "demo"}
+    for name, settings in PRUNED.items():
+        out = root / name / "checkpoint"
+        if not out.exists():
+            gfprune_cli.prune("demo", out=out, **settings, **QUICK)
+        models[name] = str(out)
+    for name, model in models.items():
+        for runtime in runtimes:
+            if runtime in FILES and not (root / name / runtime).exists():
+                gfprune_cli.export(model, format=runtime, out=root / name / runtime)
+    return models
+
+
+def mac_ratio(checkpoint: str) -> float:
+    macs = json.loads((Path(checkpoint) / "gfprune.json").read_text())["macs"]
+    return float(macs["before"] / macs["after"])
 
 
 @torch.no_grad()
@@ -82,45 +102,38 @@ def measure(dense: Runner, pruned: Runner, batch: int, rounds: int) -> tuple[lis
     return times
 
 
-def table(
-    dense: dict[str, Runner],
-    pruned: dict[str, dict[str, Runner]],
-    macs: dict[str, float],
-    batch: int,
-    rounds: int,
-) -> None:
-    """Measure and print one batch size as Markdown."""
-    print(f"\nbatch {batch}\n")
-    print(
-        "| model | MAC ratio | runtime | dense, ms | pruned, ms | speed-up [quartiles] | of the MAC ratio |"
+def row(name: str, macs: float, runtime: str, batch: int, before: list[float], after: list[float]) -> str:
+    """One measurement as a row of Markdown."""
+    ratios = [a / b for a, b in zip(before, after, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"| {runtime} | {batch} | {name} | {macs:.2f} | {statistics.median(before):.2f} "
+        f"| {statistics.median(after):.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {middle / macs:.2f} |"
     )
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for name, networks in pruned.items():
-        for runtime, run in networks.items():
-            before, after = measure(dense[runtime], run, batch, rounds)
-            ratios = [a / b for a, b in zip(before, after, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            print(
-                f"| {name} | {macs[name]:.2f} | {runtime} | {statistics.median(before):.2f} "
-                f"| {statistics.median(after):.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] "
-                f"| {middle / macs[name]:.2f} |",
-                flush=True,
-            )
+
+
+def main(root: Path, batches: list[int], rounds: int) -> None:
+    # OpenVINO last: its threads go on spinning and would count in the time of the process
+    runtimes = ["eager", "torch-export", "onnx"]
+    runtimes += ["openvino"] if importlib.util.find_spec("openvino") is not None else []
+    models = prepare(root, runtimes)
+    print("| runtime | batch | model | MAC ratio | dense, ms | pruned, ms | speed-up [quartiles] | share |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for runtime in runtimes:
+        dense = load(runtime, "demo", root / "dense")
+        for batch in batches:
+            for name in PRUNED:
+                pruned = load(runtime, models[name], root / name)
+                times = measure(dense, pruned, batch, rounds)
+                print(row(name, mac_ratio(models[name]), runtime, batch, *times), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--folder", type=Path, help="keep checkpoints and exports here (default: nowhere)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        reference = runners("demo", root / "dense")
-        networks, shares = {}, {}
-        for name, settings in PRUNED.items():
-            result = gfprune_cli.prune("demo", out=root / f"pruned {name}", **settings, **QUICK)
-            shares[name] = result.macs["before"] / result.macs["after"]
-            networks[name] = runners(str(result.output), root / f"exports {name}")
-        for size in options.batches:
-            table(reference, networks, shares, size, options.rounds)
+        main(options.folder or Path(temporary), options.batches, options.rounds)
