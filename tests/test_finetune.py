@@ -495,3 +495,13 @@ def test_resume_does_not_touch_the_metrics_of_another_run(pruned: Path, tmp_path
     with pytest.raises(UsageError, match="another run"):
         gfprune_cli.finetune(pruned, out=tmp_path / "out", logs=logs, resume=True, **BRIEF)
     assert (logs / "metrics.jsonl").read_text() == "another run's"
+
+
+def test_an_exported_dense_model_was_never_pruned_and_an_exported_pruned_one_was(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    gfprune_cli.export(str(pipeline_folder), format="safetensors", out=tmp_path / "dense")
+    with pytest.raises(UsageError, match="was never pruned"):
+        gfprune_cli.finetune(tmp_path / "dense", dry_run=True)
+    gfprune_cli.export(str(pruned), format="safetensors", out=tmp_path / "narrow")
+    assert gfprune_cli.finetune(tmp_path / "narrow", dry_run=True).teacher == str(pipeline_folder)

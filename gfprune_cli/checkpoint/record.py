@@ -128,7 +128,7 @@ class _Document:
 
 
 def read_record(root: Path) -> Record | None:
-    """The record of a checkpoint folder; None if it has none.
+    """The record of a checkpoint folder; None if it was never pruned.
 
     Raises:
         GfpruneError: it is there and damaged.
@@ -139,6 +139,8 @@ def read_record(root: Path) -> Record | None:
     if not path.exists():
         return None
     document = read_json(path, trusted_roots(root), limit=RECORD_BYTES)
+    if document.get("command") == "export" and "recipe" not in document:
+        return None  # of a dense model: nothing was pruned
     try:
         known = TypeAdapter(_Document).validate_python(document)
     except ValidationError as error:

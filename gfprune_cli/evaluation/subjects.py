@@ -131,7 +131,7 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
     try:
         record = read_record(root)
         if record is None:
-            raise NoReference(f"{model.label} has no {RECORD} that names a dense model")
+            raise NoReference(f"{model.label} has no {RECORD} that names a dense model it was pruned from")
         source = resolve(
             record.dense_label(),
             revision=record.source.commit,

@@ -139,7 +139,7 @@ def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) 
     record = read_record(component.root)
     if record is None:
         raise UsageError(
-            f"--model {recipe.model} was never pruned (it has no gfprune.json): start with gfprune prune"
+            f"--model {recipe.model} was never pruned (no gfprune.json says so): start with gfprune prune"
         )
     if record.component != component.name:
         raise UsageError(f"--component {component.name} was not pruned: name {record.component}, which was")
