@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, group_labels
 
@@ -122,17 +123,17 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
 
 
 def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
-    """The adaptive result: a `PrunedUNet2DModel` with every module at its own width.
+    """The adaptive result: a `Pruned<class>` with every module at its own width.
 
     Exact: its outputs are those of the masked network, up to rounding.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 
     cuts = cuts_of(model, groups, kept)
     config = stock_config(model)
     earlier = (config.get("gfprune") or {}).get("modules", {})
     config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    return rebuild(PrunedUNet2DModel, config, slice_state(model, cuts))
+    return rebuild(pruned_class(stock_name(type(model).__name__)), config, slice_state(model, cuts))
 
 
 def remove_native(
