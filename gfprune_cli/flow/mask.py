@@ -92,7 +92,7 @@ class MaskedModel:
 
     def __post_init__(self) -> None:
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, NORMS):
+            if isinstance(module, NORMS) and module.weight is not None:
                 self.model.set_submodule(name, MaskedGroupNorm(module))
         self.weights = dict(self.model.named_parameters())
         device = next(iter(self.weights.values())).device

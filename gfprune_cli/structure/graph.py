@@ -3,27 +3,36 @@
 groups, trace = discover(model)          # any device, the meta device included
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import gc
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch_pruning
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
 
 KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
+    (nn.Conv1d, "conv"),
     (nn.Conv2d, "conv"),
+    (nn.Conv3d, "conv"),
     (nn.Linear, "linear"),
     (nn.GroupNorm, "norm"),
+    (nn.LayerNorm, "norm"),
     (nn.Embedding, "embedding"),
 )
+NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistics, weights or not
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
@@ -77,53 +86,158 @@ def conditioning_inputs(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
-    """Find the channel groups of a denoiser.
+def autoencoder_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """One image of zeros, as small as the autoencoder's stages allow or as its configuration says."""
+    config: Any = model.config
+    parameter = next(model.parameters())
+    size = config.sample_size or 8 * 2 ** len(config.block_out_channels)
+    return {
+        "sample": torch.zeros(
+            1, config.in_channels, size, size, device=parameter.device, dtype=parameter.dtype
+        )
+    }
 
-    Groups that touch what must keep its width are left out: the network's input and output, the
-    sinusoidal or learned time features, and class labels that enter as vectors.
+
+def discover(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
+) -> tuple[tuple[ChannelGroup, ...], Trace]:
+    """Find the channel groups of a denoiser or autoencoder.
+
+    Groups that touch what must keep its width are left out: the network's input and output, latents, the
+    sinusoidal or learned time features, class labels that enter as vectors. So are groups with a member whose
+    removal is not known to be exact, such as a parameter of its own or a grouped convolution.
+
+    Args:
+        inputs: keyword arguments of one forward pass; None takes zeros that the configuration describes.
+        width: also groups under a layer norm, whose residual streams otherwise keep their width.
 
     Returns:
         (groups in the order in which the network runs them, the trace of the forward pass).
 
     Raises:
-        GfpruneError: the network cannot be traced.
+        GfpruneError: the network cannot be traced, or nothing in it can be removed: a module is named.
     """
+    if inputs is None:
+        inputs = autoencoder_inputs(model) if hasattr(model, "encoder") else example_inputs(model)
     with plain_stand_ins(model):
-        found, trace = trace_groups(model)
+        found, trace = trace_groups(model, inputs, width=width)
     order = {name: index for index, name in enumerate(trace.positions)}
-    protected = {
-        name for module in fixed_layers(model) for name, other in model.named_modules() if module is other
-    }
-    groups = [group for group in found if group is not None and not touches(group, protected)]
-    return tuple(sorted(groups, key=lambda group: order[group.name])), trace
+    return tuple(sorted(found, key=lambda group: order[group.name])), trace
 
 
-def trace_groups(model: nn.Module) -> tuple[list[ChannelGroup | None], Trace]:
-    """Every group that the dependency graph finds, and what the forward pass showed."""
+def trace_groups(
+    model: nn.Module, inputs: Mapping[str, Any], *, width: bool
+) -> tuple[list[ChannelGroup], Trace]:
+    """Every group of the dependency graph that can be removed, and what the forward pass showed."""
     trace = Trace()
-    hooks = list(observe(model, trace))
-    required = [parameter.requires_grad for parameter in model.parameters()]
+    graph = dependency_graph(model, inputs, trace)
+    fixed = fixed_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    protected = {names[id(layer)] for layer in fixed}
+    with whole_groups():
+        read = [read_group(model, raw, names, width=width) for raw in graph.get_all_groups(fixed)]
+    found = [group for group in read if isinstance(group, ChannelGroup) and not touches(group, protected)]
+    blockers = [group for group in read if isinstance(group, str)]
+    if not found and blockers:
+        raise GfpruneError(
+            f"no channel of {type(model).__name__} can be removed exactly: "
+            f"{quoted(blockers[0])} stands in the way"
+        )
+    return found, trace
+
+
+def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> Any:
+    """Trace one forward pass, which also fills `trace`.
+
+    Raises:
+        GfpruneError: the network, or the library that reads its graph, fails; the running module is named.
+    """
     graph = torch_pruning.DependencyGraph()
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    running: list[str] = []
     try:
-        model.requires_grad_(True)  # the graph is read off autograd's tape
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), traceable_resampling():
+        with ExitStack() as stack:
+            stack.enter_context(hooks_as_before(model))
+            running = stack.enter_context(running_modules(model))
+            for _ in observe(model, trace):
+                pass
+            for context in (traceable_resampling(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad()):
+                stack.enter_context(context)
+            model.requires_grad_(True)  # the graph is read off autograd's tape
             graph.build_dependency(
                 model,
-                example_inputs=example_inputs(model),
-                forward_fn=lambda network, inputs: network(**inputs, return_dict=False)[0],
+                example_inputs=dict(inputs),
+                # a product of its own: the last layer's channels are known to reach the output
+                forward_fn=lambda network, given: first_output(network, given) * 1,
                 verbose=False,
             )
-        groups = graph.get_all_groups(ignored_layers=fixed_layers(model))
-        return [read_group(model, raw) for raw in groups], trace
-    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GfpruneError(f"cannot trace {type(model).__name__}: {line}") from error
+    except Exception as error:  # networks of other people's making fail in any way
+        where = f" at {quoted(running[-1])}" if running and running[-1] else ""
+        raise GfpruneError(f"cannot trace {type(model).__name__}{where}: {first_line(error)}") from error
+    finally:
+        for parameter, require in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(require)
+    return graph
+
+
+@contextmanager
+def hooks_as_before(model: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that were added meanwhile; Torch-Pruning leaves its own when a pass fails."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, known in before.items():
+            for key in module._forward_hooks.keys() - known:
+                del module._forward_hooks[key]
+
+
+def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that a network predicts, whether or not its class can wrap it."""
+    flag = "return_dict" in inspect.signature(network.forward).parameters
+    output = network(**inputs, **({"return_dict": False} if flag else {}))
+    result: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return result
+
+
+@contextmanager
+def running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose forward is under way, innermost last; after an error, where it happened."""
+    running: list[str] = []
+
+    def leave(_module: Any, _inputs: Any, _output: Any) -> None:
+        running.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield running
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, require in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(require)
+
+
+@contextmanager
+def whole_groups() -> Iterator[None]:
+    """Read groups with every pair of (position, root), without computing all index mappings anew for each.
+
+    Merging keeps one root per position, and so loses that the two halves of a gated projection meet in one
+    channel. The mappings depend on the graph alone, which does not change while it is read.
+    """
+    group = torch_pruning.dependency.group.Group
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small tuples, all of them freed by their counts
+    with (
+        patch.object(group, "add_and_merge", group.add_dep),
+        patch.object(torch_pruning.dependency.index_mapping, "update_index_mapping"),
+    ):
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
 
 
 @contextmanager
@@ -153,29 +267,23 @@ def touches(group: ChannelGroup, protected: set[str]) -> bool:
 
 
 def fixed_layers(model: Any) -> list[nn.Module]:
-    """Layers whose output width belongs to the outside world."""
-    layers: list[nn.Module] = [model.conv_out]
-    for name, module in model.named_modules():
-        if (
-            name.endswith("skip_conv")
-            and isinstance(module, nn.Conv2d)
-            and module.out_channels == model.conv_out.out_channels
-        ):
-            layers.append(module)  # NCSN++ sums images at every resolution
-    if isinstance(model.time_proj, nn.Module) and any(True for _ in model.time_proj.parameters()):
-        layers.append(model.time_proj)
+    """Layers whose output width belongs to the outside world, beside those that reach the output."""
+    names = ["quant_conv", "post_quant_conv", "encoder.conv_out", "quantize.embedding"]
+    if any(True for _ in getattr(model, "time_proj", nn.Identity()).parameters()):
+        names.append("time_proj")
     if getattr(model.config, "class_embed_type", None) == "identity":
-        layers.append(model.time_embedding.linear_2)
-    return layers
+        names.append("time_embedding.linear_2")
+    layers = {name: module for name, module in model.named_modules() if name in names}
+    return [layer for layer in layers.values() if any(True for _ in layer.parameters())]
 
 
 def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
     """Forward hooks that fill a trace."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             yield module.register_forward_hook(
                 lambda _m, _i, output, name=name: trace.positions.update(
-                    {name: output.shape[-2] * output.shape[-1]}
+                    {name: output.numel() // output.shape[1]}
                 )
             )
         elif isinstance(module, nn.Linear):
@@ -188,71 +296,113 @@ def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
             )
 
 
-def read_group(model: nn.Module, raw: Any) -> ChannelGroup | None:
-    """Translate one Torch-Pruning group; None when nothing in it holds weights."""
-    modules = {id(module): name for name, module in model.named_modules()}
+def read_group(
+    model: nn.Module, raw: Any, names: Mapping[int, str], *, width: bool
+) -> ChannelGroup | str | None:
+    """Translate one Torch-Pruning group.
+
+    Returns:
+        The group; the name of a module or parameter that keeps it from being removed exactly; None when it
+        reaches the output.
+    """
     kinds: dict[tuple[str, Side], Kind] = {}
-    pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}  # (position, index in the root layer)
+    parts: dict[tuple[str, Side], list[np.ndarray]] = {}
     for item in raw:
         layer = item.dep.target.module
-        kind = next((kind for cls, kind in KINDS if isinstance(layer, cls)), None)
-        if kind is None or id(layer) not in modules:
+        if isinstance(layer, torch_pruning.ops._OutputOp):
+            return None
+        if isinstance(layer, nn.Parameter):
+            return next((name for name, parameter in model.named_parameters() if parameter is layer), "?")
+        if id(layer) not in names:
+            continue  # an operation without weights
+        kind = removable_kind(layer, width=width)
+        if kind is None and (isinstance(layer, NORMALISERS) or any(True for _ in layer.parameters())):
+            return names[id(layer)]
+        if kind is None:
             continue
         out = kind == "norm" or "out_channels" in item.dep.handler.__name__
-        key: tuple[str, Side] = (modules[id(layer)], "out" if out else "in")
+        key: tuple[str, Side] = (names[id(layer)], "out" if out else "in")
         kinds[key] = kind
         roots = item.root_idxs if item.root_idxs else item.idxs
-        pairs.setdefault(key, set()).update(zip(item.idxs, roots, strict=True))
-    if not pairs:
-        return None
-    halves = [
-        scale_and_shift(model, name, entries) for (name, side), entries in pairs.items() if side == "out"
-    ]
-    channel_of_root = join_roots([*pairs.values(), *halves])
+        parts.setdefault(key, []).append(np.array([item.idxs, roots]))
+    pairs = {key: distinct(np.concatenate(found, axis=1)) for key, found in parts.items()}
+    roots, channel_of_root = join_roots(list(pairs.values()))
     members = []
-    for (name, side), entries in pairs.items():
-        ordered = sorted({(position, channel_of_root[root]) for position, root in entries})
-        positions, channels = (torch.tensor(column) for column in zip(*ordered, strict=True))
-        members.append(Member(name, side, kinds[name, side], positions, channels))
-    count = 1 + max(channel_of_root.values())
+    for (name, side), (positions, own) in pairs.items():
+        channels = channel_of_root[np.searchsorted(roots, own)]
+        placed = distinct(np.stack([positions, channels]))
+        members.append(Member(name, side, kinds[name, side], *torch.from_numpy(placed)))
+    count = int(channel_of_root.max()) + 1
+    for member in members:
+        uneven = len(set(torch.bincount(member.channels, minlength=count).tolist())) > 1
+        if uneven or int(member.positions.max()) >= dimension_of(model, member):
+            return member.module  # it sees some channels only, or other things than channels
     unit_size = head_size(model, members)
     cells = selection_cells(model, members, count, unit_size)
     return ChannelGroup(members[0].module, count, unit_size, cells, tuple(members))
 
 
-def scale_and_shift(model: nn.Module, name: str, pairs: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """A projection that is split into scale and shift: its two halves belong to the same channels.
+def dimension_of(model: nn.Module, member: Member) -> int:
+    """Size of the dimension that a member is about."""
+    layer: Any = model.get_submodule(member.module)
+    if isinstance(layer, nn.LayerNorm):
+        return int(layer.normalized_shape[0])
+    second = member.side == "in" or member.kind == "embedding"
+    return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.weight.shape[int(second)])
 
-    The dependency graph follows only one half through the split.
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """[2, n] the different pairs, in ascending order."""
+    base = int(pairs[1].max()) + 1
+    return np.stack(np.divmod(np.unique(pairs[0] * base + pairs[1]), base))
+
+
+def removable_kind(layer: nn.Module, *, width: bool) -> Kind | None:
+    """The kind of a layer whose channels can be removed one by one."""
+    if isinstance(layer, nn.GroupNorm) and not layer.affine:
+        return None
+    if isinstance(layer, nn.LayerNorm) and (not width or len(layer.normalized_shape) > 1):
+        return None
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    if (
+        isinstance(layer, CONVOLUTIONS)
+        and groups > 1
+        and not groups == layer.in_channels == layer.out_channels
+    ):
+        return None
+    return next((kind for cls, kind in KINDS if isinstance(layer, cls)), None)
+
+
+def join_roots(members: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Roots that meet at one position of a member are one channel.
+
+    A projection of scale and shift, twice as wide as the layer it modulates, makes two roots of a channel,
+    and so do the two halves of a gated projection.
+
+    Args:
+        members: [2, n] each, positions and indices in the root layer.
+
+    Returns:
+        (sorted roots, the channel of each, numbered in that order).
     """
-    parent, _, leaf = name.rpartition(".")
-    block: Any = model.get_submodule(parent)
-    if leaf != "time_emb_proj" or getattr(block, "time_embedding_norm", "") != "scale_shift":
-        return set()
-    half = block.time_emb_proj.out_features // 2
-    return {(position % half, root) for position, root in pairs}
-
-
-def join_roots(members: Iterable[set[tuple[int, int]]]) -> dict[int, int]:
-    """Index in the root layer -> channel. Roots that meet at one position are one channel.
-
-    A projection of scale and shift, twice as wide as the layer it modulates, makes two roots of a channel.
-    """
-    parent: dict[int, int] = {}
-
-    def find(root: int) -> int:
-        parent.setdefault(root, root)
-        while parent[root] != root:
-            root = parent[root]
-        return root
-
-    for pairs in members:
-        first: dict[int, int] = {}
-        for position, root in sorted(pairs):
-            low, high = sorted((find(first.setdefault(position, root)), find(root)))
-            parent[high] = low
-    channels: dict[int, int] = {}
-    return {root: channels.setdefault(find(root), len(channels)) for root in sorted(parent)}
+    roots = np.unique(np.concatenate([own for _, own in members]))
+    label = np.arange(len(roots))
+    meeting = [
+        (positions, np.searchsorted(roots, own))
+        for positions, own in members
+        if len(np.unique(positions)) < len(positions)
+    ]
+    changed = True
+    while changed:
+        changed = False
+        for positions, own in meeting:
+            lowest = np.full(positions.max() + 1, len(roots))
+            np.minimum.at(lowest, positions, label[own])
+            lower = label.copy()
+            np.minimum.at(lower, own, lowest[positions])
+            changed |= bool((lower != label).any())
+            label = lower
+    return roots, np.unique(label, return_inverse=True)[1]
 
 
 def head_size(model: nn.Module, members: Sequence[Member]) -> int:
@@ -287,10 +437,9 @@ def selection_cells(
     own: list[torch.Tensor] = []
     shared: list[torch.Tensor] = []
     for member in members:
-        if member.kind != "norm":
-            continue
         norm = model.get_submodule(member.module)
-        assert isinstance(norm, nn.GroupNorm)
+        if not isinstance(norm, nn.GroupNorm):
+            continue
         whole = len(member.positions.unique()) == norm.num_channels
         (own if whole else shared).append(norm_partition(norm, member, channels))
     units = channels // unit_size
