@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm, group_norm_from_moments
+from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, group_labels
 
@@ -89,11 +90,20 @@ class MaskedModel:
     masks: Masks = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(init=False)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+    gates: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, module in list(self.model.named_modules()):
             if isinstance(module, NORMS):
                 self.model.set_submodule(name, MaskedGroupNorm(module))
+        for group in self.groups:
+            if group.stack:
+                self.model.get_submodule(group.name).register_forward_hook(
+                    lambda module, args, kwargs, output, name=group.name: gate(
+                        module, self.gates[name], args, kwargs, output
+                    ),
+                    with_kwargs=True,
+                )
         self.weights = dict(self.model.named_parameters())
         device = next(iter(self.weights.values())).device
         self.set_masks(self.masks or full_masks(self.groups, device))
@@ -101,6 +111,7 @@ class MaskedModel:
     def set_masks(self, masks: Masks) -> None:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""
         self.masks = masks
+        self.gates = {group.name: masks[group.name][0] for group in self.groups if group.stack}
         channel_masks = self.member_masks()
         self.factors = {}
         for (name, embedding), mask in channel_masks.items():
@@ -118,6 +129,8 @@ class MaskedModel:
         """(producer, is an embedding) -> [output channels] mask; concatenated groups fill their own parts."""
         found: dict[tuple[str, bool], torch.Tensor] = {}
         for group in self.groups:
+            if group.stack:
+                continue  # the mask of a block multiplies what it adds to its stream: see `gate`
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
             for member in group.producers:
                 key = (member.module, member.kind == "embedding")
@@ -146,9 +159,16 @@ class MaskedModel:
         return result
 
     def unit_sums(self, values: Mapping[str, torch.Tensor]) -> Masks:
-        """Sum a quantity given per parameter over the producers of each unit: group name -> [units]."""
+        """Sum a quantity given per parameter over the producers of each unit: group name -> [units].
+
+        Every parameter of a block produces it.
+        """
         sums = {}
         for group in self.groups:
+            if group.stack:
+                within = [value for name, value in values.items() if name.startswith(f"{group.name}.")]
+                sums[group.name] = torch.stack([value.double().sum().cpu() for value in within]).sum().view(1)
+                continue
             total = torch.zeros(group.units, dtype=torch.float64)
             for member in group.producers:
                 for leaf in ("weight", "bias"):

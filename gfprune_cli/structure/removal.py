@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, group_labels
 
@@ -34,7 +35,7 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
     """
     alive: dict[tuple[str, str], torch.Tensor] = {}
     for group in groups:
-        if bool(kept[group.name].all()):
+        if group.stack or bool(kept[group.name].all()):
             continue
         channel_alive = kept[group.name].repeat_interleave(group.unit_size)
         for member in group.members:
@@ -128,11 +129,16 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     """
     from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
 
-    cuts = cuts_of(model, groups, kept)
-    config = stock_config(model)
+    cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
+    config = {**stock_config(model), **depth.config}
     earlier = (config.get("gfprune") or {}).get("modules", {})
-    config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    return rebuild(PrunedUNet2DModel, config, slice_state(model, cuts))
+    modules = depth.renamed({**earlier, **module_shapes(model, cuts)})
+    modules |= {name: {"identity": True} for name in depth.skipped}
+    state = depth.renamed(slice_state(model, cuts))
+    if not modules:
+        return rebuild(type(model), config, state)  # only blocks went, and the stock class can say so
+    config["gfprune"] = {"format": 1, "modules": modules}
+    return rebuild(PrunedUNet2DModel, config, state)
 
 
 def remove_native(
