@@ -164,7 +164,7 @@ class Run:
         def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
             target = recipe.sparsity * progress
             try:
-                final = progress >= 1
+                final = progress >= 1 and not plan.nearest
                 widths = allocate(
                     plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=final
                 )

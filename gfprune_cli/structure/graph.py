@@ -77,7 +77,9 @@ def conditioning_inputs(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
+def discover(
+    model: nn.Module, inputs: dict[str, Any] | None = None, *, width: bool = False
+) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a denoiser.
 
     Groups that touch what must keep its width are left out: the network's input and output, the
