@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.structure.norms import plain_stand_ins
 
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
@@ -60,7 +62,7 @@ def kept_for_backward(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
     try:
-        with torch.no_grad(), AttentionMaps() as maps:
+        with plain_stand_ins(model), torch.no_grad(), AttentionMaps() as maps:
             model(**inputs, return_dict=False)
     finally:
         for hook in hooks:
@@ -101,3 +103,9 @@ def check_memory(need: Need, device: torch.device, remedy: str) -> None:
             f"this run needs about {need.total / GIB:.1f} GiB on {device.type}, and {free / GIB:.1f} GiB "
             f"are free: {remedy}"
         )
+
+
+def offload(teacher: nn.Module, device: torch.device) -> None:
+    """Keep the weights of a frozen network in main memory; each layer visits the device when it is called."""
+    if device.type != "cpu":
+        accelerate.cpu_offload(teacher, execution_device=device)

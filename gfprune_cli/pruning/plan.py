@@ -15,13 +15,14 @@ from gfprune_cli.checkpoint.reader import (
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.memory import kept_for_backward
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, block_groups, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import Trace, discover
+from gfprune_cli.structure.graph import Trace, discover, example_inputs
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
 
@@ -35,6 +36,7 @@ class Plan:
     cost: CostModel
     native: Allocation | None
     native_config: Mapping[str, Any] | None
+    activations: int = 0  # numbers that autograd keeps for one sample
     nearest: bool = False  # the nearest reachable sparsity serves
 
 
@@ -65,9 +67,10 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
+    activations = kept_for_backward(meta, example_inputs(meta))
     if recipe.layout == "adaptive":
         allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None)
+        return Plan(component, groups, cost, None, None, activations)
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
@@ -86,7 +89,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
     )
-    return Plan(component, groups, cost, allocation, config)
+    return Plan(component, groups, cost, allocation, config, activations)
 
 
 def plan_depth(
@@ -125,7 +128,8 @@ def plan_depth(
         report,
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
     )
-    return Plan(component, stacks, cost, None, None, nearest=True)
+    activations = kept_for_backward(meta, example_inputs(meta))
+    return Plan(component, stacks, cost, None, None, activations, nearest=True)
 
 
 def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
