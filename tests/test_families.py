@@ -1,14 +1,10 @@
-"""Every family of pipelines goes the whole way: analyze, prune, finetune, eval, export, and back into diffusers.
+"""Every family of pipelines goes the whole way: analyze, prune, finetune, eval, export, back to diffusers.
 
 The table in docs/support.md says what ran here; write it anew with
 
     GFPRUNE_WRITE_SUPPORT=1 python -m pytest tests/test_families.py
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,7 @@ SPARSITY = 0.3
 SMALL: dict[str, Any] = dict(images=4, sample_steps=2, draws=4, batch=2)
 PRUNE = SMALL | dict(sparsity=SPARSITY, iterations=3, steps_per_iteration=1, align=1)
 # pixels of drawn images where the pipeline's own default is large
-SIZES = {
-    family: f"{call['height']}x{call['width']}" for family, call in CALLS.items() if "height" in call
-}
+SIZES = {family: f"{call['height']}x{call['width']}" for family, call in CALLS.items() if "height" in call}
 RUNS = [(family, COMPONENTS[family]) for family in FAMILIES] + [("stable-diffusion", "vae"), ("ldm", "vqvae")]
 SEEN: dict[tuple[str, str], dict[str, str]] = {}  # (family, component) -> column -> what was seen
 

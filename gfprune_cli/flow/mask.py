@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm, group_norm_from_moments
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, group_norm_from_moments
 from gfprune_cli.data.conditions import Condition, call_with
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.checkpoint.layout import ANALYZE_ONLY
 from gfprune_cli.checkpoint.reader import (
     Component,
     build_meta,
@@ -54,14 +53,16 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     component = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
     )
-    if component.class_name in ANALYZE_ONLY:
-        raise GfpruneError(f"{component.folder}: {component.class_name} can be analyzed, but not pruned yet")
     if weights_required:
         check_pipeline(component)
     meta = build_meta(component)
     groups, trace = discover(meta, width=recipe.prune_width)
     if recipe.blocks:
         groups += block_groups(meta)
+    if recipe.layout == "native" and component.is_pruned:
+        raise UsageError(
+            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
+        )
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
         return plan_depth(component, meta, groups, trace, recipe, report)
     if not groups:
@@ -74,10 +75,6 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
-        )
-    if component.is_pruned:
-        raise UsageError(
-            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
         )
     allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
     if allocation.sparsity <= 0:

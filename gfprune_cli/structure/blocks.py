@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PAIRS
 from gfprune_cli.structure.groups import ChannelGroup, Member
 
 # stack of blocks -> the key of the stock configuration that says how many there are
@@ -20,16 +21,10 @@ LENGTHS = {
     "single_transformer_blocks": "num_single_layers",
     "blocks": "num_layers",
 }
-# blocks that carry one stream, and those that carry two, in the order in which they return them
+# blocks that carry one stream; PAIRS has those that carry two
 SINGLE = {
     *("BasicTransformerBlock", "SanaTransformerBlock", "WanTransformerBlock"),
     *("LTXVideoTransformerBlock", "StableAudioDiTBlock"),
-}
-PAIRS = {
-    "CogVideoXBlock": ("hidden_states", "encoder_hidden_states"),
-    "FluxSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
-    "FluxTransformerBlock": ("encoder_hidden_states", "hidden_states"),
-    "JointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
 }
 # keys that name blocks by number: with one of them set, the numbers must stay
 BY_NUMBER = ("dual_attention_layers", "layer_types")

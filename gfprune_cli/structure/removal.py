@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, group_labels
@@ -123,11 +124,11 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
 
 
 def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
-    """The adaptive result: a `PrunedUNet2DModel` with every module at its own width.
+    """The adaptive result: a `Pruned<class>` with every module at its own width.
 
     Exact: its outputs are those of the masked network, up to rounding.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 
     cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
     config = {**stock_config(model), **depth.config}
@@ -138,7 +139,7 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     if not modules:
         return rebuild(type(model), config, state)  # only blocks went, and the stock class can say so
     config["gfprune"] = {"format": 1, "modules": modules}
-    return rebuild(PrunedUNet2DModel, config, state)
+    return rebuild(pruned_class(stock_name(type(model).__name__)), config, state)
 
 
 def remove_native(
