@@ -19,9 +19,9 @@ from gfprune_cli.flow.mask import MaskedModel, full_masks
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import keep_all
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.removal import remove
 
 UNET = dict(
@@ -48,22 +48,24 @@ XL = dict(
 HEADS = dict(attention_head_dim=8, num_attention_heads=2)
 NETWORKS: dict[str, tuple[type, dict[str, Any], int]] = {  # class, configuration, blocks that may go
     "unet": (UNet2DModel, UNET, 5),
-    "text-unet": (UNet2DConditionModel, XL, 12),
+    "text-unet": (UNet2DConditionModel, XL, 15),
     "dit": (
         DiTTransformer2DModel,
         dict(HEADS, in_channels=4, num_layers=4, sample_size=8, norm_num_groups=4, num_embeds_ada_norm=10),
-        4,
+        3,
     ),
     "sd3": (
         SD3Transformer2DModel,
         dict(HEADS, num_layers=4, sample_size=8, patch_size=2, in_channels=4, out_channels=4,
-             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8),
+             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
+             pos_embed_max_size=8),
         3,
     ),
     "sd3-dual": (
         SD3Transformer2DModel,
         dict(HEADS, num_layers=4, sample_size=8, patch_size=2, in_channels=4, out_channels=4,
-             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
+             pos_embed_max_size=8,
              dual_attention_layers=(0, 1), qk_norm="rms_norm"),
         3,
     ),
@@ -116,6 +118,7 @@ def test_a_network_without_some_blocks_computes_what_the_masked_one_computes(nam
     assert len(groups) == NETWORKS[name][2]
     dense = output_of(network, inputs)
     kept = {group.name: torch.tensor([number % 2 == 1]) for number, group in enumerate(groups)}
+    assert not all(kept.values())
     masked = MaskedModel(copy.deepcopy(network), groups)
     assert torch.equal(output_of(masked.model, inputs), dense), "full masks change nothing"
     masked.set_masks({group: units.double() for group, units in kept.items()})

@@ -21,9 +21,11 @@ from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, block_groups, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import Trace, discover, example_inputs
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.removal import remove, remove_native
+from gfprune_cli.structure.removal import carry_over, remove, remove_native
 
 SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
@@ -248,7 +248,7 @@ class Run:
 
     def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, from trained weights in the stock module tree."""
-        dense = build_meta(self.plan.component).requires_grad_(False)
+        dense = carry_over(masked.model, build_meta(self.plan.component)).requires_grad_(False)
         trained = {name: weight.detach().cpu() for name, weight in masked.model.state_dict().items()}
         dense.load_state_dict(trained, assign=True)
         if self.plan.native_config is not None:

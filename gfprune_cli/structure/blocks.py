@@ -38,7 +38,9 @@ def residual_blocks(model: nn.Module) -> Iterator[tuple[str, str]]:
         if is_plain_resnet(module):
             yield names[id(module)], RESNETS
         elif isinstance(module, nn.ModuleList) and is_stack(module):
-            yield from ((names[id(block)], names[id(module)]) for block in module if not ends_stream(block))
+            for block in module:
+                if not is_needed(block, block is module[0]):
+                    yield names[id(block)], names[id(module)]
 
 
 def is_plain_resnet(module: Any) -> bool:
@@ -55,9 +57,14 @@ def is_stack(blocks: nn.ModuleList) -> bool:
     return len(blocks) > 1 and len(kinds) == 1 and (kinds <= SINGLE or kinds <= PAIRS.keys())
 
 
-def ends_stream(block: Any) -> bool:
-    """The last block of SD3 drops the text stream: it has to stay where it is."""
-    return bool(getattr(block, "context_pre_only", False))
+def is_needed(block: Any, first: bool) -> bool:
+    """Whether the network needs this very block.
+
+    The last block of SD3 drops the text stream. DiT's output layer reads the time embedding of the first
+    block.
+    """
+    embeds = getattr(getattr(block, "norm1", None), "emb", None) is not None
+    return bool(getattr(block, "context_pre_only", False)) or (first and embeds)
 
 
 def block_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:

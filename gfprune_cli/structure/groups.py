@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 Side = Literal["out", "in"]
-Kind = Literal["conv", "linear", "norm", "embedding", "gate"]
+Kind = Literal["conv", "linear", "norm", "embedding", "rotary", "parameter", "gate"]
 
 
 @dataclass(frozen=True, eq=False)
