@@ -28,7 +28,7 @@ from gfprune_cli.pruning.result import installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.teacher import Teacher, kept_positions
+from gfprune_cli.recovery.teacher import Teacher, correspondence
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
 
@@ -154,7 +154,7 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, *kept_positions(teacher, self.record))
+            pair = FeaturePair(student, teacher, correspondence(teacher, self.record))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)
