@@ -1,7 +1,6 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import remove, remove_native
@@ -86,7 +85,7 @@ class Run:
             "weights": self.hashes,
             "commit": self.source.commit,
             "device": self.device.type,
-            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            **{name: as_json(value) for name, value in inputs.items()},
             "tools": installed_tools(),
         }
 

@@ -1,6 +1,5 @@
 """One finetune run: from a pruned network to a better one."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
@@ -79,7 +78,7 @@ class Run:
             "teacher weights": self.teacher.hashes,
             "resolved precision": self.precision,
             "device": self.device.type,
-            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            **{name: as_json(value) for name, value in inputs.items()},
             "tools": installed_tools(),
         }
 
