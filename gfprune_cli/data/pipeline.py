@@ -16,7 +16,9 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
 from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
-from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.checkpoint.reader import Component, load_model
+from gfprune_cli.checkpoint.reader import inspect as inspect_component
+from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
@@ -33,7 +35,6 @@ def open_pipeline(
     scheduler: Any,
     *,
     decode: bool = False,
-    text: bool = True,
 ) -> Any:
     """The pipeline that `component` belongs to, with `network` in its place.
 
@@ -42,20 +43,19 @@ def open_pipeline(
         network: of any device; the pipeline's other components go to the same one.
         scheduler: the pipeline gets a copy.
         decode: whether other networks than `network` need their weights, autoencoders and denoisers.
-        text: whether text encoders are loaded at all.
 
     Raises:
         GfpruneError: no pipeline of diffusers, or a component of it that cannot be loaded.
     """
     with quiet():
-        return _open(component, network, scheduler, decode=decode, text=text)
+        return _open(component, network, scheduler, decode=decode)
 
 
-def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: bool, text: bool) -> Any:
+def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: bool) -> Any:
     assert component.pipeline is not None
-    pipeline_class = _pipeline_class(component)
+    found = pipeline_class(component)
     device = next(network.parameters()).device
-    accepted = inspect.signature(pipeline_class.__init__).parameters
+    accepted = inspect.signature(found.__init__).parameters
     made: dict[str, Any] = {
         name: value
         for name, value in component.pipeline.items()
@@ -72,23 +72,24 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         elif name not in entries or name in LEFT_OUT:
             made[name] = None
         else:
-            made[name] = _load(component, name, *entries[name], device, decode=decode, text=text)
+            made[name] = _load(component, name, *entries[name], device, decode=decode)
     for name in LEFT_OUT:
         if name in accepted:
             made.setdefault(name, None)
     if "requires_safety_checker" in accepted:
         made["requires_safety_checker"] = False
     try:
-        pipeline = _on_device(pipeline_class, device)(**made)
+        pipeline = _on_device(found, device)(**made)
     except Exception as error:
         raise GfpruneError(
-            f"{component.root}: its {pipeline_class.__name__} cannot be made: {first_line(error)}"
+            f"{component.root}: its {found.__name__} cannot be made: {first_line(error)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _pipeline_class(component: Component) -> Any:
+def pipeline_class(component: Component) -> Any:
+    """The diffusers class that model_index.json names."""
     import diffusers
 
     name = (component.pipeline or {}).get("_class_name")
@@ -104,37 +105,43 @@ def _pipeline_class(component: Component) -> Any:
     return found
 
 
-def _on_device(pipeline_class: type, device: torch.device) -> Any:
+def _on_device(found: type, device: torch.device) -> Any:
     """A subclass that says where it runs: autoencoders without weights would say "meta"."""
     where = property(lambda self: device)
-    return type(pipeline_class.__name__, (pipeline_class,), {"device": where, "_execution_device": where})
+    return type(found.__name__, (found,), {"device": where, "_execution_device": where})
+
+
+def load_component(component: Component, name: str, device: torch.device) -> Any:
+    """Another component of the pipeline, with its weights.
+
+    Raises:
+        GfpruneError: it cannot be loaded.
+    """
+    entries = pipeline_components(component.pipeline or {})
+    with quiet():
+        return _load(component, name, *entries[name], device, decode=True)
 
 
 def _load(
-    component: Component,
-    name: str,
-    library: str,
-    class_name: str,
-    device: torch.device,
-    *,
-    decode: bool,
-    text: bool,
+    component: Component, name: str, library: str, class_name: str, device: torch.device, *, decode: bool
 ) -> Any:
-    """One component of a pipeline; None for a text encoder that is not wanted."""
+    """One component of a pipeline; what nothing is asked of comes without weights."""
     folder = component.root / name
-    found = _component_class(library, class_name)
+    if class_name.startswith("Pruned"):
+        if decode:
+            return _usable(load_model(inspect_component(_source(component.root), component=name)), device)
+        library, class_name = "diffusers", class_name.removeprefix("Pruned")
+    found: Any = _component_class(library, class_name)
     if found is None:
         raise GfpruneError(
             f"{component.root / 'model_index.json'}: its {name} is {quoted(class_name)} of"
             f" {quoted(library)}, which is no class of diffusers or transformers"
         )
     textual = found.__module__.startswith("transformers.")
-    if textual and not text:
-        return None
     if not folder.is_dir():
-        raise GfpruneError(f"{folder} is missing, and prompts need it: fetch the checkpoint again")
+        raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
     try:
-        if not isinstance(found, type) or not issubclass(found, nn.Module):
+        if not issubclass(found, nn.Module):
             return found.from_pretrained(folder, local_files_only=True)
         if not textual and not decode and _only_described(class_name):
             config = read_config(folder / "config.json", trusted_roots(component.root))
@@ -150,6 +157,10 @@ def _load(
             f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
         ) from error
     return _usable(loaded, device)
+
+
+def _source(root: Path) -> Source:
+    return Source(str(root), root, "local", None)
 
 
 def _only_described(class_name: str) -> bool:

@@ -240,7 +240,9 @@ def record(
     return Recording(conditions, shape, image, mu, guidance.remarks)
 
 
-def call_arguments(pipeline: Any, options: PipelineOptions) -> dict[str, Any]:
+def call_arguments(
+    pipeline: Any, options: PipelineOptions, *, steps: int = STEPS, output: str = "latent"
+) -> dict[str, Any]:
     """What the pipeline is called with, beside the prompt and the generator.
 
     Raises:
@@ -248,11 +250,11 @@ def call_arguments(pipeline: Any, options: PipelineOptions) -> dict[str, Any]:
     """
     name = type(pipeline).__name__
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    given: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
+    given: dict[str, Any] = {"num_inference_steps": steps, "output_type": output}
     given["use_resolution_binning"] = False  # the size asked for, not the nearest of a list
     made = {key: value for key, value in given.items() if key in parameters}
     size = options.pixels()
-    wanted = {
+    wanted: dict[str, dict[str, Any]] = {
         "--size": {} if size is None else {"height": size[0], "width": size[1]},
         "--frames": {} if options.frames is None else {"num_frames": options.frames},
         "--guidance": {} if options.guidance is None else {"guidance_scale": options.guidance},

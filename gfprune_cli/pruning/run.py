@@ -18,9 +18,9 @@ from gfprune_cli.checkpoint.reader import (
 )
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss
 from gfprune_cli.device import default_precision
@@ -70,7 +70,7 @@ class Run:
                 "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
             )
         self.scheduler = scheduler
-        self.process: NoisingProcess = noising_process(scheduler)
+        self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
@@ -192,7 +192,8 @@ class Run:
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
         recipe = self.recipe
-        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed)
+        options = PipelineOptions.of(recipe)
+        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
         found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
         self.process = found.process

@@ -13,10 +13,11 @@ from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import Component, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
@@ -60,7 +61,7 @@ class Run:
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler
-        self.process: NoisingProcess = noising_process(scheduler)
+        self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
@@ -122,6 +123,7 @@ class Run:
             recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
             recipe.sample_steps,
             recipe.seed,
+            PipelineOptions.of(recipe),
         )
         with self.processes.main_first():
             found = request.answer(
@@ -159,7 +161,8 @@ class Run:
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, which are no pictures."""
         config: Any = teacher.config
-        if config.in_channels not in (1, 3) or {"vae", "vqvae"} & set(self.component.pipeline or {}):
+        pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
+        if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
