@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
 from gfprune_cli.structure.trace import is_attention, is_depthwise
 
 Kept = Mapping[str, torch.Tensor]
+
+REGISTERED = {"_parameters", "_buffers", "_modules"}  # attributes in which torch keeps what it knows of
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,7 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     config = stock_config(model)
     earlier = (config.get("gfprune") or {}).get("modules", {})
     config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    pruned = rebuild(
-        pruned_class(type(model).__name__.removeprefix("Pruned")), config, slice_state(model, cuts)
-    )
+    pruned = rebuild(pruned_class(stock_name(type(model).__name__)), config, slice_state(model, cuts))
     return carry_over(model, pruned)
 
 
@@ -223,10 +224,11 @@ def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give a network built without weights what no state dict holds: tables that constructors compute."""
     origins = dict(source.named_modules())
     for name, module in target.named_modules():
-        origin = origins.get(name)
-        for held in (module._buffers, module.__dict__) if origin is not None else ():
-            for leaf, value in list(held.items()):
-                tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
-                if any(tensor.is_meta for tensor in tensors):
-                    held[leaf] = getattr(origin, leaf)
+        if name not in origins:
+            continue
+        plain = {leaf: value for leaf, value in vars(module).items() if leaf not in REGISTERED}
+        for leaf, value in {**module._buffers, **plain}.items():
+            tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+            if any(tensor.is_meta for tensor in tensors):
+                setattr(module, leaf, getattr(origins[name], leaf))
     return target
