@@ -1,6 +1,6 @@
 """How much memory a run will need, from the meta device, before a weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,12 @@ import accelerate
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
+from gfprune_cli.checkpoint.reader import Component, build_meta
+from gfprune_cli.data.conditions import call_with
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.norms import plain_stand_ins
 
@@ -51,8 +56,12 @@ class AttentionMaps(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def kept_for_backward(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Numbers that autograd keeps of one sample's pass, nearly; runs on the meta device too."""
+def kept_for_backward(model: nn.Module, call: Callable[[nn.Module], Any]) -> int:
+    """Numbers that autograd keeps of one pass, nearly; runs on the meta device too.
+
+    Args:
+        call: runs the model.
+    """
     counted = 0
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -63,11 +72,30 @@ def kept_for_backward(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     hooks = [module.register_forward_hook(count) for module in leaves]
     try:
         with plain_stand_ins(model), torch.no_grad(), AttentionMaps() as maps:
-            model(**inputs, return_dict=False)
+            call(model)
     finally:
         for hook in hooks:
             hook.remove()
     return counted + maps.counted
+
+
+def activations(component: Component, process: NoisingProcess, draws: Draws) -> int:
+    """Numbers that autograd keeps for one sample of a run; 0 where a network's shapes depend on values."""
+    batch = draws.batch("memory", 0, 1)
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    counted = 0
+
+    def count(args: Any, inputs: Any) -> tuple[torch.Tensor]:
+        nonlocal counted
+        args, inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, inputs))
+        counted = kept_for_backward(build_meta(component), lambda network: network(*args, **inputs))
+        return (torch.zeros(getattr(batch.condition, "branches", 1)),)
+
+    try:
+        call_with(count, noisy, process.timesteps(batch.index), batch.condition)
+    except (RuntimeError, NotImplementedError):
+        return 0
+    return counted
 
 
 def available(device: torch.device) -> int:

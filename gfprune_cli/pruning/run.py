@@ -32,7 +32,7 @@ from gfprune_cli.flow.loop import PruningLoop, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
-from gfprune_cli.memory import FLOAT, Need, check_memory, offload
+from gfprune_cli.memory import FLOAT, Need, activations, check_memory, offload
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import as_json, installed_tools
@@ -90,7 +90,7 @@ class Run:
         self.schedule = schedule_of(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
-        check_memory(self.need(), device, REMEDY)
+        check_memory(self.need(0), device, REMEDY)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -106,14 +106,18 @@ class Run:
             "tools": installed_tools(),
         }
 
-    def need(self) -> Need:
-        """The most memory that the run will hold at once; on CUDA batches shrink to what fits."""
+    def need(self, kept: int) -> Need:
+        """The most memory that the run will hold at once; on CUDA batches shrink to what fits.
+
+        Args:
+            kept: numbers that autograd keeps for one sample.
+        """
         copies = SCORING_COPIES.get(self.recipe.criterion, SCORING_COPIES["taylor"])
         if self.schedule.training_steps:
             teacher = int(self.recipe.distill > 0 and not self.offload_teacher)
             copies = teacher + ADAM_COPIES + max(TRAINING_COPIES, copies)
         samples = 1 if self.device.type == "cuda" else max(SCORE_CHUNK, self.recipe.batch)
-        return Need(copies * self.plan.cost.params({}) * FLOAT, samples * self.plan.activations * FLOAT)
+        return Need(copies * self.plan.cost.params({}) * FLOAT, samples * kept * FLOAT)
 
     def execute(
         self, state: StateFolder
@@ -122,6 +126,7 @@ class Run:
         dense = self.load()
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
+        check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
         before = self.loss(reports, dense)
         teacher = None
         if self.schedule.training_steps and self.recipe.distill:
