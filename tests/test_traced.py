@@ -20,7 +20,8 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure import verify
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import autoencoder_inputs, discover, example_inputs, first_output
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.graph import discover, first_output
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
 from gfprune_cli.structure.verify import check_removal, half_of, masked_by, masked_outcome, noisy
@@ -209,7 +210,7 @@ def network(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> An
 
 def inputs_of(model: Any) -> dict[str, Any]:
     """Zeros for one sample, made into noise for two."""
-    template = autoencoder_inputs(model) if hasattr(model, "encoder") else example_inputs(model)
+    template = example_inputs(model)
     doubled = {
         name: {key: torch.cat([tensor] * 2) for key, tensor in value.items()}
         if isinstance(value, dict)

@@ -19,7 +19,7 @@ from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
-from gfprune_cli.structure.graph import first_output, running_modules
+from gfprune_cli.structure.graph import first_output, hooks_as_before, running_modules
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
 
@@ -104,8 +104,10 @@ def masked_by(
     """The network under masks; its own norms are put back afterwards."""
     before = dict(model.named_modules())
     device = next(model.parameters()).device
+    masks = {name: alive.double().to(device) for name, alive in kept.items()}
     try:
-        yield MaskedModel(model, groups, {name: alive.double().to(device) for name, alive in kept.items()})
+        with hooks_as_before(model):
+            yield MaskedModel(model, groups, masks)
     finally:
         for name, module in before.items():
             if name and model.get_submodule(name) is not module:
