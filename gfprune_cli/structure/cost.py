@@ -69,6 +69,12 @@ class CostModel:
                 for name_of_group in touched:
                     self.layers_of[name_of_group].append(len(self.layers))
                 self.layers.append(layer)
+        for name, parameter in model.named_parameters():
+            if (name, "out") in shares:  # a table of its own
+                out = Dimension(parameter.shape[-1], tuple(shares[name, "out"]))
+                rows = Dimension(parameter.numel() // out.size)
+                self.layers_of[out.shares[0][0]].append(len(self.layers))
+                self.layers.append(LayerCost(name, out, rows, 1, 0, 0))
         counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
 

@@ -30,7 +30,7 @@ SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
 def discover(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a denoiser.
 
@@ -44,7 +44,7 @@ def discover(
         GfpruneError: the network cannot be traced.
     """
     if is_transformer(model):
-        return discover_transformer(model, inputs)
+        return discover_transformer(model, inputs, width=width)
     with plain_stand_ins(model):
         found, trace = trace_groups(model)
     order = {name: index for index, name in enumerate(trace.positions)}

@@ -3,7 +3,8 @@
 groups, trace = discover_transformer(model)          # any device, the meta device included
 
 Attention heads (`structure.heads`) and feed-forward units (`structure.feedforward`) are found from the
-modules that make them up, not from the class of the model; the residual stream keeps its width.
+modules that make them up, not from the class of the model; the residual stream keeps its width, unless it
+is asked for (`structure.width`).
 """
 
 import inspect
@@ -21,6 +22,7 @@ from gfprune_cli.structure.feedforward import feedforward_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
 from gfprune_cli.structure.trace import Trace, is_attention, observe
+from gfprune_cli.structure.width import width_group
 
 ROTARY_NAMES = ("rotary", "rope", "freqs")
 
@@ -34,21 +36,24 @@ def is_transformer(model: nn.Module) -> bool:
 
 
 def discover_transformer(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a diffusion transformer.
 
     Args:
         inputs: keyword arguments of `forward` for one sample; None for those that the configuration implies.
+        width: the residual stream is a group too.
 
     Returns:
         (groups in the order in which the network runs them, the trace of the forward pass).
 
     Raises:
-        GfpruneError: the network does not run on these inputs.
+        GfpruneError: the network does not run on these inputs, or a module stands in the way of its width.
     """
     trace, rotary = trace_forward(model, example_inputs(model) if inputs is None else inputs)
     found = [*head_groups(model, rotary), *feedforward_groups(model)]
+    if width:
+        found.append(width_group(model))
     order = {name: index for index, name in enumerate(trace.positions)}
     run = [group for group in found if group.name in order]
     return tuple(sorted(run, key=lambda group: order[group.name])), trace
