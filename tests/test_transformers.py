@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-from transformers_zoo import SMALL, ZOO, build, double_precision, inputs, meta
+from transformers_zoo import OTHERS, SMALL, ZOO, build, build_other, double_precision, inputs, meta
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -337,6 +337,23 @@ def test_pruned_networks_reload_bit_for_bit(name: str, tmp_path: Path) -> None:
             {key: value.clone() for key, value in loaded.state_dict().items()}, assign=True
         )
         assert torch.equal(loaded(**made, return_dict=False)[0], expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_classes_of_the_same_blocks_are_exact_too(name: str) -> None:
+    """Nothing is written down about these classes: their inputs are enough."""
+    model, made = build_other(name)
+    with pytest.raises(GfpruneError, match=f"the inputs of {name} are not known"):
+        discover(model)
+    groups, trace = discover(model, made)
+    source = torch.Generator().manual_seed(0)
+    kept = {group.name: torch.rand(group.units, generator=source) < 0.6 for group in groups}
+    for alive in kept.values():
+        alive[0] = True
+    pruned = remove(model, groups, kept)
+    cost = CostModel(model, groups, trace)
+    assert parameters(pruned) == cost.params(widths(groups, kept)) < 0.9 * cost.params({})
+    assert relative_error(run(pruned, made), run_masked(model, groups, kept, made)) <= EXACT
 
 
 def test_heads_that_stay_keep_their_rotary_angles() -> None:
