@@ -9,7 +9,7 @@ from torch import nn
 
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
-from gfprune_cli.structure.trace import CONVOLUTIONS, Trace, is_attention
+from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
 
 Budget = Literal["params", "macs"]
 
@@ -128,5 +128,10 @@ def layer_costs(
         return [LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)]
     if is_attention(module) and name in trace.attention:
         width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
+        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
+    if is_fused(module) and name in trace.attention:
+        readers = shares.get((f"{name}.to_out", "in"), ())
+        heads = tuple((group, share) for group, share in readers if group == f"{name}.{FUSED}")
+        width = Dimension(module.inner_dim, heads)
         return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
     return []

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
-from gfprune_cli.structure.trace import is_attention, is_depthwise
+from gfprune_cli.structure.trace import FUSED, is_attention, is_depthwise
 
 Kept = Mapping[str, torch.Tensor]
 
@@ -132,6 +132,8 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
             continue
         shapes[name] = layer_shape(model, name, module, cut)
         parent, _, leaf = name.rpartition(".")
+        if leaf == FUSED and cut.out is not None:
+            shapes[parent] = fused_shape(model.get_submodule(parent), cut.out)
         if isinstance(module, torch.Tensor):
             shapes |= table_shape(parent, model.get_submodule(parent), cut)
         if leaf == "to_q" and cut.out is not None:
@@ -186,6 +188,14 @@ def attention_shape(attention: Any, queries: int, keys: ModuleCut | None) -> dic
     if keys is not None and keys.out is not None and len(keys.out) != queries:
         shape["kv_heads"] = len(keys.out) // head
     return shape
+
+
+def fused_shape(block: Any, stays: torch.Tensor) -> dict[str, Any]:
+    """Heads and units that are left of a block that makes them by one projection."""
+    queries = int((stays < block.inner_dim).sum())
+    units = int((stays >= 3 * block.inner_dim).sum()) // block.mlp_mult_factor
+    head = block.inner_dim // block.heads
+    return {"heads": queries // head, "attributes": {"inner_dim": queries, "mlp_hidden_dim": units}}
 
 
 def rotary_shape(attention: Any, cut: ModuleCut) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.feedforward import feedforward_groups
+from gfprune_cli.structure.fused import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
-from gfprune_cli.structure.trace import Trace, is_attention, observe
+from gfprune_cli.structure.trace import Trace, is_attention, is_fused, observe
 from gfprune_cli.structure.width import width_group
 
 ROTARY_NAMES = ("rotary", "rope", "freqs")
@@ -51,12 +52,12 @@ def discover_transformer(
         GfpruneError: the network does not run on these inputs, or a module stands in the way of its width.
     """
     trace, rotary = trace_forward(model, example_inputs(model) if inputs is None else inputs)
-    found = [*head_groups(model, rotary), *feedforward_groups(model)]
+    found = [*head_groups(model, rotary), *fused_groups(model, rotary), *feedforward_groups(model)]
     if width:
         found.append(width_group(model))
     order = {name: index for index, name in enumerate(trace.positions)}
-    run = [group for group in found if group.name in order]
-    return tuple(sorted(run, key=lambda group: order[group.name])), trace
+    run = [group for group in found if group.members[0].module in order]
+    return tuple(sorted(run, key=lambda group: order[group.members[0].module])), trace
 
 
 def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, Rotary]:
@@ -97,7 +98,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
     """Hooks that note the shapes of the rotary embeddings which every attention receives."""
     for name, module in model.named_modules():
-        if not is_attention(module):
+        if not (is_attention(module) or is_fused(module)):
             continue
         signature = inspect.signature(module.forward)
 
