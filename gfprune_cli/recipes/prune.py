@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
 CriterionName = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
 
@@ -26,6 +26,10 @@ class PruneRecipe:
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
     ] = "adaptive"
+    blocks: Annotated[
+        bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
+    ] = False
+    prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
     steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 30
@@ -52,6 +56,10 @@ class PruneRecipe:
         Literal["fp32", "bf16"] | None,
         Help("Of training passes (default: bf16 on CUDA, else fp32); scores are always fp32."),
     ] = None
+    prompts: PromptsFile = None
+    size: Size = None
+    frames: Frames = None
+    guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def document(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One finetune run: from a pruned network to a better one."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,22 @@ from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import Component, cast_model, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest, call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
+from gfprune_cli.data.conditions import call
+from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.memory import offload
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.teacher import Teacher, kept_positions
+from gfprune_cli.recovery.teacher import Teacher, correspondence
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
 
@@ -42,6 +45,7 @@ class Run:
     Args:
         component: the pruned network on disk.
         record: its `gfprune.json`.
+        offload_teacher: keep the teacher in main memory while another device trains.
     """
 
     recipe: FinetuneRecipe
@@ -50,6 +54,7 @@ class Run:
     teacher: Teacher
     processes: Processes
     report: Report
+    offload_teacher: bool = False
     hashes: dict[str, str] = field(init=False)
     fingerprint: str | None = field(default=None, init=False)
 
@@ -59,7 +64,7 @@ class Run:
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler
-        self.process: NoisingProcess = noising_process(scheduler)
+        self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
@@ -77,7 +82,7 @@ class Run:
             "teacher weights": self.teacher.hashes,
             "resolved precision": self.precision,
             "device": self.device.type,
-            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            **{name: as_json(value) for name, value in inputs.items()},
             "tools": installed_tools(),
         }
 
@@ -91,12 +96,15 @@ class Run:
     ) -> tuple[nn.Module, dict[str, float]]:
         """The trained network (averaged weights, in the type it is stored in), and the losses."""
         teacher = self.place(load_model(self.teacher.component))
-        student = self.place(load_model(self.component))
         draws, reports = self.draws(teacher)
         state.identity["data contents"] = self.fingerprint
-        losses = {"teacher": self.loss(reports, teacher), "before": self.loss(reports, student)}
-        trainer = self.trainer(student, teacher, draws)
+        losses = {"teacher": self.loss(reports, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        student = self.place(load_model(self.component))
+        losses["before"] = self.loss(reports, student)
+        trainer = self.trainer(student, teacher, draws)
         loop = Loop(trainer, self.process, state, self.report, save_every, sample_every, samples, open_watch)
         loop.run()
         trainer.ema.copy_to(student.parameters())
@@ -121,17 +129,23 @@ class Run:
             recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
             recipe.sample_steps,
             recipe.seed,
+            PipelineOptions.of(recipe),
         )
         with self.processes.main_first():
             found = request.answer(
                 teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
             )
         self.fingerprint = found.fingerprint
-        images = found.images.to(self.device)
-        labels = None if found.labels is None else found.labels.to(self.device)
+        self.process = found.process
+        images, conditions = found.images.to(self.device), found.conditions
         split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
         parts = [
-            Draws(images[part], self.process.steps, recipe.seed, None if labels is None else labels[part])
+            Draws(
+                images[part],
+                self.process.steps,
+                recipe.seed,
+                None if conditions is None else conditions[part],
+            )
             for part in (slice(split), slice(split, None))
         ]
         return parts[0], parts[1]
@@ -141,7 +155,7 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, *kept_positions(teacher, self.record))
+            pair = FeaturePair(student, teacher, correspondence(teacher, self.record))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)
@@ -153,7 +167,8 @@ class Run:
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, which are no pictures."""
         config: Any = teacher.config
-        if config.in_channels not in (1, 3) or {"vae", "vqvae"} & set(self.component.pipeline or {}):
+        pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
+        if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -170,7 +185,7 @@ class Run:
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
         return denoising_loss(
-            lambda x, timesteps, labels: call(model, x, timesteps, labels),
+            partial(call, model),
             self.process,
             draws,
             REPORT_DRAWS,
