@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
-from gfprune_cli.checkpoint.reader import Component, load_model, load_scheduler, sha256_of_weights
+from gfprune_cli.checkpoint.reader import Component, cast_model, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
@@ -21,13 +21,14 @@ from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.memory import offload
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.teacher import Teacher, kept_positions
+from gfprune_cli.recovery.teacher import Teacher, correspondence
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
 
@@ -44,6 +45,7 @@ class Run:
     Args:
         component: the pruned network on disk.
         record: its `gfprune.json`.
+        offload_teacher: keep the teacher in main memory while another device trains.
     """
 
     recipe: FinetuneRecipe
@@ -52,6 +54,7 @@ class Run:
     teacher: Teacher
     processes: Processes
     report: Report
+    offload_teacher: bool = False
     hashes: dict[str, str] = field(init=False)
     fingerprint: str | None = field(default=None, init=False)
 
@@ -93,20 +96,23 @@ class Run:
     ) -> tuple[nn.Module, dict[str, float]]:
         """The trained network (averaged weights, in the type it is stored in), and the losses."""
         teacher = self.place(load_model(self.teacher.component))
-        student = self.place(load_model(self.component))
         draws, reports = self.draws(teacher)
         state.identity["data contents"] = self.fingerprint
-        losses = {"teacher": self.loss(reports, teacher), "before": self.loss(reports, student)}
-        trainer = self.trainer(student, teacher, draws)
+        losses = {"teacher": self.loss(reports, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        student = self.place(load_model(self.component))
+        losses["before"] = self.loss(reports, student)
+        trainer = self.trainer(student, teacher, draws)
         loop = Loop(trainer, self.process, state, self.report, save_every, sample_every, samples, open_watch)
         loop.run()
         trainer.ema.copy_to(student.parameters())
         student.requires_grad_(False)
-        nn.Module.to(student, stored_dtype(self.component))
+        cast_model(student, stored_dtype(self.component))
         check_finite(student)
-        losses["after"] = self.loss(reports, nn.Module.to(student, torch.float32))
-        return nn.Module.to(student, stored_dtype(self.component)), losses
+        losses["after"] = self.loss(reports, cast_model(student, torch.float32))
+        return cast_model(student, stored_dtype(self.component)), losses
 
     def place(self, model: nn.Module) -> nn.Module:
         """A network on the run's device, frozen, in float32."""
@@ -149,7 +155,7 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, *kept_positions(teacher, self.record))
+            pair = FeaturePair(student, teacher, correspondence(teacher, self.record))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)

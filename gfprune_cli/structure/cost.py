@@ -1,14 +1,15 @@
 """Parameters and multiply-accumulates of a network as a function of the channels each group keeps."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from gfprune_cli.structure.graph import Trace
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.norms import NORMS
+from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
+from gfprune_cli.structure.trace import CONVOLUTIONS, Trace, is_attention
 
 Budget = Literal["params", "macs"]
 
@@ -35,14 +36,20 @@ class LayerCost:
     bias: int
     positions: int
     learned: bool = True  # False: a product of activations, with MACs but no parameters
+    blocks: tuple[str, ...] = ()  # residual blocks around it that may go as a whole
+
+    def gone(self, removed: Mapping[str, int]) -> bool:
+        return any(removed[block] for block in self.blocks)
 
     def params(self, removed: Mapping[str, int]) -> int:
-        if not self.learned:
+        if not self.learned or self.gone(removed):
             return 0
         out = self.out.kept(removed)
         return out * self.into.kept(removed) * self.weight + out * self.bias
 
     def macs(self, removed: Mapping[str, int]) -> int:
+        if self.gone(removed):
+            return 0
         return self.out.kept(removed) * self.into.kept(removed) * self.weight * self.positions
 
 
@@ -58,7 +65,7 @@ class CostModel:
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
         for group in groups:
-            for member in group.members:
+            for member in () if group.stack else group.members:
                 share = len(member.positions) // group.channels
                 shares.setdefault((member.module, member.side), []).append((group.name, share))
         self.layers: list[LayerCost] = []
@@ -68,8 +75,22 @@ class CostModel:
                 for name_of_group in touched:
                     self.layers_of[name_of_group].append(len(self.layers))
                 self.layers.append(layer)
+        self.place_in_blocks(model)
         counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
+
+    def place_in_blocks(self, model: nn.Module) -> None:
+        """Note in which removable blocks each layer lies, and count what else a block holds."""
+        for block in (name for name, group in self.groups.items() if group.stack):
+            counted = 0
+            for index, layer in enumerate(self.layers):
+                if layer.name.startswith(f"{block}."):
+                    counted += layer.params(dict.fromkeys(self.groups, 0))
+                    self.layers[index] = replace(layer, blocks=(*layer.blocks, block))
+                    self.layers_of[block].append(index)
+            rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - counted
+            self.layers_of[block].append(len(self.layers))
+            self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 
     def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
         return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}
@@ -99,12 +120,11 @@ def layer_costs(
     def dimension(side: str, size: int) -> Dimension:
         return Dimension(size, tuple(shares.get((name, side), ())))
 
-    if isinstance(module, nn.Conv2d):
-        kernel = module.kernel_size[0] * module.kernel_size[1]
-        out, into = (
-            dimension("out", module.out_channels),
-            dimension("in", module.in_channels // module.groups),
-        )
+    if isinstance(module, CONVOLUTIONS):
+        kernel = math.prod(module.kernel_size)
+        # a depthwise convolution reads one channel per channel, whatever leaves
+        into = dimension("in", module.in_channels // module.groups)
+        out = dimension("out", module.out_channels)
         return [
             LayerCost(name, out, into, kernel, int(module.bias is not None), trace.positions.get(name, 0))
         ]
@@ -117,8 +137,10 @@ def layer_costs(
         return [
             LayerCost(name, dimension("out", module.embedding_dim), Dimension(module.num_embeddings), 1, 0, 0)
         ]
-    if type(module).__name__ == "Attention" and name in trace.attention:
-        tokens = trace.attention[name]
+    if is_feature_norm(module) and module.weight is not None:
+        each = 1 + int(getattr(module, "bias", None) is not None)
+        return [LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)]
+    if is_attention(module) and name in trace.attention:
         width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
-        return [LayerCost(name, width, Dimension(2 * tokens), 1, 0, tokens, learned=False)]
+        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
     return []
