@@ -11,7 +11,6 @@ from torch import nn
 from gfprune_cli.checkpoint.reader import Component
 from gfprune_cli.data.cache import cache_folder, cached, sha256_of_files
 from gfprune_cli.data.conditioned import (
-    POOL,
     Asked,
     asked_of,
     batch_size,
@@ -161,8 +160,9 @@ class Work:
             recording = made_up(self.model, request.count, request.seed, self.report)
             asked = Asked([], list(range(request.count)))
         else:
-            wanted = min(request.count, POOL) if data else request.count
-            asked = asked_of(component, self.config, request.options, wanted, request.seed)
+            asked = asked_of(
+                component, self.config, request.options, request.count, request.seed, shuffled=data
+            )
             recording = recorded(self.model, component, self.scheduler, asked, request.options, self.report)
         for remark in recording.remarks:
             notice(self.report, remark)

@@ -19,7 +19,8 @@ from gfprune_cli.data.draws import generator
 from gfprune_cli.data.images import fingerprint
 from gfprune_cli.data.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.data.prompts import read_prompts
-from gfprune_cli.data.recording import PipelineOptions, Recording, flattened, record
+from gfprune_cli.data.recording import PipelineOptions, Recording, record
+from gfprune_cli.data.rows import flattened
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 
@@ -45,12 +46,25 @@ class Asked:
         return [self.rows[number] for number in chosen.tolist()]
 
 
-def asked_of(component: Component, config: Any, options: PipelineOptions, count: int, seed: int) -> Asked:
+def asked_of(
+    component: Component,
+    config: Any,
+    options: PipelineOptions,
+    count: int,
+    seed: int,
+    *,
+    shuffled: bool = False,
+) -> Asked:
     """Prompts for `count` samples in turn; or class labels, uniform.
+
+    Args:
+        shuffled: the samples come from elsewhere: a pool for `Asked.at_random`, however many there are.
 
     Raises:
         UsageError: prompts for a pipeline that takes none.
     """
+    if shuffled:
+        count = min(count, POOL)
     parameters = inspect.signature(pipeline_class(component).__call__).parameters
     if "prompt" in parameters:
         prompts = read_prompts(options.prompts)

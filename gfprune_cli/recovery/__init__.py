@@ -157,10 +157,14 @@ def refuse_overlaps(
         UsageError: which folder lies in which.
     """
     data = None if recipe.data == "self" else Path(recipe.data)
-    inputs = [("--model", student.root), ("--teacher", teacher.root), ("--data", data)]
+    prompts = Path(recipe.prompts) if recipe.prompts else None
+    inputs = [
+        ("--model", student.root),
+        ("--teacher", teacher.root),
+        ("--data", data),
+        ("--prompts", prompts),
+    ]
     for name, used in inputs:
-        if used is None:
-            continue
         if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
         if logs.resolve().is_relative_to(used.resolve()):
