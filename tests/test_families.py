@@ -5,13 +5,17 @@ The table in docs/support.md says what ran here; write it anew with
     GFPRUNE_WRITE_SUPPORT=1 python -m pytest tests/test_families.py
 """
 
+import json
+import os
+import subprocess
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pipelines import CALLS, COMPONENTS, FAMILIES
+from pipelines import CALLS, COMPONENTS, FAMILIES, digest, sample
 
 import gfprune_cli
 from gfprune_cli.pruning.result import PruneResult
@@ -19,13 +23,14 @@ from gfprune_cli.pruning.result import PruneResult
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "support.md"
 SPARSITY = 0.3
-SMALL: dict[str, Any] = dict(images=4, sample_steps=2, draws=4, batch=2)
-PRUNE = SMALL | dict(iterations=3, steps_per_iteration=1, align=1)
+SMALL: dict[str, Any] = dict(images=4, sample_steps=2, batch=2)
+PRUNE = SMALL | dict(draws=4, iterations=3, steps_per_iteration=1, align=1)
 # pixels of drawn images where the pipeline's own default is large
 SIZES = {family: f"{call['height']}x{call['width']}" for family, call in CALLS.items() if "height" in call}
 RUNS = [(family, COMPONENTS[family]) for family in FAMILIES] + [("stable-diffusion", "vae"), ("ldm", "vqvae")]
 # a tiny network is mostly what cannot go: embeddings and the residual stream
 REACHABLE = {"dit": 0.15}
+JOURNEYS: list["Journey"] = []  # that have pruned something
 SEEN: dict[tuple[str, str], dict[str, str]] = {}  # (family, component) -> column -> what was seen
 
 
@@ -41,6 +46,7 @@ class Journey:
         if "num_frames" in CALLS[family]:
             self.settings["frames"] = CALLS[family]["num_frames"]
         SEEN.setdefault((family, component), {})
+        JOURNEYS.append(self)
 
     @property
     def sparsity(self) -> float:
@@ -92,10 +98,9 @@ def test_prune_reaches_the_sparsity_and_removal_changes_nothing(journey: Journey
     journey.note("prune", f"{result.params['before']:,} to {left:,}")
 
 
-def test_finetune_lowers_nothing_but_runs_to_the_end(journey: Journey) -> None:
-    settings = {key: value for key, value in journey.settings.items() if key != "component"}
+def test_finetune_trains_the_pruned_component(journey: Journey) -> None:
     done = gfprune_cli.finetune(
-        journey.output, out=journey.folder / "finetuned", steps=2, sample_every=0, **SMALL | settings
+        journey.output, out=journey.folder / "finetuned", steps=2, sample_every=0, **SMALL | journey.settings
     )
     before, after = journey.load(journey.output), journey.load(Path(str(done.output)))
     moved = [
@@ -131,3 +136,36 @@ def test_export_agrees_with_the_checkpoint(journey: Journey) -> None:
     ).document()
     assert done["parity"]["max_abs"] <= done["parity"]["tolerance"]
     journey.note("export", "ONNX")
+
+
+PLAIN = """
+import json, sys
+sys.modules["gfprune_cli"] = None  # what follows works without it
+sys.path.insert(0, sys.argv[1])
+from pipelines import digest, sample
+for family, path, kind in json.load(sys.stdin):
+    print(digest(sample(family, path, output_type=kind, loading={"trust_remote_code": True})))
+"""
+
+
+def test_pruned_pipelines_run_in_plain_diffusers_as_in_gfprune() -> None:
+    """Without gfprune: the same samples, bit for bit, as with what `gfprune_cli.load` returns."""
+    kinds = ["np" if journey.component in ("vae", "vqvae") else "latent" for journey in JOURNEYS]
+    tasks = [
+        (journey.family, str(journey.output), kind) for journey, kind in zip(JOURNEYS, kinds, strict=True)
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN, str(Path(__file__).parent)],
+        input=json.dumps(tasks),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for journey, kind, found in zip(JOURNEYS, kinds, done.stdout.split(), strict=True):
+        loaded = {journey.component: journey.load(journey.output)}
+        expected = digest(sample(journey.family, journey.dense, output_type=kind, loading=loaded))
+        assert found == expected, journey.family
+        journey.note("diffusers", "yes")
