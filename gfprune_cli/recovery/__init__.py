@@ -165,6 +165,8 @@ def refuse_overlaps(
         ("--prompts", prompts),
     ]
     for name, used in inputs:
+        if used is None:
+            continue
         if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
         if logs.resolve().is_relative_to(used.resolve()):
