@@ -124,7 +124,9 @@ def stable_diffusion(folder: Path, unet: Any, scheduler: Any) -> Path:
 
 
 def stable_diffusion_1(folder: Path) -> Path:
-    return stable_diffusion(folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True))
+    return stable_diffusion(
+        folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    )
 
 
 def stable_diffusion_2(folder: Path) -> Path:
