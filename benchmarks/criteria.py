@@ -17,7 +17,7 @@ import torch
 import gfprune_cli as gfprune
 from gfprune_cli.checkpoint.reader import inspect, load_scheduler
 from gfprune_cli.checkpoint.source import DEMO, resolve
-from gfprune_cli.data.calibration import call
+from gfprune_cli.data.conditions import call
 from gfprune_cli.data.diffusion import noising_process
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import to_model_range

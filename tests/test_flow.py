@@ -647,7 +647,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_split(data: st.DataObject, of: in
     parts = [draws.batch("train", step, cut, first=0, of=of)]
     if cut < of:
         parts.append(draws.batch("train", step, of - cut, first=cut, of=of))
-    for name in ("images", "noise", "index", "labels"):
+    for name in ("images", "noise", "index", "condition"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert bool(((whole.index >= 0) & (whole.index < 50)).all())
     assert torch.equal(whole.index, whole.index.sort().values)  # stratified: one level in each share

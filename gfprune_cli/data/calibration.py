@@ -14,6 +14,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import write_tensors
 from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import generator
 from gfprune_cli.data.images import fingerprint, load_images, to_model_range
@@ -38,11 +39,13 @@ def draw_labels(classes: int | None, count: int, seed: int) -> torch.Tensor | No
 
 @dataclass(frozen=True)
 class Images:
-    """`images` [N, C, H, W] in the network range, `labels` [N] or None, `fingerprint` of data given."""
+    """`images` [N, ...] as the network sees them, their `conditions`, the noise `process` that goes with
+    both, and the `fingerprint` of data given."""
 
     images: torch.Tensor
-    labels: torch.Tensor | None
+    conditions: Condition
     fingerprint: str | None
+    process: NoisingProcess
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ class ImageRequest:
             low, high = process.value_range
             images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
             return Images(
-                images, draw_labels(config.num_class_embeds, len(images), self.seed), fingerprint(loaded)
+                images,
+                draw_labels(config.num_class_embeds, len(images), self.seed),
+                fingerprint(loaded),
+                process,
             )
         labels = draw_labels(config.num_class_embeds, self.count, self.seed)
         device = next(model.parameters()).device
@@ -124,7 +130,7 @@ class ImageRequest:
             ),
             report,
         )
-        return Images(images, labels, None)
+        return Images(images, labels, None, process)
 
 
 def image_size(component: Component, config: Any) -> tuple[int, int]:
@@ -192,15 +198,6 @@ def self_images(
     if not bool(drawn.isfinite().all()):
         raise GfpruneError("images drawn from the model are not finite: pass --data, or more --sample-steps")
     return drawn
-
-
-def call(
-    model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None
-) -> torch.Tensor:
-    """The network's output tensor."""
-    arguments = (x, timesteps) if labels is None else (x, timesteps, labels)
-    output: torch.Tensor = model(*arguments, return_dict=False)[0]
-    return output
 
 
 def cached(key: Mapping[str, Any], make: Callable[[], torch.Tensor], report: Report) -> torch.Tensor:

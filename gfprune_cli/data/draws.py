@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from gfprune_cli.data.conditions import Condition
+
 Levels = Literal["stratified", "antithetic", "uniform"]
 
 
@@ -21,12 +23,12 @@ def generator(seed: int, *path: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to denoise: `images`, `noise` [N, C, H, W], `index` [N] into the schedule, `labels` [N]."""
+    """Samples to denoise: `images`, `noise` [N, ...], `index` [N] into the schedule, their `condition`."""
 
     images: torch.Tensor
     noise: torch.Tensor
     index: torch.Tensor
-    labels: torch.Tensor | None = None
+    condition: Condition = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -37,16 +39,16 @@ class Draws:
     """Batches from a fixed set of images.
 
     Args:
-        images: [N, C, H, W] in the range the network works in.
+        images: [N, ...] in the range and layout the network works in.
         steps: length of the noise schedule.
         seed: of the run.
-        labels: [N] class labels, for class-conditional networks.
+        conditions: of the images; those of a batch are moved to the device of the images.
     """
 
     images: torch.Tensor
     steps: int
     seed: int
-    labels: torch.Tensor | None = None
+    conditions: Condition = None
 
     def batch(
         self,
@@ -79,7 +81,7 @@ class Draws:
             self.images[chosen],
             torch.stack(noise).to(device, self.images.dtype),
             torch.tensor(index, device=device),
-            None if self.labels is None else self.labels[chosen],
+            None if self.conditions is None else self.conditions[chosen].to(device),
         )
 
     def level(self, purpose: str, step: int, draw: int, of: int, levels: Levels, offset: float) -> int:
@@ -93,7 +95,7 @@ class Draws:
         return self.steps - 1 - index if levels == "antithetic" and draw % 2 else index
 
     def directions(self, purpose: str, step: int, size: int, *, first: int = 0) -> torch.Tensor:
-        """[size, C, H, W] standard normal, for draws `first ...` of one step."""
+        """[size, ...] standard normal, for draws `first ...` of one step."""
         drawn = [
             torch.randn(self.images.shape[1:], generator=generator(self.seed, purpose, step, draw))
             for draw in range(first, first + size)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from gfprune_cli.data.conditions import Condition
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import GfpruneError
@@ -12,7 +13,7 @@ from gfprune_cli.progress import Event, Report
 
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def denoising_loss(
     """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
 
     Args:
-        network: (noisy images [N, C, H, W], timesteps [N], labels [N] or None) -> output.
+        network: (noisy images [N, ...], timesteps [N], their condition) -> output.
         draws: where images and noise come from; equal draws at every call.
 
     Raises:
@@ -33,7 +34,7 @@ def denoising_loss(
         report(Event("evaluate", first, count))
         batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
-        output = network(noisy, process.timesteps(batch.index), batch.labels)
+        output = network(noisy, process.timesteps(batch.index), batch.condition)
         losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
         total += float(losses.double().sum())
     if not math.isfinite(total):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gfprune_cli.data.calibration import draw_labels, refuse_latent_data
+from gfprune_cli.data.conditions import Condition
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.errors import UsageError
@@ -74,8 +75,8 @@ class Inputs:
         first = {} if self.reference is None else {"reference": self.reference}
         return first | {"model": self.model}
 
-    def labels(self, count: int) -> torch.Tensor | None:
-        """[count] classes of images, for class-conditional networks."""
+    def conditions(self, count: int) -> Condition:
+        """Of `count` images: [count] classes, for class-conditional networks."""
         return draw_labels(self.model.component.config.get("num_class_embeds"), count, self.recipe.seed)
 
     def in_network_range(self, images: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class Measures:
                 teacher,
                 self.inputs.process,
                 images,
-                labels=self.inputs.labels(count),
+                conditions=self.inputs.conditions(count),
                 seed=self.inputs.recipe.seed,
                 report=self.report,
                 total=count,
@@ -165,12 +165,12 @@ class Measures:
         else:
             role = "reference" if "reference" in self.networks else "model"
             images = first_images(self.store.images(role), LOSS_DRAWS)
-        labels = inputs.labels(len(images))
+        conditions = inputs.conditions(len(images))
         draws = Draws(
             images.to(self.device),
             inputs.process.steps,
             inputs.recipe.seed,
-            None if labels is None else labels.to(self.device),
+            conditions,
         )
         return denoising_losses(
             self.networks["model"],

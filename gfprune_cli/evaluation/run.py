@@ -22,7 +22,8 @@ from gfprune_cli.checkpoint.durable import (
     write_file,
     write_json,
 )
-from gfprune_cli.data.calibration import cache_folder, call
+from gfprune_cli.data.calibration import cache_folder
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.device import autocast, deterministic
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.inputs import Inputs, gather
@@ -166,7 +167,7 @@ def draw_all(
 ) -> None:
     """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
     sampling = make_sampling(inputs.settings, inputs.process, inputs.model.scheduler)
-    labels = inputs.labels(inputs.settings.samples)
+    conditions = inputs.conditions(inputs.settings.samples)
     own = [(role, chunk) for role in networks for chunk in store.chunks[processes.rank :: processes.count]]
     total = sum(len(store.members(chunk)) for _, chunk in own)
     done = 0
@@ -175,7 +176,7 @@ def draw_all(
         if not store.has(role, chunk):
 
             def draw_some(members: range, role: str = role, done: int = done) -> torch.Tensor:
-                chosen = None if labels is None else labels[list(members)].to(processes.device)
+                chosen = None if conditions is None else conditions[list(members)].to(processes.device)
                 tick = partial(report, Event("sample", done, total))
                 return draw(
                     sampling,
@@ -209,13 +210,13 @@ def in_parts(draw_some: Callable[[range], torch.Tensor], members: range) -> torc
     return torch.cat([in_parts(draw_some, part) for part in (members[:middle], members[middle:])])
 
 
-def denoiser(network: nn.Module, labels: torch.Tensor | None, recipe: EvalRecipe, tick: Any) -> Any:
+def denoiser(network: nn.Module, condition: Condition, recipe: EvalRecipe, tick: Any) -> Any:
     """(noisy images, timesteps) -> network output, in the precision of the recipe."""
 
     def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         tick()
         with autocast(x.device, recipe.precision):
-            return call(network, x, timesteps, labels).float()
+            return call(network, x, timesteps, condition).float()
 
     return denoise
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gfprune_cli.data.calibration import call
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.device import Precision, autocast
@@ -34,7 +34,7 @@ def teacher_features(
     process: NoisingProcess,
     chunks: Iterable[torch.Tensor],
     *,
-    labels: torch.Tensor | None,
+    conditions: Condition,
     seed: int,
     report: Report,
     total: int,
@@ -44,7 +44,7 @@ def teacher_features(
     Args:
         teacher: a U-Net with a `mid_block`.
         chunks: images [n, C, H, W] in the network's range; image i always gets the same noise.
-        labels: [N] classes of the images, or None.
+        conditions: of the images.
     """
     device = next(teacher.parameters()).device
     found: list[torch.Tensor] = []
@@ -59,7 +59,7 @@ def teacher_features(
             noise = [torch.randn(images.shape[1:], generator=generator(seed, "features", i)) for i in members]
             index = torch.full((len(images),), feature_index(process), device=device)
             noisy = process.add_noise(images.to(device), torch.stack(noise).to(device), index)
-            chosen = None if labels is None else labels[list(members)].to(device)
+            chosen = None if conditions is None else conditions[list(members)].to(device)
             call(teacher, noisy, process.timesteps(index), chosen)
             found.append(caught.pop())
             done += len(images)
@@ -128,7 +128,7 @@ def denoising_losses(
         found["index"].append(batch.index.cpu())
         for name, network in networks.items():
             with autocast(noisy.device, precision):
-                output = call(network, noisy, process.timesteps(batch.index), batch.labels)
+                output = call(network, noisy, process.timesteps(batch.index), batch.condition)
             losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
             found[name].append(losses.double().cpu())
     report(Event("loss", LOSS_DRAWS, LOSS_DRAWS))

@@ -248,7 +248,7 @@ def scoring_losses(
             report(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
             noisy = process.add_noise(batch.images, batch.noise, batch.index)
-            output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.labels)
+            output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.condition)
             losses = process.losses(output, batch.images, batch.noise, batch.index)
             return losses.sum() * (chunks / total)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm, group_norm_from_moments
+from gfprune_cli.data.conditions import Condition, call_with
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, group_labels
 
@@ -137,13 +138,18 @@ class MaskedModel:
             for name, tensor in source.items()
         }
 
-    def forward(self, effective: Mapping[str, torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
-        """Network output [N, C, H, W] at the given effective weights; inputs: sample, timesteps, labels."""
-        sample, timesteps, labels = inputs
-        arguments = (sample, timesteps) if labels is None else (sample, timesteps, labels)
-        output = functional_call(self.model, dict(effective), arguments, {"return_dict": False})
-        result: torch.Tensor = output[0]
-        return result
+    def forward(
+        self,
+        effective: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition = None,
+    ) -> torch.Tensor:
+        """Network output at the given effective weights: [N, ...], or [N, 2, ...] with two branches."""
+        weights = dict(effective)
+        return call_with(
+            lambda args, kwargs: functional_call(self.model, weights, args, kwargs), x, timesteps, condition
+        )
 
     def unit_sums(self, values: Mapping[str, torch.Tensor]) -> Masks:
         """Sum a quantity given per parameter over the producers of each unit: group name -> [units]."""

@@ -1,6 +1,5 @@
 """Training of the weights between mask steps, with distillation from the dense model."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Batch, Draws
+from gfprune_cli.data.measure import Network
 from gfprune_cli.device import Precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
@@ -64,7 +64,7 @@ class Trainer:
     """
 
     masked: MaskedModel
-    teacher: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    teacher: Network
     process: NoisingProcess
     draws: Draws
     batch: int
@@ -147,9 +147,9 @@ class Trainer:
         timesteps = self.process.timesteps(batch.index)
         device = noisy.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-            output = self.masked.forward(self.masked.effective(), noisy, timesteps, batch.labels)
+            output = self.masked.forward(self.masked.effective(), noisy, timesteps, batch.condition)
             with torch.no_grad():
-                reference = self.teacher(noisy, timesteps, batch.labels) if self.distill else output
+                reference = self.teacher(noisy, timesteps, batch.condition) if self.distill else output
         losses = (1 - self.distill) * self.process.losses(
             output.float(), batch.images, batch.noise, batch.index
         )

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from gfprune_cli.checkpoint.reader import (
 )
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest, call
+from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss
@@ -112,11 +114,14 @@ class Run:
 
     def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
         """Draws for scoring and training, and for the reported losses; from different images."""
-        images, labels = self.images(dense)
+        images, conditions = self.images(dense)
         split = len(images) - max(1, len(images) // REPORT_SHARE)
         parts = [
             Draws(
-                images[part], self.process.steps, self.recipe.seed, None if labels is None else labels[part]
+                images[part],
+                self.process.steps,
+                self.recipe.seed,
+                None if conditions is None else conditions[part],
             )
             for part in (slice(split), slice(split, None))
         ]
@@ -134,7 +139,7 @@ class Run:
         recipe = self.recipe
         trainer = Trainer(
             masked,
-            lambda x, timesteps, labels: call(dense, x, timesteps, labels),
+            partial(call, dense),
             self.process,
             draws,
             recipe.batch,
@@ -185,24 +190,23 @@ class Run:
 
         return adaptive if plan.native is None else native
 
-    def images(self, dense: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Calibration images [N, C, H, W] in the network's range, and their labels."""
+    def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
+        """Calibration images [N, ...] as the network sees them, and their conditions."""
         recipe = self.recipe
         request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed)
         found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
-        return found.images.to(self.device), None if found.labels is None else found.labels.to(self.device)
+        self.process = found.process
+        return found.images.to(self.device), found.conditions
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
         """Denoising loss of a network over the fixed report draws."""
-        return self.measured(draws, lambda x, timesteps, labels: call(model, x, timesteps, labels))
+        return self.measured(draws, partial(call, model))
 
     @torch.no_grad()
     def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = REPORT_DRAWS) -> float:
         effective = {name: tensor.detach() for name, tensor in masked.effective().items()}
-        return self.measured(
-            draws, lambda x, timesteps, labels: masked.forward(effective, x, timesteps, labels), count
-        )
+        return self.measured(draws, partial(masked.forward, effective), count)
 
     def measured(self, draws: Draws, network: Network, count: int = REPORT_DRAWS) -> float:
         return denoising_loss(network, self.process, draws, count, self.report)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
-from gfprune_cli.data.calibration import call
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import Interrupted
@@ -25,13 +25,13 @@ class Samples:
 
     Args:
         noise: [N, C, H, W].
-        labels: [N] or None.
+        condition: of the samples.
         dense: uint8 [N, C, H, W].
         steps: of the sampler.
     """
 
     noise: torch.Tensor
-    labels: torch.Tensor | None
+    condition: Condition
     dense: torch.Tensor
     steps: int
 
@@ -40,7 +40,7 @@ def draw(
     network: nn.Module,
     process: NoisingProcess,
     noise: torch.Tensor,
-    labels: torch.Tensor | None,
+    condition: Condition,
     steps: int,
     poll: Callable[[], None],
 ) -> torch.Tensor:
@@ -48,7 +48,7 @@ def draw(
 
     def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         poll()
-        return call(network, x, timesteps, labels)
+        return call(network, x, timesteps, condition)
 
     with torch.no_grad():
         images = process.sample(denoise, noise, steps)
@@ -164,7 +164,9 @@ class Loop:
         samples = self.samples
         try:
             with self.trainer.averaged() as network:
-                pruned = draw(network, self.process, samples.noise, samples.labels, samples.steps, self.poll)
+                pruned = draw(
+                    network, self.process, samples.noise, samples.condition, samples.steps, self.poll
+                )
             watch.picture(self.done, samples.dense, pruned)
         except Stopped:
             pass  # the next step saves and stops, together with the other processes

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.calibration import call
+from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess, mean_square
 from gfprune_cli.data.draws import Batch
 from gfprune_cli.device import Precision, autocast
@@ -152,31 +152,31 @@ class RecoveryLoss:
         features = weights.features * (1 - progress)
         catch = self.features if features else None
         with catch.catching() if catch else nullcontext(), autocast(noisy.device, self.precision):
-            output = call(self.student, noisy, timesteps, batch.labels).float()
+            output = call(self.student, noisy, timesteps, batch.condition).float()
             reference = output
             if weights.distill or catch is not None:
                 with torch.no_grad():
-                    reference = call(self.teacher, noisy, timesteps, batch.labels).float()
+                    reference = call(self.teacher, noisy, timesteps, batch.condition).float()
         scale = 1.0 if weights.min_snr is None else process.min_snr(batch.index, weights.min_snr)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
         terms = {"denoise": (weights.denoise, denoise)}
         if weights.distill:
             terms["distill"] = weights.distill, process.distance(output, reference, batch.index) * scale
         if catch is not None:
-            terms["features"] = features, catch.distance()
+            terms["features"] = features, catch.distance().unflatten(0, (len(batch), -1)).mean(1)
         if weights.jacobian:
             assert probe is not None
-            terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.labels, probe)
+            terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)
         return terms
 
     def jacobian(
-        self, x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None, probe: torch.Tensor
+        self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition, probe: torch.Tensor
     ) -> torch.Tensor:
         """[N] squared relative difference of |J v|^2 between student and teacher, v = `probe`."""
 
         def stretch(network: nn.Module) -> torch.Tensor:
-            ahead = call(network, x + JACOBIAN_STEP * probe, timesteps, labels)
-            return mean_square((ahead - call(network, x, timesteps, labels)) / JACOBIAN_STEP)
+            ahead = call(network, x + JACOBIAN_STEP * probe, timesteps, condition)
+            return mean_square((ahead - call(network, x, timesteps, condition)) / JACOBIAN_STEP)
 
         mine = stretch(self.student)
         with torch.no_grad():

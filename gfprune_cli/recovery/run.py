@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import Component, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest, call
+from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.conditions import call
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
@@ -127,11 +129,16 @@ class Run:
                 teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
             )
         self.fingerprint = found.fingerprint
-        images = found.images.to(self.device)
-        labels = None if found.labels is None else found.labels.to(self.device)
+        self.process = found.process
+        images, conditions = found.images.to(self.device), found.conditions
         split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
         parts = [
-            Draws(images[part], self.process.steps, recipe.seed, None if labels is None else labels[part])
+            Draws(
+                images[part],
+                self.process.steps,
+                recipe.seed,
+                None if conditions is None else conditions[part],
+            )
             for part in (slice(split), slice(split, None))
         ]
         return parts[0], parts[1]
@@ -170,7 +177,7 @@ class Run:
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
         return denoising_loss(
-            lambda x, timesteps, labels: call(model, x, timesteps, labels),
+            partial(call, model),
             self.process,
             draws,
             REPORT_DRAWS,

@@ -1,0 +1,122 @@
+"""What a network is given beside noisy samples and noise levels, and the one way in which it is called.
+
+    output = call(network, x, timesteps, condition)
+
+`condition` is None (unconditional), a tensor [N] of class labels (`UNet2DModel`), or `Conditions`: text
+states and whatever else a pipeline passes to its denoiser. With classifier-free guidance (arXiv 2207.12598)
+a sample has two branches, unconditional first; the network sees both and the output is [N, 2, ...].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+NESTED = "."  # between the names of a keyword whose value is a dictionary, and of its entries
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Side inputs of K samples of one network.
+
+    Args:
+        tensors: keyword -> [rows, branches, ...]; `added_cond_kwargs.time_ids` is entry `time_ids` of the
+            dictionary `added_cond_kwargs`.
+        shared: keyword -> the same for every sample: numbers, flags, rotary embeddings (also in tuples).
+        sample, timestep: names of the network's own arguments; `timestep` is None if it has no such.
+        branches: 2 with classifier-free guidance, unconditional first; else 1.
+        guidance: its scale; 1.0 without.
+        time_factor, time_offset: the network is told factor * timestep + offset.
+        sign: of the output: -1 for networks whose pipeline turns it round.
+        rows: [K] which row of `tensors` belongs to which sample; None: row i to sample i.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    sample: str = "sample"
+    timestep: str | None = "timestep"
+    branches: int = 1
+    guidance: float = 1.0
+    time_factor: float = 1.0
+    time_offset: float = 0.0
+    sign: float = 1.0
+    rows: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        if self.rows is not None:
+            return len(self.rows)
+        return len(next(iter(self.tensors.values()))) if self.tensors else 0
+
+    def __getitem__(self, chosen: Sequence[int] | slice) -> "Conditions":
+        """Those of some of the samples; no tensor is copied."""
+        rows = tuple(range(len(self))) if self.rows is None else self.rows
+        picked = rows[chosen] if isinstance(chosen, slice) else tuple(rows[number] for number in chosen)
+        return replace(self, rows=tuple(picked))
+
+    def to(self, device: torch.device | str) -> "Conditions":
+        """On a device; only the rows in use go there."""
+        rows = self.rows
+        tensors = {
+            name: (tensor if rows is None else tensor[list(rows)]).to(device)
+            for name, tensor in self.tensors.items()
+        }
+        shared = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(self.shared))
+        return replace(self, tensors=tensors, shared=shared, rows=rows if not tensors else None)
+
+
+Condition = torch.Tensor | Conditions | None
+
+
+def call_with(
+    function: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Condition,
+) -> torch.Tensor:
+    """The output tensor of `function(args, kwargs)`, a network in whatever way it is run.
+
+    Args:
+        x: [N, ...] noisy samples.
+        timesteps: [N] as the scheduler counts them.
+
+    Returns:
+        [N, ...]; with two branches [N, 2, ...], unconditional first.
+    """
+    if not isinstance(condition, Conditions):
+        arguments = (x, timesteps) if condition is None else (x, timesteps, condition)
+        plain: torch.Tensor = function(arguments, {"return_dict": False})[0]
+        return plain
+    output: torch.Tensor = function((), keywords(x, timesteps, condition))[0]
+    if condition.sign != 1:
+        output = condition.sign * output
+    return output if condition.branches == 1 else output.unflatten(0, (len(x), condition.branches))
+
+
+def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) -> dict[str, Any]:
+    """Keyword arguments of the network for [N * branches] samples, the branches of a sample side by side."""
+    here, branches = condition.to(x.device), condition.branches
+    made: dict[str, Any] = {"return_dict": False, condition.sample: x.repeat_interleave(branches, 0)}
+    if condition.timestep is not None:
+        if (condition.time_factor, condition.time_offset) != (1, 0):
+            timesteps = timesteps * condition.time_factor + condition.time_offset
+        made[condition.timestep] = timesteps.repeat_interleave(branches, 0)
+    flat: dict[str, Any] = dict(here.shared)
+    for name, tensor in here.tensors.items():
+        rows = tensor.flatten(0, 1)
+        flat[name] = rows.to(x.dtype) if rows.is_floating_point() else rows
+    for name, value in flat.items():
+        outer, _, inner = name.partition(NESTED)
+        if inner:
+            made.setdefault(outer, {})[inner] = value
+        else:
+            made[outer] = value
+    return made
+
+
+def call(
+    network: Callable[..., Any], x: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+) -> torch.Tensor:
+    """The network's output tensor: [N, ...], or [N, 2, ...] with two branches."""
+    return call_with(lambda args, kwargs: network(*args, **kwargs), x, timesteps, condition)
