@@ -11,8 +11,10 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import Trace, discover, example_inputs
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.trace import Trace
 
 PLAIN: dict[str, Any] = {
     "sample_size": 8,

@@ -25,7 +25,8 @@ from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
 from gfprune_cli.structure.budget import TOLERANCE, allocate, step_scores
 from gfprune_cli.structure.cost import Budget, CostModel
-from gfprune_cli.structure.graph import discover, example_inputs
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.native import native_allocation
 from gfprune_cli.structure.removal import module_shapes, remove, remove_native

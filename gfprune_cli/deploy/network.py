@@ -18,7 +18,7 @@ from torch import nn
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.graph import example_inputs
+from gfprune_cli.structure.examples import example_inputs
 
 OUTPUT = "output"
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gfprune_cli.data.draws import generator
 from gfprune_cli.device import Precision
-from gfprune_cli.structure.graph import example_inputs
+from gfprune_cli.structure.examples import example_inputs
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,8 @@ from gfprune_cli.evaluation.deepcache import DeepCache
 from gfprune_cli.evaluation.deployed import batch_inputs, computing_in, out_of_memory, prepare
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import Trace, example_inputs, observe
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.trace import Trace, observe
 
 Call = Callable[[], object]
 # What torch says of tensors whose size or number of bytes is no 64-bit integer.

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm, group_norm_from_moments
 from gfprune_cli.data.conditions import Condition, call_with
-from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.norms import NORMS, group_labels
+from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
+from gfprune_cli.structure.groups import ChannelGroup, Member
+from gfprune_cli.structure.norms import NORMS, is_feature_norm
+from gfprune_cli.structure.removal import dimension_size
 
 Masks = dict[str, torch.Tensor]  # group name -> [units]
 
@@ -46,36 +47,6 @@ def settled(masks: Masks) -> bool:
     return all(bool(((mask == 0) | (mask == 1)).all()) for mask in masks.values())
 
 
-class MaskedGroupNorm(nn.Module):
-    """Group norm whose statistics weigh each channel by its mask.
-
-    A zeroed channel still counts in the mean and variance of a plain group norm, so that its removal would
-    shift them. Here mean = sum m_c x_c / sum m_c, and likewise the variance: at m in {0, 1} this is what the
-    network computes after removal.
-    """
-
-    def __init__(self, norm: nn.GroupNorm | UnevenGroupNorm) -> None:
-        super().__init__()
-        labels = group_labels(norm).to(norm.weight.device)
-        self.eps, self.num_groups = norm.eps, int(labels.max()) + 1
-        self.weight, self.bias = norm.weight, norm.bias
-        self.native = isinstance(norm, nn.GroupNorm)
-        self.membership = nn.functional.one_hot(labels, self.num_groups).to(norm.weight.dtype)
-        self.averaging = self.membership / self.membership.sum(0)
-        self.full = True
-
-    def set_mask(self, mask: torch.Tensor) -> None:
-        """Weigh channels by `mask` [C]; groups without any weight take statistics 0."""
-        weighted = self.membership * mask.to(self.membership).unsqueeze(1)
-        self.averaging = weighted / weighted.sum(0).clamp_min(torch.finfo(weighted.dtype).tiny)
-        self.full = bool((mask == 1).all())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.full and self.native:
-            return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return group_norm_from_moments(x, self.averaging, self.membership, self.weight, self.bias, self.eps)
-
-
 @dataclass
 class MaskedModel:
     """A network whose units are multiplied by masks, without a change to its weights.
@@ -89,53 +60,61 @@ class MaskedModel:
     groups: tuple[ChannelGroup, ...]
     masks: Masks = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(init=False)
+    buffers: dict[str, torch.Tensor] = field(init=False)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+    sizes: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        members = {member.module for group in self.groups for member in group.members}
+        self.sizes = {
+            member.module: dimension_size(self.model, member.module, "out")
+            for group in self.groups
+            for member in group.producers
+        }
         for name, module in list(self.model.named_modules()):
             if isinstance(module, NORMS):
                 self.model.set_submodule(name, MaskedGroupNorm(module))
+            elif name in members and is_feature_norm(module):
+                self.model.set_submodule(name, MaskedFeatureNorm(module))
         self.weights = dict(self.model.named_parameters())
+        self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in members}
         device = next(iter(self.weights.values())).device
         self.set_masks(self.masks or full_masks(self.groups, device))
 
     def set_masks(self, masks: Masks) -> None:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""
         self.masks = masks
-        channel_masks = self.member_masks()
         self.factors = {}
-        for (name, embedding), mask in channel_masks.items():
-            module = self.model.get_submodule(name)
-            if isinstance(module, MaskedGroupNorm):
+        modules = dict(self.model.named_modules())
+        for (name, dimension), mask in self.member_masks().items():
+            module = modules.get(name)
+            if isinstance(module, MaskedGroupNorm | MaskedFeatureNorm):
                 module.set_mask(mask)
-            for leaf in ("weight", "bias"):
-                weight = self.weights.get(f"{name}.{leaf}")
+            for key in leaves(name):
+                weight = self.weights.get(key, self.buffers.get(key))
                 if weight is not None:
                     shape = [1] * weight.ndim
-                    shape[1 if embedding else 0] = -1
-                    self.factors[f"{name}.{leaf}"] = mask.to(weight).view(shape)
+                    shape[dimension] = -1
+                    self.factors[key] = mask.to(weight).view(shape)
 
-    def member_masks(self) -> dict[tuple[str, bool], torch.Tensor]:
-        """(producer, is an embedding) -> [output channels] mask; concatenated groups fill their own parts."""
-        found: dict[tuple[str, bool], torch.Tensor] = {}
+    def member_masks(self) -> dict[tuple[str, int], torch.Tensor]:
+        """(producer, the dimension of its weights) -> mask; concatenated groups fill their own parts."""
+        found: dict[tuple[str, int], torch.Tensor] = {}
         for group in self.groups:
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
             for member in group.producers:
-                key = (member.module, member.kind == "embedding")
+                key = (member.module, dimension_of(member))
                 if key not in found:
-                    module = self.model.get_submodule(member.module)
-                    weight = module.weight
-                    assert isinstance(weight, torch.Tensor)
-                    found[key] = per_channel.new_ones(weight.shape[1 if key[1] else 0])
+                    found[key] = per_channel.new_ones(self.sizes[member.module])
                 found[key][member.positions] = per_channel[member.channels]
         return found
 
     def effective(self, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """theta(m) = m * theta, by parameter name."""
+        """theta(m) = m * theta, by parameter name; and the tables that are added to what is masked."""
         source: Mapping[str, torch.Tensor] = self.weights if weights is None else weights
         return {
             name: tensor * self.factors[name] if name in self.factors else tensor
-            for name, tensor in source.items()
+            for name, tensor in {**source, **self.buffers}.items()
         }
 
     def forward(
@@ -157,21 +136,25 @@ class MaskedModel:
         for group in self.groups:
             total = torch.zeros(group.units, dtype=torch.float64)
             for member in group.producers:
-                for leaf in ("weight", "bias"):
-                    value = values.get(f"{member.module}.{leaf}")
-                    if value is None:
-                        continue
-                    per_row = value.double()
-                    per_row = (
-                        per_row.sum(0)
-                        if member.kind == "embedding"
-                        else per_row.flatten(1).sum(1)
-                        if value.ndim > 1
-                        else per_row
-                    )
-                    total.index_add_(0, member.channels // group.unit_size, per_row.cpu()[member.positions])
+                for key in leaves(member.module):
+                    value = values.get(key)
+                    if value is not None:
+                        per_row = value.double().movedim(dimension_of(member) if value.ndim > 1 else 0, 0)
+                        per_row = per_row.flatten(1).sum(1) if value.ndim > 1 else per_row
+                        rows = per_row.cpu()[member.positions]
+                        total.index_add_(0, member.channels // group.unit_size, rows)
             sums[group.name] = total
         return sums
+
+
+def leaves(name: str) -> tuple[str, ...]:
+    """Names of the tensors that a member may own: a module's weight and bias, or a parameter itself."""
+    return f"{name}.weight", f"{name}.bias", name
+
+
+def dimension_of(member: Member) -> int:
+    """The dimension of a member's tensors that its channels run along."""
+    return {"embedding": 1, "parameter": -1}.get(member.kind, 0)
 
 
 @contextmanager
@@ -180,7 +163,7 @@ def plain_norms(masked: MaskedModel) -> Iterator[None]:
     norms = [module for module in masked.model.modules() if isinstance(module, MaskedGroupNorm)]
     saved = [(norm.averaging, norm.full) for norm in norms]
     for norm in norms:
-        norm.set_mask(torch.ones(len(norm.membership)))
+        norm.set_mask(torch.ones(norm.channels))
     try:
         yield
     finally:

@@ -1,14 +1,15 @@
 """Parameters and multiply-accumulates of a network as a function of the channels each group keeps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from gfprune_cli.structure.graph import Trace
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.norms import NORMS
+from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
+from gfprune_cli.structure.trace import CONVOLUTIONS, Trace, is_attention
 
 Budget = Literal["params", "macs"]
 
@@ -99,12 +100,11 @@ def layer_costs(
     def dimension(side: str, size: int) -> Dimension:
         return Dimension(size, tuple(shares.get((name, side), ())))
 
-    if isinstance(module, nn.Conv2d):
-        kernel = module.kernel_size[0] * module.kernel_size[1]
-        out, into = (
-            dimension("out", module.out_channels),
-            dimension("in", module.in_channels // module.groups),
-        )
+    if isinstance(module, CONVOLUTIONS):
+        kernel = math.prod(module.kernel_size)
+        # a depthwise convolution reads one channel per channel, whatever leaves
+        into = dimension("in", module.in_channels // module.groups)
+        out = dimension("out", module.out_channels)
         return [
             LayerCost(name, out, into, kernel, int(module.bias is not None), trace.positions.get(name, 0))
         ]
@@ -117,8 +117,10 @@ def layer_costs(
         return [
             LayerCost(name, dimension("out", module.embedding_dim), Dimension(module.num_embeddings), 1, 0, 0)
         ]
-    if type(module).__name__ == "Attention" and name in trace.attention:
-        tokens = trace.attention[name]
+    if is_feature_norm(module) and module.weight is not None:
+        each = 1 + int(getattr(module, "bias", None) is not None)
+        return [LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)]
+    if is_attention(module) and name in trace.attention:
         width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
-        return [LayerCost(name, width, Dimension(2 * tokens), 1, 0, tokens, learned=False)]
+        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
     return []

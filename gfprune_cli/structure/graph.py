@@ -3,9 +3,8 @@
 groups, trace = discover(model)          # any device, the meta device included
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -15,8 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
+from gfprune_cli.structure.trace import Trace, observe
+from gfprune_cli.structure.transformer import discover_transformer, is_transformer
 
 KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.Conv2d, "conv"),
@@ -27,57 +29,9 @@ KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What one forward pass of one sample showed.
-
-    Args:
-        positions: module name -> output positions (height x width, or tokens) each weight is applied at.
-        attention: attention module name -> tokens.
-    """
-
-    positions: dict[str, int] = field(default_factory=dict)
-    attention: dict[str, int] = field(default_factory=dict)
-
-
-def example_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """One sample of zeros in the shape that the configuration asks for, on the model's device."""
-    config: Any = model.config
-    parameter = next(model.parameters())
-    size = config.sample_size or 8 * 2 ** len(config.block_out_channels)
-    height, width = (size, size) if isinstance(size, int) else size
-    options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
-    inputs = {
-        "sample": torch.zeros(1, config.in_channels, height, width, **options),
-        "timestep": torch.ones(1, **options),
-    }
-    if config.time_embedding_type == "learned":
-        inputs["timestep"] = inputs["timestep"].long()
-    if getattr(config, "num_class_embeds", None) is not None and config.class_embed_type is None:
-        inputs["class_labels"] = torch.zeros(1, dtype=torch.long, device=parameter.device)
-    elif config.class_embed_type == "timestep":
-        inputs["class_labels"] = torch.ones(1, **options)
-    elif config.class_embed_type == "identity":
-        inputs["class_labels"] = torch.zeros(1, model.time_embedding.linear_2.out_features, **options)
-    if hasattr(config, "cross_attention_dim"):
-        inputs |= conditioning_inputs(model, options)
-    return inputs
-
-
-def conditioning_inputs(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Text states, and the added conditioning of the SDXL family, as zeros."""
-    config: Any = model.config
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    inputs: dict[str, Any] = {"encoder_hidden_states": torch.zeros(1, 77, width, **options)}
-    if config.addition_embed_type == "text_time":
-        time_width = config.addition_time_embed_dim * 6
-        text = torch.zeros(1, config.projection_class_embeddings_input_dim - time_width, **options)
-        inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": torch.zeros(1, 6, **options)}
-    return inputs
-
-
-def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
+def discover(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None
+) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a denoiser.
 
     Groups that touch what must keep its width are left out: the network's input and output, the
@@ -89,6 +43,8 @@ def discover(model: nn.Module) -> tuple[tuple[ChannelGroup, ...], Trace]:
     Raises:
         GfpruneError: the network cannot be traced.
     """
+    if is_transformer(model):
+        return discover_transformer(model, inputs)
     with plain_stand_ins(model):
         found, trace = trace_groups(model)
     order = {name: index for index, name in enumerate(trace.positions)}
@@ -167,25 +123,6 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     if getattr(model.config, "class_embed_type", None) == "identity":
         layers.append(model.time_embedding.linear_2)
     return layers
-
-
-def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
-    """Forward hooks that fill a trace."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            yield module.register_forward_hook(
-                lambda _m, _i, output, name=name: trace.positions.update(
-                    {name: output.shape[-2] * output.shape[-1]}
-                )
-            )
-        elif isinstance(module, nn.Linear):
-            yield module.register_forward_hook(
-                lambda _m, _i, output, name=name: trace.positions.update({name: output.shape[:-1].numel()})
-            )
-        if type(module).__name__ == "Attention":
-            yield module.to_q.register_forward_hook(
-                lambda _m, _i, output, name=name: trace.attention.update({name: output.shape[:-1].numel()})
-            )
 
 
 def read_group(model: nn.Module, raw: Any) -> ChannelGroup | None:

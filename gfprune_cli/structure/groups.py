@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 Side = Literal["out", "in"]
-Kind = Literal["conv", "linear", "norm", "embedding"]
+Kind = Literal["conv", "linear", "norm", "embedding", "rotary", "parameter"]
 
 
 @dataclass(frozen=True, eq=False)

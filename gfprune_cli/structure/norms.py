@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 
 NORMS = (nn.GroupNorm, UnevenGroupNorm)
 
@@ -39,3 +39,23 @@ def plain_stand_ins(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in uneven.items():
             model.set_submodule(name, module)
+
+
+def is_feature_norm(module: Any) -> bool:
+    """Whether a module is a layer norm or a root-mean-square norm over the last dimension."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return len(module.normalized_shape) == 1
+    if type(module).__name__ in ("RMSNorm", "MochiRMSNorm", "LayerNorm"):
+        return isinstance(getattr(module, "dim", None), torch.Size) and len(module.dim) == 1
+    return False
+
+
+def feature_count(norm: Any) -> int:
+    """Features that a layer norm or root-mean-square norm runs over."""
+    shape = norm.normalized_shape if isinstance(norm, nn.LayerNorm | nn.RMSNorm) else norm.dim
+    return int(shape[0])
+
+
+def centres(norm: Any) -> bool:
+    """Whether a feature norm subtracts the mean."""
+    return "LayerNorm" in type(norm).__name__

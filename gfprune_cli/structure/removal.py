@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.norms import NORMS, group_labels
+from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
+from gfprune_cli.structure.trace import is_attention, is_depthwise
 
 Kept = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ModuleCut:
-    """Positions of one module that stay, sorted; None where the dimension is whole."""
+    """Positions of one module that stay, sorted; None where the dimension is whole.
+
+    Those of a parameter of its own (named by its full name) are in its last dimension.
+    """
 
     out: torch.Tensor | None = None
     into: torch.Tensor | None = None
@@ -53,23 +58,41 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
 
 
 def dimension_size(model: nn.Module, name: str, side: str) -> int:
-    """Size of one dimension of a module."""
-    module = model.get_submodule(name)
-    if isinstance(module, NORMS):
-        return module.num_channels
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    """Size of one dimension of a module, or the last one of a parameter."""
+    found: Any = named(model, name)
+    if isinstance(found, torch.Tensor):
+        return found.shape[-1]
+    if isinstance(found, NORMS):
+        return found.num_channels
+    if is_feature_norm(found):
+        return feature_count(found)
+    if is_attention(found):
+        return int(found.to_q.out_features)
+    if isinstance(found, nn.Embedding):
+        return found.embedding_dim
+    weight: torch.Tensor = found.weight
     return weight.shape[0] if side == "out" else weight.shape[1]
 
 
+def named(model: nn.Module, name: str) -> Any:
+    """The module, parameter or buffer of a name."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
 def slice_state(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, torch.Tensor]:
-    """The state dict that is left, as new contiguous tensors under the same names."""
+    """The state dict that is left, as new contiguous tensors under the same names.
+
+    Buffers that lose positions are in it even where the dense model computes them anew.
+    """
+    computed = {name: buffer for name, buffer in model.named_buffers() if name in cuts}
     state = {}
-    for key, tensor in model.state_dict().items():
-        cut = cuts.get(key.rpartition(".")[0], ModuleCut())
-        embedding = isinstance(model.get_submodule(key.rpartition(".")[0]), nn.Embedding)
+    for key, tensor in {**model.state_dict(), **computed}.items():
+        parent = key.rpartition(".")[0]
+        own, cut = cuts.get(key, ModuleCut()), cuts.get(parent, ModuleCut())
+        embedding = isinstance(model.get_submodule(parent), nn.Embedding)
+        if own.out is not None:
+            tensor = tensor.index_select(-1, own.out.to(tensor.device))
         if cut.out is not None:
             tensor = tensor.index_select(1 if embedding else 0, cut.out.to(tensor.device))
         if cut.into is not None and tensor.ndim > 1:
@@ -100,39 +123,77 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
     """The configuration entry of the pruned class: module name -> shape."""
     shapes: dict[str, dict[str, Any]] = {}
     for name, cut in cuts.items():
-        module = model.get_submodule(name)
-        if isinstance(module, NORMS):
-            assert cut.out is not None
-            sizes = torch.bincount(group_labels(module)[cut.out])
-            shapes[name] = {"groups": [size for size in sizes.tolist() if size]}
+        module = named(model, name)
+        if is_attention(module):
+            shapes.setdefault(name, {}).update(rotary_shape(module, cut))
             continue
-        if isinstance(module, nn.Embedding):
-            assert cut.out is not None
-            shapes[name] = {"out": len(cut.out)}
-            continue
-        out = dimension_size(model, name, "out") if cut.out is None else len(cut.out)
-        into = dimension_size(model, name, "in") if cut.into is None else len(cut.into)
-        shapes[name] = {"out": out, "in": into}
+        shapes[name] = layer_shape(model, name, module, cut)
         parent, _, leaf = name.rpartition(".")
         if leaf == "to_q" and cut.out is not None:
-            attention: Any = model.get_submodule(parent)
-            head = attention.to_q.out_features // attention.heads
-            shapes[parent] = {"heads": 1 if attention.heads == 1 else out // head}
+            shapes.setdefault(parent, {}).update(
+                attention_shape(model.get_submodule(parent), len(cut.out), cuts.get(f"{parent}.to_k"))
+            )
     return shapes
 
 
+def layer_shape(model: nn.Module, name: str, layer: Any, cut: ModuleCut) -> dict[str, Any]:
+    """The shape of a layer or parameter that is left."""
+    out, into = (
+        dimension_size(model, name, side) if stays is None else len(stays)
+        for side, stays in (
+            ("out", cut.out),
+            ("in", cut.into if not isinstance(layer, torch.Tensor) else None),
+        )
+    )
+    if isinstance(layer, torch.Tensor):
+        return {"parameter": [*layer.shape[:-1], out]}
+    if isinstance(layer, NORMS):
+        assert cut.out is not None
+        sizes = torch.bincount(group_labels(layer)[cut.out])
+        return {"groups": [size for size in sizes.tolist() if size]}
+    if is_feature_norm(layer):
+        return {"norm": out}
+    if isinstance(layer, nn.Embedding):
+        return {"out": out}
+    if is_depthwise(layer):
+        return {"out": out, "in": out, "conv_groups": out}
+    return {"out": out, "in": into}
+
+
+def attention_shape(attention: Any, queries: int, keys: ModuleCut | None) -> dict[str, Any]:
+    """Heads that are left of an attention whose query projection keeps `queries` channels."""
+    if attention.heads == 1:
+        return {"heads": 1}
+    head = attention.to_q.out_features // attention.heads
+    shape = {"heads": queries // head}
+    if keys is not None and keys.out is not None and len(keys.out) != queries:
+        shape["kv_heads"] = len(keys.out) // head
+    return shape
+
+
+def rotary_shape(attention: Any, cut: ModuleCut) -> dict[str, Any]:
+    """Which heads are left of an attention whose rotary angles differ by head, in the dense numbering."""
+    head = attention.to_q.out_features // attention.heads
+    before = getattr(attention, "rotary_heads", None) or list(range(attention.heads))
+    assert cut.into is not None
+    return {"rotary_heads": [before[index] for index in (cut.into[::head] // head).tolist()]}
+
+
 def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
-    """The adaptive result: a `PrunedUNet2DModel` with every module at its own width.
+    """The adaptive result: a `Pruned<class>` with every module at its own width.
 
     Exact: its outputs are those of the masked network, up to rounding.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 
     cuts = cuts_of(model, groups, kept)
     config = stock_config(model)
     earlier = (config.get("gfprune") or {}).get("modules", {})
     config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    return rebuild(PrunedUNet2DModel, config, slice_state(model, cuts))
+    pruned = rebuild(
+        pruned_class(type(model).__name__.removeprefix("Pruned")), config, slice_state(model, cuts)
+    )
+    return carry_over(model, pruned)
 
 
 def remove_native(
@@ -143,7 +204,8 @@ def remove_native(
     Not exact where a norm's groups straddle the seam of a skip connection: the gap is measured by the caller.
     """
     cuts = cuts_of(model, groups, kept)
-    return rebuild(type(model), {**stock_config(model), **config}, slice_state(model, cuts))
+    native = rebuild(type(model), {**stock_config(model), **config}, slice_state(model, cuts))
+    return carry_over(model, native)
 
 
 def stock_config(model: Any) -> dict[str, Any]:
@@ -155,3 +217,16 @@ def rebuild(cls: Any, config: Mapping[str, Any], state: Mapping[str, torch.Tenso
         model: nn.Module = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give a network built without weights what no state dict holds: tables that constructors compute."""
+    origins = dict(source.named_modules())
+    for name, module in target.named_modules():
+        origin = origins.get(name)
+        for held in (module._buffers, module.__dict__) if origin is not None else ():
+            for leaf, value in list(held.items()):
+                tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+                if any(tensor.is_meta for tensor in tensors):
+                    held[leaf] = getattr(origin, leaf)
+    return target

@@ -1,0 +1,97 @@
+"""What one forward pass of one sample shows: how often every weight is applied."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+QUERIES = ("to_q", "add_q_proj")
+KEYS = ("to_k", "add_k_proj")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of one sample showed.
+
+    Args:
+        positions: module name -> output positions (pixels, frames x pixels, or tokens) each weight is applied
+            at, in the order in which the network runs them.
+        attention: attention module name -> multiply-accumulates of its two products per query channel.
+    """
+
+    positions: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, int] = field(default_factory=dict)
+
+
+def is_attention(module: Any) -> bool:
+    """Whether a module projects queries and keys and splits them into `heads`, as those of diffusers do."""
+    return (
+        isinstance(getattr(module, "to_q", None), nn.Linear)
+        and isinstance(getattr(module, "to_k", None), nn.Linear)
+        and isinstance(getattr(module, "heads", None), int)
+    )
+
+
+def is_depthwise(module: Any) -> bool:
+    """Whether a module filters each of its channels by itself."""
+    return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def is_linear_attention(attention: Any) -> bool:
+    """Whether an attention multiplies values by keys first, so that its cost is linear in the tokens."""
+    return "LinearAttn" in type(getattr(attention, "processor", None)).__name__
+
+
+def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
+    """Forward hooks that fill a trace; remove them after the pass. What runs twice counts twice."""
+
+    def count(name: str, positions: int) -> None:
+        trace.positions[name] = trace.positions.get(name, 0) + positions
+
+    for name, module in model.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            yield module.register_forward_hook(
+                lambda _m, _i, output, name=name: count(name, output.numel() // output.shape[1])
+            )
+        elif isinstance(module, nn.Linear):
+            yield module.register_forward_hook(
+                lambda _m, _i, output, name=name: count(name, output.shape[:-1].numel())
+            )
+        if is_attention(module):
+            yield from observe_attention(name, module, trace)
+
+
+def observe_attention(name: str, attention: Any, trace: Trace) -> Iterable[Any]:
+    """Hooks that count the queries and keys which meet in one attention module.
+
+    Joint attention has two projections of each, and every query meets every key.
+    """
+    seen: dict[str, int] = {}
+
+    def finish(_module: Any, _inputs: Any, _output: Any) -> None:
+        queries, keys = (sum(seen.get(leaf, 0) for leaf in leaves) for leaves in (QUERIES, KEYS))
+        cost = product_cost(attention, queries, keys)
+        trace.attention[name] = trace.attention.get(name, 0) + cost
+        seen.clear()
+
+    for leaf in (*QUERIES, *KEYS):
+        projection = getattr(attention, leaf, None)
+        if isinstance(projection, nn.Linear):
+            yield projection.register_forward_hook(
+                lambda _m, _i, output, leaf=leaf: seen.update({leaf: output.shape[:-1].numel()})
+            )
+    yield attention.register_forward_hook(finish)
+
+
+def product_cost(attention: Any, queries: int, keys: int) -> int:
+    """Multiply-accumulates per query channel of (queries x keys) and (weights x values).
+
+    Linear attention multiplies values by keys, with a row of ones for the denominator, and the result by
+    the queries (arXiv 2410.10629, section 3.2).
+    """
+    if is_linear_attention(attention):
+        head = attention.to_q.out_features // attention.heads
+        return (head + 1) * (queries + keys)
+    return 2 * queries * keys

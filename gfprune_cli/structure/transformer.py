@@ -1,0 +1,107 @@
+"""From a transformer to its channel groups, by rules over the building blocks of diffusers.
+
+groups, trace = discover_transformer(model)          # any device, the meta device included
+
+Attention heads (`structure.heads`) and feed-forward units (`structure.feedforward`) are found from the
+modules that make them up, not from the class of the model; the residual stream keeps its width.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.feedforward import feedforward_groups
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.heads import Rotary, head_groups
+from gfprune_cli.structure.trace import Trace, is_attention, observe
+
+ROTARY_NAMES = ("rotary", "rope", "freqs")
+
+
+def is_transformer(model: nn.Module) -> bool:
+    """Whether a denoiser is a stack of transformer blocks: attention, and no convolutional residual blocks."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    return not any(kind.startswith("ResnetBlock") for kind in kinds) and any(
+        map(is_attention, model.modules())
+    )
+
+
+def discover_transformer(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None
+) -> tuple[tuple[ChannelGroup, ...], Trace]:
+    """Find the channel groups of a diffusion transformer.
+
+    Args:
+        inputs: keyword arguments of `forward` for one sample; None for those that the configuration implies.
+
+    Returns:
+        (groups in the order in which the network runs them, the trace of the forward pass).
+
+    Raises:
+        GfpruneError: the network does not run on these inputs.
+    """
+    trace, rotary = trace_forward(model, example_inputs(model) if inputs is None else inputs)
+    found = [*head_groups(model, rotary), *feedforward_groups(model)]
+    order = {name: index for index, name in enumerate(trace.positions)}
+    run = [group for group in found if group.name in order]
+    return tuple(sorted(run, key=lambda group: order[group.name])), trace
+
+
+def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, Rotary]:
+    """One forward pass: positions, attention products, and the rotary embeddings of each attention.
+
+    On the meta device where that is possible; with the weights where shapes depend on values.
+    """
+
+    def to_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    state = {name: to_meta(tensor) for name, tensor in tensors_of(model)}
+    attempts: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(state, tree_map(to_meta, dict(inputs)))]
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        attempts.append(({}, inputs))
+    error: Exception | None = None
+    for state, arguments in attempts:
+        trace, rotary = Trace(), Rotary()
+        hooks = [*observe(model, trace), *observe_rotary(model, rotary)]
+        try:
+            with torch.no_grad():
+                functional_call(model, dict(state), (), {**arguments, "return_dict": False})
+            return trace, rotary
+        except Exception as raised:  # whatever a model's forward may raise
+            error = raised
+        finally:
+            for hook in hooks:
+                hook.remove()
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise GfpruneError(f"cannot trace {type(model).__name__}: {line}") from error
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
+    """Hooks that note the shapes of the rotary embeddings which every attention receives."""
+    for name, module in model.named_modules():
+        if not is_attention(module):
+            continue
+        signature = inspect.signature(module.forward)
+
+        def note(_module: Any, args: Any, kwargs: Any, name: str = name, signature: Any = signature) -> None:
+            given = dict(signature.bind_partial(*args, **kwargs).arguments)
+            given |= given.pop("kwargs", {}) | given.pop("cross_attention_kwargs", {})
+            for key, value in given.items():
+                if any(part in key for part in ROTARY_NAMES):
+                    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+                    rotary.shapes.setdefault(name, {})[key] = [tuple(tensor.shape) for tensor in tensors]
+
+        yield module.register_forward_pre_hook(note, with_kwargs=True)
