@@ -52,9 +52,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from text_encoders import clip, gemma, t5
 from transformers import UMT5EncoderModel
-
-from tests.text import clip, gemma, t5
 
 LATENT = 4
 SIZE = 8

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipelines import COMPONENTS, FAMILIES, sample
 from safetensors.torch import load_file
-
-from tests.pipelines import COMPONENTS, FAMILIES, sample
 
 
 @pytest.mark.parametrize("family", FAMILIES)
