@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from networks import build, structure
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 from gfprune_cli.data.diffusion import VariancePreserving
 from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.errors import GfpruneError, Interrupted

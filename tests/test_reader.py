@@ -214,7 +214,7 @@ class TestLayouts:
             look(saved / "unet", component="unet")
 
     def test_what_gfprune_wrote(self, tmp_path: Path) -> None:
-        from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+        from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 
         stock = {key: value for key, value in tiny_unet().config.items() if not key.startswith("_")}
         resnet = "mid_block.resnets.0"
@@ -224,7 +224,7 @@ class TestLayouts:
             f"{resnet}.norm2": {"groups": [4, 3, 2, 1]},
             f"{resnet}.conv2": {"in": 10, "out": 16},
         }
-        model = PrunedUNet2DModel(gfprune={"modules": narrow}, **stock).eval()
+        model = pruned_class("UNet2DModel")(gfprune={"modules": narrow}, **stock).eval()
         DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path)
         component = look(tmp_path)
         assert component.is_pruned
@@ -330,10 +330,30 @@ class TestConditional:
         with pytest.raises(GfpruneError, match="no weights"):
             load_model(component)
 
-    def test_cannot_be_pruned(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
-        with pytest.raises(GfpruneError, match="'UNet2DConditionModel': gfprune supports UNet2DModel"):
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "CLIPTextModel",
+            "ControlNetModel",
+            "UNetControlNetXSModel",
+            "StableDiffusionSafetyChecker",
+            "MotionAdapter",
+            "T5EncoderModel",
+            "PrunedPrunedUNet2DModel",
+            "os.UNet2DModel",
+            None,
+        ],
+    )
+    def test_other_networks_are_refused(self, tmp_path: Path, name: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**self.CONFIG, "_class_name": name}))
+        with pytest.raises(GfpruneError, match="gfprune supports U-Nets and diffusion transformers"):
             look(tmp_path)
+
+    @pytest.mark.parametrize("name", ["NoSuchTransformer2DModel", "TransformerModel", "PrunedNoUNet"])
+    def test_a_name_that_diffusers_does_not_have(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**self.CONFIG, "_class_name": name}))
+        with pytest.raises(GfpruneError, match=r"is no model of diffusers \d"):
+            build_meta(look(tmp_path, weights_required=False))
 
 
 class TestSchedulers:
@@ -432,6 +452,11 @@ class TestHostileConfigs:
         [
             ["torch", "UNet2DModel"],
             ["diffusers", "AutoencoderKL"],
+            ["transformers", "UNet2DModel"],
+            ["diffusers", "PrunedUNet2DModel"],
+            ["gfprune_models_v1", "UNet2DModel"],
+            ["gfprune_unet2d_v1", "PrunedAutoencoderKL"],
+            ["diffusers", "ControlNetModel"],
             [None, None],
             "UNet2DModel",
             ["a", "b", "c"],

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_scores, structure
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel, UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
 from gfprune_cli.structure.budget import TOLERANCE, allocate, step_scores
@@ -611,7 +611,7 @@ def test_shapes_of_the_configuration_are_plain_json() -> None:
     for shape in modules.values():
         for value in shape.values():
             assert isinstance(value, int) or all(isinstance(size, int) for size in value)
-    again = PrunedUNet2DModel.from_config(pruned.config)
+    again = pruned_class("UNet2DModel").from_config(pruned.config)
     assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
         key: tensor.shape for key, tensor in pruned.state_dict().items()
     }

@@ -1,6 +1,7 @@
 """Reading files that somebody else wrote: where they may lie, how large they may be, what JSON may say."""
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ LIMITS = {
     "num_class_embeds": 1 << 24,
     "num_train_timesteps": 1_000_000,
 }
+# The same for the many names that transformers give to their sizes: name pattern -> largest value.
+PATTERNS = (
+    (re.compile(r"(?:num|n)_(?:\w+_)?(?:layers|blocks)|depth"), 512),
+    (re.compile(r"pos_embed_max_size"), 4096),
+    (re.compile(r"\w+_(?:dim|channels|heads|embeddings|experts)|hidden_size|patch_size"), 1 << 24),
+)
 MAX_ITEMS = 64
 MAX_LAYERS = 512  # blocks times layers per block: keeps even the empty network small
 MAX_NUMBER = 2**53  # beyond it a JSON number is no longer exact
@@ -153,6 +160,10 @@ def check_config(config: dict[str, Any], path: Path) -> None:
                 raise GfpruneError(f"{path}: {quoted(key)} holds a number out of range")
     for key in LIMITS.keys() & config.keys():
         _check_limit(path, key, config[key])
+    for key, value in config.items():
+        for pattern, limit in PATTERNS:
+            if pattern.fullmatch(key) and any(number > limit for number in _numbers(value)):
+                raise GfpruneError(f"{path}: {quoted(key)} is larger than {limit}")
     blocks = len(list(_numbers(config.get("block_out_channels"))))
     layers = max([1, *_numbers(config.get("layers_per_block"))])
     if blocks * layers > MAX_LAYERS:

@@ -11,7 +11,13 @@ from typing import Any
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.hub_errors import check_token, explained, host
-from gfprune_cli.checkpoint.layout import locate_all, pick_weights, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.layout import (
+    default_locations,
+    locate_all,
+    pick_weights,
+    pipeline_components,
+    weights_variant,
+)
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.progress import Event, Report
 
@@ -48,11 +54,11 @@ def fetch(
     report(Event("load", text=f"{repo_id} at {commit[:12]}{' from the cache' if offline else ''}"))
     wanted = [name for name in sizes if _is_description(name)]
     folder = _download(repo_id, revision, commit, wanted, offline=offline, report=report)
-    locations = locate_all(folder, weights_required=not config_only)
+    locations = locate_all(folder)
     # A cache may lack the listing; whether the weights are there then shows when they are read.
     if config_only or not sizes:
         return folder, commit
-    for location in locations:
+    for location in default_locations(locations):
         prefix = f"{location.name}/" if location.folder != location.root else ""
         names = {name.removeprefix(prefix) for name in sizes if name.startswith(prefix)}
         pick_weights(names, variant, f"{repo_id}{'/' if prefix else ''}{prefix}".rstrip("/"))
@@ -65,7 +71,8 @@ def fetch(
 
 def _is_description(name: str) -> bool:
     # The model card comes along for the licence that a pruned model inherits.
-    return name == "README.md" or (name.endswith(".json") and name.count("/") <= 1)
+    vocabulary = name.endswith((".txt", ".model")) and name.count("/") == 1
+    return name == "README.md" or vocabulary or (name.endswith(".json") and name.count("/") <= 1)
 
 
 def _weights_in(prefix: str, names: dict[str, int], variant: str | None) -> list[str]:

@@ -9,17 +9,25 @@ from typing import Any
 from gfprune_cli.checkpoint.files import CONVERSION, quoted, read_config, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError, UsageError
 
-PRUNED_MODULE = "gfprune_unet2d_v1"
-PRUNED_CLASS = "PrunedUNet2DModel"
+PRUNED_MODULE = "gfprune_models_v1"
+PRUNED = "Pruned"  # before the name of the stock class
+EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel"}  # module files of earlier versions, and their one class
 
-# Class name -> the library that model_index.json names for it. Nothing else is ever instantiated.
-DENOISERS = {"UNet2DModel": "diffusers", PRUNED_CLASS: PRUNED_MODULE}
-ANALYZE_ONLY = {"UNet2DConditionModel": "diffusers"}
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+FAMILIES = "U-Nets and diffusion transformers of diffusers, AutoencoderKL, VQModel, and what it pruned itself"
+PREFERRED = ("unet", "transformer")
 
 STEM = "diffusion_pytorch_model"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# By name alone: whether it is a model class of diffusers shows when the class is looked up.
+_DENOISER_NAME = re.compile(
+    r"(?=[A-Za-z0-9]*(?:UNet|UVit|Transformer|DiT))[A-Z][A-Za-z0-9]*(?:Model|UNet|Transformer)"
+)
+_NO_DENOISER = re.compile(
+    r"^Pruned|ControlNet|Adapter|Encoder|Checker|Vocoder|Pipeline|Scheduler|Tokenizer|Processor"
+)
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _WEIGHTS_NAME = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(?:\.(?P<before>[A-Za-z0-9_-]+?))?"
@@ -35,7 +43,7 @@ class Location:
         root: the checkpoint's folder.
         folder: where config.json and the weights lie: a subfolder, or `root` itself.
         name: the component's name in the pipeline ("unet"), or "" for a bare model folder.
-        class_name: one of `DENOISERS` or `ANALYZE_ONLY`.
+        class_name: see `is_denoiser`.
         pipeline: the parsed model_index.json, or None for a bare model folder.
     """
 
@@ -46,57 +54,90 @@ class Location:
     pipeline: dict[str, Any] | None
 
 
-def accepted_classes(*, weights_required: bool) -> dict[str, str]:
-    """Class name -> library of the denoisers that can be loaded (or, without weights, at least analyzed)."""
-    return dict(DENOISERS) if weights_required else DENOISERS | ANALYZE_ONLY
+def stock_name(class_name: str) -> str:
+    """The class of diffusers that a class is, or was pruned from."""
+    return class_name.removeprefix(PRUNED)
 
 
-def locate_all(root: Path, *, weights_required: bool = True) -> list[Location]:
-    """Find every supported denoiser in a checkpoint folder.
+def is_autoencoder(class_name: str) -> bool:
+    """Whether a class encodes images; such a component is worked on only where it is asked for by name."""
+    return stock_name(class_name) in AUTOENCODERS
+
+
+def is_denoiser(library: str, class_name: str) -> bool:
+    """Whether model_index.json names a class that gfprune works on; nothing is imported to find out."""
+    if library in EARLIER:
+        return class_name == EARLIER[library]
+    if class_name.startswith(PRUNED) != (library == PRUNED_MODULE):
+        return False
+    name = stock_name(class_name)
+    known = name in AUTOENCODERS or (_DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name))
+    return bool(known) and library in ("diffusers", PRUNED_MODULE)
+
+
+def is_known(class_name: object) -> bool:
+    """Whether a config.json names a class that gfprune works on."""
+    name = str(class_name)
+    return is_denoiser(PRUNED_MODULE if name.startswith(PRUNED) else "diffusers", name)
+
+
+def locate_all(root: Path) -> list[Location]:
+    """Find every network that gfprune works on in a checkpoint folder.
 
     Args:
         root: a pipeline folder (subfolders or flat) or a bare model folder.
-        weights_required: False accepts also the classes that can only be analyzed.
 
     Returns:
         At least one location.
 
     Raises:
-        GfpruneError: no diffusers folder, a broken JSON file, or no supported denoiser in it.
+        GfpruneError: no diffusers folder, a broken JSON file, or no supported network in it.
     """
     roots = trusted_roots(root)
-    accepted = accepted_classes(weights_required=weights_required)
     if (root / "model_index.json").exists():
-        pipeline = read_json(root / "model_index.json", roots)
-        return _locate_in_pipeline(root, pipeline, accepted)
+        return _locate_in_pipeline(root, read_json(root / "model_index.json", roots))
     if not (root / "config.json").exists():
         hint = _pickle_hint(entry.name for entry in root.iterdir())
         raise GfpruneError(
             f"{root} has neither model_index.json nor config.json: it is no diffusers folder{hint}"
         )
     class_name = read_config(root / "config.json", roots).get("_class_name")
-    if class_name not in accepted:
-        raise GfpruneError(
-            f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {_list(accepted)}"
-        )
+    if not is_known(class_name):
+        raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
     return [Location(root, root, "", str(class_name), None)]
 
 
-def _locate_in_pipeline(root: Path, pipeline: dict[str, Any], accepted: dict[str, str]) -> list[Location]:
+def _locate_in_pipeline(root: Path, pipeline: dict[str, Any]) -> list[Location]:
     entries = pipeline_components(pipeline)
-    found = [name for name, (library, class_name) in entries.items() if accepted.get(class_name) == library]
+    found = [name for name, entry in entries.items() if is_denoiser(*entry)]
     if not found:
-        parts = ", ".join(f"{name}: {class_name}" for name, (_, class_name) in list(entries.items())[:16])
-        raise GfpruneError(
-            f"{root / 'model_index.json'} names no denoiser that gfprune supports ({_list(accepted)}): "
-            f"it has {parts or 'no components'}"
-        )
+        raise _no_denoiser(root, entries)
     locations = []
     for name in found:
         # Early diffusers repositories keep the files of their one model beside model_index.json.
         flat = not (root / name).is_dir() and (root / "config.json").exists()
         locations.append(Location(root, root if flat else root / name, name, entries[name][1], pipeline))
     return locations
+
+
+def _no_denoiser(root: Path, entries: dict[str, tuple[str, str]]) -> GfpruneError:
+    parts = ", ".join(f"{name}: {class_name}" for name, (_, class_name) in list(entries.items())[:16])
+    return GfpruneError(
+        f"{root / 'model_index.json'} names no denoiser that gfprune supports ({FAMILIES}): "
+        f"it has {parts or 'no components'}"
+    )
+
+
+def default_locations(locations: list[Location]) -> list[Location]:
+    """What `--component` need not name: the denoiser, or those there are to choose from."""
+    denoisers = [
+        place for place in locations if place.pipeline is None or not is_autoencoder(place.class_name)
+    ]
+    for name in PREFERRED:
+        for location in denoisers:
+            if location.name == name:
+                return [location]
+    return denoisers
 
 
 def pipeline_components(pipeline: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -111,19 +152,18 @@ def pipeline_components(pipeline: dict[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def locate(root: Path, component: str | None = None, *, weights_required: bool = True) -> Location:
-    """Find the denoiser to work on.
+def locate(root: Path, component: str | None = None) -> Location:
+    """Find the network to work on.
 
     Args:
         root: a pipeline folder (subfolders or flat) or a bare model folder.
-        component: its name in the pipeline; None takes "unet", or the only one there is.
-        weights_required: False accepts also the classes that can only be analyzed.
+        component: its name in the pipeline; None takes "unet", "transformer", or the only denoiser there is.
 
     Raises:
         GfpruneError: see `locate_all`.
         UsageError: no such component, or several to choose from.
     """
-    locations = locate_all(root, weights_required=weights_required)
+    locations = locate_all(root)
     names = [location.name for location in locations]
     if component is not None:
         if locations[0].pipeline is None:
@@ -135,9 +175,13 @@ def locate(root: Path, component: str | None = None, *, weights_required: bool =
                 f"{root} has no component {quoted(component)} that can be pruned: choose {_list(names)}"
             )
         return locations[names.index(component)]
-    if len(locations) > 1 and "unet" not in names:
+    chosen = default_locations(locations)
+    if not chosen:  # only autoencoders, which have to be asked for
+        raise _no_denoiser(root, pipeline_components(locations[0].pipeline or {}))
+    if len(chosen) > 1:
+        names = [location.name for location in chosen]
         raise UsageError(f"{root} has several denoisers: choose one with --component {_list(names)}")
-    return locations[names.index("unet")] if "unet" in names else locations[0]
+    return chosen[0]
 
 
 def weights_variant(file_name: str) -> tuple[str, str | None] | None:

@@ -6,12 +6,15 @@
 
 import copy
 import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import ANALYZE_ONLY, DENOISERS, PRUNED_CLASS, locate
+from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "Component", "TensorInfo", "build_meta", "inspect", "load_model", "load_scheduler",
-    "scheduler_config_path", "sha256_of_weights",
+    "Component", "TensorInfo", "build_meta", "cast_model", "empty_weights", "inspect", "load_model",
+    "load_scheduler", "model_class", "scheduler_config_path", "sha256_of_weights",
 ]  # fmt: skip
+
+BUFFER_BYTES = 4 << 30  # position tables that a config may ask for beside its weights
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Component:
     Args:
         folder: where its config.json and weights lie.
         name: its name in the pipeline ("unet"), or "" for a bare model folder.
-        class_name: one of `layout.DENOISERS` (or `layout.ANALYZE_ONLY`).
+        class_name: see `layout.is_denoiser`.
         config: the parsed config.json.
         weights: the safetensors files; empty if they were not required and are not there.
         tensors: what the files' headers say, by tensor name as stored.
@@ -60,7 +65,7 @@ class Component:
     @property
     def is_pruned(self) -> bool:
         """Whether this is a network of non-uniform widths that gfprune wrote."""
-        return self.class_name == PRUNED_CLASS
+        return self.class_name.startswith(PRUNED)
 
 
 def inspect(
@@ -70,16 +75,16 @@ def inspect(
 
     Args:
         source: from `source.resolve`.
-        component: the denoiser's name in the pipeline; None takes "unet", or the only one there is.
+        component: the denoiser's name in the pipeline; None takes "unet", "transformer", or the only one.
         variant: which weights ("fp16"); None for the plain files.
-        weights_required: False also accepts a checkpoint without readable weights, and classes that can only
-            be analyzed; headers are read if they are there.
+        weights_required: False also accepts a checkpoint without readable weights; headers are read if they
+            are there.
 
     Raises:
         GfpruneError: something is missing, malformed, too large, or leads out of the folder.
         UsageError: the component or variant does not exist.
     """
-    place = locate(source.folder, component, weights_required=weights_required)
+    place = locate(source.folder, component)
     roots = trusted_roots(place.root)
     config_path = place.folder / "config.json"
     config = read_config(config_path, roots)
@@ -105,17 +110,38 @@ def build_meta(component: Component) -> "nn.Module":
     Raises:
         GfpruneError: the config does not describe a network of that class.
     """
-    return _build(component, "meta")
-
-
-def _build(component: Component, device: str) -> "nn.Module":
     import torch
 
-    model_class = _model_class(component.class_name)
+    return _build(component, torch.device("meta"))
+
+
+@contextmanager
+def empty_weights(dtype: "torch.dtype") -> Iterator[None]:
+    """Build networks without memory for their weights, but with the tables that are computed, never saved.
+
+    Args:
+        dtype: the default type meanwhile, as when diffusers loads a model in that type.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build(component: Component, context: AbstractContextManager[Any]) -> "nn.Module":
+    import torch
+
+    built = model_class(component.class_name)
     # Initial values are overwritten, so drawing them must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), context:
         try:
-            model: nn.Module = model_class.from_config(copy.deepcopy(component.config))
+            model: nn.Module = built.from_config(copy.deepcopy(component.config))
         except GfpruneError:
             raise
         except Exception as error:  # a hostile or broken config can fail anywhere in the constructor
@@ -126,24 +152,34 @@ def _build(component: Component, device: str) -> "nn.Module":
     return model.eval()
 
 
-def _model_class(class_name: str) -> Any:
-    if class_name not in DENOISERS | ANALYZE_ONLY:
-        raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
-    if class_name == PRUNED_CLASS:
-        from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+def model_class(class_name: str) -> Any:
+    """The class of diffusers, or its pruned form, that a checkpoint names. Nothing else is ever instantiated.
 
-        return PrunedUNet2DModel
+    Raises:
+        GfpruneError: it is none that gfprune loads.
+    """
+    if not is_known(class_name):
+        raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
     import diffusers
 
-    return getattr(diffusers, class_name)
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+
+    try:
+        pruned = pruned_class(stock_name(class_name))
+    except AttributeError:
+        raise GfpruneError(
+            f"{quoted(stock_name(class_name))} is no model of diffusers {diffusers.__version__}: "
+            "is the installed version older than the checkpoint?"
+        ) from None
+    return pruned if class_name.startswith(PRUNED) else pruned.stock_class
 
 
 def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
-    """Load the denoiser's weights.
+    """Load the denoiser's weights, one tensor at a time.
 
     Args:
         component: from `inspect`.
-        dtype: the type to cast to; None means float32.
+        dtype: the type to cast to; None means float32. Layers that diffusers keeps in float32 get no less.
 
     Returns:
         The model on the CPU, in `eval()` mode, sharing no memory with the files.
@@ -152,7 +188,6 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
         GfpruneError: a tensor is missing, unknown, of the wrong shape, not floating point, or not finite.
     """
     import torch
-    from torch import nn
 
     dtype = dtype or torch.float32
     if not component.weights:
@@ -160,11 +195,40 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     model = build_meta(component)
     stored = _stored_names(model, component)
     _check_tensors(model, component, stored)
-    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in stored):
-        model = _build(component, "cpu")  # buffers that are computed and never saved need real values
-    model.load_state_dict(_read_tensors(component, stored, dtype), assign=True)
-    # Not diffusers' own `to`: it logs a warning that is about models with float32-only layers.
-    return nn.Module.to(model, dtype).eval()
+    unsaved = [buffer for name, buffer in model.named_buffers() if name not in stored]
+    if unsaved:
+        _check_buffers(component, sum(buffer.nbytes for buffer in unsaved))
+        model = _build(component, empty_weights(dtype))
+    model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
+    return model.eval()
+
+
+def _check_buffers(component: Component, size: int) -> None:
+    if size > BUFFER_BYTES:
+        raise GfpruneError(
+            f"{component.folder / 'config.json'} asks for {size:,} bytes of tables beside the weights: "
+            "it is damaged, or belongs to no real network"
+        )
+
+
+def wanted_type(model: Any, name: str, dtype: "torch.dtype") -> "torch.dtype":
+    """The type of one floating-point tensor of a network of type `dtype`, as diffusers loads it."""
+    import torch
+
+    kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    kept = [kept] if isinstance(kept, str) else kept
+    return torch.promote_types(dtype, torch.float32) if set(kept) & set(name.split(".")) else dtype
+
+
+def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
+    """Cast what is saved of a network in place, as if it had been loaded in that type.
+
+    Not diffusers' own `to`, which casts the layers that have to stay in float32, and tables too.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted_type(model, name, dtype))
+    return model
 
 
 def _stored_names(model: "nn.Module", component: Component) -> dict[str, str]:
@@ -176,13 +240,29 @@ def _stored_names(model: "nn.Module", component: Component) -> dict[str, str]:
     if "time_proj.W" in names and "time_proj.W" not in model.state_dict():
         old = names.pop("time_proj.W")
         names.setdefault("time_proj.weight", old)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name in names.keys() - model.state_dict().keys():
+        if any(re.search(pattern, name) for pattern in ignored):
+            del names[name]
+    for same in _tied(model):  # saved under one of its names
+        known = [name for name in same if name in names]
+        names.update({name: names[known[0]] for name in same if known})
     return names
+
+
+def _tied(model: "nn.Module") -> list[list[str]]:
+    """Names of tensors that are one and the same, together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in expected.items():
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        shape = tuple(tensor.shape)
         if name not in stored:
             raise GfpruneError(
                 f"tensor {quoted(name)} is missing from {_files(component)}, but {config} needs it"
@@ -193,7 +273,7 @@ def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, s
                 f"tensor {quoted(stored[name])} is {list(info.shape)} in {info.file}, "
                 f"but {list(shape)} by {config}: one of the two belongs to another model"
             )
-        if info.dtype not in FLOAT_TYPES:
+        if tensor.is_floating_point() and info.dtype not in FLOAT_TYPES:
             raise GfpruneError(
                 f"tensor {quoted(stored[name])} in {info.file} is {info.dtype}: gfprune prunes "
                 "floating-point weights, so start from the checkpoint before it was quantized"
@@ -211,30 +291,41 @@ def _files(component: Component) -> str:
 
 
 def _read_tensors(
-    component: Component, stored: dict[str, str], dtype: "torch.dtype"
+    model: "nn.Module", component: Component, stored: dict[str, str], dtype: "torch.dtype"
 ) -> dict[str, "torch.Tensor"]:
-    """Model's tensor name -> a finite tensor of `dtype`, file by file."""
-    import torch
+    """Model's tensor name -> a finite tensor of its type, file by file. Tied names share one parameter."""
     from safetensors import SafetensorError, safe_open
+    from torch import nn
 
-    result = {}
+    expected = model.state_dict(keep_vars=True)
+    tied = {name: same[0] for same in _tied(model) for name in same[1:]}
+    result: dict[str, torch.Tensor] = {}
     for path in component.weights:
         try:
             with safe_open(path, framework="pt", device="cpu") as reader:
                 for name, old in stored.items():
-                    if component.tensors[old].file != path:
-                        continue
-                    # A copy: tensors that map the file would change, or crash, with it.
-                    tensor = reader.get_tensor(old).to(dtype, copy=True)
-                    if not torch.isfinite(tensor).all():
-                        raise GfpruneError(
-                            f"tensor {quoted(old)} in {path} is not finite in {dtype}: "
-                            "the checkpoint is damaged, or needs a wider type"
-                        )
-                    result[name] = tensor
+                    if component.tensors[old].file == path and name not in tied:
+                        tensor, target = reader.get_tensor(old), expected[name].dtype
+                        if target.is_floating_point:
+                            target = wanted_type(model, name, dtype)
+                        result[name] = _finite(tensor, target, f"{quoted(old)} in {path}")
         except (SafetensorError, OSError) as error:
             raise GfpruneError(f"{path} cannot be read: {error}") from None
+    for name, first in tied.items():
+        if isinstance(expected[first], nn.Parameter) and not isinstance(result[first], nn.Parameter):
+            result[first] = nn.Parameter(result[first])
+        result[name] = result[first]
     return result
+
+
+def _finite(tensor: "torch.Tensor", dtype: "torch.dtype", where: str) -> "torch.Tensor":
+    """A copy in the wanted type: tensors that map the file would change, or crash, with it."""
+    tensor = tensor.to(dtype, copy=True)
+    if dtype.is_floating_point and not tensor.isfinite().all():
+        raise GfpruneError(
+            f"tensor {where} is not finite in {dtype}: the checkpoint is damaged, or needs a wider type"
+        )
+    return tensor
 
 
 def sha256_of_weights(component: Component) -> dict[str, str]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from gfprune_cli.checkpoint.durable import check_writable, staging_folder, sync, sync_tree, write_tensors
 from gfprune_cli.checkpoint.files import check_config, checked_file, parse_json
-from gfprune_cli.checkpoint.layout import DENOISERS
+from gfprune_cli.checkpoint.layout import is_known
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.checkpoint.safetensors_header import read_header, read_metadata
+from gfprune_cli.checkpoint.shards import saved_tensors
 from gfprune_cli.errors import GfpruneError, UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def write_single_file(path: Path, model: "nn.Module", record: Mapping[str, Any])
         "record": dict(record),
     }
     text = json.dumps(architecture, sort_keys=True, allow_nan=False)
-    write_tensors(path, model.state_dict(), metadata=(KEY, text))
+    write_tensors(path, saved_tensors(model), metadata=(KEY, text))
 
 
 def inspect_single_file(path: Path) -> Component:
@@ -55,7 +56,7 @@ def inspect_single_file(path: Path) -> Component:
         )
     architecture = parse_json(text.encode(), f"the metadata key {KEY!r} of {path}")
     class_name, config = architecture.get("class_name"), architecture.get("config")
-    if architecture.get("format") != 1 or class_name not in DENOISERS or not isinstance(config, dict):
+    if architecture.get("format") != 1 or not is_known(class_name) or not isinstance(config, dict):
         raise GfpruneError(f"the metadata key {KEY!r} of {path} describes no network that gfprune knows")
     check_config(config, path)
     return Component(path, "", str(class_name), config, (path,), read_header(path), None, path.parent)

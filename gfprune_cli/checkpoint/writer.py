@@ -1,6 +1,7 @@
 """A pruned model in memory -> a checkpoint folder that plain diffusers loads."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +11,17 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.card import write_card
-from gfprune_cli.checkpoint.durable import default_mode, staged, write_json, write_tensors
-from gfprune_cli.checkpoint.files import CONVERSION, checked_file, trusted_roots
-from gfprune_cli.checkpoint.layout import pipeline_components
-from gfprune_cli.checkpoint.modeling import gfprune_unet2d_v1 as modeling
-from gfprune_cli.checkpoint.reader import Component, scheduler_config_path
+from gfprune_cli.checkpoint.durable import default_mode, staged, write_json
+from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
+from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
+from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
+from gfprune_cli.checkpoint.reader import Component, model_class, scheduler_config_path
+from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
+from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-COPIED = (".json", ".safetensors", ".txt", ".model")  # of the components that stay as they are
+COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the components that stay as they are
+WEIGHTLESS = re.compile(r"Tokenizer|Processor|Extractor|Scheduler")  # classes that have no weights
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -28,7 +31,7 @@ def write_checkpoint(
     """Write a pipeline folder (or a bare model folder, if the source was one).
 
     Args:
-        model: the pruned network, of the stock class or `PrunedUNet2DModel`.
+        model: the pruned network, of the stock class or `Pruned<class>`.
         component: what it was made from; the other components are copied.
         record: goes to `gfprune.json`; `bytes.after` is filled in.
 
@@ -41,12 +44,15 @@ def write_checkpoint(
         name = component.name or "unet"
         folder = staging if bare else staging / name
         folder.mkdir(exist_ok=True)
-        write_model(folder, model)
+        files = write_weights(folder, model, None, SHARD_BYTES)
         if not bare:
             copy_pipeline(staging, component, name, library_entry(model))
         else:
             copy_scheduler(staging, component)
-        complete = {**record, "bytes": {**record["bytes"], "after": (folder / WEIGHTS).stat().st_size}}
+        complete = {
+            **record,
+            "bytes": {**record["bytes"], "after": sum(path.stat().st_size for path in files)},
+        }
         write_json(staging / "gfprune.json", complete)
         source = record["source"]
         write_card(
@@ -63,8 +69,16 @@ def write_checkpoint(
 
 
 def stored_dtype(component: Component) -> torch.dtype:
-    """The type that all weights are stored in, if it is a half one; else float32."""
-    stored = {info.dtype for info in component.tensors.values()}
+    """The type that all weights are stored in, if it is a half one; else float32.
+
+    Layers that diffusers keeps in float32 (`reader.cast_model`) and integers have no say.
+    """
+    kept = set(getattr(model_class(component.class_name), "_keep_in_fp32_modules", None) or [])
+    stored = {
+        info.dtype
+        for name, info in component.tensors.items()
+        if info.dtype in FLOAT_TYPES and not kept & set(name.split("."))
+    }
     return DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
 
 
@@ -74,28 +88,19 @@ def check_pipeline(component: Component) -> None:
     Raises:
         GfpruneError: a component has no safetensors weights.
     """
-    for name in pipeline_components(component.pipeline or {}):
+    for name, (_, class_name) in pipeline_components(component.pipeline or {}).items():
         folder = component.root / name
-        if name == component.name or not (folder / "config.json").exists():
-            continue  # schedulers and feature extractors have no weights
+        if name == component.name or WEIGHTLESS.search(class_name) or not (folder / "config.json").exists():
+            continue
         if not list(folder.glob("*.safetensors")):
             raise GfpruneError(
                 f"{folder} has no safetensors weights, and pickles cannot travel along: {CONVERSION}"
             )
 
 
-def write_model(folder: Path, model: nn.Module) -> None:
-    """Configuration, weights and, for a non-uniform network, the file that defines its class."""
-    config: Any = model
-    (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-    write_tensors(folder / WEIGHTS, model.state_dict())
-    if isinstance(model, modeling.PrunedUNet2DModel):
-        shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
-
-
 def library_entry(model: nn.Module) -> list[str]:
     """What model_index.json says of the model: library or module file, and class."""
-    if isinstance(model, modeling.PrunedUNet2DModel):
+    if isinstance(model, modeling.PrunedModel):
         return [Path(modeling.__file__).stem, type(model).__name__]
     return ["diffusers", type(model).__name__]
 
@@ -107,19 +112,41 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
     index = {**component.pipeline, name: entry}
     (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for other in pipeline_components(component.pipeline):
-        source = component.root / other
-        if other == name or not source.is_dir():
-            continue
-        for path in sorted(source.rglob("*")):
-            if path.suffix in COPIED and path.is_file():
-                checked_file(path, roots)
-                target = staging / other / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+        if other != name and (component.root / other).is_dir():
+            copy_component(component.root / other, staging / other, variant_of(component), roots)
     schedule = scheduler_config_path(component)
     if schedule is not None and "scheduler" in component.pipeline:
         (staging / "scheduler").mkdir(exist_ok=True)
         shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
+
+
+def variant_of(component: Component) -> str | None:
+    """Which weights of the pipeline were read."""
+    found = weights_variant(component.weights[0].name) if component.weights else None
+    return found[1] if found else None
+
+
+def copy_component(source: Path, target: Path, variant: str | None, roots: tuple[Path, ...]) -> None:
+    """Copy what is no code and no pickle.
+
+    The result's own weights are plain ones. A component that has only the variant gets plain names too, so
+    that the whole pipeline loads without a variant.
+    """
+    paths = [path for path in sorted(source.rglob("*")) if path.suffix in COPIED and path.is_file()]
+    found = {weights_variant(path.name) for path in paths} - {None}
+    rename = variant is not None and bool(found) and all(entry and entry[1] == variant for entry in found)
+    for path in paths:
+        checked_file(path, roots)
+        name = path.name.replace(f".{variant}", "", 1) if rename else path.name
+        copy = target / path.relative_to(source).with_name(name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if name != path.name and path.suffix == ".json":  # the index of shards, which have new names too
+            index = read_json(path, roots, limit=INDEX_BYTES)
+            places = index.get("weight_map", {}).items()
+            index["weight_map"] = {key: str(file).replace(f".{variant}", "", 1) for key, file in places}
+            copy.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, copy)
 
 
 def copy_scheduler(staging: Path, component: Component) -> None:
@@ -133,7 +160,7 @@ def copy_scheduler(staging: Path, component: Component) -> None:
 
 def loading_line(destination: Path, model: nn.Module, *, bare: bool) -> str:
     """The two lines of Python that load the result with nothing but diffusers."""
-    pruned = isinstance(model, modeling.PrunedUNet2DModel)
+    pruned = isinstance(model, modeling.PrunedModel)
     flag = ", trust_remote_code=True" if pruned else ""
     cls = ("AutoModel" if pruned else type(model).__name__) if bare else "DiffusionPipeline"
     variable = "model" if bare else "pipeline"

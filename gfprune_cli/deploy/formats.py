@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import PrunedUNet2DModel
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PrunedModel
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.deploy import onnx_model, openvino_model, torch_program, weights
 from gfprune_cli.deploy.network import Denoiser, Signature, trace
@@ -126,4 +126,4 @@ def loading_lines(job: Job, destination: Path, *, pruned: bool) -> str:
 
 def is_non_uniform(model: nn.Module) -> bool:
     """Whether the network needs the class that travels beside its weights."""
-    return isinstance(model, PrunedUNet2DModel)
+    return isinstance(model, PrunedModel)

@@ -16,7 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.checkpoint.modeling.gfprune_unet2d_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.examples import example_inputs
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 
-from gfprune_cli.checkpoint.layout import ANALYZE_ONLY
 from gfprune_cli.checkpoint.reader import Component, build_meta
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.deploy import onnx_model, openvino_model, torch_program
 from gfprune_cli.deploy.weights import parse_size, split
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,11 +55,7 @@ def check_runtime(recipe: ExportRecipe) -> None:
 
 
 def check_component(component: Component, recipe: ExportRecipe) -> None:
-    """Refuse what can be analyzed only, and pipelines that cannot travel along."""
-    if component.class_name in ANALYZE_ONLY:
-        raise GfpruneError(
-            f"{component.folder}: {component.class_name} can be analyzed, but not exported yet"
-        )
+    """Refuse pipelines that cannot travel along."""
     if recipe.format == "safetensors" and not recipe.single_file and component.weights:
         check_pipeline(component)
 

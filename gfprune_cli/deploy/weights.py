@@ -1,23 +1,19 @@
 """safetensors: the checkpoint in diffusers' layout, in the type and the files that were asked for."""
 
 import re
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import write_json, write_tensors
-from gfprune_cli.checkpoint.layout import STEM
-from gfprune_cli.checkpoint.modeling import gfprune_unet2d_v1 as modeling
 from gfprune_cli.checkpoint.reader import Component, inspect, load_model
+from gfprune_cli.checkpoint.shards import split, write_weights
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
 from gfprune_cli.deploy.parity import Inputs, Runner
 from gfprune_cli.errors import UsageError
+
+__all__ = ["parse_size", "run_folder", "run_model", "split", "write_pipeline"]
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -33,45 +29,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size {text!r}: write a number and a unit, such as 500MB or 2GB")
     return size
-
-
-def split(tensors: Mapping[str, torch.Tensor], variant: str | None, limit: int | None) -> StateDictSplit:
-    """Which tensor goes into which file, named as diffusers names them.
-
-    Args:
-        limit: most bytes in one file; None for one file whatever its size.
-    """
-    ordered = {name: tensors[name] for name in sorted(tensors)}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in ordered.values())
-    middle = f".{variant}" if variant else ""
-    return split_torch_state_dict_into_shards(
-        ordered, filename_pattern=f"{STEM}{middle}{{suffix}}.safetensors", max_shard_size=limit or total + 1
-    )
-
-
-def index_name(variant: str | None) -> str:
-    middle = f".{variant}" if variant else ""
-    return f"{STEM}.safetensors.index{middle}.json"
-
-
-def write_weights(folder: Path, model: nn.Module, variant: str | None, limit: int | None) -> list[Path]:
-    """Configuration, weights and index, and the file that defines the class of a non-uniform network.
-
-    Returns:
-        The weight files.
-    """
-    network: Any = model
-    (folder / "config.json").write_text(network.to_json_string(), encoding="utf-8")
-    tensors = model.state_dict()
-    parts = split(tensors, variant, limit)
-    for name, members in parts.filename_to_tensors.items():
-        write_tensors(folder / name, {member: tensors[member] for member in members})
-    if parts.is_sharded:
-        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
-        write_json(folder / index_name(variant), index)
-    if isinstance(model, modeling.PrunedUNet2DModel):
-        shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
-    return [folder / name for name in sorted(parts.filename_to_tensors)]
 
 
 def write_pipeline(

@@ -30,7 +30,7 @@ class DeepCache(nn.Module):
     """One cycle of a cached sampler: a full step, then `interval - 1` shallow ones.
 
     Args:
-        model: a `UNet2DModel` or `PrunedUNet2DModel`; its weights are shared, not copied.
+        model: a `UNet2DModel`, pruned or not; its weights are shared, not copied.
         interval: steps per cycle.
 
     Raises:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.checkpoint.layout import ANALYZE_ONLY
 from gfprune_cli.checkpoint.reader import (
     Component,
     build_meta,
@@ -50,8 +49,6 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     component = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
     )
-    if component.class_name in ANALYZE_ONLY:
-        raise GfpruneError(f"{component.folder}: {component.class_name} can be analyzed, but not pruned yet")
     if weights_required:
         check_pipeline(component)
     meta = build_meta(component)

@@ -12,6 +12,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import (
+    cast_model,
     load_model,
     load_scheduler,
     scheduler_config_path,
@@ -222,7 +223,7 @@ class Run:
         else:
             model = remove(dense, self.plan.groups, kept)
         # what is checked, measured and written is one and the same
-        nn.Module.to(model, stored_dtype(self.plan.component))
+        cast_model(model, stored_dtype(self.plan.component))
         for name, tensor in model.state_dict().items():
             if not bool(tensor.isfinite().all()):
                 raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")

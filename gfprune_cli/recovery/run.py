@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
-from gfprune_cli.checkpoint.reader import Component, load_model, load_scheduler, sha256_of_weights
+from gfprune_cli.checkpoint.reader import Component, cast_model, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest
@@ -103,10 +103,10 @@ class Run:
         loop.run()
         trainer.ema.copy_to(student.parameters())
         student.requires_grad_(False)
-        nn.Module.to(student, stored_dtype(self.component))
+        cast_model(student, stored_dtype(self.component))
         check_finite(student)
-        losses["after"] = self.loss(reports, nn.Module.to(student, torch.float32))
-        return nn.Module.to(student, stored_dtype(self.component)), losses
+        losses["after"] = self.loss(reports, cast_model(student, torch.float32))
+        return cast_model(student, stored_dtype(self.component)), losses
 
     def place(self, model: nn.Module) -> nn.Module:
         """A network on the run's device, frozen, in float32."""

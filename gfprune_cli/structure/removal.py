@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
 from gfprune_cli.structure.trace import is_attention, is_depthwise
@@ -190,9 +191,7 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     config = stock_config(model)
     earlier = (config.get("gfprune") or {}).get("modules", {})
     config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    pruned = rebuild(
-        pruned_class(type(model).__name__.removeprefix("Pruned")), config, slice_state(model, cuts)
-    )
+    pruned = rebuild(pruned_class(stock_name(type(model).__name__)), config, slice_state(model, cuts))
     return carry_over(model, pruned)
 
 

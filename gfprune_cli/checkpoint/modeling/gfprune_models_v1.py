@@ -1,0 +1,321 @@
+"""A diffusers model whose layers may each have their own width: the output of `gfprune prune`.
+
+This one file travels inside the checkpoint and needs only torch and diffusers:
+
+    DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
+
+`Pruned<Class>` exists for every model class of diffusers and is made when it is asked for. The stock network
+is built from the stock configuration, then the modules named in the configuration key `gfprune` are narrowed
+to the shapes written there:
+
+    {"out": 48, "in": 40}              a convolution or linear layer; "conv_groups" for a grouped convolution
+    {"out": 40}                        an embedding
+    {"groups": [5, 5, 5, 4]}           a group norm: channels in each of its groups
+    {"norm": 40}                       a layer norm or RMS norm: features
+    {"heads": 3, "kv_heads": 1}        an attention layer: heads left
+    {"parameter": [1, 40]}             a parameter or buffer of its own, named by its full name
+    {"attributes": {"inner_dim": 40}}  numbers that a module's forward reads
+    {"identity": true}                 a residual block that is skipped; or the names of what it hands on
+"""
+
+import functools
+import inspect
+import os
+import shutil
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+STEM = "gfprune_models_v1"
+ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
+
+# What blocks with two streams return. Every other block returns its first argument.
+PAIRS = {
+    "FluxTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "FluxSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "JointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "CogVideoXBlock": ("hidden_states", "encoder_hidden_states"),
+}
+
+
+def group_norm_from_moments(
+    x: torch.Tensor,
+    averaging: torch.Tensor,
+    membership: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Group norm with free group sizes and channel weights, from per-channel moments.
+
+    Args:
+        x: [N, C, ...].
+        averaging: [C, G], the share of each channel in the statistics of each group; columns sum to 1.
+        membership: [C, G], 1 where the channel belongs to the group.
+        weight, bias: [C].
+    """
+    # autocast would take the products in half precision, where mean(x^2) - mean(x)^2 cancels
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = x.flatten(2)
+        mean = flat.mean(2)
+        square = flat.square().mean(2)
+        group_mean = mean @ averaging
+        group_variance = (square @ averaging - group_mean.square()).clamp_min(0)
+        scale = (torch.rsqrt(group_variance + eps) @ membership.T) * weight
+        shift = bias - (group_mean @ membership.T) * scale
+        view = (*scale.shape, *[1] * (x.ndim - 2))
+        return torch.addcmul(shift.view(view), x, scale.view(view))
+
+
+class UnevenGroupNorm(nn.Module):
+    """Group norm whose groups differ in size. Statistics are taken in float32 or better.
+
+    A skip connection puts two tensors under one norm, and its groups may straddle the seam. When the
+    two sides lose different numbers of channels, no `nn.GroupNorm` computes the same function.
+    """
+
+    def __init__(self, group_sizes: list[int], eps: float, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.group_sizes = list(group_sizes)
+        self.num_channels = sum(group_sizes)
+        self.eps = eps
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self._matrices: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
+        if (device, dtype) not in self._matrices:
+            sizes = torch.tensor(self.group_sizes, device=device)
+            groups = torch.repeat_interleave(torch.arange(len(self.group_sizes), device=device), sizes)
+            membership = nn.functional.one_hot(groups, len(self.group_sizes)).to(dtype)
+            self._matrices[device, dtype] = membership / sizes, membership
+        return self._matrices[device, dtype]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        averaging, membership = self.matrices(x.device, dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return group_norm_from_moments(x.to(dtype), averaging, membership, weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels} channels in {len(self.group_sizes)} groups, eps={self.eps}"
+
+
+def _narrow(tensor: torch.Tensor | None, *sizes: int) -> Any:
+    if tensor is None:
+        return None
+    narrow = tensor.detach()[tuple(slice(size) for size in sizes)].clone()
+    return nn.Parameter(narrow) if isinstance(tensor, nn.Parameter) else narrow
+
+
+class SkippedBlock(nn.Module):
+    """Stands where a residual block was, and hands on what it was given.
+
+    Args:
+        arguments: names of the block's arguments, in order.
+        returned: those it hands on; a single one is returned by itself.
+    """
+
+    def __init__(self, arguments: list[str], returned: tuple[str, ...]) -> None:
+        super().__init__()
+        self.arguments, self.returned = arguments, returned
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        given = dict(zip(self.arguments, inputs, strict=False)) | named
+        found = tuple(given.get(name) for name in self.returned)
+        return found if len(found) > 1 else found[0]
+
+
+def skipped(block: nn.Module, returned: Any) -> SkippedBlock:
+    """What takes the place of a block; `returned` is True or a list of argument names."""
+    arguments = list(inspect.signature(block.forward).parameters)
+    if returned is True:
+        returned = PAIRS.get(type(block).__name__, arguments[:1])
+    return SkippedBlock(arguments, tuple(returned))
+
+
+def resize_norm(model: nn.Module, name: str, module: Any, sizes: list[int]) -> None:
+    """A group norm whose groups have these sizes, even or not."""
+    weight, bias = _narrow(module.weight, sum(sizes)), _narrow(module.bias, sum(sizes))
+    norm: Any
+    if len(set(sizes)) > 1:
+        norm = UnevenGroupNorm(sizes, module.eps, weight, bias)
+    else:
+        norm = nn.GroupNorm(len(sizes), sum(sizes), module.eps, device="meta")
+        norm.weight, norm.bias = weight, bias
+    model.set_submodule(name, norm)
+
+
+def resize_features(module: Any, features: int) -> None:
+    """A layer norm or RMS norm over this many features."""
+    for leaf in ("weight", "bias"):
+        if getattr(module, leaf, None) is not None:
+            setattr(module, leaf, _narrow(getattr(module, leaf), features))
+    shape = "normalized_shape" if hasattr(module, "normalized_shape") else "dim"
+    setattr(module, shape, torch.Size((features,)))
+
+
+def resize_weight(module: Any, out: int, into: int, groups: int) -> None:
+    """A convolution (transposed ones too) or linear layer from `into` to `out` channels."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.weight = _narrow(module.weight, into, out // groups)
+    else:
+        module.weight = _narrow(module.weight, out, into // groups)
+    module.bias = _narrow(module.bias, out)
+    sizes = {"out_channels": out, "out_features": out, "in_channels": into, "in_features": into}
+    for attribute, size in {**sizes, "groups": groups}.items():
+        if hasattr(module, attribute):
+            setattr(module, attribute, size)
+
+
+def resize_heads(module: Any, heads: int, kv_heads: int | None) -> None:
+    """An attention layer with fewer heads; its projections have been narrowed before."""
+    module.heads = heads
+    if hasattr(module, "sliceable_head_dim"):
+        module.sliceable_head_dim = heads
+    for attribute, projection in (("inner_dim", "to_q"), ("inner_kv_dim", "to_k"), ("kv_inner_dim", "to_k")):
+        layer = getattr(module, projection, None)
+        if hasattr(module, attribute) and layer is not None:
+            setattr(module, attribute, layer.out_features)
+    if kv_heads is not None:
+        for attribute in ("kv_heads", "num_kv_heads"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, kv_heads)
+
+
+def resize_parameter(model: nn.Module, name: str, sizes: list[int]) -> None:
+    """A parameter of its own; a buffer that used to be computed is now saved with the weights."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    narrow = _narrow(getattr(owner, leaf), *sizes)
+    if leaf in owner._buffers:
+        owner.register_buffer(leaf, narrow, persistent=True)
+    else:
+        setattr(owner, leaf, narrow)
+
+
+def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
+    """Give one module of a stock network the shape that the configuration asks for."""
+    if "parameter" in shape:
+        return resize_parameter(model, name, shape["parameter"])
+    module: Any = model.get_submodule(name)
+    if shape.get("identity"):
+        model.set_submodule(name, skipped(module, shape["identity"]))
+    elif "groups" in shape:
+        resize_norm(model, name, module, shape["groups"])
+    elif "norm" in shape:
+        resize_features(module, shape["norm"])
+    elif isinstance(module, nn.Embedding):
+        module.weight = _narrow(module.weight, module.num_embeddings, shape["out"])
+        module.embedding_dim = shape["out"]
+    elif "out" in shape:
+        resize_weight(module, shape["out"], shape["in"], shape.get("conv_groups", 1))
+    if "heads" in shape:
+        resize_heads(module, shape["heads"], shape.get("kv_heads"))
+    for attribute, value in shape.get("attributes", {}).items():
+        setattr(module, attribute, value)
+    return None
+
+
+def refresh_attributes(model: nn.Module) -> None:
+    """Update the widths that diffusers keeps beside its weights."""
+    module: Any
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in ("Downsample2D", "Upsample2D") and isinstance(getattr(module, "conv", None), nn.Conv2d):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+        elif kind == "ResnetBlock2D":
+            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+            for sampler in (module.upsample, module.downsample):
+                if hasattr(sampler, "channels"):  # resampling without weights of its own
+                    sampler.channels = sampler.out_channels = module.in_channels
+        elif kind == "Attention" and module.to_q is not None:
+            module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
+            if getattr(module, "to_out", None) is not None:
+                module.out_dim = module.to_out[0].out_features
+            if module.scale_qk:  # read by unfused processors
+                module.scale = (module.to_q.out_features // module.heads) ** -0.5
+
+
+class PrunedModel(ModelMixin, ConfigMixin):
+    """A stock class plus one configuration key, `gfprune`: module name -> shape. See `pruned_class`."""
+
+    stock_class: Any = None
+
+    def __init__(self, gfprune: dict[str, Any] | None = None, **stock: Any) -> None:
+        self.stock_class.__init__(self, **stock)
+        modules = (gfprune or {}).get("modules", {})
+        # heads follow from the linears they sit on, and what lies in a skipped block goes with it
+        for name, shape in sorted(modules.items(), key=lambda item: [key in item[1] for key in ORDER]):
+            resize_module(self, name, shape)
+        refresh_attributes(self)
+        self.register_to_config(gfprune=gfprune)
+
+    @staticmethod
+    def _get_init_keys(input_class: Any) -> set[str]:
+        keys = set(inspect.signature(input_class.__init__).parameters)
+        stock = getattr(input_class, "stock_class", None)
+        return keys | set(inspect.signature(stock.__init__).parameters) if stock else keys
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        # `auto_map` is for the loader, not for the constructor
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        init.pop("stock", None)
+        return init, unused, hidden
+
+    # Transformer2DModel looks up its successor by its own name, and would not find ours.
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        return ConfigMixin.from_config.__func__(cls, config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        return ModelMixin.from_pretrained.__func__(cls, pretrained_model_name_or_path, **kwargs)
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, and beside it this file, so that the copy loads like the original."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        target = os.path.join(save_directory, f"{STEM}.py")
+        if not (os.path.exists(target) and os.path.samefile(__file__, target)):
+            shutil.copyfile(__file__, target)
+
+
+@functools.cache
+def pruned_class(name: str) -> Any:
+    """The class of a pruned network.
+
+    Args:
+        name: a model class of diffusers, such as "UNet2DModel".
+
+    Returns:
+        `Pruned<name>`, a subclass of it.
+
+    Raises:
+        AttributeError: diffusers has no such model.
+    """
+    stock = getattr(diffusers, name, None) if name.isidentifier() and name[0].isupper() else None
+    if not (
+        isinstance(stock, type)
+        and issubclass(stock, ModelMixin)
+        and issubclass(stock, ConfigMixin)
+        and stock.__module__.startswith("diffusers.models.")
+    ):
+        raise AttributeError(f"diffusers has no model {name!r}")
+    # diffusers names the module in model_index.json by `__module__`: it must be the stem of this file.
+    body = {"__module__": STEM, "__doc__": f"`{name}` with widths of its own.", "stock_class": stock}
+    cls: Any = type(f"Pruned{name}", (PrunedModel, stock), body)
+    cls.register_for_auto_class("AutoModel")
+    return cls
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("Pruned"):
+        return pruned_class(name.removeprefix("Pruned"))
+    raise AttributeError(f"module {STEM!r} has no attribute {name!r}")
