@@ -3,7 +3,7 @@
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,16 @@ def checked_file(path: Path, roots: tuple[Path, ...]) -> Path:
     return path
 
 
-def read_json(path: Path, roots: tuple[Path, ...], *, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, roots: tuple[Path, ...], *, limit: int = CONFIG_BYTES, constants: Collection[str] = ()
+) -> dict[str, Any]:
     """Read one JSON object with strict rules.
 
     Args:
         path: the file.
         roots: where it may lie (`trusted_roots`).
         limit: the largest size in bytes.
+        constants: which of NaN, Infinity and -Infinity may stand for themselves.
 
     Raises:
         GfpruneError: too large, not UTF-8 JSON, not an object, a key given twice, or NaN or infinity.
@@ -112,13 +115,19 @@ def read_json(path: Path, roots: tuple[Path, ...], *, limit: int = CONFIG_BYTES)
         raise GfpruneError(f"{path} cannot be read: {error}") from None
     if len(data) > limit:
         raise GfpruneError(f"{path} is larger than {limit} bytes: this is no diffusers file of that name")
-    return parse_json(data, str(path))
+    return parse_json(data, str(path), constants)
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes, where: str, constants: Collection[str] = ()) -> dict[str, Any]:
     """Parse one JSON object with the rules of `read_json`; `where` names the file in messages."""
+
+    def constant(text: str) -> float:
+        if text not in constants:
+            raise ValueError(f"{text} is not a JSON number")
+        return float(text)
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise GfpruneError(f"{where} is not valid JSON: {reason}") from None
@@ -135,10 +144,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {quoted(twice)} is given twice")
     return result
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def read_config(path: Path, roots: tuple[Path, ...]) -> dict[str, Any]:

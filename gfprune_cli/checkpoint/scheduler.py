@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
+from gfprune_cli.checkpoint.files import check_config, first_line, quoted, read_json, trusted_roots
 from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.errors import GfpruneError
 
@@ -45,7 +45,10 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
                 f"{component.root / 'scheduler' / 'scheduler_config.json'} is missing: fetch it again"
             )
         return None
-    config = read_config(path, trusted_roots(component.root))
+    config = read_json(path, trusted_roots(component.root), constants=("-Infinity",))
+    if config.get("lambda_min_clipped") == float("-inf"):
+        del config["lambda_min_clipped"]  # the multistep solvers' default, which diffusers writes out
+    check_config(config, path)
     scheduler_class = _scheduler_class(path, config.get("_class_name"))
     try:
         scheduler: SchedulerMixin = scheduler_class.from_config(config)

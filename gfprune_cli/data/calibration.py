@@ -1,46 +1,55 @@
 """Calibration images: from the user's data, or drawn from the model itself so that none is needed."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import write_tensors
 from gfprune_cli.checkpoint.reader import Component
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import generator
+from gfprune_cli.data.cache import cache_folder, cached, sha256_of_files
+from gfprune_cli.data.conditioned import Asked, asked_of, batch_size, made_up, recorded, recording_fingerprint
+from gfprune_cli.data.conditions import Condition, Conditions
+from gfprune_cli.data.diffusion import NoisingProcess, Reconstruction, noising_process
+from gfprune_cli.data.drawing import (
+    SAMPLE_BATCH,
+    draw_labels,
+    image_size,
+    public,
+    refuse_latent_data,
+    refuse_options,
+    self_images,
+    upscaling,
+)
+from gfprune_cli.data.guidance import with_guidance
 from gfprune_cli.data.images import fingerprint, load_images, to_model_range
-from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.data.latents import decoder_name, encode_images, pictures
+from gfprune_cli.data.pipeline import is_autoencoder, open_pipeline
+from gfprune_cli.data.prompts import prompts_fingerprint
+from gfprune_cli.data.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.errors import UsageError
+from gfprune_cli.progress import Report, notice
 
-SAMPLE_BATCH = 32
+__all__ = [
+    "ImageRequest", "Images", "PipelineOptions", "cache_folder", "draw_labels", "image_size",
+    "refuse_latent_data", "training_process",
+]  # fmt: skip
 
 
-def cache_folder() -> Path:
-    """`$GFPRUNE_CACHE`, else `gfprune` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("GFPRUNE_CACHE") or Path(base) / "gfprune")
+def training_process(component: Component, scheduler: Any) -> NoisingProcess:
+    """The noise that a component was trained with; an autoencoder with none.
 
-
-def draw_labels(classes: int | None, count: int, seed: int) -> torch.Tensor | None:
-    """[count] class labels for a class-conditional network, uniform; None for an unconditional one."""
-    if classes is None:
-        return None
-    return torch.randint(classes, (count,), generator=generator(seed, "labels"))
+    `Images.process` is the one to work with: it also knows the shift for the images' size, and guidance.
+    """
+    return Reconstruction() if is_autoencoder(component.class_name) else noising_process(scheduler)
 
 
 @dataclass(frozen=True)
 class Images:
     """`images` [N, ...] as the network sees them, their `conditions`, the noise `process` that goes with
-    both, and the `fingerprint` of data given."""
+    both, and the `fingerprint` of data and prompts given."""
 
     images: torch.Tensor
     conditions: Condition
@@ -57,12 +66,14 @@ class ImageRequest:
         count: images to draw, or the most to take from `data`.
         sample_steps: sampling steps of a drawn image.
         seed: of the run.
+        options: what the pipeline is asked for, where there is one that conditions its network.
     """
 
     data: str | None
     count: int
     sample_steps: int
     seed: int
+    options: PipelineOptions = field(default_factory=PipelineOptions)
 
     def answer(
         self,
@@ -79,145 +90,212 @@ class ImageRequest:
             scheduler: of the pipeline.
 
         Raises:
-            UsageError: data that does not fit the network; GfpruneError: the network cannot be sampled.
+            UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
+                sampled.
         """
-        config: Any = model.config
-        height, width = image_size(component, config)
-        process = noising_process(scheduler)
-        if self.data is not None:
-            refuse_latent_data(self.data, component)
-            loaded = load_images(
-                self.data,
-                size=(height, width),
-                channels=config.in_channels,
-                limit=self.count,
-                seed=self.seed,
-                report=report,
-            )
-            if len(loaded) < 2:
-                raise UsageError(f"--data {self.data} holds {len(loaded)} image: at least 2 are needed")
+        work = Work(self, model, component, scheduler, hashes, report)
+        if is_autoencoder(component.class_name):
+            return work.of_autoencoder()
+        if component.class_name.removeprefix("Pruned") == "UNet2DModel":
+            return work.unconditional()
+        return work.conditioned()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request and what it is about."""
+
+    request: ImageRequest
+    model: nn.Module
+    component: Component
+    scheduler: Any
+    hashes: Mapping[str, str]
+    report: Report
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def unconditional(self) -> Images:
+        """Of a network that is given class labels at most: `UNet2DModel`, on pixels or latents."""
+        request, config = self.request, self.config
+        refuse_options(request.options, self.component)
+        shape = (config.in_channels, *image_size(self.component, config))
+        process = noising_process(self.scheduler)
+        if request.data is None:
+            labels = draw_labels(config.num_class_embeds, request.count, request.seed)
+            return Images(self.drawn(process, labels, shape, SAMPLE_BATCH), labels, None, process)
+        if decoder_name(self.component) is None:
+            loaded = self.loaded(shape[1:], config.in_channels)
             low, high = process.value_range
             images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
-            return Images(
-                images,
-                draw_labels(config.num_class_embeds, len(images), self.seed),
-                fingerprint(loaded),
-                process,
+            name = fingerprint(loaded)
+        else:
+            images, name = self.encoded(shape, (0, 0))
+        labels = draw_labels(config.num_class_embeds, len(images), request.seed)
+        return Images(images, labels, name, process)
+
+    def conditioned(self) -> Images:
+        """Of a network that a pipeline conditions."""
+        request, component = self.request, self.component
+        data = request.data is not None
+        if component.pipeline is None:
+            if data:
+                raise UsageError(
+                    "--data: this network works on latents, and there is no pipeline with an autoencoder"
+                    " around it; drop --data"
+                )
+            refuse_options(request.options, component)
+            recording = made_up(self.model, request.count, request.seed, self.report)
+            asked = Asked([], list(range(request.count)))
+        else:
+            asked = asked_of(
+                component, self.config, request.options, request.count, request.seed, shuffled=data
             )
-        labels = draw_labels(config.num_class_embeds, self.count, self.seed)
-        device = next(model.parameters()).device
+            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.report)
+        for remark in recording.remarks:
+            notice(self.report, remark)
+        process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
+        named = prompts_fingerprint(request.options.prompts)
+        if data:
+            notice(self.report, "--data comes without captions: images are paired with prompts at random")
+            images, name = self.encoded(recording.shape, recording.image[:2])
+            named = name if named is None else hashlib.sha256((name + named).encode()).hexdigest()
+            return Images(images, with_rows(recording, asked.rows[: len(images)]), named, process)
+        conditions = with_rows(recording, asked.rows)
+        images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
+        return Images(images, conditions, named, process)
+
+    def of_autoencoder(self) -> Images:
+        """Pictures for an autoencoder to give back."""
+        request, component = self.request, self.component
+        process, named = Reconstruction(), None
+        if request.data is not None:
+            size = request.options.pixels()
+            loaded = self.loaded(size or image_size(component, self.config), self.config.in_channels)
+            images, named = to_model_range(loaded), fingerprint(loaded)
+        elif component.pipeline is None:
+            raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
+        else:
+            images, named = self.pictures(), prompts_fingerprint(request.options.prompts)
+        conditions = Conditions(timestep=None, rows=tuple(range(len(images))))
+        return Images(images, conditions, named, process)
+
+    def loaded(self, size: tuple[int, ...], channels: int) -> torch.Tensor:
+        """uint8 images of `--data`."""
+        request = self.request
+        images = load_images(
+            str(request.data),
+            size=(size[0], size[1]),
+            channels=channels,
+            limit=request.count,
+            seed=request.seed,
+            report=self.report,
+        )
+        if len(images) < 2:
+            raise UsageError(f"--data {request.data} holds {len(images)} image: at least 2 are needed")
+        return images
+
+    def encoded(self, shape: tuple[int, ...], pixels: tuple[int, ...]) -> tuple[torch.Tensor, str]:
+        """Latents [N, *shape] of `--data`, and the fingerprint of the images.
+
+        Args:
+            pixels: (height, width) of the images; zeros: as many as give latents of `shape`.
+        """
+        component = self.component
+        name = decoder_name(component)
+        if name is None:
+            raise UsageError("--data: this pipeline has no autoencoder of images; drop --data")
+        if not all(pixels):
+            if len(shape) != 3:
+                raise UsageError(f"--data: no image becomes what this network works on, {list(shape)}")
+            factor = upscaling(component, name)
+            pixels = (shape[1] * factor, shape[2] * factor)
+        loaded = self.loaded(pixels, 3)
+        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.report)
+        return found, fingerprint(loaded)
+
+    def drawn(
+        self,
+        process: NoisingProcess,
+        conditions: Condition,
+        shape: tuple[int, ...],
+        batch: int,
+        recording: Recording | None = None,
+    ) -> torch.Tensor:
+        """[count, *shape] samples of the model, from the cache where they were drawn before."""
+        request = self.request
         key = {
-            "weights": dict(hashes),
-            "config": {key: value for key, value in dict(config).items() if not key.startswith("_")},
-            "scheduler": dict(scheduler.config),
-            "images": self.count,
-            "steps": self.sample_steps,
-            "seed": self.seed,
-            "device": device.type,
+            "weights": dict(self.hashes),
+            "config": public(self.config),
+            "scheduler": dict(self.scheduler.config),
+            "images": request.count,
+            "steps": request.sample_steps,
+            "seed": request.seed,
+            "device": self.device.type,
         }
-        images = cached(
+        if recording is not None:
+            key["conditions"] = recording_fingerprint(recording)
+            key["rows"] = conditions.rows if isinstance(conditions, Conditions) else None
+        tensors, _ = cached(
             {name: repr(value) for name, value in key.items()},
-            lambda: self_images(
-                model,
-                process,
-                count=self.count,
-                steps=self.sample_steps,
-                seed=self.seed,
-                labels=labels,
-                shape=(config.in_channels, height, width),
-                device=device,
-                report=report,
+            lambda: (
+                {
+                    "images": self_images(
+                        self.model,
+                        process,
+                        count=request.count,
+                        steps=request.sample_steps,
+                        seed=request.seed,
+                        conditions=conditions,
+                        shape=shape,
+                        device=self.device,
+                        report=self.report,
+                        batch=batch,
+                    )
+                },
+                None,
             ),
-            report,
+            self.report,
         )
-        return Images(images, labels, None, process)
+        return tensors["images"]
 
-
-def image_size(component: Component, config: Any) -> tuple[int, int]:
-    """(height, width) of what the network denoises.
-
-    Raises:
-        GfpruneError: the configuration does not say, or wants conditioning that cannot be drawn.
-    """
-    if config.sample_size is None:
-        raise GfpruneError(f"{component.folder}/config.json has no sample_size: add it")
-    if config.class_embed_type is not None:
-        raise GfpruneError(
-            f"{component.folder}/config.json: class_embed_type {config.class_embed_type} needs"
-            " conditioning that gfprune cannot draw; it prunes unconditional and class-label networks"
+    def pictures(self) -> torch.Tensor:
+        """[count, C, H, W] images in [-1, 1] that the pipeline draws."""
+        request, component = self.request, self.component
+        asked = asked_of(component, self.config, request.options, request.count, request.seed, shuffled=False)
+        asks = [ask for ask in asked.distinct if ask is not None]
+        files = [path for path in component.root.glob("*/*") if path.is_file()]
+        key = {
+            "pipeline": dict(component.pipeline or {}),
+            "files": sha256_of_files(files),
+            "asked": (asks, asked.rows),
+            "options": (request.options.size, request.options.frames, request.options.guidance),
+            "images": request.count,
+            "steps": request.sample_steps,
+            "seed": request.seed,
+            "device": self.device.type,
+        }
+        tensors, _ = cached(
+            {name: repr(value) for name, value in key.items()},
+            lambda: (
+                {
+                    "images": pictures(
+                        open_pipeline(component, self.model, self.scheduler, decode=True),
+                        [asks[row] for row in asked.rows] if asks else [],
+                        request.options,
+                        count=request.count,
+                        steps=request.sample_steps,
+                        seed=request.seed,
+                        report=self.report,
+                    ).cpu()
+                },
+                None,
+            ),
+            self.report,
         )
-    size = config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def refuse_latent_data(data: str, component: Component) -> None:
-    """Pixels are no input for a network that works on latents."""
-    decoders = {"vae", "vqvae"} & set(component.pipeline or {})
-    if decoders:
-        raise UsageError(
-            f"--data {data}: this pipeline works on latents of its {decoders.pop()}; "
-            "drop --data to calibrate on latents drawn from the model"
-        )
-
-
-@torch.no_grad()
-def self_images(
-    model: nn.Module,
-    process: NoisingProcess,
-    *,
-    count: int,
-    steps: int,
-    seed: int,
-    labels: torch.Tensor | None,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    report: Report,
-) -> torch.Tensor:
-    """[count, C, H, W] samples of the model, from a few deterministic steps; every image has its own seed.
-
-    Raises:
-        GfpruneError: the model's samples are not finite.
-    """
-    images = []
-    for first in range(0, count, SAMPLE_BATCH):
-        members = range(first, min(count, first + SAMPLE_BATCH))
-        noise = torch.stack(
-            [torch.randn(shape, generator=generator(seed, "image", index)) for index in members]
-        )
-        chosen = None if labels is None else labels[list(members)].to(device)
-
-        def denoise(
-            x: torch.Tensor, timesteps: torch.Tensor, chosen: torch.Tensor | None = chosen, done: int = first
-        ) -> torch.Tensor:
-            report(Event("calibrate", done, count))
-            return call(model, x, timesteps, chosen)
-
-        images.append(process.sample(denoise, noise.to(device), steps).cpu())
-    report(Event("calibrate", count, count))
-    drawn = torch.cat(images)
-    if not bool(drawn.isfinite().all()):
-        raise GfpruneError("images drawn from the model are not finite: pass --data, or more --sample-steps")
-    return drawn
-
-
-def cached(key: Mapping[str, Any], make: Callable[[], torch.Tensor], report: Report) -> torch.Tensor:
-    """What `make` returns, from the cache if a run with the same key left it there.
-
-    A cache that cannot be read or written costs time, never the run.
-    """
-    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "calibration" / f"{digest}.safetensors"
-    try:
-        return load_file(path)["images"]
-    except Exception:  # absent, truncated or foreign: make it again
-        pass
-    images = make()
-    staging = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(staging, {"images": images})
-        staging.replace(path)
-    except OSError as error:
-        notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
-        staging.unlink(missing_ok=True)
-    return images
+        return tensors["images"]

@@ -1,5 +1,6 @@
 """What a prune run did, as numbers."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,11 @@ class PruneResult:
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
+
+
+def as_json(value: Any) -> Any:
+    """A configuration as JSON keeps it: tuples as lists, and what is no JSON as text (-Infinity, too)."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def installed_tools() -> dict[str, str | None]:

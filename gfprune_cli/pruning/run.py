@@ -1,7 +1,6 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,9 @@ from gfprune_cli.checkpoint.reader import (
 )
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss
 from gfprune_cli.device import default_precision
@@ -34,7 +33,7 @@ from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import remove, remove_native
@@ -72,7 +71,7 @@ class Run:
                 "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
             )
         self.scheduler = scheduler
-        self.process: NoisingProcess = noising_process(scheduler)
+        self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
@@ -87,7 +86,7 @@ class Run:
             "weights": self.hashes,
             "commit": self.source.commit,
             "device": self.device.type,
-            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            **{name: as_json(value) for name, value in inputs.items()},
             "tools": installed_tools(),
         }
 
@@ -194,7 +193,8 @@ class Run:
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
         recipe = self.recipe
-        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed)
+        options = PipelineOptions.of(recipe)
+        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
         found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
         self.process = found.process

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
 Sampler = Literal["ddim", "ddpm", "euler", "pipeline"]
 Spacing = Literal["quad", "uniform", "leading", "trailing", "linspace"]
@@ -72,6 +72,10 @@ class EvalRecipe:
         float | None, Gt(0), Help("Exit with 3 if the eager speed-up at the largest batch is below this.")
     ] = None
     max_loss: Annotated[float | None, Gt(0), Help("Exit with 3 if the denoising loss is above this.")] = None
+    prompts: PromptsFile = None
+    size: Size = None
+    frames: Frames = None
+    guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def document(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class FinetuneRecipe:
     channels_last: Annotated[bool | None, Help("Memory format (default: on CUDA only).")] = None
     checkpointing: Annotated[bool, Help("Recompute activations: slower, less memory.")] = False
     compile: Annotated[bool, Help("Compile the networks with torch.compile.")] = False
+    prompts: PromptsFile = None
+    size: Size = None
+    frames: Frames = None
+    guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def document(self) -> dict[str, Any]:

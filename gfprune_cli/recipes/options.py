@@ -7,7 +7,9 @@ the output.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from annotated_types import Ge, Le
 
 from gfprune_cli.errors import UsageError
 
@@ -20,6 +22,21 @@ class Help:
     """What `--help` says of an option."""
 
     text: str
+
+
+PromptsFile = Annotated[
+    str | None, Help("Text file of prompts for drawn images, one per line (default: a built-in list).")
+]
+Size = Annotated[
+    str | None, Help("Pixels of drawn images, 512 or height x width 512x768 (default: the pipeline's).")
+]
+Frames = Annotated[int | None, Ge(1), Le(4096), Help("Frames of drawn videos (default: the pipeline's).")]
+GuidanceScale = Annotated[
+    float | None,
+    Ge(0),
+    Le(1000),
+    Help("Guidance scale of drawn images and of the loss; 1 switches it off (default: the pipeline's)."),
+]
 
 
 def option_help(recipe: type, name: str) -> str:

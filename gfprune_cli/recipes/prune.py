@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
 CriterionName = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
 
@@ -52,6 +52,10 @@ class PruneRecipe:
         Literal["fp32", "bf16"] | None,
         Help("Of training passes (default: bf16 on CUDA, else fp32); scores are always fp32."),
     ] = None
+    prompts: PromptsFile = None
+    size: Size = None
+    frames: Frames = None
+    guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def document(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One finetune run: from a pruned network to a better one."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,16 +13,17 @@ from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import Component, cast_model, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.calibration import ImageRequest
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
@@ -61,7 +61,7 @@ class Run:
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler
-        self.process: NoisingProcess = noising_process(scheduler)
+        self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
@@ -79,7 +79,7 @@ class Run:
             "teacher weights": self.teacher.hashes,
             "resolved precision": self.precision,
             "device": self.device.type,
-            **{name: json.loads(json.dumps(value, default=str)) for name, value in inputs.items()},
+            **{name: as_json(value) for name, value in inputs.items()},
             "tools": installed_tools(),
         }
 
@@ -123,6 +123,7 @@ class Run:
             recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
             recipe.sample_steps,
             recipe.seed,
+            PipelineOptions.of(recipe),
         )
         with self.processes.main_first():
             found = request.answer(
@@ -160,7 +161,8 @@ class Run:
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, which are no pictures."""
         config: Any = teacher.config
-        if config.in_channels not in (1, 3) or {"vae", "vqvae"} & set(self.component.pipeline or {}):
+        pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
+        if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)

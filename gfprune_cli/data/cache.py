@@ -1,0 +1,59 @@
+"""What was drawn or recorded once, by the hash of everything that decides it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.progress import Report, notice
+
+DOCUMENT = "document"
+Tensors = dict[str, torch.Tensor]
+
+
+def cache_folder() -> Path:
+    """`$GFPRUNE_CACHE`, else `gfprune` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("GFPRUNE_CACHE") or Path(base) / "gfprune")
+
+
+def cached(
+    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
+) -> tuple[Tensors, Any]:
+    """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
+
+    A cache that cannot be read or written costs time, never the run.
+    """
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "calibration" / f"{digest}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as reader:
+            document = json.loads(reader.metadata()[DOCUMENT])
+            return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
+    except Exception:  # absent, truncated or foreign: make it again
+        pass
+    tensors, document = make()
+    staging = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
+        staging.replace(path)
+    except OSError as error:
+        notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
+        staging.unlink(missing_ok=True)
+    return tensors, document
+
+
+def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Path -> SHA-256 of what the file holds."""
+    found = {}
+    for path in sorted(paths):
+        with path.open("rb") as stream:
+            found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found

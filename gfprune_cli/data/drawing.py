@@ -1,0 +1,120 @@
+"""Samples that a network draws of itself, and what they need to know of its configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.files import read_config, trusted_roots
+from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.data.conditions import Condition, call
+from gfprune_cli.data.draws import generator
+from gfprune_cli.data.latents import decoder_name
+from gfprune_cli.data.noising import NoisingProcess
+from gfprune_cli.data.recording import PipelineOptions
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import Event, Report
+
+SAMPLE_BATCH = 32
+
+
+def draw_labels(classes: int | None, count: int, seed: int) -> torch.Tensor | None:
+    """[count] class labels for a class-conditional network, uniform; None for an unconditional one."""
+    if classes is None:
+        return None
+    return torch.randint(classes, (count,), generator=generator(seed, "labels"))
+
+
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration, without what diffusers notes in it."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
+
+
+def refuse_options(options: PipelineOptions, component: Component) -> None:
+    """No pipeline conditions this network, so there is nothing to ask of one.
+
+    Raises:
+        UsageError: an option was given.
+    """
+    for name in ("prompts", "size", "frames", "guidance"):
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"--{name}: {component.class_name} without a pipeline that conditions it has no such setting;"
+                " drop the flag"
+            )
+
+
+def upscaling(component: Component, name: str) -> int:
+    """Pixels per latent, each way, by the configuration of a pipeline's autoencoder."""
+    config = read_config(component.root / name / "config.json", trusted_roots(component.root))
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
+    return int(2 ** (len(stages) - 1))
+
+
+def image_size(component: Component, config: Any) -> tuple[int, int]:
+    """(height, width) of what the network denoises.
+
+    Raises:
+        GfpruneError: the configuration does not say, or wants conditioning that cannot be drawn.
+    """
+    if config.sample_size is None:
+        raise GfpruneError(f"{component.folder}/config.json has no sample_size: add it")
+    if getattr(config, "class_embed_type", None) is not None:
+        raise GfpruneError(
+            f"{component.folder}/config.json: class_embed_type {config.class_embed_type} needs"
+            " conditioning that gfprune cannot draw; it prunes unconditional and class-label networks"
+        )
+    size = config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def refuse_latent_data(data: str, component: Component) -> None:
+    """Pixels are no input for a network that works on latents."""
+    decoder = decoder_name(component)
+    if decoder is not None:
+        raise UsageError(
+            f"--data {data}: this pipeline works on latents of its {decoder}; "
+            "drop --data to calibrate on latents drawn from the model"
+        )
+
+
+@torch.no_grad()
+def self_images(
+    model: nn.Module,
+    process: NoisingProcess,
+    *,
+    count: int,
+    steps: int,
+    seed: int,
+    conditions: Condition,
+    shape: tuple[int, ...],
+    device: torch.device,
+    report: Report,
+    batch: int = SAMPLE_BATCH,
+) -> torch.Tensor:
+    """[count, *shape] samples of the model, from a few deterministic steps; every image has its own seed.
+
+    Raises:
+        GfpruneError: the model's samples are not finite.
+    """
+    images = []
+    for first in range(0, count, batch):
+        members = range(first, min(count, first + batch))
+        noise = torch.stack(
+            [torch.randn(shape, generator=generator(seed, "image", index)) for index in members]
+        )
+        chosen = None if conditions is None else conditions[list(members)].to(device)
+
+        def denoise(
+            x: torch.Tensor, timesteps: torch.Tensor, chosen: Condition = chosen, done: int = first
+        ) -> torch.Tensor:
+            report(Event("calibrate", done, count))
+            return call(model, x, timesteps, chosen)
+
+        images.append(process.sample(denoise, noise.to(device), steps).cpu())
+    report(Event("calibrate", count, count))
+    drawn = torch.cat(images)
+    if not bool(drawn.isfinite().all()):
+        raise GfpruneError("images drawn from the model are not finite: pass --data, or more --sample-steps")
+    return drawn

@@ -1,0 +1,157 @@
+"""Images as the latents of a pipeline's own autoencoder, and as its pictures."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.files import first_line
+from gfprune_cli.checkpoint.layout import pipeline_components
+from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.data.draws import generator
+from gfprune_cli.data.images import to_model_range
+from gfprune_cli.data.pipeline import load_component, quiet
+from gfprune_cli.data.recording import PipelineOptions, call_arguments
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import Event, Report
+
+DECODERS = ("vae", "vqvae")
+
+
+def decoder_name(component: Component) -> str | None:
+    """The component that a pipeline's latents belong to; None for pixels."""
+    entries = pipeline_components(component.pipeline or {})
+    return next((name for name in DECODERS if name in entries), None)
+
+
+@torch.no_grad()
+def encode_images(
+    images: torch.Tensor,
+    component: Component,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    device: torch.device,
+    report: Report,
+) -> torch.Tensor:
+    """[N, *shape] latents of images, as the pipeline's denoiser sees them.
+
+    Images are encoded one by one, without sampling the posterior.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        shape: of one sample of the denoiser, with or without packing.
+
+    Raises:
+        UsageError: the denoiser works on something that no image becomes.
+    """
+    vae = load_component(component, str(decoder_name(component)), device)
+    dtype = next(vae.parameters()).dtype
+    found = []
+    for number, image in enumerate(images):
+        report(Event("calibrate", number, len(images)))
+        pixels = to_model_range(image)[None].to(device, dtype)
+        latents = normalised(vae, encoded(vae, pixels).float(), scheduler)
+        found.append(laid_out(latents, shape, images.shape[2:]).cpu())
+    report(Event("calibrate", len(images), len(images)))
+    return torch.cat(found)
+
+
+def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents [1, C, h, w] (or [1, C, 1, h, w]) of pixels [1, 3, H, W]: the mode where there is a posterior.
+
+    Raises:
+        UsageError: it is no autoencoder of images.
+    """
+    moving = any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    try:
+        output = vae.encode(pixels[:, :, None] if moving else pixels)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--data: {type(vae).__name__} cannot encode these images ({first_line(error)}); "
+            "drop --data to calibrate on latents drawn from the model"
+        ) from error
+    posterior = getattr(output, "latent_dist", None)
+    if posterior is not None:
+        found: torch.Tensor = posterior.mode()
+        return found
+    latents: torch.Tensor = output.latents if hasattr(output, "latents") else output.latent
+    return latents
+
+
+def normalised(vae: Any, latents: torch.Tensor, scheduler: Any) -> torch.Tensor:
+    """Shifted and scaled as the configurations of the autoencoder and the scheduler say."""
+    config = vae.config
+    scale = float(config.get("scaling_factor") or 1.0)
+    mean, spread = (
+        getattr(vae, name, None) if isinstance(getattr(vae, name, None), torch.Tensor) else config.get(name)
+        for name in ("latents_mean", "latents_std")
+    )
+    if mean is not None and spread is not None:
+        view = (1, -1) + (1,) * (latents.ndim - 2)
+        latents = latents - torch.as_tensor(mean).to(latents).view(view)
+        latents = latents / torch.as_tensor(spread).to(latents).view(view)
+    elif config.get("shift_factor"):
+        latents = latents - config["shift_factor"]
+    if hasattr(scheduler, "precondition_noise"):
+        scale /= scheduler.config.sigma_data  # networks of the EDM family see samples of unit variance
+    return latents * scale
+
+
+def laid_out(latents: torch.Tensor, shape: tuple[int, ...], pixels: tuple[int, ...]) -> torch.Tensor:
+    """[1, *shape]: latents in the layout of the denoiser.
+
+    Raises:
+        UsageError: the denoiser sees something else.
+    """
+    candidates = [latents]
+    if latents.ndim == 5:
+        candidates.append(latents.transpose(1, 2))  # frames before channels
+    flat = latents[:, :, 0] if latents.ndim == 5 else latents
+    if len(shape) == 2 and flat.ndim == 4:
+        candidates.append(flat.flatten(2).transpose(1, 2))
+        if not flat.shape[2] % 2 and not flat.shape[3] % 2:  # squares of 2 x 2 as one token
+            squares = flat.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [1, C, h, 2, w, 2]
+            candidates.append(squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+    for candidate in candidates:
+        if tuple(candidate.shape[1:]) == shape:
+            return candidate.contiguous()
+    raise UsageError(
+        f"--data: images of {pixels[0]}x{pixels[1]} become latents of {list(latents.shape[1:])}, and the"
+        f" network works on {list(shape)}; for video give --frames 1, or drop --data"
+    )
+
+
+@torch.no_grad()
+def pictures(
+    pipeline: Any,
+    asked: list[Any],
+    options: PipelineOptions,
+    *,
+    count: int,
+    steps: int,
+    seed: int,
+    report: Report,
+) -> torch.Tensor:
+    """[count, C, H, W] images in [-1, 1] that a pipeline draws and its autoencoder decodes, one by one.
+
+    Raises:
+        GfpruneError: the pipeline draws no images, or fails.
+    """
+    arguments = call_arguments(pipeline, options, steps=steps, output="np")
+    name = type(pipeline).__name__
+    found = []
+    for number in range(count):
+        report(Event("calibrate", number, count))
+        made = {**arguments, "generator": generator(seed, "image", number)}
+        if asked:
+            made["class_labels" if isinstance(asked[0], int) else "prompt"] = [asked[number % len(asked)]]
+        try:
+            with quiet():
+                image = torch.as_tensor(pipeline(**made)[0])
+        except Exception as error:  # another library's pipeline: anything
+            raise GfpruneError(f"{name} cannot be run: {first_line(error)}") from error
+        if image.ndim != 4:
+            raise GfpruneError(f"{name} draws no images: pass --data")
+        found.append(image.permute(0, 3, 1, 2).float() * 2 - 1)
+    report(Event("calibrate", count, count))
+    return torch.cat(found)
