@@ -22,6 +22,7 @@ QUERY_NORMS = ("norm_q", "norm_added_q")
 KEY_NORMS = ("norm_k", "norm_added_k")
 INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross")  # they see what the projections read
 OUTPUTS = ("to_out", "to_add_out")
+POSITIONAL = "positional:"  # before the name of an argument that came without it
 KNOWN = {*QUERY_LAYERS, *KEY_LAYERS, *QUERY_NORMS, *KEY_NORMS, *INPUT_NORMS, *OUTPUTS}
 
 
@@ -34,7 +35,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the channels of an attention are divided: `heads` queries, `kv_heads` keys, `head` channels each."""
+    """How an attention's channels are divided: `heads` queries, `kv_heads` keys, `head` channels each."""
 
     heads: int
     kv_heads: int
@@ -172,12 +173,15 @@ def rotary_member(name: str, shapes: dict[str, list[tuple[int, ...]]], layout: L
     Angles within one head are the same for every head, and need nothing. None for any other sort.
     """
     whole = False
-    for shape in (shape for given in shapes.values() for shape in given):
-        if shape[-1] == layout.queries and len(shape) <= 3 and layout.heads == layout.kv_heads:
+    for key, shape in ((key, shape) for key, given in shapes.items() for shape in given if shape):
+        # the pruned class selects angles among the keyword arguments of an attention
+        if shape[-1] == layout.queries and "rotary" in key and not key.startswith(POSITIONAL):
             whole = True
         elif shape[-1] > layout.head or (len(shape) == 4 and layout.heads in shape[1:3]):
             return None
     if not whole:
         return []
+    if layout.heads != layout.kv_heads:
+        return None
     channels = layout.query_channels()
     return [Member(name, "in", "rotary", torch.arange(len(channels)), channels)]

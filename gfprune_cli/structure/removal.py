@@ -20,6 +20,8 @@ from gfprune_cli.structure.trace import is_attention, is_depthwise
 
 Kept = Mapping[str, torch.Tensor]
 
+REGISTERED = {"_parameters", "_buffers", "_modules"}  # attributes in which torch keeps what it knows of
+
 
 @dataclass(frozen=True)
 class ModuleCut:
@@ -222,10 +224,11 @@ def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give a network built without weights what no state dict holds: tables that constructors compute."""
     origins = dict(source.named_modules())
     for name, module in target.named_modules():
-        origin = origins.get(name)
-        for held in (module._buffers, module.__dict__) if origin is not None else ():
-            for leaf, value in list(held.items()):
-                tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
-                if any(tensor.is_meta for tensor in tensors):
-                    held[leaf] = getattr(origin, leaf)
+        if name not in origins:
+            continue
+        plain = {leaf: value for leaf, value in vars(module).items() if leaf not in REGISTERED}
+        for leaf, value in {**module._buffers, **plain}.items():
+            tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
+            if any(tensor.is_meta for tensor in tensors):
+                setattr(module, leaf, getattr(origins[name], leaf))
     return target

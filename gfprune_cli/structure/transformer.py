@@ -19,14 +19,14 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.feedforward import feedforward_groups
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.heads import Rotary, head_groups
+from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
 from gfprune_cli.structure.trace import Trace, is_attention, observe
 
 ROTARY_NAMES = ("rotary", "rope", "freqs")
 
 
 def is_transformer(model: nn.Module) -> bool:
-    """Whether a denoiser is a stack of transformer blocks: attention, and no convolutional residual blocks."""
+    """Whether a denoiser is a stack of transformer blocks: attention, and no residual convolutions."""
     kinds = {type(module).__name__ for module in model.modules()}
     return not any(kind.startswith("ResnetBlock") for kind in kinds) and any(
         map(is_attention, model.modules())
@@ -64,16 +64,16 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, R
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
     state = {name: to_meta(tensor) for name, tensor in tensors_of(model)}
-    attempts: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(state, tree_map(to_meta, dict(inputs)))]
+    attempts: list[tuple[dict[str, Any], dict[str, Any]]] = [(state, tree_map(to_meta, dict(inputs)))]
     if not any(parameter.is_meta for parameter in model.parameters()):
-        attempts.append(({}, inputs))
+        attempts.append(({}, dict(inputs)))
     error: Exception | None = None
     for state, arguments in attempts:
         trace, rotary = Trace(), Rotary()
         hooks = [*observe(model, trace), *observe_rotary(model, rotary)]
         try:
             with torch.no_grad():
-                functional_call(model, dict(state), (), {**arguments, "return_dict": False})
+                functional_call(model, state, (), {**arguments, "return_dict": False})
             return trace, rotary
         except Exception as raised:  # whatever a model's forward may raise
             error = raised
@@ -97,8 +97,10 @@ def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
         signature = inspect.signature(module.forward)
 
         def note(_module: Any, args: Any, kwargs: Any, name: str = name, signature: Any = signature) -> None:
-            given = dict(signature.bind_partial(*args, **kwargs).arguments)
-            given |= given.pop("kwargs", {}) | given.pop("cross_attention_kwargs", {})
+            given = {
+                f"{POSITIONAL}{key}": value for key, value in signature.bind_partial(*args).arguments.items()
+            }
+            given |= kwargs | (kwargs.get("cross_attention_kwargs") or {})
             for key, value in given.items():
                 if any(part in key for part in ROTARY_NAMES):
                     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -13,6 +13,7 @@ to the shapes written there:
     {"groups": [5, 5, 5, 4]}           a group norm: channels in each of its groups
     {"norm": 40}                       a layer norm or RMS norm: features
     {"heads": 3, "kv_heads": 1}        an attention layer: heads left
+    {"rotary_heads": [0, 2, 3]}        beside "heads", where rotary angles differ by head: which ones are left
     {"parameter": [1, 40]}             a parameter or buffer of its own, named by its full name
     {"attributes": {"inner_dim": 40}}  numbers that a module's forward reads
     {"identity": true}                 a residual block that is skipped; or the names of what it hands on
@@ -188,6 +189,19 @@ def resize_heads(module: Any, heads: int, kv_heads: int | None) -> None:
                 setattr(module, attribute, kv_heads)
 
 
+def angles_of_heads(module: Any, args: Any, kwargs: Any) -> Any:
+    """Before an attention layer: the rotary embedding [..., heads x head] of the heads that are left."""
+    head = module.to_q.out_features // module.heads
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(-1, (-1, head))[..., module.rotary_heads, :].flatten(-2)
+
+    for name, value in kwargs.items():
+        if "rotary" in name and value is not None:
+            kwargs[name] = tuple(map(kept, value)) if isinstance(value, tuple | list) else kept(value)
+    return args, kwargs
+
+
 def resize_parameter(model: nn.Module, name: str, sizes: list[int]) -> None:
     """A parameter of its own; a buffer that used to be computed is now saved with the weights."""
     parent, _, leaf = name.rpartition(".")
@@ -217,6 +231,9 @@ def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
         resize_weight(module, shape["out"], shape["in"], shape.get("conv_groups", 1))
     if "heads" in shape:
         resize_heads(module, shape["heads"], shape.get("kv_heads"))
+    if "rotary_heads" in shape:
+        module.rotary_heads = shape["rotary_heads"]
+        module.register_forward_pre_hook(angles_of_heads, with_kwargs=True)
     for attribute, value in shape.get("attributes", {}).items():
         setattr(module, attribute, value)
     return None
