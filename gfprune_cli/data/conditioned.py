@@ -202,7 +202,7 @@ def made_up(model: nn.Module, count: int, seed: int, report: Report) -> Recordin
     Raises:
         GfpruneError: what the network takes is not known.
     """
-    from gfprune_cli.structure.graph import example_inputs
+    from gfprune_cli.structure.examples import example_inputs
 
     inputs: dict[str, Any] = dict(example_inputs(model))
     sample = next(iter(inputs))

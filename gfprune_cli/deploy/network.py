@@ -235,7 +235,7 @@ def trace(denoiser: Denoiser, labels: frozenset[str]) -> Exported:
 
 
 def dynamic_shapes(signature: Signature, labels: frozenset[str]) -> dict[str, dict[int, Any]]:
-    """Every input's free dimensions: the batch, an image's multiples of the factor, others as they turn out."""
+    """Every input's free dimensions: the batch, multiples of an image's factor, others as they turn out."""
     batch = torch.export.Dim("batch")
     image = {
         "height": signature.factor * torch.export.Dim("h"),
