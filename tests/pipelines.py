@@ -54,7 +54,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from text import clip, gemma, t5
+from text_encoders import clip, gemma, t5
 from transformers import UMT5EncoderModel
 
 LATENT = 4
@@ -125,7 +125,9 @@ def stable_diffusion(folder: Path, unet: Any, scheduler: Any) -> Path:
 
 
 def stable_diffusion_1(folder: Path) -> Path:
-    return stable_diffusion(folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True))
+    return stable_diffusion(
+        folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    )
 
 
 def stable_diffusion_2(folder: Path) -> Path:
