@@ -536,7 +536,7 @@ def sample(
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **loading or {})
     for module in pipeline.components.values():
         for parameter in module.parameters() if isinstance(module, torch.nn.Module) else ():
-            # mapped from a file it lies anywhere in memory, and kernels round differently off their boundaries
+            # mapped from a file it lies anywhere in memory, and kernels round by alignment
             parameter.data = parameter.data.clone()
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = dict(num_inference_steps=steps, output_type=output_type)
