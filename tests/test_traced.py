@@ -21,9 +21,10 @@ from gfprune_cli.structure import verify
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.examples import example_inputs
-from gfprune_cli.structure.graph import discover, first_output
+from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
+from gfprune_cli.structure.tracing import first_output
 from gfprune_cli.structure.verify import check_removal, half_of, masked_by, masked_outcome, noisy
 
 EXACT = 1e-9
@@ -296,8 +297,11 @@ def test_residual_streams_and_the_outside_keep_their_width(name: str) -> None:
     assert pruned.config.cross_attention_dim == 24
 
 
-def test_width_adds_the_residual_streams_of_transformers() -> None:
-    model = network("sd2")
+@each_unet
+def test_width_adds_the_residual_streams_of_transformers(name: str) -> None:
+    """Their layer norms become mask-aware, so that this is exact too."""
+    model = network(name)
+    made = inputs_of(model)
     without, with_width = discover(model)[0], discover(model, width=True)[0]
     streams = {group.name for group in with_width} - {group.name for group in without}
     assert streams
@@ -305,6 +309,8 @@ def test_width_adds_the_residual_streams_of_transformers() -> None:
         norms = [member for member in group.members if ".norm" in member.module and "blocks" in member.module]
         layer_norms = [m for m in norms if isinstance(model.get_submodule(m.module), nn.LayerNorm)]
         assert bool(layer_norms) is (group.name in streams)
+    kept = any_mask(with_width, 4)
+    assert gap(remove(model, with_width, kept), model, with_width, kept, made) < EXACT
 
 
 @each_autoencoder

@@ -19,9 +19,9 @@ from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
-from gfprune_cli.structure.graph import first_output, hooks_as_before, running_modules
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
+from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 DOUBLES = 400_000_000  # parameters up to which a copy in float64 is made
