@@ -73,8 +73,10 @@ def prune(
     plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
     if dry_run:
         return planned(plan, recipe, time.monotonic() - start)
-    for name, used in (("--model", source.folder), ("--data", Path(recipe.data) if recipe.data else None)):
-        if used is not None and used.resolve().is_relative_to(destination.resolve()):
+    given = {"--data": recipe.data, "--prompts": recipe.prompts}
+    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
+    for name, used in inputs.items():
+        if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
     run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
     state = StateFolder(destination, run.identity())

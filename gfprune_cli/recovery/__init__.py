@@ -157,7 +157,13 @@ def refuse_overlaps(
         UsageError: which folder lies in which.
     """
     data = None if recipe.data == "self" else Path(recipe.data)
-    inputs = [("--model", student.root), ("--teacher", teacher.root), ("--data", data)]
+    prompts = Path(recipe.prompts) if recipe.prompts else None
+    inputs = [
+        ("--model", student.root),
+        ("--teacher", teacher.root),
+        ("--data", data),
+        ("--prompts", prompts),
+    ]
     for name, used in inputs:
         if used is None:
             continue
