@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from pipelines import COMPONENTS, FAMILIES
 from torch import nn
 
 from gfprune_cli.checkpoint.reader import Component, load_scheduler
@@ -23,7 +24,6 @@ from gfprune_cli.data.pipeline import open_pipeline
 from gfprune_cli.data.recording import Recording, call_arguments, record
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, silent
-from tests.pipelines import COMPONENTS, FAMILIES
 
 CONDITIONED = [family for family in FAMILIES if family != "ldm"]
 VIDEO = dict(size="32", frames=9)
