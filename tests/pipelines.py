@@ -54,7 +54,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from text import clip, gemma, t5
+from text_encoders import clip, gemma, t5
 from transformers import UMT5EncoderModel
 
 LATENT = 4
@@ -125,7 +125,9 @@ def stable_diffusion(folder: Path, unet: Any, scheduler: Any) -> Path:
 
 
 def stable_diffusion_1(folder: Path) -> Path:
-    return stable_diffusion(folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True))
+    return stable_diffusion(
+        folder, conditional_unet(), PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    )
 
 
 def stable_diffusion_2(folder: Path) -> Path:
@@ -532,6 +534,10 @@ def sample(
         changes: for the call of the pipeline.
     """
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **loading or {})
+    for module in pipeline.components.values():
+        for parameter in module.parameters() if isinstance(module, torch.nn.Module) else ():
+            # mapped from a file it lies anywhere in memory, and kernels round by alignment
+            parameter.data = parameter.data.clone()
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = dict(num_inference_steps=steps, output_type=output_type)
     if "prompt" in inspect.signature(type(pipeline).__call__).parameters:

@@ -17,8 +17,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
-from transformers_zoo import SMALL, ZOO, build, double_precision, inputs, meta
+from transformers_zoo import OTHERS, SMALL, ZOO, build, build_other, double_precision, inputs, meta
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -31,12 +32,15 @@ from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
 from gfprune_cli.structure.trace import Trace
+from gfprune_cli.structure.width import width_group
 
 Kept = dict[str, torch.Tensor]
 Structure = tuple[tuple[ChannelGroup, ...], Trace, CostModel]
 
 EXACT = 1e-9  # relative, in float64
+WIDTH = "+width"
 each_network = pytest.mark.parametrize("name", ZOO)
+each_structure = pytest.mark.parametrize("name", [*ZOO, *(name + WIDTH for name in ZOO)])
 few = settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
 
 # (channels, channels per unit, members): how many groups have them
@@ -59,12 +63,21 @@ EXPECTED: dict[str, dict[tuple[int, int, int], int]] = {
 }
 
 
+def read(name: str, model: Any) -> tuple[tuple[ChannelGroup, ...], Trace]:
+    """Groups and trace at small inputs; of the residual stream too if the name says so."""
+    return discover(model, example_inputs(model, SMALL), width=name.endswith(WIDTH))
+
+
 @functools.cache
 def structure(name: str) -> Structure:
-    """Channel groups, trace and cost at small inputs; they depend on shapes alone."""
-    model = meta(name)
-    groups, trace = discover(model, example_inputs(model, SMALL))
+    """Channel groups, trace and cost of one of `ZOO`; they depend on shapes alone."""
+    model = meta(name.removesuffix(WIDTH))
+    groups, trace = read(name, model)
     return groups, trace, CostModel(model, groups, trace)
+
+
+def network(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    return build(name.removesuffix(WIDTH), dtype=dtype)
 
 
 @st.composite
@@ -135,6 +148,14 @@ def test_groups_come_in_the_order_in_which_the_network_runs_them() -> None:
     assert names[-2:] == ["single_transformer_blocks.1.proj_mlp", "single_transformer_blocks.1.attn.to_q"]
 
 
+def test_fused_projections_hold_heads_and_units() -> None:
+    """FLUX.2's single-stream blocks make queries, keys, values and both halves of the units at once."""
+    model, made = build_other("Flux2Transformer2DModel")
+    groups, _ = discover(model, made)
+    sizes = {group.name.rpartition(".attn.")[2]: (group.channels, group.unit_size) for group in groups[-2:]}
+    assert sizes == {"to_qkv_mlp_proj": (32, 8), "mlp_act_fn": (96, 1)}
+
+
 def test_attention_with_weights_of_an_unknown_kind_keeps_its_heads() -> None:
     """Nobody knows what the extra weights do to a head, so that it cannot be removed exactly."""
     model = build("dit")
@@ -180,15 +201,17 @@ def counted_macs(model: nn.Module, made: dict[str, Any]) -> int:
 ELSEWHERE = {"stable-audio": 8}
 
 
-@each_network
+@each_structure
 def test_costs_are_the_real_ones_before_and_after_removal(name: str) -> None:
     """Parameters, and the MACs that torch counts, of the dense network and of the one removal builds."""
     groups, _, cost = structure(name)
     kept = random_units(name, 0)
-    pruned = remove(meta(name), groups, kept)
-    for model, channels in ((meta(name), {}), (pruned, widths(groups, kept))):
+    pruned = remove(meta(name.removesuffix(WIDTH)), groups, kept)
+    for model, channels in ((meta(name.removesuffix(WIDTH)), {}), (pruned, widths(groups, kept))):
         assert cost.params(channels) == parameters(model)
-        expected = counted_macs(model, example_inputs(model, SMALL)) - ELSEWHERE.get(name, 0)
+        expected = counted_macs(model, example_inputs(model, SMALL)) - ELSEWHERE.get(
+            name.removesuffix(WIDTH), 0
+        )
         assert cost.macs(channels) == expected
 
 
@@ -264,23 +287,23 @@ def test_linear_attention_costs_as_much_per_token_at_every_size() -> None:
 # --- removal -------------------------------------------------------------------------------------
 
 
-@each_network
+@each_structure
 @few
 @given(data=st.data())
 def test_removal_computes_what_the_masked_network_computes(name: str, data: Any) -> None:
     groups, _, _ = structure(name)
     kept = data.draw(some_units(name))
-    model = build(name)
+    model = network(name)
     made = inputs(model)
     pruned = remove(model, groups, kept)
     assert relative_error(run(pruned, made), run_masked(model, groups, kept, made)) <= EXACT
 
 
-@each_network
+@each_structure
 def test_what_is_removed_mattered(name: str) -> None:
     """The networks of these tests are no trivial ones: half of each group changes the output."""
     groups, _, _ = structure(name)
-    model = build(name)
+    model = network(name)
     made = inputs(model)
     dense = run(model, made)
     for group in groups:
@@ -289,28 +312,28 @@ def test_what_is_removed_mattered(name: str) -> None:
         assert relative_error(run(remove(model, groups, kept), made), dense) > 1e-6, group.name
 
 
-@each_network
+@each_structure
 def test_a_pruned_network_can_be_pruned_again(name: str) -> None:
     groups, _, _ = structure(name)
-    model = build(name)
+    model = network(name)
     made = inputs(model)
     once = remove(model, groups, random_units(name, 1, 0.8))
-    again, _ = discover(once, example_inputs(once, SMALL))
+    again, _ = read(name, once)
     kept = {group.name: torch.arange(group.units) != 0 for group in again}
     twice = remove(once, again, kept)
     assert relative_error(run(twice, made), run_masked(once, again, kept, made)) <= EXACT
 
 
-@each_network
+@each_structure
 def test_pruned_networks_reload_bit_for_bit(name: str, tmp_path: Path) -> None:
     """From configuration and weights, and from the files that diffusers writes and reads."""
     groups, _, _ = structure(name)
-    model = build(name, dtype=torch.float32)
+    model = network(name, dtype=torch.float32)
     pruned: Any = remove(model, groups, random_units(name, 2))
     made = inputs(model)
     with torch.no_grad():
         expected = pruned(**made, return_dict=False)[0]
-        cls = pruned_class(ZOO[name][0])
+        cls = pruned_class(ZOO[name.removesuffix(WIDTH)][0])
         from_config = cls.from_config(pruned.config).eval()
         from_config.load_state_dict(pruned.state_dict())
         assert torch.equal(from_config(**made, return_dict=False)[0], expected)
@@ -323,6 +346,28 @@ def test_pruned_networks_reload_bit_for_bit(name: str, tmp_path: Path) -> None:
             {key: value.clone() for key, value in loaded.state_dict().items()}, assign=True
         )
         assert torch.equal(loaded(**made, return_dict=False)[0], expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_classes_of_the_same_blocks_are_exact_too(name: str) -> None:
+    """Nothing is written down about these classes: their inputs are enough."""
+    model, made = build_other(name)
+    with pytest.raises(GfpruneError, match=f"the inputs of {name} are not known"):
+        discover(model)
+    groups, trace = discover(model, made)
+    source = torch.Generator().manual_seed(0)
+    kept = {group.name: torch.rand(group.units, generator=source) < 0.6 for group in groups}
+    for alive in kept.values():
+        alive[0] = True
+    pruned = remove(model, groups, kept)
+    cost = CostModel(model, groups, trace)
+    assert parameters(pruned) == cost.params(widths(groups, kept)) < 0.9 * cost.params({})
+    expected = run_masked(copy.deepcopy(model), groups, kept, made)
+    assert relative_error(run(pruned, made), expected) <= EXACT
+    if name != "Lumina2Transformer2DModel":  # the shapes in it depend on its text mask
+        empty = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, made)
+        for network, channels in ((model, {}), (pruned, widths(groups, kept))):
+            assert counted_macs(network.to("meta"), empty) == cost.macs(channels)
 
 
 def test_heads_that_stay_keep_their_rotary_angles() -> None:
@@ -342,6 +387,51 @@ def test_heads_that_stay_keep_their_rotary_angles() -> None:
     kept[name] = torch.tensor([False, True])
     twice: Any = remove(pruned, again, kept)
     assert twice.transformer_blocks[0].attn1.rotary_heads == [3]
+
+
+# --- the residual stream -------------------------------------------------------------------------
+
+
+@each_network
+def test_the_width_of_the_stream_is_one_more_group(name: str) -> None:
+    plain, wide = structure(name)[0], structure(name + WIDTH)[0]
+    (stream,) = {group.name for group in wide} - {group.name for group in plain}
+    group = next(group for group in wide if group.name == stream)
+    heads = ZOO[name][1]["num_attention_heads"] * 8
+    # PixArt composes part of its time embedding of three parts: a unit is one channel of each
+    assert group.channels == (heads // 3 if name == "pixart" else heads)
+
+
+def test_more_is_within_reach_with_the_width() -> None:
+    for name in ("dit", "sd3", "flux"):
+        costs = structure(name)[2], structure(name + WIDTH)[2]
+        least = [cost.params({group: own.step for group, own in cost.groups.items()}) for cost in costs]
+        assert least[1] < 0.6 * least[0]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_position_tables_are_right_for_pictures_of_every_size(name: str) -> None:
+    """diffusers computes the table of another size anew, of the channels that are left."""
+    groups, _, _ = structure(name + WIDTH)
+    kept = random_units(name + WIDTH, 3)
+    for size in (4, 8, 12):
+        model = build(name)
+        made = inputs(model)
+        made["hidden_states"] = torch.randn(1, 4, size, size, dtype=torch.float64)
+        twice: Any = remove(model, groups, kept)
+        assert relative_error(run(twice, made), run_masked(model, groups, kept, made)) <= EXACT
+
+
+def test_a_module_that_stands_in_the_way_of_the_width_is_named() -> None:
+    model = meta("dit")
+    model.transformer_blocks[1].norm2 = nn.Bilinear(2, 2, 2)
+    with pytest.raises(GfpruneError, match=r"transformer_blocks\.1\.norm2 \(Bilinear\) stands in the way"):
+        width_group(model)
+    other = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=8
+    )
+    with pytest.raises(GfpruneError, match="PriorTransformer"):
+        width_group(other)
 
 
 # --- norms ---------------------------------------------------------------------------------------

@@ -158,10 +158,139 @@ ZOO |= {
 }
 
 
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 8}
+ROPE = {"axes_dims_rope": (4, 2, 2)}
+
+# classes without a rule or inputs of their own, made of the same blocks; shapes of what their forward takes
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ChromaTransformer2DModel": (
+        {
+            **HEADS,
+            **ROPE,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "joint_attention_dim": 12,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        {
+            "hidden_states": (1, 4, 16),
+            "encoder_hidden_states": (1, 5, 12),
+            "timestep": (1,),
+            "img_ids": (4, 3),
+            "txt_ids": (5, 3),
+        },
+    ),
+    "AuraFlowTransformer2DModel": (
+        {
+            **HEADS,
+            "sample_size": 8,
+            "in_channels": 4,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 16,
+        },
+        {"hidden_states": (1, 4, 8, 8), "encoder_hidden_states": (1, 5, 12), "timestep": (1,)},
+    ),
+    "Lumina2Transformer2DModel": (
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "multiple_of": 4,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (16, 16, 16),
+            "cap_feat_dim": 12,
+        },
+        {
+            "hidden_states": (1, 4, 8, 8),
+            "encoder_hidden_states": (1, 5, 12),
+            "timestep": (1,),
+            "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+        },
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        {
+            **HEADS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 12,
+            "pooled_projection_dim": 16,
+            "rope_axes_dim": (4, 2, 2),
+        },
+        {
+            "hidden_states": (1, 4, 2, 4, 4),
+            "encoder_hidden_states": (1, 5, 12),
+            "timestep": torch.tensor([7]),
+            "encoder_attention_mask": torch.ones(1, 5),
+            "pooled_projections": (1, 16),
+            "guidance": (1,),
+        },
+    ),
+    "QwenImageTransformer2DModel": (
+        {**HEADS, **ROPE, "in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 12},
+        {
+            "hidden_states": (1, 4, 16),
+            "encoder_hidden_states": (1, 5, 12),
+            "encoder_hidden_states_mask": torch.ones(1, 5),
+            "timestep": (1,),
+            "img_shapes": [(1, 2, 2)],
+        },
+    ),
+    "Flux2Transformer2DModel": (
+        {
+            **HEADS,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "joint_attention_dim": 12,
+            "timestep_guidance_channels": 16,
+            "axes_dims_rope": (2, 2, 2, 2),
+        },
+        {
+            "hidden_states": (1, 4, 16),
+            "encoder_hidden_states": (1, 5, 12),
+            "timestep": (1,),
+            "img_ids": (4, 4),
+            "txt_ids": (5, 4),
+            "guidance": (1,),
+        },
+    ),
+}
+
+
+def build_other(name: str) -> tuple[Any, dict[str, Any]]:
+    """A network of `OTHERS` with random weights, and random inputs for it."""
+    config, shapes = OTHERS[name]
+    source = torch.Generator().manual_seed(1)
+
+    def draw(shape: Any) -> Any:
+        if not isinstance(shape, tuple):
+            return shape
+        drawn = torch.randn(shape, generator=source, dtype=torch.float64)
+        return drawn.abs() + 5 if len(shape) == 1 else drawn
+
+    model = randomise(getattr(diffusers, name)(**config), 0, torch.float64)
+    return model, {key: draw(shape) for key, shape in shapes.items()}
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """One of `ZOO` on the CPU; norms are near one, and no projection is zero."""
     cls, config = ZOO[name]
-    model = getattr(diffusers, cls)(**config)
+    return randomise(getattr(diffusers, cls)(**config), seed, dtype)
+
+
+def randomise(model: Any, seed: int, dtype: torch.dtype) -> Any:
     source = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)

@@ -11,9 +11,10 @@ from torch import nn
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PrunedModel
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.deploy import onnx_model, openvino_model, torch_program, weights
-from gfprune_cli.deploy.network import Denoiser, Signature, trace
+from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.plan import DTYPES, opset_of, shard_limit, variant_of
+from gfprune_cli.deploy.signature import Signature, workable
 from gfprune_cli.recipes.export import ExportRecipe
 
 
@@ -25,13 +26,15 @@ class Artefact:
         run: the files as written, loaded again into the target runtime.
         files: without configuration, scheduler and card.
         inputs: name -> dtype and shape of a graph's inputs; None where a model class loads the artefact.
-        free_size: whether height and width are free.
+        signature: what to compare it on.
+        free: the sizes (fields of `Sizes`) that may differ from those of the signature.
     """
 
     run: Runner
     files: tuple[Path, ...]
     inputs: Mapping[str, Any] | None
-    free_size: bool
+    signature: Signature
+    free: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Job:
 
     recipe: ExportRecipe
     component: Component
-    signature: Signature
+    scheduler: Any
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,44 +53,54 @@ class Job:
         """The network in the export's dtype, a copy of its own."""
         return load_model(self.component, dtype=self.dtype)
 
+    def traced(self, dtype: torch.dtype) -> Exported:
+        """Its graph in any dtype."""
+        network = deployed(load_model(self.component, dtype=dtype))
+        return traced(Denoiser(network, dtype), self.scheduler)
+
+    def as_class(self, run: Runner, files: tuple[Path, ...], signature: Signature) -> Artefact:
+        """An artefact that the model's class loads: what sizes it takes is the class's affair."""
+        free = frozenset({"width"}) if "sample" in signature.inputs else frozenset[str]()
+        return Artefact(run, files, None, signature, free & signature.labels)
+
 
 def write_safetensors(job: Job, folder: Path) -> Artefact:
     variant = variant_of(job.recipe)
-    files = weights.write_pipeline(folder, job.network(), job.component, variant, shard_limit(job.recipe))
-    run = weights.run_folder(folder, job.component, variant, job.dtype)
-    return Artefact(run, tuple(files), None, True)
+    network = job.network()
+    signature = workable(network, job.scheduler)
+    files = weights.write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
+    run = weights.run_folder(folder, job.component, variant, job.dtype, signature)
+    return job.as_class(run, tuple(files), signature)
 
 
 def write_torch_export(job: Job, folder: Path) -> Artefact:
-    program, free_size = trace(Denoiser(job.network(), job.dtype), job.signature)
-    torch_program.write_program(folder, program)
+    found = job.traced(job.dtype)
+    torch_program.write_program(folder, found.program)
     path = folder / torch_program.FILE
-    inputs = job.signature.describe(free_size=free_size)
-    return Artefact(torch_program.run_program(path), (path,), inputs, free_size)
+    run = torch_program.run_program(path)
+    return Artefact(run, (path,), found.describe(), found.signature, found.labels)
 
 
 def write_onnx(job: Job, folder: Path) -> Artefact:
-    program, free_size = trace(Denoiser(job.network(), job.dtype), job.signature)
+    found = job.traced(job.dtype)
     opset = opset_of(job.recipe) or onnx_model.DEFAULT_OPSET
-    onnx_model.write_onnx(folder, program, list(job.signature.inputs), opset)
+    onnx_model.write_onnx(folder, found.program, list(found.signature.inputs), opset)
     files = tuple(sorted(folder.glob(f"{onnx_model.FILE}*")))
-    inputs = job.signature.describe(free_size=free_size)
-    return Artefact(onnx_model.run_onnx(folder / onnx_model.FILE), files, inputs, free_size)
+    run = onnx_model.run_onnx(folder / onnx_model.FILE)
+    return Artefact(run, files, found.describe(), found.signature, found.labels)
 
 
 def write_openvino(job: Job, folder: Path) -> Artefact:
     """Through ONNX in float32: OpenVINO narrows the weights itself and keeps the arithmetic free."""
-    model = load_model(job.component)
-    program, free_size = trace(Denoiser(model, torch.float32), job.signature)
-    names = list(job.signature.inputs)
-    onnx_model.write_onnx(folder, program, names, onnx_model.DEFAULT_OPSET)
+    found = job.traced(torch.float32)
+    onnx_model.write_onnx(folder, found.program, list(found.signature.inputs), onnx_model.DEFAULT_OPSET)
     onnx_path = folder / onnx_model.FILE
     openvino_model.write_openvino(folder, onnx_path, half=job.recipe.dtype == "fp16")
     for path in folder.glob(f"{onnx_model.FILE}*"):
         path.unlink()
     files = tuple(sorted(folder.glob("openvino_model.*")))
-    inputs = job.signature.describe(free_size=free_size)
-    return Artefact(openvino_model.run_openvino(folder / openvino_model.FILE), files, inputs, free_size)
+    run = openvino_model.run_openvino(folder / openvino_model.FILE)
+    return Artefact(run, files, found.describe(), found.signature, found.labels)
 
 
 WRITERS: dict[str, Callable[[Job, Path], Artefact]] = {

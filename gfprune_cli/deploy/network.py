@@ -1,12 +1,16 @@
 """The network as it is exported: tensors in, one tensor out, no class of ours or of diffusers left in it.
 
-    network = Denoiser(model, torch.float16)
-    program = trace(network, signature_of(model, scheduler))
+    exported = traced(Denoiser(model, torch.float16), scheduler)
+    exported.program                # a graph of PyTorch operators
+
+Autoencoders are exported as what a deployed pipeline runs: their decoder.
 
 Inputs and outputs are float32 in every dtype: a sampling loop keeps its state in float32 anyway, and the
 same loop then runs every export.
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +20,17 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from gfprune_cli.checkpoint.files import first_line
+from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.data.draws import generator
+from gfprune_cli.deploy.signature import AREA, LatentDecoder, Signature, compact, larger, signature_of
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.examples import Sizes
 
 OUTPUT = "output"
+FLOOR = 1e-15
+HALF_MAX = 65504  # the largest float16
+CLOSE = 1e-2  # of the largest output: two runs of the same arithmetic
 
 
 class ConstantGroupNorm(nn.Module):
@@ -72,6 +82,30 @@ class AnyBatchUpsample(nn.Module):
         return x if self.conv is None else self.conv(x)
 
 
+class FloorLinearAttention:
+    """Sana's linear attention (arXiv 2410.10629, section 2.2) with a floor under its denominator.
+
+    diffusers adds 1e-15 to it instead. ONNX optimizers take that for an addition of zero and drop it, and a
+    query of which ReLU leaves nothing is then zero over zero.
+    """
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *context: Any, **more: Any) -> torch.Tensor:
+        """[N, L, C] -> [N, L, C]; the sums are in float32."""
+        query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        query, key, value = (
+            states.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for states in (query, key, value)
+        )
+        query, key = query.relu(), key.relu()
+        weight = (query @ key.sum(2).unsqueeze(-1)).clamp_min(FLOOR)  # [N, heads, L, 1]
+        mixed = (query @ (key.transpose(2, 3) @ value)) / weight
+        output: torch.Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        return output.clip(-HALF_MAX, HALF_MAX) if output.dtype == torch.float16 else output
+
+
 def replace_modules(model: nn.Module) -> None:
     """Put modules that trace well in the place of those that do not; the function stays the same."""
     for name, module in list(model.named_modules()):
@@ -79,6 +113,8 @@ def replace_modules(model: nn.Module) -> None:
             model.set_submodule(name, ConstantGroupNorm(module))
         elif isinstance(module, Upsample2D) and module.norm is None:
             model.set_submodule(name, AnyBatchUpsample(module))
+        elif type(getattr(module, "processor", None)).__name__ == "SanaLinearAttnProcessor2_0":
+            module.processor = FloorLinearAttention()
     for block in model.modules():
         if isinstance(block, ResnetBlock2D) and block.upsample is not None:
             # the block resamples input and state alike in either direction, but counts the batch in one
@@ -86,108 +122,170 @@ def replace_modules(model: nn.Module) -> None:
 
 
 class Denoiser(nn.Module):
-    """A denoiser with float32 inputs and outputs around a network in any dtype.
+    """A network with named inputs and one output, in float32, around a network in any dtype.
 
     Args:
         model: of the dtype that the export computes in; some of its modules are replaced.
+        signature: of its inputs, or None for those of `signature_of`.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, signature: Signature | None = None) -> None:
         super().__init__()
         replace_modules(model)
         self.network, self.dtype = model, dtype
+        self.signature = signature or signature_of(model, None)
         self.eval().requires_grad_(False)
 
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """sample [N, C, H, W] float32, timestep [N], class_labels [N] -> [N, C, H, W] float32."""
-        extra = () if class_labels is None else (class_labels,)
-        output: torch.Tensor = self.network(sample.to(self.dtype), timestep, *extra, return_dict=False)[0]
-        return output.to(torch.float32)
+    @property
+    def signature(self) -> Signature:
+        """What `forward` takes."""
+        return self._signature
+
+    @signature.setter
+    def signature(self, signature: Signature) -> None:
+        def forward(**tensors: torch.Tensor) -> torch.Tensor:
+            arguments = signature.keywords(signature.cast(tensors, self.dtype))
+            output: torch.Tensor = self.network(**arguments, return_dict=False)[0]
+            return output.to(torch.float32)
+
+        # the tracer reads the names of the inputs here
+        names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in signature.inputs]
+        forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+        self._signature, self.forward = signature, forward
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """The part of a model that a graph holds: all of a denoiser, the decoder of an autoencoder."""
+    return LatentDecoder(model) if is_autoencoder(type(model).__name__) else model
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What the exported network takes.
+class Exported:
+    """A traced network.
 
     Args:
-        inputs: name -> a tensor for one sample, of the right shape and type.
-        factor: heights and widths are multiples of it, where they are free.
+        signature: at the sizes at which it was traced.
+        free: input -> dimensions that are free.
     """
 
-    inputs: dict[str, torch.Tensor]
-    factor: int
+    program: torch.export.ExportedProgram
+    signature: Signature
+    free: Mapping[str, frozenset[int]]
 
-    def describe(self, *, free_size: bool) -> dict[str, dict[str, Any]]:
-        """Name -> type and shape, as the record and the model card say them."""
-        described = {}
-        for name, tensor in self.inputs.items():
-            shape: list[int | str] = ["batch", *tensor.shape[1:]]
-            if name == "sample" and free_size:
-                shape[2:] = [f"{self.factor}*h", f"{self.factor}*w"]
-            described[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
-        return described
+    @property
+    def labels(self) -> frozenset[str]:
+        """The sizes that are free."""
+        fixed = [
+            labels
+            for name, axes in self.signature.growth.items()
+            for axis, labels in axes.items()
+            if axis not in self.free[name]
+        ]
+        return self.signature.labels.difference(*fixed)
 
-
-def signature_of(model: nn.Module, scheduler: Any) -> Signature:
-    """The inputs of a network.
-
-    Timesteps are integers, as most schedulers count them; they are float32 where the network is told a
-    noise level, or where the scheduler steps through fractions.
-
-    Args:
-        scheduler: of the pipeline, or None.
-    """
-    network: Any = model
-    config = network.config
-    inputs = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in example_inputs(model).items()
-    }
-    steps = getattr(scheduler, "timesteps", None)
-    fractional = isinstance(steps, torch.Tensor) and steps.is_floating_point()
-    discrete = config.time_embedding_type == "learned" or not fractional
-    if config.time_embedding_type != "fourier" and discrete:
-        inputs["timestep"] = inputs["timestep"].long()
-    return Signature(inputs, 2 ** (len(config.block_out_channels) - 1))
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Name -> type and shape of the inputs."""
+        return self.signature.describe(self.free)
 
 
-def dynamic_shapes(signature: Signature, *, free_size: bool) -> dict[str, dict[int, Any]]:
-    """Every input's free dimensions: the batch, and multiples of the factor for height and width."""
-    batch = torch.export.Dim("batch")
-    shapes: dict[str, dict[int, Any]] = {name: {0: batch} for name in signature.inputs}
-    if free_size:
-        factor = signature.factor
-        shapes["sample"] |= {2: factor * torch.export.Dim("h"), 3: factor * torch.export.Dim("w")}
-    return shapes
+def traced(denoiser: Denoiser, scheduler: Any) -> Exported:
+    """The network as a graph of PyTorch operators: batch free, and every size that can be.
 
-
-def trace(denoiser: Denoiser, signature: Signature) -> tuple[torch.export.ExportedProgram, bool]:
-    """The network as a graph of PyTorch operators, batch free, height and width too if they can be.
-
-    Returns:
-        (program, whether height and width are free).
+    Sizes that look free are tried out, as a network may take another path for others. Where height and
+    width are not, they are those that the network is made for.
 
     Raises:
         GfpruneError: the network cannot be traced.
     """
-    # two samples: a dimension of size one would be taken for a constant
-    example = {name: torch.cat([tensor, tensor]) for name, tensor in signature.inputs.items()}
+    network = denoiser.network
     refused: Exception | None = None
-    for free_size in (True, False):
-        shapes = dynamic_shapes(signature, free_size=free_size)
+    for sizes, wanted in (
+        (compact(network, own=True), frozenset((*AREA, "text"))),
+        (Sizes(text=compact(network, own=True).text), frozenset({"text"})),
+        (Sizes(), frozenset[str]()),
+    ):
+        denoiser.signature = signature_of(network, scheduler, sizes)
         try:
-            with torch.no_grad():
-                program = torch.export.export(denoiser, (), example, dynamic_shapes=shapes)
+            found = trace(denoiser, wanted & denoiser.signature.labels)
+            if found.labels.issuperset(denoiser.signature.labels & wanted & set(AREA)):
+                try_other_sizes(found, denoiser, scheduler)
+                return found
+        except GfpruneError:  # a signal may arrive in here
+            raise
         except Exception as error:  # the tracer raises whatever the network's own code raises
             refused = error
-            continue
-        strip(program)
-        return program, free_size
-    assert refused is not None
-    name = type(denoiser.network).__name__
-    raise GfpruneError(f"{name} cannot be traced by torch.export: {first_line(refused)}") from refused
+    name = type(network).__name__
+    reason = first_line(refused) if refused is not None else "its sizes depend on its inputs"
+    raise GfpruneError(f"{name} cannot be traced by torch.export: {reason}") from refused
+
+
+def trace(denoiser: Denoiser, labels: frozenset[str]) -> Exported:
+    """Trace at the sizes of the signature; the sizes in `labels` are free, where the network lets them."""
+    signature = denoiser.signature
+    # two samples: a dimension of size one would be taken for a constant
+    pair = {
+        name: tensor if name in signature.shared else torch.cat([tensor, tensor])
+        for name, tensor in signature.inputs.items()
+    }
+    with torch.no_grad():
+        program = torch.export.export(denoiser, (), pair, dynamic_shapes=dynamic_shapes(signature, labels))
+    free = free_dimensions(program, signature)
+    strip(program)
+    return Exported(program, signature, free)
+
+
+def dynamic_shapes(signature: Signature, labels: frozenset[str]) -> dict[str, dict[int, Any]]:
+    """Every input's free dimensions: the batch, multiples of an image's factor, others as they turn out."""
+    batch = torch.export.Dim("batch")
+    image = {
+        "height": signature.factor * torch.export.Dim("h"),
+        "width": signature.factor * torch.export.Dim("w"),
+    }
+    shapes: dict[str, dict[int, Any]] = {}
+    for name in signature.inputs:
+        shapes[name] = {} if name in signature.shared else {0: batch}
+        for axis, grown in signature.growth[name].items():
+            if grown <= labels:
+                (first, *rest) = sorted(grown)
+                plain = name == "sample" and not rest
+                shapes[name][axis] = image[first] if plain else torch.export.Dim.AUTO
+    return shapes
+
+
+def free_dimensions(program: torch.export.ExportedProgram, signature: Signature) -> dict[str, frozenset[int]]:
+    """Input -> the dimensions that the graph leaves free."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_inputs]
+    return {
+        name: frozenset(axis for axis, size in enumerate(tensor.shape) if not isinstance(size, int))
+        for name, tensor in zip(signature.inputs, tensors, strict=True)
+    }
+
+
+def try_other_sizes(found: Exported, denoiser: Denoiser, scheduler: Any) -> None:
+    """Run the graph with every free size larger, beside the network.
+
+    Raises:
+        ValueError: the outputs are not the same; anything that the graph raises at such sizes.
+    """
+    if not found.labels:
+        return
+    module: Any = found.program.module()
+    signature = found.signature
+    for label in sorted(found.labels):
+        sizes = larger(signature.sizes, label, factor=2 * signature.factor)
+        denoiser.signature = signature_of(denoiser.network, scheduler, sizes)
+        inputs = {
+            name: torch.rand(tensor.shape, generator=generator(0, "trace", name))
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in denoiser.signature.inputs.items()
+        }
+        with torch.no_grad():
+            expected, output = denoiser(**inputs), module(**inputs)
+        if not torch.allclose(output, expected, rtol=0, atol=CLOSE * float(expected.abs().max())):
+            raise ValueError(f"the graph is wrong at another {label}")
+    denoiser.signature = signature
 
 
 def strip(program: torch.export.ExportedProgram) -> None:

@@ -1,21 +1,23 @@
 """Does the artefact compute what the source computes? Asked before anything is published."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import generator
-from gfprune_cli.deploy.network import Signature
+from gfprune_cli.deploy.signature import MASK, TIME_FACTORS, TIMESTEP, Signature, larger, signature_of
 from gfprune_cli.errors import GateMissed, GfpruneError
 from gfprune_cli.progress import Event, Report
 
 Inputs = dict[str, torch.Tensor]
 Runner = Callable[[Inputs], torch.Tensor]
 
+POSITIONS = 64  # image ids and sizes are numbers below
 COARSE = 4  # the clean images of the inputs are noise of this many cells a side, smoothed
 UNKNOWN_STEPS = 1000  # length of the schedule where the scheduler does not tell
 
@@ -32,14 +34,14 @@ class Parity:
         max_rel: largest difference over the largest absolute output of the source for the same sample.
         tolerance: what `max_rel` may be.
         inputs: samples compared.
-        sizes: heights and widths compared.
+        sizes: heights and widths compared; of samples of another layout all dimensions but the batch.
     """
 
     max_abs: float | None
     max_rel: float | None
     tolerance: float
     inputs: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
 
 
 def timesteps_and_process(scheduler: Any) -> tuple[NoisingProcess | None, int]:
@@ -52,59 +54,76 @@ def timesteps_and_process(scheduler: Any) -> tuple[NoisingProcess | None, int]:
 
 
 def draw_inputs(
-    model: nn.Module, scheduler: Any, signature: Signature, *, free_size: bool, seed: int
+    network: Any, scheduler: Any, signature: Signature, *, free: frozenset[str], seed: int
 ) -> list[Inputs]:
     """Inputs at the lowest, the middle and the highest noise level.
 
-    One batch of one for each level and one of three with all levels; where height and width are free, the
-    latter once more in another size. Noisy samples are smooth random images plus noise, as the scheduler
-    mixes them; every tensor is drawn from (seed, batch, size).
+    One batch of one for each level and one of three with all levels; where sizes are free, the latter once
+    more in other ones. Noisy images are smooth random images plus noise, as the scheduler mixes them; every
+    tensor is drawn from (seed, batch, size).
+
+    Args:
+        free: the sizes (fields of `Sizes`) that are free.
     """
     process, steps = timesteps_and_process(scheduler)
-    network: Any = model
-    if network.config.time_embedding_type == "learned":
+    if network.config.get("time_embedding_type") == "learned":
         steps = min(steps, network.config.num_train_timesteps)
     levels = (0, (steps - 1) // 2, steps - 1)
-    height, width = signature.inputs["sample"].shape[2:]
-    wider = width + signature.factor
-    batches = [([level], (height, width)) for level in levels] + [(list(levels), (height, width))]
-    batches += [(list(levels), (height, wider))] if free_size else []
-    return [
-        one_batch(signature, process, chosen, size, classes=network.config.num_class_embeds, seed=seed)
-        for chosen, size in batches
-    ]
+    batches = [((level,), signature) for level in levels] + [(levels, signature)]
+    if free:
+        grown = larger(signature.sizes, *(free - {"height"}), factor=signature.factor)
+        batches.append((levels, signature_of(network, scheduler, grown)))
+    return [one_batch(network, made, process, chosen, seed) for chosen, made in batches]
 
 
 def one_batch(
-    signature: Signature,
-    process: NoisingProcess | None,
-    levels: Sequence[int],
-    size: tuple[int, int],
-    *,
-    classes: int | None,
-    seed: int,
+    network: Any, signature: Signature, process: NoisingProcess | None, levels: Sequence[int], seed: int
 ) -> Inputs:
     """A noisy batch at positions `levels` of the schedule."""
-    source = generator(seed, "export", *levels, *size)
-    index = torch.tensor(levels)
-    template = signature.inputs["sample"]
-    noise = torch.randn(len(index), template.shape[1], *size, generator=source)
+    template = signature.inputs[signature.sample]
+    source = generator(seed, "export", *levels, *template.shape[2:])
+    index, count = torch.tensor(levels), len(levels)
+    noise = torch.randn(count, *template.shape[1:], generator=source)
     times = index
     if process is not None:
-        low, high = process.value_range
-        coarse = torch.rand(len(index), template.shape[1], COARSE, COARSE, generator=source)
-        images = nn.functional.interpolate(coarse, size=size, mode="bilinear") * (high - low) + low
+        images = smooth_images(noise, process, source)
         noise, times = process.add_noise(images, noise, index), process.timesteps(index)
-    inputs = {"sample": noise, "timestep": times.to(signature.inputs["timestep"].dtype)}
-    if "class_labels" in signature.inputs:
-        label = signature.inputs["class_labels"]
-        shape = (len(index), *label.shape[1:])
-        inputs["class_labels"] = (
-            torch.rand(shape, generator=source)
-            if label.is_floating_point()
-            else torch.randint(classes or 1, shape, generator=source)
-        )
-    return inputs
+    factor = TIME_FACTORS.get(stock_name(type(network).__name__))
+    times = times if factor is None else times * factor
+    found = {}
+    for name, tensor in signature.inputs.items():
+        shape = tensor.shape if name in signature.shared else (count, *tensor.shape[1:])
+        if name == signature.sample:
+            found[name] = noise
+        elif name == TIMESTEP:
+            found[name] = times.to(tensor.dtype)
+        else:
+            found[name] = random_input(name, tensor, shape, network, source)
+    return found
+
+
+def smooth_images(like: torch.Tensor, process: NoisingProcess, source: torch.Generator) -> torch.Tensor:
+    """Random images in the range of the process; samples of another layout are uniform noise."""
+    low, high = process.value_range
+    if like.ndim != 4:
+        return torch.rand(like.shape, generator=source) * (high - low) + low
+    coarse = torch.rand(*like.shape[:2], COARSE, COARSE, generator=source)
+    return nn.functional.interpolate(coarse, size=like.shape[2:], mode="bilinear") * (high - low) + low
+
+
+def random_input(
+    name: str, template: torch.Tensor, shape: Sequence[int], network: Any, source: torch.Generator
+) -> torch.Tensor:
+    """What a network is given beside samples: classes, masks of the first tokens, positions, states."""
+    if not template.is_floating_point():
+        classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm") or 1
+        return torch.randint(classes, tuple(shape), generator=source, dtype=template.dtype)
+    if name == MASK:
+        kept = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=source)
+        return (torch.arange(shape[1]) < kept).to(template.dtype)
+    if name.endswith("_ids"):
+        return torch.randint(POSITIONS, tuple(shape), generator=source).to(template.dtype)
+    return torch.rand(tuple(shape), generator=source)
 
 
 @torch.no_grad()
@@ -117,7 +136,7 @@ def compare(
         GateMissed: the error is above the tolerance, or an output is not finite.
     """
     absolute = relative = 0.0
-    count = sum(len(batch["sample"]) for batch in batches)
+    count = sum(len(samples_of(batch)) for batch in batches)
     done = 0
     for batch in batches:
         report(Event("verify", done, count))
@@ -131,7 +150,7 @@ def compare(
         peak = expected.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
         absolute = max(absolute, float(difference.max()))
         relative = max(relative, float((difference / peak).max()))
-        done += len(batch["sample"])
+        done += len(samples_of(batch))
     report(Event("verify", count, count, values={"max_abs": absolute, "max_rel": relative}))
     if relative > tolerance:
         raise GateMissed(
@@ -141,7 +160,12 @@ def compare(
     return Parity(absolute, relative, tolerance, count, sizes_of(batches))
 
 
-def sizes_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[tuple[int, int], ...]:
-    """Every (height, width) among the batches, once."""
-    sizes = {(int(batch["sample"].shape[2]), int(batch["sample"].shape[3])) for batch in batches}
-    return tuple(sorted(sizes))
+def samples_of(batch: Inputs) -> torch.Tensor:
+    """The noisy samples: the first input."""
+    return next(iter(batch.values()))
+
+
+def sizes_of(batches: Sequence[Inputs]) -> tuple[tuple[int, ...], ...]:
+    """The (height, width) of the samples, or their whole shape where they are no images; each once."""
+    shapes = [tuple(map(int, samples_of(batch).shape[1:])) for batch in batches]
+    return tuple(sorted({shape[1:] if len(shape) == 3 else shape for shape in shapes}))

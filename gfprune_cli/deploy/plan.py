@@ -7,6 +7,7 @@ import torch
 from gfprune_cli.checkpoint.reader import Component, build_meta
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.deploy import onnx_model, openvino_model, torch_program
+from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.weights import parse_size, split
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
@@ -85,10 +86,9 @@ def opset_of(recipe: ExportRecipe) -> int | None:
 
 def planned_files(recipe: ExportRecipe, component: Component, destination: Path) -> dict[str, int]:
     """The artefact's files -> bytes of the weights in them, from shapes alone."""
-    tensors = {
-        name: tensor.to(DTYPES[recipe.dtype])
-        for name, tensor in build_meta(component).state_dict().items()
-    }  # fmt: skip
+    model = build_meta(component)
+    network = model if recipe.format == "safetensors" else deployed(model)
+    tensors = {name: tensor.to(DTYPES[recipe.dtype]) for name, tensor in network.state_dict().items()}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if recipe.format == "onnx":
         apart = total > onnx_model.EXTERNAL_BYTES

@@ -18,11 +18,12 @@ from gfprune_cli.checkpoint.reader import (
 from gfprune_cli.checkpoint.single_file import load_single_file, staged_file, write_single_file
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.deploy.formats import WRITERS, Artefact, Job, is_non_uniform, loading_lines
-from gfprune_cli.deploy.network import signature_of
+from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.parity import TOLERANCES, Parity, compare, draw_inputs
 from gfprune_cli.deploy.plan import check_component, opset_of, planned_files
 from gfprune_cli.deploy.record import RECORD, export_record, write_export_card
 from gfprune_cli.deploy.result import ExportResult
+from gfprune_cli.deploy.signature import AREA, workable
 from gfprune_cli.deploy.weights import run_model
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.export import ExportRecipe
@@ -92,11 +93,12 @@ class ExportRun:
     def folder(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Write a folder, run what stands in it, and publish it if it computes what the source computes."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, signature_of(model, scheduler))
+        job = Job(self.recipe, self.component, scheduler)
         with staged(self.destination, force=force, needed=self.needed) as staging:
             self.report(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
             artefact = WRITERS[self.recipe.format](job, staging)
-            parity = self.verify(model, scheduler, job, artefact)
+            source = model if self.recipe.format == "safetensors" else deployed(model)
+            parity = self.verify(source, scheduler, artefact)
             files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
             self.complete(staging, model, job, artefact, files, parity)
             self.report(Event("write", text=f"writing {self.destination}"))
@@ -105,24 +107,24 @@ class ExportRun:
     def single_file(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Likewise, one file."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, signature_of(model, scheduler))
+        job = Job(self.recipe, self.component, scheduler)
         with staged_file(self.destination, force=force, needed=self.needed) as path:
             self.report(Event("export", text=f"writing {path.name}"))
             write_single_file(path, job.network(), self.record({}))
-            run = run_model(load_single_file(path, dtype=job.dtype))
-            artefact = Artefact(run, (path,), None, True)
-            parity = self.verify(model, scheduler, job, artefact)
+            signature = workable(model, scheduler)
+            run = run_model(load_single_file(path, dtype=job.dtype), signature)
+            artefact = job.as_class(run, (path,), signature)
+            parity = self.verify(model, scheduler, artefact)
             files = {path.name: path.stat().st_size}
         return artefact, files, parity
 
-    def verify(self, model: nn.Module, scheduler: Any, job: Job, artefact: Artefact) -> Parity:
+    def verify(self, source: nn.Module, scheduler: Any, artefact: Artefact) -> Parity:
         """Compare what was written with the source, both on the same seeded inputs."""
-        if not artefact.free_size:
+        signature, free = artefact.signature, artefact.free
+        if artefact.inputs is not None and not free.issuperset(signature.labels & set(AREA)):
             notice(self.report, "height and width are fixed: this architecture does not trace with free ones")
-        batches = draw_inputs(
-            model, scheduler, job.signature, free_size=artefact.free_size, seed=self.recipe.seed
-        )
-        return compare(run_model(model), artefact.run, batches, self.tolerance, self.report)
+        batches = draw_inputs(source, scheduler, signature, free=free, seed=self.recipe.seed)
+        return compare(run_model(source, signature), artefact.run, batches, self.tolerance, self.report)
 
     def record(self, details: dict[str, Any]) -> dict[str, Any]:
         hashes = sha256_of_weights(self.component)

@@ -11,6 +11,7 @@ from gfprune_cli.checkpoint.shards import split, write_weights
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
 from gfprune_cli.deploy.parity import Inputs, Runner
+from gfprune_cli.deploy.signature import Signature
 from gfprune_cli.errors import UsageError
 
 __all__ = ["parse_size", "run_folder", "run_model", "split", "write_pipeline"]
@@ -48,22 +49,23 @@ def write_pipeline(
     return files
 
 
-def run_model(model: nn.Module) -> Runner:
+def run_model(model: nn.Module, signature: Signature) -> Runner:
     """A network in PyTorch: float32 in and out, arithmetic in its own type."""
     dtype = next(model.parameters()).dtype
 
     def run(inputs: Inputs) -> torch.Tensor:
-        extra = [inputs["class_labels"]] if "class_labels" in inputs else []
-        sample = inputs["sample"].to(dtype)
-        output: torch.Tensor = model(sample, inputs["timestep"], *extra, return_dict=False)[0]
+        arguments = signature.keywords(signature.cast(inputs, dtype))
+        output: torch.Tensor = model(**arguments, return_dict=False)[0]
         return output.float()
 
     return run
 
 
-def run_folder(folder: Path, component: Component, variant: str | None, dtype: torch.dtype) -> Runner:
+def run_folder(
+    folder: Path, component: Component, variant: str | None, dtype: torch.dtype, signature: Signature
+) -> Runner:
     """What was written, read back as any command reads it."""
     written = inspect(
         Source(str(folder), folder, "local", None), component=component.name or None, variant=variant
     )
-    return run_model(load_model(written, dtype=dtype))
+    return run_model(load_model(written, dtype=dtype), signature)

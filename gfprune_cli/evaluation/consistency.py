@@ -12,6 +12,7 @@ from gfprune_cli.evaluation.statistics import mean_with_interval
 
 WINDOW = 11
 SIGMA = 1.5
+TINY = 1e-12
 
 
 def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -56,26 +57,39 @@ def quantised(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Consistency:
-    """Scores of pairs of images, image by image."""
+    """Scores of pairs of samples, sample by sample."""
 
     scores: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, first: torch.Tensor, second: torch.Tensor, *, eight_bit: bool) -> None:
-        """Compare images [N, C, H, W] in [0, 1] pair by pair."""
+        """Compare samples in [0, 1] pair by pair.
+
+        Args:
+            first, second: images [N, C, H, W]; videos [N, C, F, H, W] or [N, F, C, H, W], whose frames are
+                compared one by one; anything else [N, ...] has no SSIM.
+        """
+        if first.ndim == 5:
+            # SSIM is a mean over channels, each by itself: so is one over the channels of all frames
+            first, second = first.flatten(1, 2), second.flatten(1, 2)
         pairs = {"": (first, second)}
         if eight_bit:
             pairs["_8bit"] = (quantised(first), quantised(second))
         for suffix, (one, other) in pairs.items():
             self.extend("psnr" + suffix, psnr(one, other))
-            if min(one.shape[2:]) >= WINDOW:
+            if one.ndim == 4 and min(one.shape[2:]) >= WINDOW:
                 self.extend("ssim" + suffix, ssim(one, other))
+
+    def add_relative(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """The norm of the difference of latents [N, ...] over that of the first."""
+        one, difference = first.double().flatten(1), (second.double() - first.double()).flatten(1)
+        self.extend("relative_error", difference.norm(dim=1) / one.norm(dim=1).clamp_min(TINY))
 
     def extend(self, name: str, values: torch.Tensor) -> None:
         self.scores.setdefault(name, []).extend(values.tolist())
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Metric name -> mean over images with its interval."""
-        order = ("ssim", "psnr", "ssim_8bit", "psnr_8bit")
+        order = ("ssim", "psnr", "relative_error", "ssim_8bit", "psnr_8bit")
         return {
             name: (mean_psnr if name.startswith("psnr") else mean_with_interval)(self.scores[name])
             for name in order

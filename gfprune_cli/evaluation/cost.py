@@ -18,6 +18,7 @@ from gfprune_cli.device import Precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.evaluation.deepcache import INTERVAL, DeepCache
 from gfprune_cli.evaluation.deployed import (
+    NetworkInputs,
     batch_inputs,
     computing_in,
     default_kernels,
@@ -122,6 +123,7 @@ def measure_latency(
     mac_ratio: float | None,
     repeats: int,
     report: Report,
+    inputs: NetworkInputs = batch_inputs,
     seconds: float = ROW_SECONDS,
     clock: Clock = time.perf_counter,
 ) -> list[Latency]:
@@ -138,6 +140,7 @@ def measure_latency(
         modes: of `Mode`.
         mac_ratio: MACs of the reference over those of the model.
         repeats: at most so many per row, at least `FEWEST` or this; see `Stopwatch`.
+        inputs: (network, batch) -> keyword arguments of one evaluation.
         seconds: spent on a row, about, besides warm-up and compilation.
 
     Returns:
@@ -150,7 +153,7 @@ def measure_latency(
         for number, (mode, batch) in enumerate(wanted):
             pulse = partial(report, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
             stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
-            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, report)
+            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, report)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
     report(Event("latency", len(wanted), len(wanted)))
@@ -164,13 +167,14 @@ def attempt(
     stopwatch: Stopwatch,
     precision: Precision,
     mac_ratio: float | None,
+    inputs: NetworkInputs,
     report: Report,
 ) -> Latency | None:
     """One row at the largest batch that fits, None if there is none; the user is told of either."""
     size = batch
     while True:
         try:
-            row = time_row(networks, mode, size, stopwatch, precision, mac_ratio)
+            row = time_row(networks, mode, size, stopwatch, precision, mac_ratio, inputs)
         except GfpruneError:
             raise
         except Exception as error:  # a compiler may fail in any way; the other rows are still worth having
@@ -195,6 +199,7 @@ def time_row(
     stopwatch: Stopwatch,
     precision: Precision,
     mac_ratio: float | None,
+    inputs: NetworkInputs,
 ) -> Latency:
     """Time the model, and the reference if there is one, at one batch size."""
     steps = 1
@@ -207,7 +212,7 @@ def time_row(
         # one graph per shape, as on a server: graphs for any shape are slower
         runners = [torch.compile(network, dynamic=False) for network in networks]
     calls = [
-        partial(runner, **batch_inputs(network, batch), return_dict=False)
+        partial(runner, **inputs(network, batch), return_dict=False)
         for runner, network in zip(runners, networks, strict=True)
     ]
     try:

@@ -1,4 +1,4 @@
-"""DeepCache for `UNet2DModel`: compute the deep part of the network only every N-th step.
+"""DeepCache for U-Nets: compute the deep part of the network only every N-th step.
 
 Ma et al., "DeepCache: Accelerating Diffusion Models for Free" (arXiv 2312.00858), section 3.2: neighbouring
 denoising steps have nearly equal deep features, so most steps keep those of an earlier one and run only the
@@ -21,7 +21,7 @@ class Features(nn.Module):
         super().__init__()
         self.kept: torch.Tensor | None = None
 
-    def forward(self, sample: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, emb: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         assert self.kept is not None, "a full step comes first"
         return self.kept
 
@@ -34,8 +34,8 @@ class DeepCache(nn.Module):
         interval: steps per cycle.
 
     Raises:
-        ValueError: the network adds up images beside its blocks (the NCSN++ family), which no cache of one
-            block's input can replace.
+        ValueError: no U-Net, or the network adds up images beside its blocks (the NCSN++ family), which no
+            cache of one block's input can replace.
     """
 
     def __init__(self, model: nn.Module, interval: int = INTERVAL) -> None:
@@ -74,6 +74,8 @@ def outer_blocks(model: Any, features: nn.Module) -> Any:
     The stock forward pass runs it unchanged: skip connections are taken from the end of the list, and the
     first down block leaves as many as the last up block takes.
     """
+    if not hasattr(model, "up_blocks"):
+        raise ValueError(f"{type(model).__name__} is no U-Net, and the cache is for those")
     first, last = model.down_blocks[0], model.up_blocks[-1]
     if hasattr(first, "skip_conv") or hasattr(last, "skip_conv"):
         raise ValueError(f"{type(first).__name__} and {type(last).__name__} pass images beside the features")

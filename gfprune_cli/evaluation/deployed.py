@@ -1,7 +1,7 @@
 """A network set up as it would be in production, for measuring what it costs there."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from gfprune_cli.data.draws import generator
 from gfprune_cli.device import Precision
 from gfprune_cli.structure.examples import example_inputs
 
+NetworkInputs = Callable[[nn.Module, int], dict[str, Any]]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gfprune_cli.device import Precision
 from gfprune_cli.evaluation.deepcache import DeepCache
-from gfprune_cli.evaluation.deployed import batch_inputs, computing_in, out_of_memory, prepare
+from gfprune_cli.evaluation.deployed import NetworkInputs, batch_inputs, computing_in, out_of_memory, prepare
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.examples import example_inputs
@@ -31,7 +31,13 @@ def memory_measured(batch: int) -> str:
 
 
 def peak_memory(
-    model: nn.Module, *, batch: int, device: torch.device, precision: Precision, report: Report
+    model: nn.Module,
+    *,
+    batch: int,
+    device: torch.device,
+    precision: Precision,
+    report: Report,
+    inputs: NetworkInputs = batch_inputs,
 ) -> int | None:
     """Bytes that one forward pass needs: weights, buffers, and the peak of what torch allocates above them.
 
@@ -46,7 +52,7 @@ def peak_memory(
     tensors = [*network.parameters(), *network.buffers()]
     resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     try:
-        call = partial(network, **batch_inputs(network, batch), return_dict=False)
+        call = partial(network, **inputs(network, batch), return_dict=False)
         with torch.inference_mode():
             with computing_in(precision, device):
                 call()  # what is made once and kept is made before counting
@@ -81,12 +87,15 @@ def rise_on_cpu(call: Call) -> int:
 
 
 @torch.no_grad()
-def macs(model: nn.Module) -> int:
+def macs(model: nn.Module, inputs: Callable[[nn.Module], dict[str, Any]] = example_inputs) -> int:
     """Multiply-accumulates of one evaluation of the network on one image, as `CostModel` counts them.
 
     Works on any device, the meta device included, and on networks of uneven widths.
+
+    Args:
+        inputs: keyword arguments of the network for one image.
     """
-    return counted(model, partial(model, **example_inputs(model)))
+    return counted(model, partial(model, **inputs(model)))
 
 
 @torch.no_grad()

@@ -1,13 +1,11 @@
 """What an evaluation works on, settled before any work: models, settings, extractor, and what is left out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gfprune_cli.data.calibration import draw_labels, refuse_latent_data
-from gfprune_cli.data.conditions import Condition
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.errors import UsageError
@@ -18,6 +16,7 @@ from gfprune_cli.evaluation.quality import is_statistics, read_statistics
 from gfprune_cli.evaluation.result import check_gates
 from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
+from gfprune_cli.evaluation.task import Task, task_of
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice
@@ -49,7 +48,7 @@ class Inputs:
 
     Args:
         reference: None if there is nothing to compare with.
-        shape: (C, H, W) of what the networks denoise.
+        task: what the networks are asked for.
         extractor: None if there will be no FID.
         statistics: of `--data`, if it names statistics.
         data: images of `--data` for the losses, uint8 [N, C, H, W], if it names images.
@@ -59,7 +58,7 @@ class Inputs:
     settings: Settings
     model: Subject
     reference: Subject | None
-    shape: tuple[int, int, int]
+    task: Task
     extractor: Extractor | None
     statistics: Gaussian | None
     data: torch.Tensor | None
@@ -67,17 +66,24 @@ class Inputs:
 
     @property
     def process(self) -> NoisingProcess:
-        return self.model.process
+        """The noise of the samples, without guidance."""
+        return self.task.plain
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.task.shape
+
+    @property
+    def pictures(self) -> bool:
+        """Whether samples are images that can be looked at."""
+        return not self.model.latent and len(self.shape) == 3
 
     @property
     def subjects(self) -> dict[str, Subject]:
         """Role -> subject, the reference first."""
         first = {} if self.reference is None else {"reference": self.reference}
         return first | {"model": self.model}
-
-    def conditions(self, count: int) -> Condition:
-        """Of `count` images: [count] classes, for class-conditional networks."""
-        return draw_labels(self.model.component.config.get("num_class_embeds"), count, self.recipe.seed)
 
     def in_network_range(self, images: torch.Tensor) -> torch.Tensor:
         """8-bit images as the network sees them."""
@@ -93,6 +99,8 @@ class Inputs:
             "weights": {role: subject.hashes for role, subject in self.subjects.items()},
             "config": {role: subject.component.config for role, subject in self.subjects.items()},
             "scheduler": {k: v for k, v in dict(self.model.scheduler.config).items() if k[0] != "_"},
+            "conditions": (self.task.fingerprint, self.task.shape),
+            "data": None if self.task.given is None else self.task.given.fingerprint,
             "seed": self.recipe.seed,
             "batch": self.recipe.batch,
             "precision": self.recipe.precision,
@@ -121,12 +129,15 @@ def gather(
     except NoReference as reason:
         why_not |= dict.fromkeys(("ssim", "speedup"), str(reason))
         remarks.add(f"no reference: {reason}; name one with --reference to compare with")
-    config: Any = type("Config", (), dict(model.component.config))
-    shape = model.shape(config)
+    with processes.main_first():
+        task = task_of(recipe, settings, model, processes.device, report)
+    if task.reconstructs and task.given is not None:
+        settings = replace(settings, samples=len(task.given.images))
     if recipe.no_latency:
         why_not["speedup"] = "--no-latency was given"
-    if min(shape[1:]) < WINDOW:
-        why_not["ssim"] = f"images are smaller than its {WINDOW} x {WINDOW} window"
+    if len(task.shape) < 3 or min(task.shape[-2:]) < WINDOW:
+        images = f"images are smaller than its {WINDOW} x {WINDOW} window"
+        why_not["ssim"] = images if len(task.shape) > 2 else "the samples are no images"
         remarks.add(f"no SSIM: {why_not['ssim']}")
     remark_on_models(recipe, model, reference, remarks)
     extractor = statistics = data = None
@@ -139,13 +150,13 @@ def gather(
             for text in found:
                 remarks.add(text)
         check_gates(recipe, why_not)
-        data = loss_images(recipe, model, shape, report)
+        data = loss_images(recipe, model, task.shape, report)
         if save_stats and (data is None or extractor is None):
             raise UsageError(
                 "--save-stats needs images in --data and Inception weights: "
                 + why_not.get("fid", "--data names statistics")
             )
-    return Inputs(recipe, settings, model, reference, shape, extractor, statistics, data, remarks)
+    return Inputs(recipe, settings, model, reference, task, extractor, statistics, data, remarks)
 
 
 def remark_on_models(recipe: EvalRecipe, model: Subject, reference: Subject | None, remarks: Remarks) -> None:
@@ -154,7 +165,7 @@ def remark_on_models(recipe: EvalRecipe, model: Subject, reference: Subject | No
         remarks.add("no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)")
     if model.latent:
         remarks.add(
-            "this pipeline works on latents: SSIM and PSNR compare latents, scaled by the range of the "
+            "the network works on latents: SSIM and PSNR compare latents, scaled by the range of the "
             "reference's, and there is no FID, KID or picture"
         )
     if reference is not None and not same_noise(model, reference):
@@ -207,14 +218,18 @@ def quality_extractor(
 
 
 def loss_images(
-    recipe: EvalRecipe, model: Subject, shape: tuple[int, int, int], report: Report
+    recipe: EvalRecipe, model: Subject, shape: tuple[int, ...], report: Report
 ) -> torch.Tensor | None:
-    """Images of `--data` to measure the loss on; None if it names none."""
-    if recipe.data is None or is_statistics(recipe.data):
+    """Images of `--data` to measure the loss on; None if it names none, or the network works on latents."""
+    if recipe.data is None or is_statistics(recipe.data) or model.latent:
         return None
-    refuse_latent_data(recipe.data, model.component)
     loaded = load_images(
-        recipe.data, size=shape[1:], channels=shape[0], limit=LOSS_DRAWS, seed=recipe.seed, report=report
+        recipe.data,
+        size=(shape[1], shape[2]),
+        channels=shape[0],
+        limit=LOSS_DRAWS,
+        seed=recipe.seed,
+        report=report,
     )
     if len(loaded) < 2:
         raise UsageError(f"--data {recipe.data} holds {len(loaded)} image: at least 2 are needed")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.data.conditions import Condition
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import image_batches
 from gfprune_cli.evaluation.consistency import Consistency, unit_range
@@ -21,6 +22,7 @@ from gfprune_cli.evaluation.teacher import (
     Losses,
     denoising_losses,
     feature_index,
+    feature_layer,
     teacher_features,
 )
 from gfprune_cli.progress import Report
@@ -64,7 +66,11 @@ class Measures:
             return {}
         found = Consistency()
         for one, other in zip(self.shown("reference"), self.shown("model"), strict=True):
-            found.add(one, other, eight_bit=not self.inputs.model.latent)
+            found.add(one, other, eight_bit=self.inputs.pictures)
+        if len(self.inputs.shape) != 3:
+            images = self.store.images
+            for one, other in zip(images("reference"), images("model"), strict=True):
+                found.add_relative(one, other)
         return found.metrics()
 
     def quality(self) -> Metrics:
@@ -78,7 +84,7 @@ class Measures:
             real = real_features(
                 str(inputs.recipe.data),
                 extractor,
-                size=inputs.shape[1:],
+                size=(inputs.shape[1], inputs.shape[2]),
                 channels=inputs.shape[0],
                 report=self.report,
             )
@@ -103,22 +109,23 @@ class Measures:
             )
 
     def teacher_distance(self) -> Metrics:
-        """`fd_teacher`: Frechet distance in the features of the reference's own middle block."""
+        """`fd_teacher`: Frechet distance in the features of the reference's own depth."""
         inputs, teacher = self.inputs, self.networks.get("reference")
         if teacher is None:
             return {}
-        if getattr(teacher, "mid_block", None) is None:
-            inputs.remarks.add("no fd_teacher: the reference has no middle block")
+        if feature_layer(teacher) is None:
+            inputs.remarks.add("no fd_teacher: the reference has no middle block and no last one")
             return {}
         count, samples = inputs.settings.samples, self.store.images
-        own = self.features(teacher, samples("model"))
-        dense = self.features(teacher, samples("reference"))
-        real = dense if inputs.data is None else self.features(teacher, self.real_images(count))
+        conditions = inputs.task.conditions(count)
+        own = self.features(teacher, samples("model"), conditions)
+        dense = self.features(teacher, samples("reference"), conditions)
+        real = self.real_features(teacher) or dense
         self.warn_of_few("fd_teacher", len(own.mean), own.count, real.count)
         origin = {
             "ci95": None,
             "n": count,
-            "against": "reference" if inputs.data is None else "data",
+            "against": "reference" if real is dense else "data",
             "n_real": real.count,
             "dimensions": len(own.mean),
             "timestep": feature_index(inputs.process),
@@ -128,12 +135,22 @@ class Measures:
             found["fd_teacher_reference"] = {"value": frechet_distance(real, dense)} | origin
         return found
 
+    def real_features(self, teacher: nn.Module) -> Gaussian | None:
+        """The Gaussian of real images, if there are any."""
+        inputs, count = self.inputs, self.inputs.settings.samples
+        if inputs.data is not None:
+            return self.features(teacher, self.real_images(count), inputs.task.conditions(count))
+        given = inputs.task.given
+        if given is None or inputs.task.reconstructs or len(given.images) < 2:
+            return None
+        return self.features(teacher, iter(given.images[:count].split(FEATURE_BATCH)), given.conditions)
+
     def real_images(self, count: int) -> Iterator[torch.Tensor]:
         """At most `count` images of `--data` in the network's range, batch by batch."""
         inputs = self.inputs
         batches = image_batches(
             str(inputs.recipe.data),
-            size=inputs.shape[1:],
+            size=(inputs.shape[1], inputs.shape[2]),
             channels=inputs.shape[0],
             limit=count,
             batch=FEATURE_BATCH,
@@ -142,7 +159,7 @@ class Measures:
         )
         return (inputs.in_network_range(images) for images in batches)
 
-    def features(self, teacher: nn.Module, images: Iterator[torch.Tensor]) -> Gaussian:
+    def features(self, teacher: nn.Module, images: Iterator[torch.Tensor], conditions: Condition) -> Gaussian:
         """The Gaussian of images in the teacher's features."""
         count = self.inputs.settings.samples
         return gaussian(
@@ -150,7 +167,7 @@ class Measures:
                 teacher,
                 self.inputs.process,
                 images,
-                conditions=self.inputs.conditions(count),
+                conditions=conditions,
                 seed=self.inputs.recipe.seed,
                 report=self.report,
                 total=count,
@@ -159,13 +176,17 @@ class Measures:
 
     def losses(self) -> Losses:
         """Denoising losses on real images, or else on images that the reference drew."""
-        inputs = self.inputs
-        if inputs.data is not None:
-            images = inputs.in_network_range(inputs.data)
+        inputs, given = self.inputs, self.inputs.task.given
+        if given is not None:
+            images, conditions = given.images[:LOSS_DRAWS], given.conditions
         else:
             role = "reference" if "reference" in self.networks else "model"
-            images = first_images(self.store.images(role), LOSS_DRAWS)
-        conditions = inputs.conditions(len(images))
+            images = (
+                first_images(self.store.images(role), LOSS_DRAWS)
+                if inputs.data is None
+                else inputs.in_network_range(inputs.data)
+            )
+            conditions = inputs.task.conditions(len(images))
         draws = Draws(
             images.to(self.device),
             inputs.process.steps,
@@ -175,7 +196,7 @@ class Measures:
         return denoising_losses(
             self.networks["model"],
             self.networks.get("reference"),
-            inputs.process,
+            inputs.task.process,
             draws,
             precision=inputs.recipe.precision,
             report=self.report,
@@ -183,7 +204,7 @@ class Measures:
 
     def grid(self) -> list[tuple[bytes, bytes]]:
         """Pairs of PNG files (reference, model), by image number; an empty file for no reference."""
-        if self.inputs.model.latent:
+        if not self.inputs.pictures:
             return []
         own = [png(image) for image in first_images(self.shown("model"), GRID)]
         if "reference" not in self.networks:

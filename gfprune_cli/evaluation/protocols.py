@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-from gfprune_cli.data.diffusion import NoisingProcess, VarianceExploding
+from gfprune_cli.data.diffusion import (
+    NoisingProcess,
+    Reconstruction,
+    VarianceExploding,
+    VariancePreserving,
+)
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.evaluate import EvalRecipe, FidMode, Sampler, Spacing
 
@@ -53,11 +58,10 @@ def settings_of(recipe: EvalRecipe, process: NoisingProcess) -> Settings:
     Raises:
         UsageError: a sampler that the noising process has no steps for, or an option that it ignores.
     """
-    exploding = isinstance(process, VarianceExploding)
-    usual = Protocol(256, 50, "euler" if exploding else "ddim", "trailing", 0.0, "clean")
+    usual = Protocol(256, 50, usual_sampler(process), "trailing", 0.0, "clean")
     base = PROTOCOLS[recipe.protocol] if recipe.protocol else usual
     sampler = recipe.sampler or base.sampler
-    check_sampler(sampler, exploding)
+    check_sampler(sampler, process)
     spacing = recipe.timestep_spacing
     if sampler in ("ddim", "ddpm"):
         spacing = spacing or base.timestep_spacing
@@ -67,7 +71,7 @@ def settings_of(recipe: EvalRecipe, process: NoisingProcess) -> Settings:
         raise UsageError(f"--eta is for --sampler ddim, not for {sampler}: drop one of the two")
     eta = base.eta if recipe.eta is None else recipe.eta
     steps = recipe.steps or base.steps
-    if steps > process.steps:
+    if steps > process.steps and not isinstance(process, Reconstruction):
         raise UsageError(f"--steps {steps}: the noise schedule has {process.steps} steps; ask for fewer")
     return Settings(
         recipe.samples or base.samples,
@@ -79,11 +83,25 @@ def settings_of(recipe: EvalRecipe, process: NoisingProcess) -> Settings:
     )
 
 
-def check_sampler(sampler: Sampler, exploding: bool) -> None:
-    if exploding and sampler in ("ddim", "ddpm"):
+def usual_sampler(process: NoisingProcess) -> Sampler:
+    """DDIM where it has steps; else Euler for score models, and the scheduler's own steps for flows."""
+    if isinstance(process, VariancePreserving):
+        return "ddim"
+    return "euler" if isinstance(process, VarianceExploding) else "pipeline"
+
+
+def check_sampler(sampler: Sampler, process: NoisingProcess) -> None:
+    usual = usual_sampler(process)
+    if isinstance(process, Reconstruction) and sampler != "pipeline":
+        raise UsageError(f"--sampler {sampler}: autoencoders give images back in one pass: drop the flag")
+    if usual == "pipeline" and sampler != "pipeline":
+        raise UsageError(
+            f"--sampler {sampler} has no steps along the straight lines of this model's noise: use pipeline"
+        )
+    if usual == "euler" and sampler in ("ddim", "ddpm"):
         raise UsageError(
             f"--sampler {sampler} is for variance-preserving noise, and this model's explodes: "
             "use euler or pipeline"
         )
-    if sampler == "euler" and not exploding:
+    if sampler == "euler" and usual != "euler":
         raise UsageError("--sampler euler is for variance-exploding models: use ddim, ddpm or pipeline")

@@ -166,8 +166,10 @@ def draw_all(
     report: Report,
 ) -> None:
     """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
-    sampling = make_sampling(inputs.settings, inputs.process, inputs.model.scheduler)
-    conditions = inputs.conditions(inputs.settings.samples)
+    task = inputs.task
+    sampling = make_sampling(inputs.settings, task.plain, inputs.model.scheduler, task.mu)
+    conditions = task.conditions(inputs.settings.samples)
+    starts = task.given.images if task.reconstructs and task.given is not None else None
     own = [(role, chunk) for role in networks for chunk in store.chunks[processes.rank :: processes.count]]
     total = sum(len(store.members(chunk)) for _, chunk in own)
     done = 0
@@ -180,12 +182,13 @@ def draw_all(
                 tick = partial(report, Event("sample", done, total))
                 return draw(
                     sampling,
-                    denoiser(networks[role], chosen, inputs.recipe, tick),
+                    task.sampled(denoiser(networks[role], chosen, inputs.recipe, tick)),
                     members=members,
-                    shape=inputs.shape,
+                    shape=task.shape,
                     seed=inputs.recipe.seed,
                     device=processes.device,
                     what=inputs.subjects[role].label,
+                    given=None if starts is None else starts[list(members)],
                 )
 
             store.put(role, chunk, in_parts(draw_some, members))
@@ -258,7 +261,10 @@ def measure_costs(
         role: None if network is None else sum(parameter.numel() for parameter in network.parameters())
         for role, network in both.items()
     }
-    work = {role: None if network is None else macs(network) for role, network in both.items()}
+    work = {
+        role: None if network is None else macs(network, inputs.task.sample_inputs)
+        for role, network in both.items()
+    }
     ratio = work["reference"] / work["model"] if work["reference"] and work["model"] else None
     batches = latency_batches(recipe)
     what = memory_measured(batches[-1])
@@ -267,7 +273,14 @@ def measure_costs(
     memory: dict[str, Any] = {
         role: None
         if network is None
-        else peak_memory(network, batch=batches[-1], device=device, precision=recipe.precision, report=report)
+        else peak_memory(
+            network,
+            batch=batches[-1],
+            device=device,
+            precision=recipe.precision,
+            report=report,
+            inputs=inputs.task.network_inputs,
+        )
         for role, network in both.items()
     }
     rows = measure_latency(
@@ -280,6 +293,7 @@ def measure_costs(
         mac_ratio=ratio,
         repeats=REPEATS,
         report=report,
+        inputs=inputs.task.network_inputs,
     )
     return Costs([asdict(row) for row in rows], params, work, memory | {"what": what})
 

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfprune_cli.data.diffusion import Denoiser, NoisingProcess, VariancePreserving, per_sample
+from gfprune_cli.data.diffusion import (
+    Denoiser,
+    NoisingProcess,
+    Reconstruction,
+    VariancePreserving,
+    per_sample,
+)
 from gfprune_cli.data.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.protocols import Settings
@@ -95,14 +101,16 @@ def step_noise(like: torch.Tensor, generators: Generators) -> torch.Tensor:
 
 def scheduled(scheduler: Any, denoise: Denoiser, noise: torch.Tensor, generators: Generators) -> torch.Tensor:
     """The loop of a diffusers pipeline around a scheduler whose timesteps are set."""
-    x = noise * scheduler.init_noise_sigma
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flows have neither this nor a scaled input
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     seeded = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generators} if seeded else {}
     for timestep in scheduler.timesteps:
         level = timestep.to(x.device).expand(len(x))
-        output = denoise(scheduler.scale_model_input(x, timestep), level)
+        output = denoise(scale(x, timestep), level)
         x = scheduler.step(output, timestep, x, **options).prev_sample
-    return x
+    # the EDM family: networks, and all that is measured, see samples of unit variance
+    return x / scheduler.config.sigma_data if hasattr(scheduler, "precondition_noise") else x
 
 
 def predictor_corrector(
@@ -127,17 +135,22 @@ def one_at_a_time(settings: Settings, scheduler: Any) -> bool:
     return settings.sampler == "pipeline" and hasattr(scheduler, "step_pred")
 
 
-def make_sampling(settings: Settings, process: NoisingProcess, scheduler: Any) -> Sampling:
-    """The sampler that the settings ask for.
+def make_sampling(
+    settings: Settings, process: NoisingProcess, scheduler: Any, mu: float | None = None
+) -> Sampling:
+    """The sampler that the settings ask for; autoencoders give back what they are given.
+
+    Args:
+        mu: shift for the size of the samples, of schedulers with dynamic shifting.
 
     Raises:
         UsageError: the pipeline's scheduler cannot do it.
     """
     spacing, steps = settings.timestep_spacing, settings.steps
-    if settings.sampler == "euler":
+    if settings.sampler == "euler" or isinstance(process, Reconstruction):
         return lambda denoise, noise, generators: process.sample(denoise, noise, steps)
     if settings.sampler == "pipeline":
-        return lambda denoise, noise, generators: own_loop(own_scheduler(scheduler, settings))(
+        return lambda denoise, noise, generators: own_loop(own_scheduler(scheduler, settings, mu))(
             denoise, noise, generators
         )
     assert spacing is not None
@@ -167,7 +180,7 @@ def ddpm_scheduler(scheduler: Any, grid: Sequence[int]) -> Any:
     return made
 
 
-def own_scheduler(scheduler: Any, settings: Settings) -> Any:
+def own_scheduler(scheduler: Any, settings: Settings, mu: float | None = None) -> Any:
     """A copy of the pipeline's scheduler with its timesteps set; its state belongs to one batch.
 
     Raises:
@@ -176,12 +189,18 @@ def own_scheduler(scheduler: Any, settings: Settings) -> Any:
     name, spacing = type(scheduler).__name__, settings.timestep_spacing
     if name in UNSEEDED:
         raise UsageError(f"--sampler pipeline: {name} cannot be seeded per image; use --sampler ddim")
+    if "old_pred_original_sample" in inspect.signature(scheduler.step).parameters:
+        raise UsageError(f"--sampler pipeline: only its own pipeline can step {name}; use --sampler ddim")
     made = copy.deepcopy(scheduler)
     if spacing in ("leading", "trailing", "linspace") and "timestep_spacing" in scheduler.config:
         made = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
     elif spacing is not None:
         raise UsageError(f"--timestep-spacing {spacing}: {name} does not know it; use --sampler ddim or ddpm")
-    made.set_timesteps(settings.steps)
+    if scheduler.config.get("use_dynamic_shifting") and mu is not None:
+        # the steps of the pipelines whose shift depends on the size: the last one ends at no noise
+        made.set_timesteps(sigmas=np.linspace(1, 1 / settings.steps, settings.steps).tolist(), mu=mu)
+    else:
+        made.set_timesteps(settings.steps)
     if hasattr(made, "set_sigmas"):
         made.set_sigmas(settings.steps)
     return made
@@ -192,18 +211,24 @@ def draw(
     denoise: Denoiser,
     *,
     members: Sequence[int],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     seed: int,
     device: torch.device,
     what: str,
+    given: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[N, C, H, W] images number `members`, on the CPU, in the network's range.
+    """[N, *shape] samples number `members`, on the CPU, in the network's range.
+
+    Args:
+        given: [N, *shape] what to start from, in the place of noise.
 
     Raises:
         GfpruneError: a sample is not finite.
     """
     # not the noise of calibration images: a model must not be judged on what it was distilled on
-    noise = torch.stack([torch.randn(shape, generator=generator(seed, "evaluate", i)) for i in members])
+    noise = given
+    if noise is None:
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, "evaluate", i)) for i in members])
     steps = [generator(seed, "evaluate", "steps", i) for i in members]
     with torch.no_grad():
         images = sampling(denoise, noise.to(device), steps).float().cpu()

@@ -1,13 +1,14 @@
 """The networks of an evaluation: the model, and the dense one it is compared with."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.layout import is_autoencoder, stock_name
 from gfprune_cli.checkpoint.reader import (
     Component,
     inspect,
@@ -18,14 +19,15 @@ from gfprune_cli.checkpoint.reader import (
 )
 from gfprune_cli.checkpoint.record import RECORD, read_record
 from gfprune_cli.checkpoint.source import Source, resolve
-from gfprune_cli.data.calibration import image_size
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
+from gfprune_cli.data.calibration import image_size, training_process
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 MUST_AGREE = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
-DECODERS = {"vae", "vqvae"}
+PLAIN = "UNet2DModel"
 
 
 class NoReference(Exception):
@@ -39,6 +41,7 @@ class Subject:
     label: str
     source: Source
     component: Component
+    loaded: dict[torch.device, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ class Subject:
 
     @cached_property
     def process(self) -> NoisingProcess:
-        return noising_process(self.scheduler)
+        return training_process(self.component, self.scheduler)
 
     @property
     def has_scheduler(self) -> bool:
@@ -67,16 +70,32 @@ class Subject:
 
     @property
     def latent(self) -> bool:
-        """Whether the network works on latents of a decoder."""
-        return bool(DECODERS & set(self.component.pipeline or {}))
+        """Whether the network works on latents of a decoder; conditioned ones without a pipeline do."""
+        if self.autoencoder:
+            return False
+        if self.component.pipeline is None:
+            return not self.unconditional
+        return decoder_name(self.component) is not None
+
+    @property
+    def autoencoder(self) -> bool:
+        return is_autoencoder(self.component.class_name)
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether class labels are all that the network is ever given."""
+        return stock_name(self.component.class_name) == PLAIN
 
     def shape(self, config: Any) -> tuple[int, int, int]:
-        """(C, H, W) of what the network denoises."""
+        """(C, H, W) of what an unconditional network denoises."""
         return (config.in_channels, *image_size(self.component, config))
 
     def load(self, device: torch.device) -> nn.Module:
-        """The network, frozen, in float32."""
-        return nn.Module.to(load_model(self.component).requires_grad_(False), device)
+        """The network, frozen, in float32; read once."""
+        if device not in self.loaded:
+            network = load_model(self.component).requires_grad_(False)
+            self.loaded[device] = nn.Module.to(network, device)
+        return self.loaded[device]
 
 
 def model_of(recipe: EvalRecipe, *, offline: bool, report: Report) -> Subject:

@@ -28,6 +28,31 @@ def feature_index(process: NoisingProcess) -> int:
     return round((process.steps - 1) * FEATURE_NOISE)
 
 
+def feature_layer(teacher: Any) -> str | None:
+    """The layer whose features are compared: a U-Net's middle block, or what follows the last transformer
+    block, which sees the tokens of the sample alone."""
+    names = ("mid_block", "norm_out", "proj_out")
+    return next((name for name in names if isinstance(getattr(teacher, name, None), nn.Module)), None)
+
+
+def watched(teacher: Any, caught: list[torch.Tensor]) -> Any:
+    """A hook that collects [n, D] features: the output [n, D, H, W] of a middle block, or the input
+    [n, L, D] of a last layer."""
+    name = feature_layer(teacher)
+    assert name is not None
+    layer = getattr(teacher, name)
+    if name == "mid_block":
+        return layer.register_forward_hook(
+            lambda module, inputs, output: caught.append(output.float().mean((2, 3)).cpu())
+        )
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else next(iter(kwargs.values()))
+        caught.append(tokens.float().mean(1).cpu())
+
+    return layer.register_forward_pre_hook(keep, with_kwargs=True)
+
+
 @torch.no_grad()
 def teacher_features(
     teacher: Any,
@@ -39,19 +64,19 @@ def teacher_features(
     report: Report,
     total: int,
 ) -> Features:
-    """[N, D] spatial means of the teacher's middle block on slightly noisy images.
+    """[N, D] means over places of what `feature_layer` sees of slightly noisy samples.
+
+    With guidance, of the conditional branch.
 
     Args:
-        teacher: a U-Net with a `mid_block`.
-        chunks: images [n, C, H, W] in the network's range; image i always gets the same noise.
+        teacher: a network that has such a layer.
+        chunks: samples [n, ...] in the network's range; sample i always gets the same noise.
         conditions: of the images.
     """
     device = next(teacher.parameters()).device
     found: list[torch.Tensor] = []
     caught: list[torch.Tensor] = []
-    hook = teacher.mid_block.register_forward_hook(
-        lambda module, inputs, output: caught.append(output.float().mean((2, 3)).cpu())
-    )
+    hook = watched(teacher, caught)
     try:
         done = 0
         for images in chunks:
@@ -61,7 +86,7 @@ def teacher_features(
             noisy = process.add_noise(images.to(device), torch.stack(noise).to(device), index)
             chosen = None if conditions is None else conditions[list(members)].to(device)
             call(teacher, noisy, process.timesteps(index), chosen)
-            found.append(caught.pop())
+            found.append(caught.pop().unflatten(0, (len(images), -1))[:, -1])
             done += len(images)
             report(Event("features", done, total))
     finally:
@@ -85,7 +110,12 @@ class Losses:
         return found
 
     def by_timestep(self) -> list[dict[str, Any]]:
-        """Mean losses in equal ranges of the schedule, least noise first; `to` is excluded."""
+        """Mean losses in equal ranges of the schedule, least noise first; `to` is excluded.
+
+        None for autoencoders, which know one noise level only.
+        """
+        if self.steps == 1:
+            return []
         edges = [round(self.steps * i / LOSS_BINS) for i in range(LOSS_BINS + 1)]
         rows = []
         for first, end in pairwise(edges):

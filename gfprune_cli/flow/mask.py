@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,15 @@ def settled(masks: Masks) -> bool:
     return all(bool(((mask == 0) | (mask == 1)).all()) for mask in masks.values())
 
 
+class MaskedOutput:
+    """A forward hook that masks the last dimension of what a module returns."""
+
+    mask: torch.Tensor | None = None
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if self.mask is None else output * self.mask.to(output)
+
+
 @dataclass
 class MaskedModel:
     """A network whose units are multiplied by masks, without a change to its weights.
@@ -61,7 +71,7 @@ class MaskedModel:
     groups: tuple[ChannelGroup, ...]
     masks: Masks = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(init=False)
-    buffers: dict[str, torch.Tensor] = field(init=False)
+    returned: dict[str, "MaskedOutput"] = field(init=False, default_factory=dict)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     gates: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     sizes: dict[str, int] = field(init=False)
@@ -88,7 +98,11 @@ class MaskedModel:
                     with_kwargs=True,
                 )
         self.weights = dict(self.model.named_parameters())
-        self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in members}
+        for name, _ in list(self.model.named_buffers()):
+            if name in members:  # a table that its owner adds to what it returns, or computes anew
+                self.returned[name] = MaskedOutput()
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                owner.register_forward_hook(self.returned[name])
         device = next(iter(self.weights.values())).device
         self.set_masks(self.masks or full_masks(self.groups, device))
 
@@ -102,8 +116,10 @@ class MaskedModel:
             module = modules.get(name)
             if isinstance(module, MaskedGroupNorm | MaskedFeatureNorm):
                 module.set_mask(mask)
+            if name in self.returned:
+                self.returned[name].mask = mask
             for key in leaves(name):
-                weight = self.weights.get(key, self.buffers.get(key))
+                weight = self.weights.get(key)
                 if weight is not None:
                     shape = [1] * weight.ndim
                     shape[dimension] = -1
@@ -124,11 +140,11 @@ class MaskedModel:
         return found
 
     def effective(self, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """theta(m) = m * theta, by parameter name; and the tables that are added to what is masked."""
+        """theta(m) = m * theta, by parameter name."""
         source: Mapping[str, torch.Tensor] = self.weights if weights is None else weights
         return {
             name: tensor * self.factors[name] if name in self.factors else tensor
-            for name, tensor in {**source, **self.buffers}.items()
+            for name, tensor in source.items()
         }
 
     def forward(

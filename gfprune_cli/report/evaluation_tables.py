@@ -25,6 +25,7 @@ METRICS = {
     "fd_teacher": ("Fréchet distance, teacher", "in the reference's own features; lower is better"),
     "ssim": ("SSIM", "likeness to the reference's image from the same noise; 1 is equal"),
     "psnr": ("PSNR", "likeness to the reference's image from the same noise, in dB; higher is better"),
+    "relative_error": ("relative error", "distance from the reference's latents over their norm; 0 is equal"),
     "ssim_8bit": ("SSIM, 8-bit", "the same, on images rounded to 8 bits"),
     "psnr_8bit": ("PSNR, 8-bit", "the same, on images rounded to 8 bits"),
     "loss": ("denoising loss", "mean over all timesteps; lower is better"),

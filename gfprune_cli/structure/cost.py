@@ -9,7 +9,7 @@ from torch import nn
 
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
-from gfprune_cli.structure.trace import CONVOLUTIONS, Trace, is_attention
+from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
 
 Budget = Literal["params", "macs"]
 
@@ -75,6 +75,12 @@ class CostModel:
                 for name_of_group in touched:
                     self.layers_of[name_of_group].append(len(self.layers))
                 self.layers.append(layer)
+        for name, parameter in model.named_parameters():
+            if (name, "out") in shares:  # a table of its own
+                out = Dimension(parameter.shape[-1], tuple(shares[name, "out"]))
+                rows = Dimension(parameter.numel() // out.size)
+                self.layers_of[out.shares[0][0]].append(len(self.layers))
+                self.layers.append(LayerCost(name, out, rows, 1, 0, 0))
         self.place_in_blocks(model)
         counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
@@ -142,5 +148,10 @@ def layer_costs(
         return [LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)]
     if is_attention(module) and name in trace.attention:
         width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
+        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
+    if is_fused(module) and name in trace.attention:
+        readers = shares.get((f"{name}.to_out", "in"), ())
+        heads = tuple((group, share) for group, share in readers if group == f"{name}.{FUSED}")
+        width = Dimension(module.inner_dim, heads)
         return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
     return []

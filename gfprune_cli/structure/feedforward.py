@@ -31,6 +31,11 @@ BLOCKS = {
     "LuminaFeedForward": Units(("linear_1", "linear_3"), "linear_2"),
     "AuraFlowFeedForward": Units(("linear_1", "linear_2"), "out_projection"),
     "HiDreamImageFeedForwardSwiGLU": Units(("w1", "w3"), "w2"),
+    "Flux2FeedForward": Units(("linear_in",), "linear_out"),
+    "Flux3FeedForward": Units(("linear_in",), "linear_out"),
+    "Kandinsky5FeedForward": Units(("in_layer",), "out_layer"),
+    "OmniGenFeedForward": Units(("gate_up_proj",), "down_proj"),
+    "QwenImage21SwiGLUFeedForward": Units(("gate_layer", "proj"), "out"),
 }
 
 
@@ -47,6 +52,8 @@ def feedforward_groups(model: nn.Module) -> Iterator[ChannelGroup]:
 def units_of(module: Any) -> Units | None:
     """Where the hidden units of a block are; None for a module that has none."""
     kind = type(module).__name__
+    if kind == "FeedForward" and hasattr(module, "w1"):
+        return BLOCKS["HiDreamImageFeedForwardSwiGLU"]
     if kind == "FeedForward" and isinstance(getattr(module, "net", None), nn.ModuleList):
         return Units(("net.0.proj",), "net.2") if type(module.net[0]).__name__ in ACTIVATIONS else None
     if kind in BLOCKS:

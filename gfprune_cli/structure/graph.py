@@ -44,7 +44,7 @@ def discover(
         GfpruneError: the network cannot be traced.
     """
     if is_transformer(model):
-        return discover_transformer(model, inputs)
+        return discover_transformer(model, inputs, width=width)
     with plain_stand_ins(model):
         found, trace = trace_groups(model)
     order = {name: index for index, name in enumerate(trace.positions)}

@@ -17,7 +17,7 @@ from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
-from gfprune_cli.structure.trace import is_attention, is_depthwise
+from gfprune_cli.structure.trace import FUSED, is_attention, is_depthwise
 
 Kept = Mapping[str, torch.Tensor]
 
@@ -133,6 +133,10 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
             continue
         shapes[name] = layer_shape(model, name, module, cut)
         parent, _, leaf = name.rpartition(".")
+        if leaf == FUSED and cut.out is not None:
+            shapes[parent] = fused_shape(model.get_submodule(parent), cut.out)
+        if isinstance(module, torch.Tensor):
+            shapes |= table_shape(parent, model.get_submodule(parent), cut)
         if leaf == "to_q" and cut.out is not None:
             shapes.setdefault(parent, {}).update(
                 attention_shape(model.get_submodule(parent), len(cut.out), cuts.get(f"{parent}.to_k"))
@@ -164,6 +168,18 @@ def layer_shape(model: nn.Module, name: str, layer: Any, cut: ModuleCut) -> dict
     return {"out": out, "in": into}
 
 
+def table_shape(name: str, owner: Any, cut: ModuleCut) -> dict[str, dict[str, Any]]:
+    """For a patch embedding that computes its position table anew for other sizes: which channels are left,
+    in the dense numbering."""
+    computes = any(cls.__name__ == "PatchEmbed" for cls in type(owner).__mro__)
+    if not computes or owner.pos_embed_max_size or cut.out is None:
+        return {}
+    width = owner.pos_embed.shape[-1]
+    before = getattr(owner, "channels", None) or list(range(width))
+    stays = [before[index] for index in cut.out.tolist()]
+    return {name: {"channels": stays, "of": getattr(owner, "dense_width", width)}}
+
+
 def attention_shape(attention: Any, queries: int, keys: ModuleCut | None) -> dict[str, Any]:
     """Heads that are left of an attention whose query projection keeps `queries` channels."""
     if attention.heads == 1:
@@ -173,6 +189,14 @@ def attention_shape(attention: Any, queries: int, keys: ModuleCut | None) -> dic
     if keys is not None and keys.out is not None and len(keys.out) != queries:
         shape["kv_heads"] = len(keys.out) // head
     return shape
+
+
+def fused_shape(block: Any, stays: torch.Tensor) -> dict[str, Any]:
+    """Heads and units that are left of a block that makes them by one projection."""
+    queries = int((stays < block.inner_dim).sum())
+    units = int((stays >= 3 * block.inner_dim).sum()) // block.mlp_mult_factor
+    head = block.inner_dim // block.heads
+    return {"heads": queries // head, "attributes": {"inner_dim": queries, "mlp_hidden_dim": units}}
 
 
 def rotary_shape(attention: Any, cut: ModuleCut) -> dict[str, Any]:
@@ -233,7 +257,11 @@ def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
             continue
         plain = {leaf: value for leaf, value in vars(module).items() if leaf not in REGISTERED}
         for leaf, value in {**module._buffers, **plain}.items():
-            tensors = [part for part in tree_leaves(value) if isinstance(part, torch.Tensor)]
-            if any(tensor.is_meta for tensor in tensors):
-                setattr(module, leaf, getattr(origins[name], leaf))
+            origin = getattr(origins[name], leaf, None)
+            if any(map(is_empty, tree_leaves(value))) and not any(map(is_empty, tree_leaves(origin))):
+                setattr(module, leaf, origin)
     return target
+
+
+def is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta

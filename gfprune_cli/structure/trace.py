@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-QUERIES = ("to_q", "add_q_proj")
-KEYS = ("to_k", "add_k_proj")
+FUSED = "to_qkv_mlp_proj"
+QUERIES = ("to_q", "add_q_proj", FUSED)
+KEYS = ("to_k", "add_k_proj", FUSED)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ def is_attention(module: Any) -> bool:
         isinstance(getattr(module, "to_q", None), nn.Linear)
         and isinstance(getattr(module, "to_k", None), nn.Linear)
         and isinstance(getattr(module, "heads", None), int)
+    )
+
+
+def is_fused(module: Any) -> bool:
+    """Whether a module makes queries, keys, values and feed-forward units by one projection."""
+    numbers = ("heads", "inner_dim", "mlp_hidden_dim", "mlp_mult_factor")
+    layers = (FUSED, "to_out")
+    return all(isinstance(getattr(module, leaf, None), nn.Linear) for leaf in layers) and all(
+        isinstance(getattr(module, leaf, None), int) for leaf in numbers
     )
 
 
@@ -59,7 +69,7 @@ def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
             yield module.register_forward_hook(
                 lambda _m, _i, output, name=name: count(name, output.shape[:-1].numel())
             )
-        if is_attention(module):
+        if is_attention(module) or is_fused(module):
             yield from observe_attention(name, module, trace)
 
 
@@ -76,7 +86,7 @@ def observe_attention(name: str, attention: Any, trace: Trace) -> Iterable[Any]:
         trace.attention[name] = trace.attention.get(name, 0) + cost
         seen.clear()
 
-    for leaf in (*QUERIES, *KEYS):
+    for leaf in dict.fromkeys((*QUERIES, *KEYS)):
         projection = getattr(attention, leaf, None)
         if isinstance(projection, nn.Linear):
             yield projection.register_forward_hook(

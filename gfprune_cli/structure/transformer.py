@@ -3,7 +3,8 @@
 groups, trace = discover_transformer(model)          # any device, the meta device included
 
 Attention heads (`structure.heads`) and feed-forward units (`structure.feedforward`) are found from the
-modules that make them up, not from the class of the model; the residual stream keeps its width.
+modules that make them up, not from the class of the model; the residual stream keeps its width, unless it
+is asked for (`structure.width`).
 """
 
 import inspect
@@ -18,9 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.feedforward import feedforward_groups
+from gfprune_cli.structure.fused import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
-from gfprune_cli.structure.trace import Trace, is_attention, observe
+from gfprune_cli.structure.trace import Trace, is_attention, is_fused, observe
+from gfprune_cli.structure.width import width_group
 
 ROTARY_NAMES = ("rotary", "rope", "freqs")
 
@@ -34,24 +37,27 @@ def is_transformer(model: nn.Module) -> bool:
 
 
 def discover_transformer(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a diffusion transformer.
 
     Args:
         inputs: keyword arguments of `forward` for one sample; None for those that the configuration implies.
+        width: the residual stream is a group too.
 
     Returns:
         (groups in the order in which the network runs them, the trace of the forward pass).
 
     Raises:
-        GfpruneError: the network does not run on these inputs.
+        GfpruneError: the network does not run on these inputs, or a module stands in the way of its width.
     """
     trace, rotary = trace_forward(model, example_inputs(model) if inputs is None else inputs)
-    found = [*head_groups(model, rotary), *feedforward_groups(model)]
+    found = [*head_groups(model, rotary), *fused_groups(model, rotary), *feedforward_groups(model)]
+    if width:
+        found.append(width_group(model))
     order = {name: index for index, name in enumerate(trace.positions)}
-    run = [group for group in found if group.name in order]
-    return tuple(sorted(run, key=lambda group: order[group.name])), trace
+    run = [group for group in found if group.members[0].module in order]
+    return tuple(sorted(run, key=lambda group: order[group.members[0].module])), trace
 
 
 def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, Rotary]:
@@ -92,7 +98,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
     """Hooks that note the shapes of the rotary embeddings which every attention receives."""
     for name, module in model.named_modules():
-        if not is_attention(module):
+        if not (is_attention(module) or is_fused(module)):
             continue
         signature = inspect.signature(module.forward)
 

@@ -14,6 +14,7 @@ to the shapes written there:
     {"norm": 40}                       a layer norm or RMS norm: features
     {"heads": 3, "kv_heads": 1}        an attention layer: heads left
     {"rotary_heads": [0, 2, 3]}        beside "heads", where rotary angles differ by head: which ones are left
+    {"channels": [0, 3], "of": 4}      a patch embedding: channels of its position table that are left
     {"parameter": [1, 40]}             a parameter or buffer of its own, named by its full name
     {"attributes": {"inner_dim": 40}}  numbers that a module's forward reads
     {"identity": true}                 a residual block that is skipped; or the names of what it hands on
@@ -28,6 +29,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import nn
 
 STEM = "gfprune_models_v1"
@@ -189,6 +191,28 @@ def resize_heads(module: Any, heads: int, kv_heads: int | None) -> None:
                 setattr(module, attribute, kv_heads)
 
 
+class NarrowPatchEmbed(PatchEmbed):
+    """A patch embedding that keeps some channels of its position table, for pictures of every size."""
+
+    channels: list[int]
+    dense_width: int
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        size = latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size
+        if size == (self.height, self.width):
+            return super().forward(latent)
+        table = get_2d_sincos_pos_embed(
+            embed_dim=self.dense_width,
+            grid_size=size,
+            base_size=self.base_size,
+            interpolation_scale=self.interpolation_scale,
+            device=latent.device,
+            output_type="pt",
+        )
+        latent = self.proj(latent).flatten(2).transpose(1, 2)
+        return (latent + table.float()[:, self.channels].unsqueeze(0)).to(latent.dtype)
+
+
 def angles_of_heads(module: Any, args: Any, kwargs: Any) -> Any:
     """Before an attention layer: the rotary embedding [..., heads x head] of the heads that are left."""
     head = module.to_q.out_features // module.heads
@@ -231,6 +255,9 @@ def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
         resize_weight(module, shape["out"], shape["in"], shape.get("conv_groups", 1))
     if "heads" in shape:
         resize_heads(module, shape["heads"], shape.get("kv_heads"))
+    if "channels" in shape:
+        module.__class__ = NarrowPatchEmbed
+        module.channels, module.dense_width = shape["channels"], shape["of"]
     if "rotary_heads" in shape:
         module.rotary_heads = shape["rotary_heads"]
         module.register_forward_pre_hook(angles_of_heads, with_kwargs=True)

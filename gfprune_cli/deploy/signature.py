@@ -1,0 +1,280 @@
+"""What an exported network takes: its keyword arguments as named tensors, and the sizes that may be free.
+
+    signature = signature_of(model, scheduler)
+    output = model(**signature.keywords(tensors))     # tensors: name -> tensor, names as in signature.inputs
+
+Nested arguments are taken apart: the entries of a dictionary keep their own names (`time_ids`), those of a
+tuple are numbered (`image_rotary_emb_0`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.structure.examples import Sizes, example_inputs
+
+TIMESTEP = "timestep"
+MASK = "encoder_attention_mask"
+TEXT = "encoder_hidden_states"
+# Their pipelines mask the padding of a text.
+MASKED = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
+# What the network is told of a timestep that its scheduler counts.
+TIME_FACTORS = {"FluxTransformer2DModel": 1e-3}
+AREA = ("frames", "height", "width")
+LETTERS = {"frames": "f", "height": "h", "width": "w", "text": "text"}
+
+
+class LatentDecoder(nn.Module):
+    """The half of an autoencoder that a deployed pipeline runs.
+
+    Args:
+        autoencoder: an `AutoencoderKL` or `VQModel`, dense or pruned.
+    """
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        for name in ("quantize", "post_quant_conv", "decoder"):
+            part = getattr(autoencoder, name, None)
+            if part is not None:
+                self.add_module(name, part)
+        self.config = autoencoder.config
+
+    def forward(self, latent: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        """latent [N, C, h, w], unscaled as `decode` of the autoencoder takes it -> image [N, C', H, W]."""
+        parts = self._modules
+        if "quantize" in parts:
+            latent = parts["quantize"](latent)[0]  # type: ignore[misc]
+        if "post_quant_conv" in parts:
+            latent = parts["post_quant_conv"](latent)  # type: ignore[misc]
+        return (parts["decoder"](latent),)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network takes.
+
+    Args:
+        inputs: name -> a tensor for one sample, of the right shape and type.
+        arguments: keyword arguments of the network; in the place of a tensor stands its name as a `Slot`.
+        growth: name -> dimension -> the sizes (fields of `Sizes`) that it grows with.
+        shared: the inputs that are the same for every sample, without a batch dimension.
+        factor: heights and widths are multiples of it, where they are free.
+        sizes: what the inputs were made for.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    arguments: Mapping[str, Any]
+    growth: Mapping[str, Mapping[int, frozenset[str]]]
+    shared: frozenset[str]
+    factor: int
+    sizes: Sizes
+
+    @property
+    def sample(self) -> str:
+        """The name of the noisy sample: the first of the network's arguments."""
+        return next(iter(self.inputs))
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The sizes that an input grows with."""
+        return frozenset().union(*(names for axes in self.growth.values() for names in axes.values()))
+
+    def keywords(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the network, put together from named tensors."""
+        return {name: filled(value, tensors) for name, value in self.arguments.items()}
+
+    def cast(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """What a network in `dtype` computes on: states and samples; timesteps, ids and angles stay."""
+        return {
+            name: tensor.to(dtype)
+            if tensor.is_floating_point() and name != TIMESTEP and name not in self.shared
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def describe(self, free: Mapping[str, frozenset[int]]) -> dict[str, dict[str, Any]]:
+        """Name -> type and shape, as the record and the model card say them.
+
+        Args:
+            free: name -> dimensions that are free.
+        """
+        described = {}
+        for name, tensor in self.inputs.items():
+            shape: list[int | str] = list(tensor.shape)
+            for axis in free[name]:
+                shape[axis] = self.axis_name(name, axis)
+            described[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
+        return described
+
+    def axis_name(self, name: str, axis: int) -> str:
+        """A free dimension in words: batch, 8*h, text, or tokens where it grows with several sizes."""
+        labels = self.growth[name].get(axis, frozenset())
+        if not labels:
+            return "batch"
+        if len(labels) > 1:
+            return "tokens"
+        (label,) = labels
+        factor = self.factor if label in ("height", "width") else 1
+        return f"{factor}*{LETTERS[label]}" if factor > 1 else LETTERS[label]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a named tensor among the arguments."""
+
+    name: str
+
+
+def filled(value: Any, tensors: Mapping[str, Any]) -> Any:
+    """An argument with its tensors in their places."""
+    if isinstance(value, Slot):
+        return tensors[value.name]
+    if isinstance(value, Mapping):
+        return {key: filled(entry, tensors) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(filled(entry, tensors) for entry in value)
+    return value
+
+
+def taken_apart(name: str, value: Any) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
+    """An argument with slots in the place of its tensors, and the tensors by name."""
+    if isinstance(value, torch.Tensor):
+        return Slot(name), iter([(name, value)])
+    if isinstance(value, Mapping):
+        entries = {key: taken_apart(str(key), entry) for key, entry in value.items()}
+        found = [pair for _, tensors in entries.values() for pair in tensors]
+        return {key: entry for key, (entry, _) in entries.items()}, iter(found)
+    if isinstance(value, tuple | list):
+        parts = [taken_apart(f"{name}_{number}", entry) for number, entry in enumerate(value)]
+        return tuple(part for part, _ in parts), iter([pair for _, tensors in parts for pair in tensors])
+    return value, iter(())
+
+
+def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
+    """Keyword arguments for one sample: those of `example_inputs`, and what pipelines give beside them."""
+    if isinstance(network, LatentDecoder):
+        return {"latent": latent(network, sizes)}
+    found = example_inputs(network, sizes)
+    if stock_name(type(network).__name__) in MASKED:
+        found[MASK] = torch.ones_like(found[TEXT][..., 0])
+    return found
+
+
+def latent(network: LatentDecoder, sizes: Sizes) -> torch.Tensor:
+    """One latent of zeros for the images that the autoencoder was made for."""
+    config: Any = network.config
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    edge = max(1, config.sample_size // scale)
+    parameter = next(network.parameters())
+    channels = config.get("vq_embed_dim") or config.latent_channels
+    return parameter.new_zeros(1, channels, sizes.height or edge, sizes.width or edge)
+
+
+def factor_of(network: Any) -> int:
+    """What heights and widths of samples are multiples of."""
+    if isinstance(network, LatentDecoder):
+        return 1
+    config = network.config
+    if "block_out_channels" in config:
+        return int(2 ** (len(config.block_out_channels) - 1))
+    patch = config.get("patch_size", 1)
+    return int(patch[-1] if isinstance(patch, tuple | list) else patch)
+
+
+def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None) -> Signature:
+    """The inputs of a network.
+
+    Timesteps are integers, as most schedulers count them; they are float32 where the network is told a
+    noise level, or where the scheduler steps through fractions.
+
+    Args:
+        scheduler: of the pipeline, or None.
+        sizes: other than those that the network is made for.
+
+    Raises:
+        GfpruneError: the inputs of this class are not known.
+    """
+    sizes = sizes or Sizes()
+    arguments, tensors = taken_apart("", example(network, sizes))
+    inputs = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+    if TIMESTEP in inputs and counts_steps(network, scheduler):
+        inputs[TIMESTEP] = inputs[TIMESTEP].long()
+    elif TIMESTEP in inputs:
+        inputs[TIMESTEP] = inputs[TIMESTEP].float()
+    shared = frozenset(name for name, tensor in inputs.items() if tensor.shape[:1] != (1,))
+    return Signature(inputs, arguments, growth_of(network), shared, factor_of(network), sizes)
+
+
+@torch.no_grad()
+def workable(network: nn.Module, scheduler: Any) -> Signature:
+    """The inputs at small sizes, if the network takes them; else at those that it is made for."""
+    parameter = next(network.parameters())
+    small = signature_of(network, scheduler, compact(network, own=True))
+    try:
+        network(**small.keywords(small.cast(small.inputs, parameter.dtype)), return_dict=False)
+    except (RuntimeError, ValueError, IndexError):
+        return signature_of(network, scheduler)
+    return small
+
+
+def counts_steps(network: Any, scheduler: Any) -> bool:
+    """Whether the network is told whole numbers."""
+    name, kind = stock_name(type(network).__name__), network.config.get("time_embedding_type")
+    if kind == "learned":
+        return True
+    if kind == "fourier" or name in TIME_FACTORS:
+        return False
+    steps = getattr(scheduler, "timesteps", None)
+    return not (isinstance(steps, torch.Tensor) and steps.is_floating_point())
+
+
+def growth_of(network: nn.Module) -> dict[str, dict[int, frozenset[str]]]:
+    """Name -> dimension -> the sizes that it grows with, found by asking for inputs of other sizes."""
+    base = compact(network, own=False)
+    shapes = {
+        label: {
+            name: tensor.shape for name, tensor in taken_apart("", example(network, larger(base, label)))[1]
+        }
+        for label in LETTERS
+    }
+    found: dict[str, dict[int, frozenset[str]]] = {}
+    for name, tensor in taken_apart("", example(network, base))[1]:
+        grown = [
+            (axis, frozenset(label for label in LETTERS if shapes[label][name][axis] != size))
+            for axis, size in enumerate(tensor.shape)
+        ]
+        found[name] = {axis: labels for axis, labels in grown if labels}
+    return found
+
+
+def compact(network: nn.Module, *, own: bool) -> Sizes:
+    """Small sizes, at which a network whose sizes are free is traced and checked.
+
+    Args:
+        own: convolutional networks keep the height and width that their configuration names.
+    """
+    config: Any = network.config
+    factor = factor_of(network)
+    height = width = 4 * factor
+    size = config.get("sample_size")
+    if own and "block_out_channels" in config and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        if isinstance(network, LatentDecoder):
+            height, width = latent(network, Sizes()).shape[2:]
+    return Sizes(frames=3, height=height, width=width, text=16)
+
+
+def larger(sizes: Sizes, *labels: str, factor: int = 8) -> Sizes:
+    """Sizes of which some are larger by `factor`, which must be a multiple of the network's own."""
+    return replace(
+        sizes,
+        **{
+            field.name: getattr(sizes, field.name) + factor
+            for field in fields(sizes)
+            if field.name in labels and getattr(sizes, field.name) is not None
+        },
+    )
