@@ -148,6 +148,16 @@ def test_guidance_is_read_off_what_the_scheduler_was_given(
     assert found.remarks == ()
 
 
+def test_renormalised_guidance_keeps_its_order_and_sign() -> None:
+    outputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    c, u = outputs
+    guided = u + 4 * (c - u)
+    combined = -guided * (c.norm(dim=0) / guided.norm(dim=0))
+    found = fit_guidance(outputs, combined[None], outputs[:1], 4.0, "OddPipeline")
+    assert (found.scale, found.order, found.sign) == (4.0, (1, 0), -1.0)
+    assert "OddPipeline" in found.remarks[0]
+
+
 def test_guidance_of_another_kind_is_remarked_on() -> None:
     outputs = torch.randn(2, 4, 8, 8)
     found = fit_guidance(outputs, outputs.prod(0)[None], outputs[:1], 6.0, "OddPipeline")

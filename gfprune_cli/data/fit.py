@@ -48,7 +48,7 @@ def fit_guidance(
     total = float(found.sum())
     residual = float((parts.T @ found - target).norm() / target.norm().clamp_min(1e-12))
     if residual > TOLERANCE or abs(abs(total) - 1) > TOLERANCE:
-        return Guidance(scale, order, 1.0, own_way(name, scale))
+        return nearest(parts, target, scale, name)
     sign = 1.0 if total > 0 else -1.0
     if branches == 1:
         return Guidance(1.0, (0,), sign)
@@ -58,6 +58,23 @@ def fit_guidance(
     if nominal is not None and abs(scale / nominal - 1) < NEAR:
         scale = nominal
     return Guidance(round(scale, 4), order, sign)
+
+
+def nearest(parts: torch.Tensor, target: torch.Tensor, scale: float, name: str) -> Guidance:
+    """Plain guidance in the order and with the sign that come closest to what the scheduler was given.
+
+    Pipelines that renormalise the guided output, per token or over time, are of this kind.
+
+    Args:
+        parts: [branches, D] outputs; target: [D].
+    """
+    orders: list[tuple[int, ...]] = [(0,)] if len(parts) == 1 else [(0, 1), (1, 0)]
+    along = {}
+    for order in orders:
+        first, last = parts[order[0]], parts[order[-1]]
+        along[order] = float(torch.cosine_similarity(first + scale * (last - first), target, dim=0))
+    order = max(along, key=lambda order: abs(along[order]))
+    return Guidance(scale, order, 1.0 if along[order] >= 0 else -1.0, own_way(name, scale))
 
 
 def own_way(name: str, scale: float) -> tuple[str, ...]:
