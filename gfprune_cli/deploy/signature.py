@@ -210,12 +210,11 @@ def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None)
 
 
 @torch.no_grad()
-def workable(network: nn.Module, scheduler: Any) -> Signature:
-    """The inputs at small sizes, if the network takes them; else at those that it is made for."""
-    parameter = next(network.parameters())
+def workable(network: nn.Module, scheduler: Any, dtype: torch.dtype = torch.float32) -> Signature:
+    """The inputs at small sizes, if the network, which is in `dtype`, takes them; else at its own."""
     small = signature_of(network, scheduler, compact(network, own=True))
     try:
-        network(**small.keywords(small.cast(small.inputs, parameter.dtype)), return_dict=False)
+        network(**small.keywords(small.cast(small.inputs, dtype)), return_dict=False)
     except (RuntimeError, ValueError, IndexError):
         return signature_of(network, scheduler)
     return small
