@@ -12,6 +12,7 @@ from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning import Plan, Run
+from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
@@ -76,6 +77,10 @@ def analyze(
     revision: str | None = None,
     variant: str | None = None,
     component: str | None = None,
+    prompts: str | None = None,
+    size: str | None = None,
+    frames: int | None = None,
+    guidance: float | None = None,
     offline: bool = False,
     device: str | None = None,
     report: Report = silent,
@@ -88,6 +93,7 @@ def analyze(
         budget: what the targets count.
         sensitivity: also measure how the loss rises when a quarter of each group is masked; this loads
             the weights and draws calibration images.
+        prompts, size, frames, guidance: of the images drawn, as in `PruneRecipe`; for `sensitivity` alone.
 
     Returns:
         The analysis.
@@ -98,6 +104,10 @@ def analyze(
     for target in sparsity:
         if not 0 < target < 1:
             raise UsageError(f"--sparsity {target:g}: must lie between 0 and 1, both excluded")
+    drawing = dict(prompts=prompts, size=size, frames=frames, guidance=guidance)
+    for name, value in drawing.items():
+        if value is not None and not sensitivity:
+            raise UsageError(f"--{name} is for the images of --sensitivity: give that, or drop the flag")
     source = resolve(
         model, revision=revision, variant=variant, offline=offline, config_only=not sensitivity, report=report
     )
@@ -112,7 +122,11 @@ def analyze(
     if sensitivity:
         if not groups:
             raise GfpruneError(f"{found.folder}: no channel group can be measured")
-        recipe = PruneRecipe(model=model, revision=revision, variant=variant, component=component)
+        recipe = resolve_recipe(
+            PruneRecipe,
+            None,
+            dict(model=model, revision=revision, variant=variant, component=component, **drawing),
+        )
         plan = Plan(found, groups, cost, None, None)
         rises = measure_sensitivity(Run(recipe, source, plan, choose_device(device), report), report)
     total = cost.params({})

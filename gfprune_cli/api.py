@@ -40,6 +40,7 @@ def prune(
     dry_run: bool = False,
     offline: bool = False,
     device: str | None = None,
+    offload_teacher: bool = False,
     report: Report = silent,
     **settings: Any,
 ) -> PruneResult:
@@ -54,6 +55,7 @@ def prune(
         dry_run: plan only.
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
+        offload_teacher: keep the dense model in main memory while another device trains.
         report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
         **settings: any field of `gfprune_cli.recipes.prune.PruneRecipe`, such as `sparsity=0.5`.
 
@@ -78,6 +80,7 @@ def prune(
         dry_run=dry_run,
         offline=offline,
         device=device,
+        offload_teacher=offload_teacher,
         report=report,
     )
 
@@ -96,6 +99,7 @@ def finetune(
     logger: str | None = None,
     offline: bool = False,
     device: str | None = None,
+    offload_teacher: bool = False,
     report: Report = silent,
     **settings: Any,
 ) -> FinetuneResult:
@@ -134,6 +138,7 @@ def finetune(
         logger=logger,
         offline=offline,
         device=device,
+        offload_teacher=offload_teacher,
         report=report,
     )
 

@@ -4,12 +4,14 @@ Nothing is downloaded: weights are random, tokenizers know single characters. No
 constant, so that a zero-initialised projection or a plain norm cannot hide an error.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -517,12 +519,31 @@ CALLS: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
 }
 
 
-def sample(family: str, folder: Path, steps: int = 2, output_type: str = "latent", **changes: Any) -> Any:
-    """Run the saved pipeline with plain diffusers: what it returns first (latents, images, frames, audio)."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+def sample(
+    family: str,
+    folder: Path,
+    steps: int = 2,
+    output_type: str = "latent",
+    loading: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Run the saved pipeline with plain diffusers: what it returns first (latents, images, frames, audio).
+
+    Args:
+        loading: for `DiffusionPipeline.from_pretrained`.
+        changes: for the call of the pipeline.
+    """
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **loading or {})
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = dict(num_inference_steps=steps, output_type=output_type)
     if "prompt" in inspect.signature(type(pipeline).__call__).parameters:
         arguments["prompt"] = "a red cube on a table"
     arguments |= dict(generator=torch.Generator().manual_seed(0))
     return pipeline(**arguments | CALLS[family] | changes)[0]
+
+
+def digest(made: Any) -> str:
+    """Hash of what a pipeline returned; it has to be finite."""
+    arrays = [np.asarray(one) for one in ([made] if isinstance(made, torch.Tensor) else made)]
+    assert all(np.isfinite(array).all() for array in arrays)
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()

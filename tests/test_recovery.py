@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from diffusers import DDPMScheduler, ScoreSdeVeScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, ScoreSdeVeScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,9 +24,10 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.teacher import kept_positions
+from gfprune_cli.recovery.teacher import correspondence
 from gfprune_cli.recovery.trainer import Stopped, Trainer, learning_rate
 from gfprune_cli.recovery.watch import METRICS, Watch, grid
+from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import remove
 
@@ -71,7 +73,8 @@ def test_kept_positions_lead_from_the_students_weights_to_the_teachers(heads: in
     dense = tiny(attention_head_dim=heads)
     nn.init.normal_(dense.mid_block.attentions[0].to_q.bias)
     student, record = half_pruned(dense)
-    positions, scales = kept_positions(dense, record)
+    layers = correspondence(dense, record)
+    positions, scales = layers.positions, layers.scales
     assert len(positions) > 10
     assert bool(scales) == (heads is None), "one head becomes narrower, several become fewer"
     for name, index in positions.items():
@@ -79,15 +82,34 @@ def test_kept_positions_lead_from_the_students_weights_to_the_teachers(heads: in
         torch.testing.assert_close(mine.bias, theirs.bias[index] * scales.get(name, 1.0), msg=name)
 
 
+def test_layers_behind_a_block_that_went_are_compared_under_their_old_names() -> None:
+    torch.manual_seed(0)
+    shape = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=8, norm_num_groups=4)
+    dense: Any = DiTTransformer2DModel(num_layers=3, num_embeds_ada_norm=10, **shape)
+    groups = discover(dense)[0] + block_groups(dense)
+    kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
+    kept["transformer_blocks.1"][0] = False
+    for group in groups:
+        if not group.stack:
+            kept[group.name][0] = False
+    channels = {group.name: group.kept_channels(kept[group.name]).tolist() for group in groups}
+    record = Record({"recipe": {"blocks": True}}, Origin("dense", "local", None, {}), channels, "transformer")
+    student, layers = remove(dense, groups, kept), correspondence(dense, record)
+    assert layers.names["transformer_blocks.1.attn1.to_q"] == "transformer_blocks.2.attn1.to_q"
+    for name, index in layers.positions.items():
+        mine, theirs = student.get_submodule(name), dense.get_submodule(layers.names[name])
+        torch.testing.assert_close(mine.bias, theirs.bias[index], msg=name)
+
+
 def test_a_record_of_another_network_is_refused() -> None:
     dense = tiny()
     _, record = half_pruned(dense)
     name = next(iter(record.kept))
     with pytest.raises(GfpruneError, match="another model"):
-        kept_positions(dense, Record({}, record.source, record.kept | {name: [0, 99999]}, "unet"))
+        correspondence(dense, Record({}, record.source, record.kept | {name: [0, 99999]}, "unet"))
     missing = {key: value for key, value in record.kept.items() if key != name}
     with pytest.raises(GfpruneError, match="another model"):
-        kept_positions(dense, Record({}, record.source, missing, "unet"))
+        correspondence(dense, Record({}, record.source, missing, "unet"))
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, pair: FeaturePair | None = None, **weights: Any) -> Any:
@@ -99,14 +121,16 @@ def test_features_compare_each_kept_channel_with_the_teachers() -> None:
     """Layers that read the image agree on their kept channels; deeper ones miss what was removed."""
     dense = tiny()
     student, record = half_pruned(dense)
-    positions, _ = kept_positions(dense, record)
-    pair = FeaturePair(student, dense, positions, {})
+    found = correspondence(dense, record)
+    pair = FeaturePair(student, dense, replace(found, scales={}))
     layers = [name for name in pair.positions if student.get_submodule(name).weight.ndim == 4]
     assert "down_blocks.0.resnets.0.conv1" in layers
     loss = loss_of(student, dense, pair, features=1.0)
     assert float(loss.terms(batch(), None, 0.0)["features"][1].mean()) > 0.01
     # conv_in reads the image in both, so its kept channels are the same
-    only = FeaturePair(student, dense, {"conv_in": positions["conv_in"]}, {})
+    only = FeaturePair(
+        student, dense, replace(found, positions={"conv_in": found.positions["conv_in"]}, scales={})
+    )
     loss = loss_of(student, dense, only, features=1.0)
     assert float(loss.terms(batch(), None, 0.0)["features"][1].abs().max()) < 1e-10
 
@@ -115,7 +139,7 @@ def test_the_feature_term_decays_to_nothing_and_gives_gradients() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
     student.requires_grad_(True)
-    loss = loss_of(student, dense, FeaturePair(student, dense, *kept_positions(dense, record)), features=0.5)
+    loss = loss_of(student, dense, FeaturePair(student, dense, correspondence(dense, record)), features=0.5)
     assert [loss.terms(batch(), None, share)["features"][0] for share in (0.0, 0.5)] == [0.5, 0.25]
     assert "features" not in loss.terms(batch(), None, 1.0)
     loss.terms(batch(), None, 0.0)["features"][1].sum().backward()
@@ -344,7 +368,7 @@ def test_checkpointing_changes_no_gradient_and_features_survive_it() -> None:
         student.requires_grad_(True)
         if recompute:
             student.enable_gradient_checkpointing()
-        pair = FeaturePair(student, dense, *kept_positions(dense, record))
+        pair = FeaturePair(student, dense, correspondence(dense, record))
         loss = loss_of(student, dense, pair, features=1.0, distill=1.0)
         terms = loss.terms(batch(), None, 0.0)
         sum(weight * values.sum() for weight, values in terms.values()).backward()
@@ -390,7 +414,7 @@ def test_shares_of_a_batch_cover_it_once() -> None:
 def test_the_feature_term_does_not_depend_on_how_a_batch_is_split() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
-    loss = loss_of(student, dense, FeaturePair(student, dense, *kept_positions(dense, record)), features=1.0)
+    loss = loss_of(student, dense, FeaturePair(student, dense, correspondence(dense, record)), features=1.0)
     sample = batch(4)
     whole = loss.terms(sample, None, 0.0)["features"][1]
     parts = [
@@ -405,7 +429,7 @@ def test_the_feature_term_does_not_depend_on_how_a_batch_is_split() -> None:
 def test_a_failed_pass_holds_no_activations() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
-    pair = FeaturePair(student, dense, *kept_positions(dense, record))
+    pair = FeaturePair(student, dense, correspondence(dense, record))
     loss = loss_of(student, dense, pair, features=1.0)
     dense.conv_out.register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):

@@ -250,7 +250,7 @@ def test_published_networks_have_their_published_sizes(
 
 
 def test_linear_attention_costs_as_much_per_token_at_every_size() -> None:
-    """The products of Sana's self-attention grow with the tokens, and no faster."""
+    """Sana's self-attention grows with the tokens, its cross-attention with both sides."""
     model = meta("sana")
     small, large = (
         discover(model, {**example_inputs(model), "hidden_states": torch.zeros(1, 4, size, size)})[1]

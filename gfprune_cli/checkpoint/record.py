@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Lt
 
 from gfprune_cli.checkpoint.files import quoted, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError
@@ -35,7 +35,8 @@ class Record:
     Args:
         document: the whole file.
         source: what the checkpoint was pruned from.
-        kept: channel group -> channels of the dense model that are left, ascending.
+        kept: channel group -> channels of the dense model that are left, ascending; none of a block that
+            is gone, [0] of one that is not.
         component: name in the pipeline.
     """
 
@@ -115,7 +116,7 @@ class _Document:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
     source: Origin
-    kept: dict[str, Annotated[list[Annotated[int, Ge(0), Lt(1 << 24)]], MinLen(1)]]
+    kept: dict[str, list[Annotated[int, Ge(0), Lt(1 << 24)]]]
     component: str
     class_name: str
     recipe: _Recipe

@@ -63,6 +63,9 @@ def _scheduler_class(path: Path, name: object) -> Any:
     # The name first: looking up anything in diffusers imports a module.
     known = isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")
     found = getattr(diffusers, str(name), None) if known else None
+    lacking = [name for name in getattr(found, "_backends", ()) if name != "torch"]
+    if known and lacking:  # diffusers puts a dummy in the place of what it cannot import
+        raise GfpruneError(f"{path} names {name}, which needs {lacking[0]}: pip install {lacking[0]}")
     if not (
         isinstance(found, type)
         and found.__module__.startswith("diffusers.schedulers.")

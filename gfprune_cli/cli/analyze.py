@@ -37,6 +37,14 @@ def analyze(
     component: Annotated[
         str | None, typer.Option("--component", help="Pipeline component to analyze (default: the denoiser).")
     ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help=option_help(PruneRecipe, "prompts"))
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help=option_help(PruneRecipe, "size"))] = None,
+    frames: Annotated[int | None, typer.Option("--frames", help=option_help(PruneRecipe, "frames"))] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help=option_help(PruneRecipe, "guidance"))
+    ] = None,
     offline: Offline = False,
     device: Device = None,
     json: Json = False,
@@ -64,6 +72,10 @@ def analyze(
             revision=revision,
             variant=variant,
             component=component,
+            prompts=prompts,
+            size=size,
+            frames=frames,
+            guidance=guidance,
             offline=offline,
             device=device,
             report=session.report,

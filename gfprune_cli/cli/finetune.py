@@ -13,6 +13,7 @@ from gfprune_cli.cli.options import (
     Force,
     Json,
     Offline,
+    OffloadTeacher,
     Out,
     Quiet,
     Resume,
@@ -44,6 +45,7 @@ def finetune(
     ] = None,
     offline: Offline = False,
     device: Device = None,
+    offload_teacher: OffloadTeacher = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -71,6 +73,7 @@ def finetune(
             logger=logger,
             offline=offline,
             device=device,
+            offload_teacher=offload_teacher,
             report=session.report,
         )
         session.show(finetune_table(result))

@@ -23,6 +23,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, tables 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Device = Annotated[str | None, typer.Option("--device", help="Torch device (default: CUDA if there is one).")]
+OffloadTeacher = Annotated[
+    bool,
+    typer.Option("--offload-teacher", help="Keep the dense model in main memory while the device trains."),
+]
 
 
 def recipe_option(recipe: type, name: str) -> Any:

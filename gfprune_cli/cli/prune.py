@@ -10,6 +10,7 @@ from gfprune_cli.cli.options import (
     Force,
     Json,
     Offline,
+    OffloadTeacher,
     Out,
     Quiet,
     Resume,
@@ -28,6 +29,7 @@ def prune(
     dry_run: DryRun = False,
     offline: Offline = False,
     device: Device = None,
+    offload_teacher: OffloadTeacher = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -51,6 +53,7 @@ def prune(
             dry_run=dry_run,
             offline=offline,
             device=device,
+            offload_teacher=offload_teacher,
             report=session.report,
         )
         session.show(prune_table(result))

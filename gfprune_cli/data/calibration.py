@@ -10,7 +10,14 @@ from torch import nn
 
 from gfprune_cli.checkpoint.reader import Component
 from gfprune_cli.data.cache import cache_folder, cached, sha256_of_files
-from gfprune_cli.data.conditioned import Asked, asked_of, batch_size, made_up, recorded, recording_fingerprint
+from gfprune_cli.data.conditioned import (
+    Asked,
+    asked_of,
+    batch_size,
+    made_up,
+    recorded,
+    recording_fingerprint,
+)
 from gfprune_cli.data.conditions import Condition, Conditions
 from gfprune_cli.data.diffusion import NoisingProcess, Reconstruction, noising_process
 from gfprune_cli.data.drawing import (
@@ -165,7 +172,9 @@ class Work:
             notice(self.report, "--data comes without captions: images are paired with prompts at random")
             images, name = self.encoded(recording.shape, recording.image[:2])
             named = name if named is None else hashlib.sha256((name + named).encode()).hexdigest()
-            return Images(images, with_rows(recording, asked.rows[: len(images)]), named, process)
+            return Images(
+                images, with_rows(recording, asked.at_random(len(images), request.seed)), named, process
+            )
         conditions = with_rows(recording, asked.rows)
         images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
         return Images(images, conditions, named, process)
@@ -267,7 +276,7 @@ class Work:
     def pictures(self) -> torch.Tensor:
         """[count, C, H, W] images in [-1, 1] that the pipeline draws."""
         request, component = self.request, self.component
-        asked = asked_of(component, self.config, request.options, request.count, request.seed, shuffled=False)
+        asked = asked_of(component, self.config, request.options, request.count, request.seed)
         asks = [ask for ask in asked.distinct if ask is not None]
         files = [path for path in component.root.glob("*/*") if path.is_file()]
         key = {

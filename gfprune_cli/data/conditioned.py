@@ -19,7 +19,8 @@ from gfprune_cli.data.draws import generator
 from gfprune_cli.data.images import fingerprint
 from gfprune_cli.data.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.data.prompts import read_prompts
-from gfprune_cli.data.recording import PipelineOptions, Recording, flattened, record
+from gfprune_cli.data.recording import PipelineOptions, Recording, record
+from gfprune_cli.data.rows import flattened
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 
@@ -29,6 +30,9 @@ FIELDS = (
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
 
 
+POOL = 1024  # prompts that images without captions are paired with, at most
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the pipeline is asked for: distinct prompts or class labels, and which one by sample."""
@@ -36,22 +40,34 @@ class Asked:
     distinct: list[Any]
     rows: list[int]
 
+    def at_random(self, count: int, seed: int) -> list[int]:
+        """Rows for `count` samples that come from elsewhere."""
+        chosen = torch.randint(len(self.rows), (count,), generator=generator(seed, "captions"))
+        return [self.rows[number] for number in chosen.tolist()]
+
 
 def asked_of(
-    component: Component, config: Any, options: PipelineOptions, count: int, seed: int, *, shuffled: bool
+    component: Component,
+    config: Any,
+    options: PipelineOptions,
+    count: int,
+    seed: int,
+    *,
+    shuffled: bool = False,
 ) -> Asked:
-    """Prompts for `count` samples in turn, at random where the samples come from elsewhere; or class labels.
+    """Prompts for `count` samples in turn; or class labels, uniform.
+
+    Args:
+        shuffled: the samples come from elsewhere: a pool for `Asked.at_random`, however many there are.
 
     Raises:
         UsageError: prompts for a pipeline that takes none.
     """
+    if shuffled:
+        count = min(count, POOL)
     parameters = inspect.signature(pipeline_class(component).__call__).parameters
-    source = generator(seed, "labels")
     if "prompt" in parameters:
         prompts = read_prompts(options.prompts)
-        if shuffled:
-            rows = torch.randint(len(prompts), (count,), generator=source).tolist()
-            return Asked(prompts, rows)
         distinct = prompts[:count]
         return Asked(distinct, [number % len(distinct) for number in range(count)])
     if options.prompts is not None:
@@ -61,7 +77,7 @@ def asked_of(
     classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
     if classes is None:
         raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
-    labels = torch.randint(classes, (count,), generator=source).tolist()
+    labels = torch.randint(classes, (count,), generator=generator(seed, "labels")).tolist()
     distinct = sorted(set(labels))
     return Asked(distinct, [distinct.index(label) for label in labels])
 
@@ -107,7 +123,7 @@ def recording_key(
     ]
     key = {
         "recording": 1,
-        "pipeline": (component.pipeline or {}).get("_class_name"),
+        "pipeline": sorted((component.pipeline or {}).items()),
         "files": sha256_of_files(decided),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
         "scheduler": dict(scheduler.config),

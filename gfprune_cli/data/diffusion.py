@@ -57,7 +57,8 @@ def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
     times = None
     if config.get("timestep_type") == "continuous" and prediction == "v_prediction":
         times = 0.25 * ((1 - signal) / signal).sqrt().log()  # as EulerDiscreteScheduler tells its network
-    return VariancePreserving(signal, prediction, bool(config.get("clip_sample", False)), times)
+    clip = bool(config.get("clip_sample", False)) and not name.startswith("CogVideoX")  # which ignores it
+    return VariancePreserving(signal, prediction, clip, times)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -82,10 +82,8 @@ def normalised(vae: Any, latents: torch.Tensor, scheduler: Any) -> torch.Tensor:
     """Shifted and scaled as the configurations of the autoencoder and the scheduler say."""
     config = vae.config
     scale = float(config.get("scaling_factor") or 1.0)
-    mean, spread = (
-        getattr(vae, name, None) if isinstance(getattr(vae, name, None), torch.Tensor) else config.get(name)
-        for name in ("latents_mean", "latents_std")
-    )
+    buffers = dict(vae.named_buffers())  # some autoencoders keep them there
+    mean, spread = (buffers.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
     if mean is not None and spread is not None:
         view = (1, -1) + (1,) * (latents.ndim - 2)
         latents = latents - torch.as_tensor(mean).to(latents).view(view)

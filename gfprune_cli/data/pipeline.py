@@ -93,7 +93,9 @@ def pipeline_class(component: Component) -> Any:
     import diffusers
 
     name = (component.pipeline or {}).get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Pipeline") else None
+    with quiet():  # importing a pipeline imports what it may use of transformers
+        known = isinstance(name, str) and name.endswith("Pipeline")
+        found = getattr(diffusers, str(name), None) if known else None
     if not (
         isinstance(found, type)
         and found.__module__.startswith("diffusers.pipelines.")

@@ -9,11 +9,9 @@ scheduler was given follow the conditioning, the branches of guidance and its sc
 and what the network is told about the noise level.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +19,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.data.conditions import NESTED, Conditions
+from gfprune_cli.data.conditions import Conditions
 from gfprune_cli.data.draws import generator
 from gfprune_cli.data.fit import Guidance, fit_guidance, fit_time
+from gfprune_cli.data.observer import Enough, Observer
 from gfprune_cli.data.pipeline import quiet
+from gfprune_cli.data.rows import check_shared, flattened, own_row, shared_values, stacked
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, silent
 
@@ -88,105 +88,6 @@ class Recording:
     remarks: tuple[str, ...] = ()
 
 
-class Enough(Exception):
-    """Ends a run of the pipeline: everything wanted was seen."""
-
-
-@dataclass
-class Observer:
-    """Hooks on one network and its scheduler.
-
-    Args:
-        limit: network calls after which a run ends; None: after the second noise level.
-    """
-
-    network: Any
-    scheduler: Any
-    limit: int | None = None
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    first: int = 0  # calls before the first step
-    mu: float | None = None
-    image: tuple[int, int, int] = (0, 0, 0)
-    shape: torch.Size | None = None  # of one output
-
-    def forget(self, limit: int | None) -> None:
-        self.limit, self.calls, self.outputs, self.steps = limit, [], [], []
-
-    def network_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note the arguments; answer with noise in the shape of the network's output."""
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        bound |= bound.pop("kwargs", {})
-        plain = not bound.pop("return_dict", True)
-        self.calls.append(bound)
-        if self.limit is not None and len(self.calls) >= self.limit:
-            raise Enough
-        sample = next(iter(bound.values()))
-        if self.shape is None:
-            dtype = next(self.network.parameters()).dtype
-            cast = pytree.tree_map_only(
-                torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, bound
-            )
-            self.shape = original(**cast, return_dict=False)[0].shape[1:]
-        source = generator(0, "stand-in", len(self.calls))
-        noise = torch.randn((len(sample), *self.shape), generator=source).to(sample)
-        self.outputs.append(noise)
-        return (noise,) if plain else _output(noise)
-
-    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note what the scheduler is given; end the run once two noise levels were seen."""
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        self.first = self.first or len(self.calls)
-        self.steps.append({**bound, "calls": len(self.calls)})
-        if len({float(step["timestep"]) for step in self.steps}) > 1:
-            raise Enough
-        try:
-            return original(*args, **kwargs)
-        except ImportError:  # a stochastic solver whose library is missing: its samples are not wanted
-            self.scheduler._step_index = (self.scheduler.step_index or 0) + 1
-            return _output(bound["sample"], "prev_sample")
-
-    def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        mu = kwargs.get("mu")
-        self.mu = self.mu if mu is None else float(mu)
-        return original(*args, **kwargs)
-
-    def prepare_latents(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        found = (bound.get("height"), bound.get("width"), bound.get("num_frames"))
-        self.image = tuple(value if isinstance(value, int) else 0 for value in found)  # type: ignore[assignment]
-        return original(*args, **kwargs)
-
-    @contextmanager
-    def watching(self, pipeline: Any) -> Iterator[None]:
-        """Look at everything in the block."""
-        places = [
-            (self.network, "forward", self.network_call),
-            (self.scheduler, "step", self.step),
-            (self.scheduler, "set_timesteps", self.set_timesteps),
-            (pipeline, "prepare_latents", self.prepare_latents),
-        ]
-        places = [place for place in places if hasattr(place[0], place[1])]
-        for owner, name, watch in places:
-            original = getattr(owner, name)
-            # pipelines look at the signatures of what they call
-            vars(owner)[name] = functools.wraps(original)(functools.partial(watch, original))
-        try:
-            yield
-        finally:
-            for owner, name, _ in places:
-                vars(owner).pop(name, None)
-
-
-def _output(tensor: torch.Tensor, name: str = "sample") -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
-
-    made = SchedulerOutput if name == "prev_sample" else Transformer2DModelOutput
-    return made(**{name: tensor})
-
-
 def record(
     pipeline: Any,
     network: nn.Module,
@@ -223,7 +124,7 @@ def record(
             rows.append(own_row(calls, own))
             check_shared(pipeline, shared, shared_values(calls, own))
     report(Event("encode", len(asked), len(asked)))
-    tensors = stacked(pipeline, rows)
+    tensors = stacked(rows)
     if guidance.order == (1, 0):
         tensors = {name: tensor.flip(1) for name, tensor in tensors.items()}
     conditions = Conditions(
@@ -344,19 +245,6 @@ def argument_names(network: Any, call: dict[str, Any]) -> tuple[str, str]:
     return sample, timestep
 
 
-def flattened(call: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
-    """Arguments by name, the entries of dictionaries as names of their own."""
-    found: dict[str, Any] = {}
-    for name, value in call.items():
-        if name in left_out:
-            continue
-        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            found |= {f"{name}{NESTED}{key}": entry for key, entry in value.items()}
-        else:
-            found[name] = value
-    return found
-
-
 def per_sample_names(
     pipeline: Any,
     observer: Observer,
@@ -383,72 +271,6 @@ def per_sample_names(
                 )
             found.add(name)
     return found
-
-
-def own_row(calls: list[dict[str, Any]], own: set[str]) -> dict[str, torch.Tensor]:
-    """[branches, ...] of one prompt, by name; branches that come in calls of their own are put together."""
-    found = {}
-    for name in sorted(own):
-        parts = [call[name].cpu() for call in calls]
-        longest = max(part.shape[1] for part in parts) if parts[0].ndim > 1 else 0
-        found[name] = torch.cat([part if part.ndim < 2 else padded(part, 1, longest) for part in parts])
-    return found
-
-
-def padded(tensor: torch.Tensor, dimension: int, length: int) -> torch.Tensor:
-    """Zeros behind the end of a dimension."""
-    missing = length - tensor.shape[dimension]
-    if not missing:
-        return tensor
-    shape = [*tensor.shape]
-    shape[dimension] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
-
-
-def stacked(pipeline: Any, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """[prompts, branches, ...] by name; shorter texts are padded where a mask says where they end.
-
-    Raises:
-        GfpruneError: texts of different lengths, and no mask.
-    """
-    found = {}
-    masks = any("mask" in name for name in rows[0])
-    for name in rows[0]:
-        parts = [row[name] for row in rows]
-        if len({part.shape for part in parts}) > 1:
-            if not masks or len({(part.ndim, part.shape[2:]) for part in parts}) > 1 or parts[0].ndim < 2:
-                raise GfpruneError(
-                    f"{type(pipeline).__name__} passes {name} in a shape that depends on the prompt: "
-                    "give --prompts of equal length"
-                )
-            longest = max(part.shape[1] for part in parts)
-            parts = [padded(part, 1, longest) for part in parts]
-        found[name] = torch.stack(parts)
-    return found
-
-
-def shared_values(calls: list[dict[str, Any]], own: set[str]) -> dict[str, Any]:
-    """What every sample gets, on the CPU."""
-    return {
-        name: pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value)
-        for name, value in calls[0].items()
-        if name not in own
-    }
-
-
-def check_shared(pipeline: Any, first: dict[str, Any], other: dict[str, Any]) -> None:
-    """Refuse what changes from prompt to prompt without growing with the batch."""
-    for name, value in first.items():
-        one, two = pytree.tree_flatten(value), pytree.tree_flatten(other.get(name))
-        same = one[1] == two[1] and all(
-            torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-            for a, b in zip(one[0], two[0], strict=True)
-        )
-        if not same:
-            raise GfpruneError(
-                f"{type(pipeline).__name__} passes {name} in a way that depends on the prompt: "
-                "give --prompts of equal length"
-            )
 
 
 def with_rows(recording: Recording, rows: Sequence[int]) -> Conditions:

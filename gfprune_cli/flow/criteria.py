@@ -15,6 +15,8 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.recipes.prune import CriterionName
+from gfprune_cli.structure.blocks import inside
+from gfprune_cli.structure.groups import ChannelGroup
 
 TIMESTEP_THRESHOLD = 0.05  # of the largest loss: Diff-Pruning leaves later timesteps out
 
@@ -93,15 +95,26 @@ def diff_pruning(evidence: Evidence) -> Masks:
 def magnitude(evidence: Evidence) -> Masks:
     """Euclidean norm of what produces the unit."""
     squares = {name: weight.detach().square() for name, weight in evidence.masked.weights.items()}
-    return relative({name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()})
+    scores = relative({name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()})
+    return add_blocks(scores, evidence.masked.groups)
 
 
 def random(evidence: Evidence) -> Masks:
     """The same seeded uniform numbers at every iteration."""
-    return {
+    scores = {
         group.name: torch.rand(group.units, generator=generator(evidence.seed, "random", group.name)).double()
         for group in evidence.masked.groups
     }
+    return add_blocks(scores, evidence.masked.groups)
+
+
+def add_blocks(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
+    """For criteria without a common unit: a block scores what the channels inside it score together."""
+    for block in groups:
+        if block.stack:
+            within = [scores[group.name].sum() for group in groups if inside(group, block.name)]
+            scores[block.name] = torch.stack([*within, torch.zeros((), dtype=torch.float64)]).sum().view(1)
+    return scores
 
 
 def relative(scores: Masks) -> Masks:

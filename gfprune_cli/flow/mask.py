@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from gfprune_cli.data.conditions import Condition, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
+from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
 from gfprune_cli.structure.removal import dimension_size
@@ -62,13 +63,15 @@ class MaskedModel:
     weights: dict[str, nn.Parameter] = field(init=False)
     buffers: dict[str, torch.Tensor] = field(init=False)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+    gates: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     sizes: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        members = {member.module for group in self.groups for member in group.members}
+        channels = [group for group in self.groups if not group.stack]
+        members = {member.module for group in channels for member in group.members}
         self.sizes = {
             member.module: dimension_size(self.model, member.module, "out")
-            for group in self.groups
+            for group in channels
             for member in group.producers
         }
         for name, module in list(self.model.named_modules()):
@@ -76,6 +79,14 @@ class MaskedModel:
                 self.model.set_submodule(name, MaskedGroupNorm(module))
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))
+        for group in self.groups:
+            if group.stack:
+                self.model.get_submodule(group.name).register_forward_hook(
+                    lambda module, args, kwargs, output, name=group.name: gate(
+                        module, self.gates[name], args, kwargs, output
+                    ),
+                    with_kwargs=True,
+                )
         self.weights = dict(self.model.named_parameters())
         self.buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in members}
         device = next(iter(self.weights.values())).device
@@ -84,6 +95,7 @@ class MaskedModel:
     def set_masks(self, masks: Masks) -> None:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""
         self.masks = masks
+        self.gates = {group.name: masks[group.name][0] for group in self.groups if group.stack}
         self.factors = {}
         modules = dict(self.model.named_modules())
         for (name, dimension), mask in self.member_masks().items():
@@ -101,6 +113,8 @@ class MaskedModel:
         """(producer, the dimension of its weights) -> mask; concatenated groups fill their own parts."""
         found: dict[tuple[str, int], torch.Tensor] = {}
         for group in self.groups:
+            if group.stack:
+                continue  # the mask of a block multiplies what it adds to its stream: see `gate`
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
             for member in group.producers:
                 key = (member.module, dimension_of(member))
@@ -131,9 +145,16 @@ class MaskedModel:
         )
 
     def unit_sums(self, values: Mapping[str, torch.Tensor]) -> Masks:
-        """Sum a quantity given per parameter over the producers of each unit: group name -> [units]."""
+        """Sum a quantity given per parameter over the producers of each unit: group name -> [units].
+
+        Every parameter of a block produces it.
+        """
         sums = {}
         for group in self.groups:
+            if group.stack:
+                within = [value for name, value in values.items() if name.startswith(f"{group.name}.")]
+                sums[group.name] = torch.stack([value.double().sum().cpu() for value in within]).sum().view(1)
+                continue
             total = torch.zeros(group.units, dtype=torch.float64)
             for member in group.producers:
                 for key in leaves(member.module):

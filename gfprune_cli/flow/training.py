@@ -53,7 +53,7 @@ class Trainer:
 
     Args:
         masked: the student.
-        teacher: dense network, weights frozen.
+        teacher: dense network, weights frozen; None if nothing is distilled.
         process: noising process of both.
         draws: where batches come from.
         batch: samples per step.
@@ -64,7 +64,7 @@ class Trainer:
     """
 
     masked: MaskedModel
-    teacher: Network
+    teacher: Network | None
     process: NoisingProcess
     draws: Draws
     batch: int
@@ -149,11 +149,11 @@ class Trainer:
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.masked.forward(self.masked.effective(), noisy, timesteps, batch.condition)
             with torch.no_grad():
-                reference = self.teacher(noisy, timesteps, batch.condition) if self.distill else output
+                reference = self.teacher(noisy, timesteps, batch.condition) if self.teacher else output
         losses = (1 - self.distill) * self.process.losses(
             output.float(), batch.images, batch.noise, batch.index
         )
-        if self.distill:
+        if self.teacher:
             losses = losses + self.distill * self.process.distance(
                 output.float(), reference.float(), batch.index
             )

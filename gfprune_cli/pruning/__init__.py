@@ -34,6 +34,7 @@ def prune(
     dry_run: bool = False,
     offline: bool = False,
     device: str | None = None,
+    offload_teacher: bool = False,
     report: Report = silent,
 ) -> PruneResult:
     """Prune a checkpoint and write the result.
@@ -46,6 +47,7 @@ def prune(
         dry_run: plan only; nothing is written and no weights are read.
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
+        offload_teacher: keep the dense network in main memory while training on another device.
 
     Returns:
         The numbers before and after.
@@ -71,10 +73,12 @@ def prune(
     plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
     if dry_run:
         return planned(plan, recipe, time.monotonic() - start)
-    for name, used in (("--model", source.folder), ("--data", Path(recipe.data) if recipe.data else None)):
-        if used is not None and used.resolve().is_relative_to(destination.resolve()):
+    given = {"--data": recipe.data, "--prompts": recipe.prompts}
+    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
+    for name, used in inputs.items():
+        if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
-    run = Run(recipe, source, plan, chosen, report)
+    run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
     state = StateFolder(destination, run.identity())
     if force and not resume:
         state.clear()

@@ -17,11 +17,13 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure.blocks import LENGTHS, block_groups, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
     cost: CostModel
     native: Allocation | None
     native_config: Mapping[str, Any] | None
+    nearest: bool = False  # the nearest reachable sparsity serves
 
 
 def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
@@ -52,16 +55,24 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if weights_required:
         check_pipeline(component)
     meta = build_meta(component)
-    groups, trace = discover(meta)
+    groups, trace = discover(meta, width=recipe.prune_width)
+    if recipe.blocks:
+        groups += block_groups(meta)
+    if recipe.layout == "native" and component.is_pruned:
+        raise UsageError(
+            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
+        )
+    if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
+        return plan_depth(component, meta, groups, trace, recipe, report)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
         allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
         return Plan(component, groups, cost, None, None)
-    if component.is_pruned:
+    if recipe.blocks:
         raise UsageError(
-            "--layout native needs a checkpoint of the stock class, and this one is already pruned"
+            f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
         )
     allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
     if allocation.sparsity <= 0:
@@ -76,12 +87,57 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     return Plan(component, groups, cost, allocation, config)
 
 
+def plan_depth(
+    component: Component,
+    meta: Any,
+    groups: tuple[ChannelGroup, ...],
+    trace: Trace,
+    recipe: PruneRecipe,
+    report: Report,
+) -> Plan:
+    """The native layout of a transformer: fewer blocks, each as wide as it was.
+
+    Raises:
+        UsageError: its stock class has no such key, or blocks were not asked for.
+    """
+    stacks = tuple(
+        group
+        for group in groups
+        if group.stack in LENGTHS and can_shorten(meta, group.stack, LENGTHS[group.stack])
+    )
+    if not stacks:
+        why = (
+            "cannot be shortened: use adaptive" if recipe.blocks else "only knows fewer blocks: add --blocks"
+        )
+        raise UsageError(f"--layout native: the stock {component.class_name} {why}")
+    cost = CostModel(meta, stacks, trace)
+    reached = allocate(
+        cost, uniform_scores(stacks), recipe.sparsity, budget=recipe.budget, align=1, strict=False
+    ).sparsity
+    if reached <= 0:
+        raise UsageError(
+            f"--layout native: no block of this {component.class_name} is small enough for --sparsity "
+            f"{recipe.sparsity:g}; ask for more, or use adaptive"
+        )
+    notice(
+        report,
+        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
+    )
+    return Plan(component, stacks, cost, None, None, nearest=True)
+
+
 def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
     """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
     if plan.native is not None:
         allocation = plan.native
     else:
-        allocation = allocate(plan.cost, uniform_scores(plan.groups), recipe.sparsity, budget=recipe.budget)
+        allocation = allocate(
+            plan.cost,
+            uniform_scores(plan.groups),
+            recipe.sparsity,
+            budget=recipe.budget,
+            strict=not plan.nearest,
+        )
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(

@@ -11,6 +11,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import (
+    build_meta,
     cast_model,
     load_model,
     load_scheduler,
@@ -31,16 +32,22 @@ from gfprune_cli.flow.loop import PruningLoop, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.flow.training import Trainer
+from gfprune_cli.memory import FLOAT, Need, activations, check_memory, offload
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.removal import remove, remove_native
+from gfprune_cli.structure.removal import carry_over, remove, remove_native
 
 SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 COARSE_EVERY = 4
+# copies of the weights that are in memory at once: weights, masked weights, gradients, products
+SCORING_COPIES = {"magnitude": 3, "random": 2, "taylor": 4, "gradient-flow": 6, "gradient-flow-abs": 6}
+TRAINING_COPIES = 4
+ADAM_COPIES = 2
+REMEDY = "use --offload-teacher, --one-shot, a smaller --batch, or a larger device"
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,17 @@ class Run:
     """One prune run: its inputs, and the steps from dense to pruned network."""
 
     def __init__(
-        self, recipe: PruneRecipe, source: Source, plan: Plan, device: torch.device, report: Report
+        self,
+        recipe: PruneRecipe,
+        source: Source,
+        plan: Plan,
+        device: torch.device,
+        report: Report,
+        *,
+        offload_teacher: bool = False,
     ) -> None:
         self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
+        self.offload_teacher = offload_teacher
         self.hashes = sha256_of_weights(plan.component)
         scheduler = load_scheduler(plan.component)
         if scheduler is None:
@@ -75,6 +90,7 @@ class Run:
         self.schedule = schedule_of(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align or (8 if device.type == "cuda" else 4)
+        check_memory(self.need(0), device, REMEDY)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -90,16 +106,37 @@ class Run:
             "tools": installed_tools(),
         }
 
+    def need(self, kept: int) -> Need:
+        """The most memory that the run will hold at once; on CUDA batches shrink to what fits.
+
+        Args:
+            kept: numbers that autograd keeps for one sample.
+        """
+        copies = SCORING_COPIES.get(self.recipe.criterion, SCORING_COPIES["taylor"])
+        if self.schedule.training_steps:
+            teacher = int(self.recipe.distill > 0 and not self.offload_teacher)
+            copies = teacher + ADAM_COPIES + max(TRAINING_COPIES, copies)
+        samples = 1 if self.device.type == "cuda" else max(SCORE_CHUNK, self.recipe.batch)
+        return Need(copies * self.plan.cost.params({}) * FLOAT, samples * kept * FLOAT)
+
     def execute(
         self, state: StateFolder
     ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, float], float]:
         """The pruned network, kept units by group, losses, and the cost of scoring in gradients."""
-        dense, masked = self.load(), MaskedModel(self.load().requires_grad_(True), self.plan.groups)
+        dense = self.load()
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
-        loop = self.loop(masked, dense, draws, state)
+        check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
+        before = self.loss(reports, dense)
+        teacher = None
+        if self.schedule.training_steps and self.recipe.distill:
+            teacher = copy.deepcopy(dense)
+            if self.offload_teacher:
+                offload(teacher, self.device)
+        masked = MaskedModel(dense.requires_grad_(True), self.plan.groups)
+        loop = self.loop(masked, teacher, draws, state)
         kept = loop.run()
-        losses = {"before": self.loss(reports, dense), "masked": self.masked_loss(reports, masked)}
+        losses = {"before": before, "masked": self.masked_loss(reports, masked)}
         self.report(Event("remove", text="removing channels"))
         model = self.removed(masked, kept)
         losses["removed"] = self.loss(reports, nn.Module.to(copy.deepcopy(model), torch.float32))
@@ -135,11 +172,13 @@ class Run:
         losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
         return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
 
-    def loop(self, masked: MaskedModel, dense: nn.Module, draws: Draws, state: StateFolder) -> PruningLoop:
+    def loop(
+        self, masked: MaskedModel, teacher: nn.Module | None, draws: Draws, state: StateFolder
+    ) -> PruningLoop:
         recipe = self.recipe
         trainer = Trainer(
             masked,
-            partial(call, dense),
+            None if teacher is None else partial(call, teacher),
             self.process,
             draws,
             recipe.batch,
@@ -169,7 +208,7 @@ class Run:
         def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
             target = recipe.sparsity * progress
             try:
-                final = progress >= 1
+                final = progress >= 1 and not plan.nearest
                 widths = allocate(
                     plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=final
                 )
@@ -214,10 +253,9 @@ class Run:
 
     def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, from trained weights in the stock module tree."""
-        dense = load_model(self.plan.component).requires_grad_(False)
-        dense.load_state_dict(
-            {name: weight.detach().cpu() for name, weight in masked.model.state_dict().items()}
-        )
+        dense = carry_over(masked.model, build_meta(self.plan.component)).requires_grad_(False)
+        trained = {name: weight.detach().cpu() for name, weight in masked.model.state_dict().items()}
+        dense.load_state_dict(trained, assign=True)
         if self.plan.native_config is not None:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:

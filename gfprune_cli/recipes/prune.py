@@ -26,6 +26,10 @@ class PruneRecipe:
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
     ] = "adaptive"
+    blocks: Annotated[
+        bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
+    ] = False
+    prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
     steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 30

@@ -36,6 +36,7 @@ def finetune(
     logger: str | None = None,
     offline: bool = False,
     device: str | None = None,
+    offload_teacher: bool = False,
     report: Report = silent,
 ) -> FinetuneResult:
     """Train a pruned checkpoint, with the dense model as teacher, and write the result.
@@ -72,7 +73,7 @@ def finetune(
         check_destination(destination, force=force)
     component, record = pruned_checkpoint(recipe, offline=offline, report=report)
     teacher = find_teacher(component, record, recipe, offline=offline, report=report)
-    run = Run(recipe, component, record, teacher, processes, report)
+    run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
     if dry_run:
         return summary(run, {}, None, None, time.monotonic() - start)
     refuse_overlaps(destination, folder, recipe, component, teacher.component)
@@ -156,7 +157,13 @@ def refuse_overlaps(
         UsageError: which folder lies in which.
     """
     data = None if recipe.data == "self" else Path(recipe.data)
-    inputs = [("--model", student.root), ("--teacher", teacher.root), ("--data", data)]
+    prompts = Path(recipe.prompts) if recipe.prompts else None
+    inputs = [
+        ("--model", student.root),
+        ("--teacher", teacher.root),
+        ("--data", data),
+        ("--prompts", prompts),
+    ]
     for name, used in inputs:
         if used is None:
             continue

@@ -12,7 +12,7 @@ jacobian   the squared length of J v for a random direction v, a projection of J
 Min-SNR weighting (arXiv 2303.09556) applies to the first two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,9 @@ from gfprune_cli.data.diffusion import NoisingProcess, mean_square
 from gfprune_cli.data.draws import Batch
 from gfprune_cli.device import Precision, autocast
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recovery.teacher import Correspondence
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
 SMALL = 1e-6  # of the denominators of relative differences
 
@@ -46,33 +48,29 @@ class FeaturePair:
 
     Args:
         student, teacher: the two networks.
-        positions: layer -> the teacher's output positions that the student still has.
-        scales: layer -> what removal multiplied its outputs with, where that is not 1.
+        layers: how the student's layers lie in the teacher.
 
     Raises:
         GfpruneError: no layer of the two can be compared.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        positions: Mapping[str, torch.Tensor],
-        scales: Mapping[str, float],
-    ) -> None:
-        self.scales = scales
+    def __init__(self, student: nn.Module, teacher: nn.Module, layers: Correspondence) -> None:
+        self.scales = layers.scales
         self.positions: dict[str, torch.Tensor] = {}
+        self.dimensions: dict[str, int] = {}
         self.caught: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
         self.on = False
-        for name, index in positions.items():
-            layer = student.get_submodule(name)
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and len(index) == layer.weight.shape[0]:
+        modules = dict(student.named_modules())
+        for name, index in layers.positions.items():
+            layer = modules.get(name)
+            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and len(index) == layer.weight.shape[0]:
                 self.positions[name] = index
+                self.dimensions[name] = -1 if isinstance(layer, nn.Linear) else 1
         if not self.positions:
             raise GfpruneError("no layer of student and teacher can be compared: use --features 0")
-        for role, network in (("student", student), ("teacher", teacher)):
-            for name in self.positions:
-                network.get_submodule(name).register_forward_hook(self.catcher(role, name))
+        for name in self.positions:
+            modules[name].register_forward_hook(self.catcher("student", name))
+            teacher.get_submodule(layers.names[name]).register_forward_hook(self.catcher("teacher", name))
 
     def catcher(self, role: str, name: str) -> Any:
         def catch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -97,17 +95,17 @@ class FeaturePair:
         for caught in self.caught.values():
             caught.clear()
 
-    def distance(self) -> torch.Tensor:
-        """[N] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
+    def distance(self, samples: int) -> torch.Tensor:
+        """[samples] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
         terms = []
         for name, index in self.positions.items():
             mine, theirs = self.caught["student"].pop(name), self.caught["teacher"].pop(name)
             if mine.ndim < 3:
                 continue  # the time embedding: no image in it
-            dimension = 1 if mine.ndim == 4 else -1
-            theirs = theirs.detach().index_select(dimension, index.to(theirs.device)).float()
+            theirs = theirs.detach().index_select(self.dimensions[name], index.to(theirs.device)).float()
             theirs = theirs * self.scales.get(name, 1.0)
-            terms.append(mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL))
+            relative = mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL)
+            terms.append(relative.view(samples, -1).mean(1))  # branches and frames of a sample lie together
         self.forget()
         return torch.stack(terms).mean(0)
 
@@ -163,7 +161,7 @@ class RecoveryLoss:
         if weights.distill:
             terms["distill"] = weights.distill, process.distance(output, reference, batch.index) * scale
         if catch is not None:
-            terms["features"] = features, catch.distance().unflatten(0, (len(batch), -1)).mean(1)
+            terms["features"] = features, catch.distance(len(batch)).unflatten(0, (len(batch), -1)).mean(1)
         if weights.jacobian:
             assert probe is not None
             terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)

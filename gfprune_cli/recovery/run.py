@@ -21,13 +21,14 @@ from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.memory import offload
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.teacher import Teacher, kept_positions
+from gfprune_cli.recovery.teacher import Teacher, correspondence
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
 
@@ -44,6 +45,7 @@ class Run:
     Args:
         component: the pruned network on disk.
         record: its `gfprune.json`.
+        offload_teacher: keep the teacher in main memory while another device trains.
     """
 
     recipe: FinetuneRecipe
@@ -52,6 +54,7 @@ class Run:
     teacher: Teacher
     processes: Processes
     report: Report
+    offload_teacher: bool = False
     hashes: dict[str, str] = field(init=False)
     fingerprint: str | None = field(default=None, init=False)
 
@@ -93,12 +96,15 @@ class Run:
     ) -> tuple[nn.Module, dict[str, float]]:
         """The trained network (averaged weights, in the type it is stored in), and the losses."""
         teacher = self.place(load_model(self.teacher.component))
-        student = self.place(load_model(self.component))
         draws, reports = self.draws(teacher)
         state.identity["data contents"] = self.fingerprint
-        losses = {"teacher": self.loss(reports, teacher), "before": self.loss(reports, student)}
-        trainer = self.trainer(student, teacher, draws)
+        losses = {"teacher": self.loss(reports, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        student = self.place(load_model(self.component))
+        losses["before"] = self.loss(reports, student)
+        trainer = self.trainer(student, teacher, draws)
         loop = Loop(trainer, self.process, state, self.report, save_every, sample_every, samples, open_watch)
         loop.run()
         trainer.ema.copy_to(student.parameters())
@@ -149,7 +155,7 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, *kept_positions(teacher, self.record))
+            pair = FeaturePair(student, teacher, correspondence(teacher, self.record))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)

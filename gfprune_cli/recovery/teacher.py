@@ -13,11 +13,15 @@ from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
 # what pruning may change in a configuration: widths, and what follows from them
-WIDTHS = {"block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"}
+WIDTHS = {
+    *("block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"),
+    *("num_layers", "num_single_layers"),
+}
 OWN = {"gfprune", "auto_map"}
 NOISE = (  # what decides, in a scheduler's configuration, what the outputs mean
     *("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
@@ -113,9 +117,23 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def kept_positions(teacher: nn.Module, record: Record) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Module -> output positions of the teacher that the student still has, ascending; and the factors by
-    which removal scaled the outputs of some of them (the queries of heads that became narrower).
+@dataclass(frozen=True)
+class Correspondence:
+    """How the layers of a pruned network lie in the dense one.
+
+    Args:
+        positions: layer of the student -> output positions of the teacher's layer that are left, ascending.
+        names: layer of the student -> the teacher's layer, where blocks that went before moved it.
+        scales: layer of the student -> what removal multiplied its outputs with, where that is not 1.
+    """
+
+    positions: dict[str, torch.Tensor]
+    names: dict[str, str]
+    scales: dict[str, float]
+
+
+def correspondence(teacher: nn.Module, record: Record) -> Correspondence:
+    """Which outputs of the teacher's layers a student still has.
 
     Args:
         teacher: on any device; only its structure is read.
@@ -123,17 +141,25 @@ def kept_positions(teacher: nn.Module, record: Record) -> tuple[dict[str, torch.
     Raises:
         GfpruneError: the record does not describe a pruning of this network.
     """
-    groups, _ = discover(teacher)
+    settings: Any = record.document.get("recipe") or {}
+    groups, _ = discover(teacher, width=bool(settings.get("prune_width")))
+    if settings.get("blocks"):
+        groups += block_groups(teacher)
+    if settings.get("layout") == "native":
+        groups = tuple(group for group in groups if group.name in record.kept)
     alive = {}
     for group in groups:
         kept = record.kept.get(group.name)
-        if kept is None or kept[-1] >= group.channels:
+        if kept is None or not (kept or group.stack) or (kept and kept[-1] >= group.channels):
             raise GfpruneError(
                 f"gfprune.json keeps no valid channels of {quoted(group.name)}: it belongs to another model"
             )
         channels = torch.zeros(group.channels, dtype=torch.bool)
         channels[kept] = True
         alive[group.name] = channels.view(group.units, group.unit_size).all(1)
-    cuts = cuts_of(teacher, groups, alive)
+    cuts, depth = cuts_of(teacher, groups, alive), depth_of(teacher, groups, alive)
     scales = {f"{name}.to_q": factor for name, factor in attention_scales(teacher, cuts).items()}
-    return {name: cut.out for name, cut in cuts.items() if cut.out is not None}, scales
+    positions = {name: cut.out for name, cut in cuts.items() if cut.out is not None}
+    return Correspondence(
+        depth.renamed(positions), depth.renamed({name: name for name in positions}), depth.renamed(scales)
+    )

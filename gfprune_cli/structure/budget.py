@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gfprune_cli.errors import UsageError
+from gfprune_cli.structure.blocks import floor_of_stack, inside
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.groups import ChannelGroup, keep_all
 
@@ -66,7 +67,7 @@ def allocate(
     best: Allocation | None = None
     for floor in FLOORS:
         minimum = minimum_widths(cost, floor * math.sqrt(1 - sparsity), align)
-        kept = descend(cost, scores, target, minimum, budget, align)
+        kept = descend(cost, scores, target, minimum, budget, align, floor * math.sqrt(1 - sparsity))
         if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
             kept = exchange(cost, kept, target, minimum, budget)
         found = Allocation(kept, 1 - cost.total(kept, budget) / dense)
@@ -98,9 +99,12 @@ def width_step(group: ChannelGroup, align: int) -> int:
 
 
 def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
-    """The floor of every group: at least one step, and at least `ratio` of its channels."""
+    """The floor of every group: at least one step, and at least `ratio` of its channels; none for a block."""
     minimum = {}
     for name, group in cost.groups.items():
+        if group.stack:
+            minimum[name] = 0
+            continue
         step = width_step(group, align)
         minimum[name] = max(step, step * math.ceil(group.channels * ratio / step))
     return minimum
@@ -113,8 +117,13 @@ def descend(
     minimum: Mapping[str, int],
     budget: Budget,
     align: int,
+    depth: float,
 ) -> dict[str, int]:
-    """Remove one step at a time, cheapest score per saving first, until no step brings the cost nearer."""
+    """Remove one step at a time, cheapest score per saving first, until no step brings the cost nearer.
+
+    Args:
+        depth: share of the blocks of a stack that stay.
+    """
     kept = keep_all(cost.groups.values())
     losses = {name: step_scores(group, scores[name]) for name, group in cost.groups.items()}
     removed = cost.removed(kept)
@@ -130,15 +139,28 @@ def descend(
         saving = rates[name][1]
         step = width_step(cost.groups[name], align)
         nearer = abs(total - saving - target) < abs(total - target)
-        if kept[name] - step < minimum[name] or not nearer:
+        if kept[name] - step < minimum[name] or not nearer or not may_go(cost, name, kept, depth):
             open_groups.discard(name)
             continue
+        affected = neighbours(cost, name)
         kept[name] -= step
         removed[name] += step
         total -= saving
-        for other in neighbours(cost, name):
+        for other in affected:
             rates.pop(other, None)
+            if cost.groups[name].stack and inside(cost.groups[other], name):
+                open_groups.discard(other)  # it goes with the block
+                kept[other], removed[other] = cost.groups[other].channels, 0
     return kept
+
+
+def may_go(cost: CostModel, name: str, kept: Mapping[str, int], depth: float) -> bool:
+    """Whether a block may go without emptying its stack; channels always may."""
+    stack = cost.groups[name].stack
+    if not stack:
+        return True
+    left = [kept[other] for other, group in cost.groups.items() if group.stack == stack]
+    return sum(left) > floor_of_stack(len(left), depth)
 
 
 def exchange(
@@ -150,7 +172,7 @@ def exchange(
     """
     best = dict(kept)
     error = abs(cost.total(best, budget) - target)
-    names = list(best)
+    names = [name for name, group in cost.groups.items() if not group.stack]
     moves = [{a: 1} for a in names] + [{a: 1, b: -1} for a in names for b in names if a != b]
     for move in moves:
         trial = dict(kept)
@@ -166,8 +188,9 @@ def exchange(
 
 def neighbours(cost: CostModel, name: str) -> set[str]:
     """Groups whose savings change when this one narrows: those that share a layer with it."""
-    layers = (cost.layers[index] for index in cost.layers_of[name])
-    return {group for layer in layers for group, _ in (*layer.out.shares, *layer.into.shares)}
+    layers = [cost.layers[index] for index in cost.layers_of[name]]
+    around = {block for layer in layers for block in layer.blocks}
+    return around | {group for layer in layers for group, _ in (*layer.out.shares, *layer.into.shares)}
 
 
 def step_rate(

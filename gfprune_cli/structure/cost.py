@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -36,14 +36,20 @@ class LayerCost:
     bias: int
     positions: int
     learned: bool = True  # False: a product of activations, with MACs but no parameters
+    blocks: tuple[str, ...] = ()  # residual blocks around it that may go as a whole
+
+    def gone(self, removed: Mapping[str, int]) -> bool:
+        return any(removed[block] for block in self.blocks)
 
     def params(self, removed: Mapping[str, int]) -> int:
-        if not self.learned:
+        if not self.learned or self.gone(removed):
             return 0
         out = self.out.kept(removed)
         return out * self.into.kept(removed) * self.weight + out * self.bias
 
     def macs(self, removed: Mapping[str, int]) -> int:
+        if self.gone(removed):
+            return 0
         return self.out.kept(removed) * self.into.kept(removed) * self.weight * self.positions
 
 
@@ -59,7 +65,7 @@ class CostModel:
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
         for group in groups:
-            for member in group.members:
+            for member in () if group.stack else group.members:
                 share = len(member.positions) // group.channels
                 shares.setdefault((member.module, member.side), []).append((group.name, share))
         self.layers: list[LayerCost] = []
@@ -69,8 +75,22 @@ class CostModel:
                 for name_of_group in touched:
                     self.layers_of[name_of_group].append(len(self.layers))
                 self.layers.append(layer)
+        self.place_in_blocks(model)
         counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
+
+    def place_in_blocks(self, model: nn.Module) -> None:
+        """Note in which removable blocks each layer lies, and count what else a block holds."""
+        for block in (name for name, group in self.groups.items() if group.stack):
+            counted = 0
+            for index, layer in enumerate(self.layers):
+                if layer.name.startswith(f"{block}."):
+                    counted += layer.params(dict.fromkeys(self.groups, 0))
+                    self.layers[index] = replace(layer, blocks=(*layer.blocks, block))
+                    self.layers_of[block].append(index)
+            rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - counted
+            self.layers_of[block].append(len(self.layers))
+            self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 
     def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
         return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}

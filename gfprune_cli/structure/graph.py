@@ -30,7 +30,7 @@ SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
 def discover(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a denoiser.
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 Side = Literal["out", "in"]
-Kind = Literal["conv", "linear", "norm", "embedding", "rotary", "parameter"]
+Kind = Literal["conv", "linear", "norm", "embedding", "rotary", "parameter", "gate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class ChannelGroup:
         cells: [cells, units per cell] unit indices; every cell keeps the same number of units, so that
             each group of the norm behind it keeps the same number of channels.
         members: every coupled slice.
+        stack: of a group whose one unit is a whole residual block: the list of blocks that it is one of.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ChannelGroup:
     unit_size: int
     cells: torch.Tensor
     members: tuple[Member, ...]
+    stack: str = ""
 
     @property
     def units(self) -> int:

@@ -35,7 +35,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Layout:
-    """How an attention's channels are divided: `heads` queries, `kv_heads` keys, `head` channels each."""
+    """How an attention divides its channels: `heads` queries, `kv_heads` keys, `head` channels each."""
 
     heads: int
     kv_heads: int

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
 from gfprune_cli.structure.trace import is_attention, is_depthwise
@@ -42,7 +43,7 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
     """
     alive: dict[tuple[str, str], torch.Tensor] = {}
     for group in groups:
-        if bool(kept[group.name].all()):
+        if group.stack or bool(kept[group.name].all()):
             continue
         channel_alive = kept[group.name].repeat_interleave(group.unit_size)
         for member in group.members:
@@ -189,12 +190,16 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     """
     from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 
-    cuts = cuts_of(model, groups, kept)
-    config = stock_config(model)
+    cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
+    config = {**stock_config(model), **depth.config}
     earlier = (config.get("gfprune") or {}).get("modules", {})
-    config["gfprune"] = {"format": 1, "modules": {**earlier, **module_shapes(model, cuts)}}
-    pruned = rebuild(pruned_class(stock_name(type(model).__name__)), config, slice_state(model, cuts))
-    return carry_over(model, pruned)
+    modules = depth.renamed({**earlier, **module_shapes(model, cuts)})
+    modules |= {name: {"identity": True} for name in depth.skipped}
+    cls = type(model)  # where only blocks went, the stock class can say so
+    if modules:
+        config["gfprune"] = {"format": 1, "modules": modules}
+        cls = pruned_class(stock_name(cls.__name__))
+    return carry_over(model, rebuild(cls, config, depth.renamed(slice_state(model, cuts))))
 
 
 def remove_native(

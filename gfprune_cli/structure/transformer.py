@@ -26,7 +26,7 @@ ROTARY_NAMES = ("rotary", "rope", "freqs")
 
 
 def is_transformer(model: nn.Module) -> bool:
-    """Whether a denoiser is a stack of transformer blocks: attention, and no residual convolutions."""
+    """Whether a denoiser is a stack of transformer blocks: attention, and no convolutional ones."""
     kinds = {type(module).__name__ for module in model.modules()}
     return not any(kind.startswith("ResnetBlock") for kind in kinds) and any(
         map(is_attention, model.modules())
@@ -68,12 +68,12 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, R
     if not any(parameter.is_meta for parameter in model.parameters()):
         attempts.append(({}, dict(inputs)))
     error: Exception | None = None
-    for state, arguments in attempts:
+    for held, arguments in attempts:
         trace, rotary = Trace(), Rotary()
         hooks = [*observe(model, trace), *observe_rotary(model, rotary)]
         try:
             with torch.no_grad():
-                functional_call(model, state, (), {**arguments, "return_dict": False})
+                functional_call(model, dict(held), (), {**arguments, "return_dict": False})
             return trace, rotary
         except Exception as raised:  # whatever a model's forward may raise
             error = raised
