@@ -119,7 +119,8 @@ class Signature:
             return "tokens"
         (label,) = labels
         factor = self.factor if label in ("height", "width") else 1
-        return f"{factor}*{LETTERS[label]}" if factor > 1 else LETTERS[label]
+        more = self.inputs[name].shape[axis] - (getattr(self.sizes, label) or self.inputs[name].shape[axis])
+        return (f"{factor}*" if factor > 1 else "") + LETTERS[label] + (f"+{more}" if more else "")
 
 
 @dataclass(frozen=True)
