@@ -14,6 +14,7 @@ from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning import Plan, Run
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.graph import discover
@@ -77,6 +78,8 @@ def analyze(
     revision: str | None = None,
     variant: str | None = None,
     component: str | None = None,
+    blocks: bool = False,
+    prune_width: bool = False,
     prompts: str | None = None,
     size: str | None = None,
     frames: int | None = None,
@@ -91,8 +94,10 @@ def analyze(
         model: "demo", a local diffusers folder (its weights may be absent), or a Hub id.
         sparsity: targets in (0, 1) to plan for.
         budget: what the targets count.
-        sensitivity: also measure how the loss rises when a quarter of each group is masked; this loads
+        sensitivity: also measure how the loss rises when a quarter of each group, or a block, is masked; this loads
             the weights and draws calibration images.
+        blocks: count whole residual blocks as groups too.
+        prune_width: and the residual width of transformers.
         prompts, size, frames, guidance: of the images drawn, as in `PruneRecipe`; for `sensitivity` alone.
 
     Returns:
@@ -114,7 +119,9 @@ def analyze(
     found = inspect(source, component=component, variant=variant, weights_required=sensitivity)
     meta = build_meta(found)
     report(Event("trace", text=f"tracing {found.class_name}"))
-    groups, trace = discover(meta)
+    groups, trace = discover(meta, width=prune_width)
+    if blocks:
+        groups += block_groups(meta)
     cost = CostModel(meta, groups, trace)
     stored = {info.dtype for info in found.tensors.values()}
     width = PARAMETER_BYTES.get(stored.pop(), 4) if len(stored) == 1 else 4
@@ -171,7 +178,7 @@ def plan_for(
 
 
 def measure_sensitivity(run: Run, report: Report) -> dict[str, float]:
-    """Group name -> relative rise of the denoising loss when its weakest quarter is masked.
+    """Group name -> relative rise of the denoising loss when its weakest quarter, or the block, is masked.
 
     The weakest units by first-order Taylor score go, the same number in every norm group; everything else
     stays as it is.
@@ -185,6 +192,7 @@ def measure_sensitivity(run: Run, report: Report) -> dict[str, float]:
     for number, group in enumerate(groups):
         report(Event("probe", number, len(groups)))
         keep = max(group.step, round(group.channels * (1 - PROBE_SHARE) / group.unit_size) * group.unit_size)
+        keep = 0 if group.stack else keep
         support = select(group, scored.scores[group.name], min(keep, group.channels))
         masked.set_masks(whole | {group.name: support.to(whole[group.name])})
         rises[group.name] = run.masked_loss(scored.draws, masked, PROBE_DRAWS) / baseline - 1

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gfprune_cli.checkpoint.reader import Component, build_meta
-from gfprune_cli.data.conditions import call_with
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.measure import one_sample
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.norms import plain_stand_ins
 
@@ -81,21 +81,11 @@ def kept_for_backward(model: nn.Module, call: Callable[[nn.Module], Any]) -> int
 
 def activations(component: Component, process: NoisingProcess, draws: Draws) -> int:
     """Numbers that autograd keeps for one sample of a run; 0 where a network's shapes depend on values."""
-    batch = draws.batch("memory", 0, 1)
-    noisy = process.add_noise(batch.images, batch.noise, batch.index)
-    counted = 0
-
-    def count(args: Any, inputs: Any) -> tuple[torch.Tensor]:
-        nonlocal counted
-        args, inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, inputs))
-        counted = kept_for_backward(build_meta(component), lambda network: network(*args, **inputs))
-        return (torch.zeros(getattr(batch.condition, "branches", 1)),)
-
+    given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), one_sample(process, draws))
     try:
-        call_with(count, noisy, process.timesteps(batch.index), batch.condition)
+        return kept_for_backward(build_meta(component), lambda network: network(**given, return_dict=False))
     except (RuntimeError, NotImplementedError):
         return 0
-    return counted
 
 
 def available(device: torch.device) -> int:

@@ -37,6 +37,12 @@ def analyze(
     component: Annotated[
         str | None, typer.Option("--component", help="Pipeline component to analyze (default: the denoiser).")
     ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Count whole residual blocks as groups too.")
+    ] = False,
+    prune_width: Annotated[
+        bool, typer.Option("--prune-width", help="And the residual width of transformers.")
+    ] = False,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help=option_help(PruneRecipe, "prompts"))
     ] = None,
@@ -72,6 +78,8 @@ def analyze(
             revision=revision,
             variant=variant,
             component=component,
+            blocks=blocks,
+            prune_width=prune_width,
             prompts=prompts,
             size=size,
             frames=frames,

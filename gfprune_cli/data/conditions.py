@@ -115,6 +115,14 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
     return made
 
 
+def inputs_of(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    """What `call` passes to a network, all of it by keyword."""
+    if isinstance(condition, Conditions):
+        return keywords(x, timesteps, condition)
+    given = {"sample": x, "timestep": timesteps, "return_dict": False}
+    return given if condition is None else given | {"class_labels": condition}
+
+
 def call(
     network: Callable[..., Any], x: torch.Tensor, timesteps: torch.Tensor, condition: Condition
 ) -> torch.Tensor:

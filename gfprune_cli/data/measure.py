@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from gfprune_cli.data.conditions import Condition
+from gfprune_cli.data.conditions import Condition, inputs_of
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.errors import GfpruneError
@@ -14,6 +15,14 @@ from gfprune_cli.progress import Event, Report
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+
+
+def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
+    """Keyword arguments of a network for one noisy sample, its branches included."""
+    batch = draws.batch("one sample", 0, 1)
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    inputs = inputs_of(noisy, process.timesteps(batch.index), batch.condition)
+    return {name: value for name, value in inputs.items() if name != "return_dict"}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
-from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss
+from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss, one_sample
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.criteria import Evidence, score
@@ -39,6 +39,7 @@ from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import carry_over, remove, remove_native
+from gfprune_cli.structure.verify import check_removal
 
 SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
@@ -127,6 +128,8 @@ class Run:
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
+        self.report(Event("check", text="checking that removal is exact"))
+        check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         before = self.loss(reports, dense)
         teacher = None
         if self.schedule.training_steps and self.recipe.distill:
