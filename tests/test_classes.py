@@ -24,6 +24,9 @@ from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import check_pipeline, copy_component, stored_dtype
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.removal import remove
+from gfprune_cli.structure.verify import half_of
 
 CONDITIONAL: dict[str, Any] = dict(
     sample_size=8,
@@ -173,7 +176,67 @@ class TestComponents:
         assert look(folder / "vae").class_name == "AutoencoderKL"
 
 
+PIPELINE_ELSEWHERE = """
+import sys
+sys.modules["gfprune_cli"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+source, saved, tensors = sys.argv[1:]
+given = load_file(tensors)
+images = {}
+for step, folder in enumerate((source, saved)):
+    without = dict(text_encoder=None, tokenizer=None)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **without)
+    pipeline.set_progress_bar_config(disable=True)
+    images[str(step)] = torch.from_numpy(pipeline(
+        prompt_embeds=given["text"], negative_prompt_embeds=given["text"] * 0, latents=given["latents"],
+        num_inference_steps=2, output_type="np").images).contiguous()
+    pipeline.save_pretrained(saved)
+save_file(images, tensors)
+"""
+
+
 class TestModelingFile:
+    def test_a_pipeline_of_pruned_parts_makes_an_image_elsewhere(self, tmp_path: Path) -> None:
+        """Denoiser and autoencoder pruned, loaded by DiffusionPipeline, saved again, loaded again."""
+        unet = modeling.pruned_class("UNet2DConditionModel")(gfprune={"modules": NARROW}, **CONDITIONAL)
+        narrow = {
+            "decoder.conv_in": {"in": 4, "out": 4},
+            "decoder.mid_block.resnets.0.norm1": {"groups": [1, 1, 1, 1]},
+        }
+        vae = diffusers.AutoencoderKL(**AUTOENCODER)
+        groups, _ = discover(vae)
+        vae = remove(vae, groups, half_of(groups))
+        assert narrow.keys() <= vae.config.gfprune["modules"].keys()
+        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        pipe = diffusers.StableDiffusionPipeline(
+            vae=vae, unet=unet, scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False, **parts
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(tmp_path / "sd")
+        index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
+        assert index["vae"] == ["gfprune_models_v1", "PrunedAutoencoderKL"]
+        source = torch.Generator().manual_seed(0)
+        given = {
+            "text": torch.randn(1, 5, 8, generator=source),
+            "latents": torch.randn(1, 4, 8, 8, generator=source),
+        }
+        save_file(given, tmp_path / "tensors.safetensors")
+        environment = {k: v for k, v in os.environ.items() if k != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+        paths = [tmp_path / "sd", tmp_path / "saved", tmp_path / "tensors.safetensors"]
+        arguments = [sys.executable, "-c", PIPELINE_ELSEWHERE, *map(str, paths)]
+        subprocess.run(arguments, check=True, env=environment, timeout=300)
+        expected = pipe(
+            prompt_embeds=given["text"],
+            negative_prompt_embeds=given["text"] * 0,
+            latents=given["latents"],
+            num_inference_steps=2,
+            output_type="np",
+        ).images
+        for image in load_file(tmp_path / "tensors.safetensors").values():
+            assert torch.allclose(image, torch.from_numpy(expected), atol=1e-5)
+
     def test_loads_without_gfprune_and_survives_saving(self, tmp_path: Path) -> None:
         """Bit-identical through AutoModel, save_pretrained and an fp16 variant, for any class."""
         model = modeling.pruned_class("UNet2DConditionModel")(

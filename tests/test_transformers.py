@@ -25,6 +25,7 @@ from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm
+from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import TOLERANCE, allocate
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.examples import example_inputs
@@ -400,6 +401,19 @@ def test_the_width_of_the_stream_is_one_more_group(name: str) -> None:
     heads = ZOO[name][1]["num_attention_heads"] * 8
     # PixArt composes part of its time embedding of three parts: a unit is one channel of each
     assert group.channels == (heads // 3 if name == "pixart" else heads)
+
+
+@each_network
+def test_blocks_width_heads_and_units_may_go_at_once(name: str) -> None:
+    model = build(name)
+    made = inputs(model)
+    groups = (*structure(name + WIDTH)[0], *block_groups(model))
+    kept = random_units(name + WIDTH, 3)
+    kept |= {group.name: torch.tensor([group.name.endswith(".0")]) for group in block_groups(model)}
+    pruned = remove(model, groups, kept)
+    cost = CostModel(model, groups, structure(name)[1])
+    assert cost.params(widths(groups, kept)) == parameters(pruned)
+    assert relative_error(run(pruned, made), run_masked(model, groups, kept, made)) <= EXACT
 
 
 def test_more_is_within_reach_with_the_width() -> None:

@@ -67,7 +67,7 @@ class Job:
 def write_safetensors(job: Job, folder: Path) -> Artefact:
     variant = variant_of(job.recipe)
     network = job.network()
-    signature = workable(network, job.scheduler)
+    signature = workable(network, job.scheduler, job.dtype)
     files = weights.write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
     run = weights.run_folder(folder, job.component, variant, job.dtype, signature)
     return job.as_class(run, tuple(files), signature)

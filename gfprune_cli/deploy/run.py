@@ -112,7 +112,7 @@ class ExportRun:
             self.report(Event("export", text=f"writing {path.name}"))
             write_single_file(path, job.network(), self.record({}))
             signature = workable(model, scheduler)
-            run = run_model(load_single_file(path, dtype=job.dtype), signature)
+            run = run_model(load_single_file(path, dtype=job.dtype), signature, job.dtype)
             artefact = job.as_class(run, (path,), signature)
             parity = self.verify(model, scheduler, artefact)
             files = {path.name: path.stat().st_size}

@@ -119,7 +119,8 @@ class Signature:
             return "tokens"
         (label,) = labels
         factor = self.factor if label in ("height", "width") else 1
-        return f"{factor}*{LETTERS[label]}" if factor > 1 else LETTERS[label]
+        more = self.inputs[name].shape[axis] - (getattr(self.sizes, label) or self.inputs[name].shape[axis])
+        return (f"{factor}*" if factor > 1 else "") + LETTERS[label] + (f"+{more}" if more else "")
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,11 @@ def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None)
 
 
 @torch.no_grad()
-def workable(network: nn.Module, scheduler: Any) -> Signature:
-    """The inputs at small sizes, if the network takes them; else at those that it is made for."""
-    parameter = next(network.parameters())
+def workable(network: nn.Module, scheduler: Any, dtype: torch.dtype = torch.float32) -> Signature:
+    """The inputs at small sizes, if the network, which is in `dtype`, takes them; else at its own."""
     small = signature_of(network, scheduler, compact(network, own=True))
     try:
-        network(**small.keywords(small.cast(small.inputs, parameter.dtype)), return_dict=False)
+        network(**small.keywords(small.cast(small.inputs, dtype)), return_dict=False)
     except (RuntimeError, ValueError, IndexError):
         return signature_of(network, scheduler)
     return small

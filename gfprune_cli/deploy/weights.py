@@ -49,9 +49,8 @@ def write_pipeline(
     return files
 
 
-def run_model(model: nn.Module, signature: Signature) -> Runner:
-    """A network in PyTorch: float32 in and out, arithmetic in its own type."""
-    dtype = next(model.parameters()).dtype
+def run_model(model: nn.Module, signature: Signature, dtype: torch.dtype = torch.float32) -> Runner:
+    """A network in PyTorch: float32 in and out, arithmetic in `dtype`, the network's own."""
 
     def run(inputs: Inputs) -> torch.Tensor:
         arguments = signature.keywords(signature.cast(inputs, dtype))
@@ -68,4 +67,4 @@ def run_folder(
     written = inspect(
         Source(str(folder), folder, "local", None), component=component.name or None, variant=variant
     )
-    return run_model(load_model(written, dtype=dtype), signature)
+    return run_model(load_model(written, dtype=dtype), signature, dtype)

@@ -189,7 +189,8 @@ def own_scheduler(scheduler: Any, settings: Settings, mu: float | None = None) -
     name, spacing = type(scheduler).__name__, settings.timestep_spacing
     if name in UNSEEDED:
         raise UsageError(f"--sampler pipeline: {name} cannot be seeded per image; use --sampler ddim")
-    if "old_pred_original_sample" in inspect.signature(scheduler.step).parameters:
+    step = getattr(scheduler, "step", None)
+    if step is not None and "old_pred_original_sample" in inspect.signature(step).parameters:
         raise UsageError(f"--sampler pipeline: only its own pipeline can step {name}; use --sampler ddim")
     made = copy.deepcopy(scheduler)
     if spacing in ("leading", "trailing", "linspace") and "timestep_spacing" in scheduler.config:

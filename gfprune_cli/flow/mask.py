@@ -85,7 +85,7 @@ class MaskedModel:
             for member in group.producers
         }
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, NORMS):
+            if isinstance(module, NORMS) and module.weight is not None:
                 self.model.set_submodule(name, MaskedGroupNorm(module))
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))

@@ -3,104 +3,85 @@
 groups, trace = discover(model)          # any device, the meta device included
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch_pruning
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
-from gfprune_cli.structure.trace import Trace, observe
+from gfprune_cli.structure.trace import CONVOLUTIONS, Trace
+from gfprune_cli.structure.tracing import dependency_graph, whole_groups
 from gfprune_cli.structure.transformer import discover_transformer, is_transformer
 
 KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
+    (nn.Conv1d, "conv"),
     (nn.Conv2d, "conv"),
+    (nn.Conv3d, "conv"),
     (nn.Linear, "linear"),
     (nn.GroupNorm, "norm"),
+    (nn.LayerNorm, "norm"),
     (nn.Embedding, "embedding"),
 )
+NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistics, weights or not
+UNRULED = ("UNet", "UVit2DModel")  # stacks of transformer blocks among other ones
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
 def discover(
     model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
-    """Find the channel groups of a denoiser.
+    """Find the channel groups of a denoiser or autoencoder.
 
-    Groups that touch what must keep its width are left out: the network's input and output, the
-    sinusoidal or learned time features, and class labels that enter as vectors.
+    Groups that touch what must keep its width are left out: the network's input and output, latents, the
+    sinusoidal or learned time features, class labels that enter as vectors. So are groups with a member whose
+    removal is not known to be exact, such as a parameter of its own or a grouped convolution.
+
+    Args:
+        inputs: keyword arguments of one forward pass; None takes zeros that the configuration describes.
+        width: also groups under a layer norm, whose residual streams otherwise keep their width.
 
     Returns:
         (groups in the order in which the network runs them, the trace of the forward pass).
 
     Raises:
-        GfpruneError: the network cannot be traced.
+        GfpruneError: the network cannot be traced, or nothing in it can be removed: a module is named.
     """
-    if is_transformer(model):
+    if is_transformer(model) and not type(model).__name__.endswith(UNRULED):
         return discover_transformer(model, inputs, width=width)
+    if inputs is None:
+        inputs = example_inputs(model)
     with plain_stand_ins(model):
-        found, trace = trace_groups(model)
+        found, trace = trace_groups(model, inputs, width=width)
     order = {name: index for index, name in enumerate(trace.positions)}
-    protected = {
-        name for module in fixed_layers(model) for name, other in model.named_modules() if module is other
-    }
-    groups = [group for group in found if group is not None and not touches(group, protected)]
-    return tuple(sorted(groups, key=lambda group: order[group.name])), trace
+    return tuple(sorted(found, key=lambda group: order[group.name])), trace
 
 
-def trace_groups(model: nn.Module) -> tuple[list[ChannelGroup | None], Trace]:
-    """Every group that the dependency graph finds, and what the forward pass showed."""
+def trace_groups(
+    model: nn.Module, inputs: Mapping[str, Any], *, width: bool
+) -> tuple[list[ChannelGroup], Trace]:
+    """Every group of the dependency graph that can be removed, and what the forward pass showed."""
     trace = Trace()
-    hooks = list(observe(model, trace))
-    required = [parameter.requires_grad for parameter in model.parameters()]
-    graph = torch_pruning.DependencyGraph()
-    try:
-        model.requires_grad_(True)  # the graph is read off autograd's tape
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), traceable_resampling():
-            graph.build_dependency(
-                model,
-                example_inputs=example_inputs(model),
-                forward_fn=lambda network, inputs: network(**inputs, return_dict=False)[0],
-                verbose=False,
-            )
-        groups = graph.get_all_groups(ignored_layers=fixed_layers(model))
-        return [read_group(model, raw) for raw in groups], trace
-    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GfpruneError(f"cannot trace {type(model).__name__}: {line}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, require in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(require)
-
-
-@contextmanager
-def traceable_resampling() -> Iterator[None]:
-    """Let FIR resampling keep its channel axis while tracing.
-
-    diffusers folds channels into the batch to filter them one by one, and the dependency graph loses them
-    in the fold. Only shapes and channel order matter to a trace, so nearest-neighbour resampling serves.
-    """
-
-    def resample(
-        tensor: torch.Tensor, kernel: torch.Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)
-    ) -> torch.Tensor:
-        size = [(length * up + sum(pad) - kernel.shape[0]) // down + 1 for length in tensor.shape[-2:]]
-        return nn.functional.interpolate(tensor, size=size)
-
-    with (
-        patch("diffusers.models.upsampling.upfirdn2d_native", resample),
-        patch("diffusers.models.downsampling.upfirdn2d_native", resample),
-    ):
-        yield
+    graph = dependency_graph(model, inputs, trace)
+    fixed = fixed_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    protected = {names[id(layer)] for layer in fixed}
+    with whole_groups():
+        read = [read_group(model, raw, names, width=width) for raw in graph.get_all_groups(fixed)]
+    found = [group for group in read if isinstance(group, ChannelGroup) and not touches(group, protected)]
+    blockers = [group for group in read if isinstance(group, str)]
+    if not found and blockers:
+        raise GfpruneError(
+            f"no channel of {type(model).__name__} can be removed exactly: "
+            f"{quoted(blockers[0])} stands in the way"
+        )
+    return found, trace
 
 
 def touches(group: ChannelGroup, protected: set[str]) -> bool:
@@ -109,87 +90,123 @@ def touches(group: ChannelGroup, protected: set[str]) -> bool:
 
 
 def fixed_layers(model: Any) -> list[nn.Module]:
-    """Layers whose output width belongs to the outside world."""
-    layers: list[nn.Module] = [model.conv_out]
-    for name, module in model.named_modules():
-        if (
-            name.endswith("skip_conv")
-            and isinstance(module, nn.Conv2d)
-            and module.out_channels == model.conv_out.out_channels
-        ):
-            layers.append(module)  # NCSN++ sums images at every resolution
-    if isinstance(model.time_proj, nn.Module) and any(True for _ in model.time_proj.parameters()):
-        layers.append(model.time_proj)
+    """Layers whose output width belongs to the outside world, beside those that reach the output."""
+    names = ["quant_conv", "post_quant_conv", "encoder.conv_out", "quantize.embedding"]
+    if any(True for _ in getattr(model, "time_proj", nn.Identity()).parameters()):
+        names.append("time_proj")
     if getattr(model.config, "class_embed_type", None) == "identity":
-        layers.append(model.time_embedding.linear_2)
-    return layers
+        names.append("time_embedding.linear_2")
+    layers = {name: module for name, module in model.named_modules() if name in names}
+    return [layer for layer in layers.values() if any(True for _ in layer.parameters())]
 
 
-def read_group(model: nn.Module, raw: Any) -> ChannelGroup | None:
-    """Translate one Torch-Pruning group; None when nothing in it holds weights."""
-    modules = {id(module): name for name, module in model.named_modules()}
+def read_group(
+    model: nn.Module, raw: Any, names: Mapping[int, str], *, width: bool
+) -> ChannelGroup | str | None:
+    """Translate one Torch-Pruning group.
+
+    Returns:
+        The group; the name of a module or parameter that keeps it from being removed exactly; None when it
+        reaches the output.
+    """
     kinds: dict[tuple[str, Side], Kind] = {}
-    pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}  # (position, index in the root layer)
+    parts: dict[tuple[str, Side], list[np.ndarray]] = {}
     for item in raw:
         layer = item.dep.target.module
-        kind = next((kind for cls, kind in KINDS if isinstance(layer, cls)), None)
-        if kind is None or id(layer) not in modules:
+        if isinstance(layer, torch_pruning.ops._OutputOp):
+            return None
+        if isinstance(layer, nn.Parameter):
+            return next((name for name, parameter in model.named_parameters() if parameter is layer), "?")
+        if id(layer) not in names:
+            continue  # an operation without weights
+        kind = removable_kind(layer, width=width)
+        if kind is None and (isinstance(layer, NORMALISERS) or any(True for _ in layer.parameters())):
+            return names[id(layer)]
+        if kind is None:
             continue
         out = kind == "norm" or "out_channels" in item.dep.handler.__name__
-        key: tuple[str, Side] = (modules[id(layer)], "out" if out else "in")
+        key: tuple[str, Side] = (names[id(layer)], "out" if out else "in")
         kinds[key] = kind
         roots = item.root_idxs if item.root_idxs else item.idxs
-        pairs.setdefault(key, set()).update(zip(item.idxs, roots, strict=True))
-    if not pairs:
-        return None
-    halves = [
-        scale_and_shift(model, name, entries) for (name, side), entries in pairs.items() if side == "out"
-    ]
-    channel_of_root = join_roots([*pairs.values(), *halves])
+        parts.setdefault(key, []).append(np.array([item.idxs, roots]))
+    pairs = {key: distinct(np.concatenate(found, axis=1)) for key, found in parts.items()}
+    roots, channel_of_root = join_roots(list(pairs.values()))
     members = []
-    for (name, side), entries in pairs.items():
-        ordered = sorted({(position, channel_of_root[root]) for position, root in entries})
-        positions, channels = (torch.tensor(column) for column in zip(*ordered, strict=True))
-        members.append(Member(name, side, kinds[name, side], positions, channels))
-    count = 1 + max(channel_of_root.values())
+    for (name, side), (positions, own) in pairs.items():
+        channels = channel_of_root[np.searchsorted(roots, own)]
+        placed = distinct(np.stack([positions, channels]))
+        members.append(Member(name, side, kinds[name, side], *torch.from_numpy(placed)))
+    count = int(channel_of_root.max()) + 1
+    for member in members:
+        uneven = len(set(torch.bincount(member.channels, minlength=count).tolist())) > 1
+        if uneven or int(member.positions.max()) >= dimension_of(model, member):
+            return member.module  # it sees some channels only, or other things than channels
     unit_size = head_size(model, members)
     cells = selection_cells(model, members, count, unit_size)
     return ChannelGroup(members[0].module, count, unit_size, cells, tuple(members))
 
 
-def scale_and_shift(model: nn.Module, name: str, pairs: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """A projection that is split into scale and shift: its two halves belong to the same channels.
+def dimension_of(model: nn.Module, member: Member) -> int:
+    """Size of the dimension that a member is about."""
+    layer: Any = model.get_submodule(member.module)
+    if isinstance(layer, nn.LayerNorm):
+        return int(layer.normalized_shape[0])
+    second = member.side == "in" or member.kind == "embedding"
+    return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.weight.shape[int(second)])
 
-    The dependency graph follows only one half through the split.
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """[2, n] the different pairs, in ascending order."""
+    base = int(pairs[1].max()) + 1
+    return np.stack(np.divmod(np.unique(pairs[0] * base + pairs[1]), base))
+
+
+def removable_kind(layer: nn.Module, *, width: bool) -> Kind | None:
+    """The kind of a layer whose channels can be removed one by one."""
+    if isinstance(layer, nn.GroupNorm) and not layer.affine:
+        return None
+    if isinstance(layer, nn.LayerNorm) and (not width or len(layer.normalized_shape) > 1):
+        return None
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    if (
+        isinstance(layer, CONVOLUTIONS)
+        and groups > 1
+        and not groups == layer.in_channels == layer.out_channels
+    ):
+        return None
+    return next((kind for cls, kind in KINDS if isinstance(layer, cls)), None)
+
+
+def join_roots(members: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Roots that meet at one position of a member are one channel.
+
+    A projection of scale and shift, twice as wide as the layer it modulates, makes two roots of a channel,
+    and so do the two halves of a gated projection.
+
+    Args:
+        members: [2, n] each, positions and indices in the root layer.
+
+    Returns:
+        (sorted roots, the channel of each, numbered in that order).
     """
-    parent, _, leaf = name.rpartition(".")
-    block: Any = model.get_submodule(parent)
-    if leaf != "time_emb_proj" or getattr(block, "time_embedding_norm", "") != "scale_shift":
-        return set()
-    half = block.time_emb_proj.out_features // 2
-    return {(position % half, root) for position, root in pairs}
-
-
-def join_roots(members: Iterable[set[tuple[int, int]]]) -> dict[int, int]:
-    """Index in the root layer -> channel. Roots that meet at one position are one channel.
-
-    A projection of scale and shift, twice as wide as the layer it modulates, makes two roots of a channel.
-    """
-    parent: dict[int, int] = {}
-
-    def find(root: int) -> int:
-        parent.setdefault(root, root)
-        while parent[root] != root:
-            root = parent[root]
-        return root
-
-    for pairs in members:
-        first: dict[int, int] = {}
-        for position, root in sorted(pairs):
-            low, high = sorted((find(first.setdefault(position, root)), find(root)))
-            parent[high] = low
-    channels: dict[int, int] = {}
-    return {root: channels.setdefault(find(root), len(channels)) for root in sorted(parent)}
+    roots = np.unique(np.concatenate([own for _, own in members]))
+    label = np.arange(len(roots))
+    meeting = [
+        (positions, np.searchsorted(roots, own))
+        for positions, own in members
+        if len(np.unique(positions)) < len(positions)
+    ]
+    changed = True
+    while changed:
+        changed = False
+        for positions, own in meeting:
+            lowest = np.full(positions.max() + 1, len(roots))
+            np.minimum.at(lowest, positions, label[own])
+            lower = label.copy()
+            np.minimum.at(lower, own, lowest[positions])
+            changed |= bool((lower != label).any())
+            label = lower
+    return roots, np.unique(label, return_inverse=True)[1]
 
 
 def head_size(model: nn.Module, members: Sequence[Member]) -> int:
@@ -224,10 +241,9 @@ def selection_cells(
     own: list[torch.Tensor] = []
     shared: list[torch.Tensor] = []
     for member in members:
-        if member.kind != "norm":
-            continue
         norm = model.get_submodule(member.module)
-        assert isinstance(norm, nn.GroupNorm)
+        if not isinstance(norm, nn.GroupNorm):
+            continue
         whole = len(member.positions.unique()) == norm.num_channels
         (own if whole else shared).append(norm_partition(norm, member, channels))
     units = channels // unit_size

@@ -220,7 +220,7 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     modules = depth.renamed({**earlier, **module_shapes(model, cuts)})
     modules |= {name: {"identity": True} for name in depth.skipped}
     cls = type(model)  # where only blocks went, the stock class can say so
-    if modules:
+    if modules or not depth.config:
         config["gfprune"] = {"format": 1, "modules": modules}
         cls = pruned_class(stock_name(cls.__name__))
     return carry_over(model, rebuild(cls, config, depth.renamed(slice_state(model, cuts))))

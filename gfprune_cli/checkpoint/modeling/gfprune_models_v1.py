@@ -35,6 +35,8 @@ from torch import nn
 STEM = "gfprune_models_v1"
 ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
 
+SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
+
 # What blocks with two streams return. Every other block returns its first argument.
 PAIRS = {
     "FluxTransformerBlock": ("encoder_hidden_states", "hidden_states"),
@@ -271,7 +273,7 @@ def refresh_attributes(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if kind in ("Downsample2D", "Upsample2D") and isinstance(getattr(module, "conv", None), nn.Conv2d):
+        if kind in SAMPLERS and isinstance(getattr(module, "conv", None), (nn.Conv1d, nn.Conv2d)):
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif kind == "ResnetBlock2D":
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels

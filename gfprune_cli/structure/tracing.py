@@ -1,0 +1,132 @@
+"""One forward pass through any network, seen by Torch-Pruning's dependency graph and by hooks."""
+
+import gc
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch_pruning
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gfprune_cli.checkpoint.files import first_line, quoted
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.structure.trace import Trace, observe
+
+
+def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> Any:
+    """Trace one forward pass, which also fills `trace`.
+
+    Raises:
+        GfpruneError: the network, or the library that reads its graph, fails; the running module is named.
+    """
+    graph = torch_pruning.DependencyGraph()
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    running: list[str] = []
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(hooks_as_before(model))
+            running = stack.enter_context(running_modules(model))
+            for _ in observe(model, trace):
+                pass
+            for context in (traceable_resampling(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad()):
+                stack.enter_context(context)
+            model.requires_grad_(True)  # the graph is read off autograd's tape
+            graph.build_dependency(
+                model,
+                example_inputs=dict(inputs),
+                # a product of its own: the last layer's channels are known to reach the output
+                forward_fn=lambda network, given: first_output(network, given) * 1,
+                verbose=False,
+            )
+    except Exception as error:  # networks of other people's making fail in any way
+        where = f" at {quoted(running[-1])}" if running and running[-1] else ""
+        raise GfpruneError(f"cannot trace {type(model).__name__}{where}: {first_line(error)}") from error
+    finally:
+        for parameter, require in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(require)
+    return graph
+
+
+@contextmanager
+def hooks_as_before(model: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that were added meanwhile; Torch-Pruning leaves its own when a pass fails."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, known in before.items():
+            for key in module._forward_hooks.keys() - known:
+                del module._forward_hooks[key]
+
+
+def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that a network predicts, whether or not its class can wrap it."""
+    flag = "return_dict" in inspect.signature(network.forward).parameters
+    output = network(**inputs, **({"return_dict": False} if flag else {}))
+    result: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return result
+
+
+@contextmanager
+def running_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose forward is under way, innermost last; after an error, where it happened."""
+    running: list[str] = []
+
+    def leave(_module: Any, _inputs: Any, _output: Any) -> None:
+        running.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def whole_groups() -> Iterator[None]:
+    """Read groups with every pair of (position, root), without computing all index mappings anew for each.
+
+    Merging keeps one root per position, and so loses that the two halves of a gated projection meet in one
+    channel. The mappings depend on the graph alone, which does not change while it is read.
+    """
+    group = torch_pruning.dependency.group.Group
+    collecting = gc.isenabled()
+    gc.disable()  # millions of small tuples, all of them freed by their counts
+    with (
+        patch.object(group, "add_and_merge", group.add_dep),
+        patch.object(torch_pruning.dependency.index_mapping, "update_index_mapping"),
+    ):
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+
+
+@contextmanager
+def traceable_resampling() -> Iterator[None]:
+    """Let FIR resampling keep its channel axis while tracing.
+
+    diffusers folds channels into the batch to filter them one by one, and the dependency graph loses them
+    in the fold. Only shapes and channel order matter to a trace, so nearest-neighbour resampling serves.
+    """
+
+    def resample(
+        tensor: torch.Tensor, kernel: torch.Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)
+    ) -> torch.Tensor:
+        size = [(length * up + sum(pad) - kernel.shape[0]) // down + 1 for length in tensor.shape[-2:]]
+        return nn.functional.interpolate(tensor, size=size)
+
+    with (
+        patch("diffusers.models.upsampling.upfirdn2d_native", resample),
+        patch("diffusers.models.downsampling.upfirdn2d_native", resample),
+    ):
+        yield
