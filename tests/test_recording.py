@@ -383,3 +383,13 @@ def test_a_network_without_its_pipeline_is_given_noise_for_text(folder: Folder, 
     assert conditions.tensors["encoder_hidden_states"].shape == (3, 1, 77, 40)
     assert conditions.tensors["added_cond_kwargs.text_embeds"].shape == (3, 1, 24)
     assert any("normal noise" in event.text for event in told)
+
+
+def test_a_text_encoder_may_come_as_a_variant_alone(folder: Folder, tmp_path: Path) -> None:
+    root = shutil.copytree(folder("stable-diffusion"), tmp_path / "copy")
+    encoder = root / "text_encoder"
+    (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")
+    plain, _, _ = recording_of(folder("stable-diffusion"), "stable-diffusion")
+    variant, _, _ = recording_of(root, "stable-diffusion")
+    name = "encoder_hidden_states"
+    assert torch.equal(plain.conditions.tensors[name], variant.conditions.tensors[name])
