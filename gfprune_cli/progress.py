@@ -9,9 +9,9 @@ class Event:
     """One thing that happened.
 
     Args:
-        phase: what the run is doing ("load", "trace", "calibrate", "score", "train", "mask", "evaluate",
-            "probe", "remove", "finetune", "sample", "features", "loss", "latency", "export", "verify",
-            "write"), or "notice" for a sentence that the user should read.
+        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "train", "mask",
+            "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency", "export",
+            "verify", "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.

@@ -20,9 +20,10 @@ from gfprune_cli.data.conditions import Conditions, call
 from gfprune_cli.data.diffusion import Reconstruction
 from gfprune_cli.data.drawing import self_images
 from gfprune_cli.data.guidance import GuidedProcess
+from gfprune_cli.data.latents import pictures
 from gfprune_cli.data.pipeline import open_pipeline
 from gfprune_cli.data.recording import Recording, call_arguments, record
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, silent
 
 CONDITIONED = [family for family in FAMILIES if family != "ldm"]
@@ -274,6 +275,26 @@ def test_a_component_that_cannot_be_loaded_is_named(damage: str, folder: Folder,
     assert ("EvilPipeline" if damage == "foreign pipeline" else "text_encoder") in message
 
 
+class Stopped:
+    """A pipeline within which a signal ends the run."""
+
+    scheduler = None
+
+    def __call__(
+        self, prompt: list[str], num_inference_steps: int = 1, output_type: str = "np", generator: Any = None
+    ) -> Any:
+        raise Interrupted("stopped by SIGTERM within a long operation", 15)
+
+
+def test_a_signal_within_a_pipeline_is_no_error_of_the_pipeline() -> None:
+    network = nn.Linear(2, 2)
+    with pytest.raises(Interrupted):
+        pictures(Stopped(), ["a"], PipelineOptions(), count=1, steps=1, seed=0, report=silent)
+    with pytest.raises(Interrupted):
+        record(Stopped(), network, ["a"], PipelineOptions())
+    assert "forward" not in vars(network)
+
+
 # --- the user's images -------------------------------------------------------------------------------------
 
 
@@ -362,3 +383,13 @@ def test_a_network_without_its_pipeline_is_given_noise_for_text(folder: Folder, 
     assert conditions.tensors["encoder_hidden_states"].shape == (3, 1, 77, 40)
     assert conditions.tensors["added_cond_kwargs.text_embeds"].shape == (3, 1, 24)
     assert any("normal noise" in event.text for event in told)
+
+
+def test_a_text_encoder_may_come_as_a_variant_alone(folder: Folder, tmp_path: Path) -> None:
+    root = shutil.copytree(folder("stable-diffusion"), tmp_path / "copy")
+    encoder = root / "text_encoder"
+    (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")
+    plain, _, _ = recording_of(folder("stable-diffusion"), "stable-diffusion")
+    variant, _, _ = recording_of(root, "stable-diffusion")
+    name = "encoder_hidden_states"
+    assert torch.equal(plain.conditions.tensors[name], variant.conditions.tensors[name])

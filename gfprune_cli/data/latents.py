@@ -146,6 +146,8 @@ def pictures(
         try:
             with quiet():
                 image = torch.as_tensor(pipeline(**made)[0])
+        except GfpruneError:  # a signal may arrive in there
+            raise
         except Exception as error:  # another library's pipeline: anything
             raise GfpruneError(f"{name} cannot be run: {first_line(error)}") from error
         if image.ndim != 4:

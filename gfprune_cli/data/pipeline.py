@@ -80,6 +80,8 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         made["requires_safety_checker"] = False
     try:
         pipeline = _on_device(found, device)(**made)
+    except GfpruneError:  # a signal may arrive in there
+        raise
     except Exception as error:
         raise GfpruneError(
             f"{component.root}: its {found.__name__} cannot be made: {first_line(error)}"
