@@ -24,10 +24,12 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import gfprune_cli
+from gfprune_cli.checkpoint import shards
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 from gfprune_cli.deploy import onnx_model, plan, weights
-from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, Signature, signature_of, trace
+from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
+from gfprune_cli.deploy.signature import compact, signature_of
 from gfprune_cli.errors import GateMissed, GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event
 from gfprune_cli.recipes.export import ExportRecipe
@@ -255,8 +257,9 @@ def test_inputs_cover_low_middle_and_high_noise_in_two_batches_and_sizes(pipelin
     from diffusers import DDPMScheduler
 
     model = gfprune_cli.load(pipeline_folder)
-    signature = signature_of(model, DDPMScheduler())
-    batches = [draw_inputs(model, DDPMScheduler(), signature, free_size=True, seed=s) for s in (0, 0, 1)]
+    signature = signature_of(model, DDPMScheduler(), compact(model, own=True))
+    free = frozenset({"height", "width"})
+    batches = [draw_inputs(model, DDPMScheduler(), signature, free=free, seed=s) for s in (0, 0, 1)]
     for first, same, other in zip(*batches, strict=True):
         assert torch.equal(first["sample"], same["sample"])
         assert not torch.equal(first["sample"], other["sample"])
@@ -348,13 +351,13 @@ def test_other_architectures_in_onnx(name: str, tmp_path: Path) -> None:
 
     model = build(name)
     scheduler = ScoreSdeVeScheduler() if name == "ncsnpp" else DDPMScheduler()
-    signature = signature_of(model, scheduler)
+    exported = traced(Denoiser(copy.deepcopy(model), torch.float32), scheduler)
+    signature = exported.signature
     assert signature.inputs["timestep"].dtype == (torch.float32 if name == "ncsnpp" else torch.int64)
-    program, free_size = trace(Denoiser(copy.deepcopy(model), torch.float32), signature)
-    assert free_size
-    onnx_model.write_onnx(tmp_path, program, list(signature.inputs), 20)
-    run, source = onnx_model.run_onnx(tmp_path / "model.onnx"), weights.run_model(model)
-    for batch in draw_inputs(model, scheduler, signature, free_size=True, seed=0):
+    assert exported.labels == {"height", "width"}
+    onnx_model.write_onnx(tmp_path, exported.program, list(signature.inputs), 20)
+    run, source = onnx_model.run_onnx(tmp_path / "model.onnx"), weights.run_model(model, signature)
+    for batch in draw_inputs(model, scheduler, signature, free=exported.labels, seed=0):
         with torch.no_grad():
             output = source(batch)
         torch.testing.assert_close(run(batch), output, rtol=1e-4, atol=1e-4 * float(output.abs().max()))
@@ -372,14 +375,15 @@ def test_an_operator_without_translation_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_that_cannot_be_traced_is_one_line(pipeline_folder: Path) -> None:
-    class Moody(torch.nn.Module):
+def test_a_network_that_cannot_be_traced_is_one_line() -> None:
+    from diffusers import UNet2DModel
+
+    class Moody(UNet2DModel):
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **_: Any) -> Any:
             return (sample * 2,) if bool((sample > 0).any()) else (sample,)
 
-    signature = Signature({"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.ones(1).long()}, 2)
     with pytest.raises(GfpruneError, match=r"Moody cannot be traced") as caught:
-        trace(Denoiser(Moody(), torch.float32), signature)
+        traced(Denoiser(Moody(**TINY), torch.float32), None)
     assert "\n" not in str(caught.value)
 
 
@@ -443,12 +447,12 @@ def test_damage_between_writing_and_publishing_is_found(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is compared is what was written, not what was meant to be."""
-    write = weights.write_tensors
+    write = shards.write_tensors
 
     def wrong(path: Path, tensors: Any, **options: Any) -> None:
         write(path, {name: tensor * 1.001 for name, tensor in tensors.items()}, **options)
 
-    monkeypatch.setattr(weights, "write_tensors", wrong)
+    monkeypatch.setattr(shards, "write_tensors", wrong)
     with pytest.raises(GateMissed, match="nothing was written"):
         gfprune_cli.export(str(pruned), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
