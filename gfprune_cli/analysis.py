@@ -94,8 +94,8 @@ def analyze(
         model: "demo", a local diffusers folder (its weights may be absent), or a Hub id.
         sparsity: targets in (0, 1) to plan for.
         budget: what the targets count.
-        sensitivity: also measure how the loss rises when a quarter of each group, or a block, is masked; this loads
-            the weights and draws calibration images.
+        sensitivity: also measure how the loss rises when a quarter of each group, or a block, is masked;
+            this loads the weights and draws calibration images.
         blocks: count whole residual blocks as groups too.
         prune_width: and the residual width of transformers.
         prompts, size, frames, guidance: of the images drawn, as in `PruneRecipe`; for `sensitivity` alone.

@@ -525,15 +525,18 @@ def sample(
     steps: int = 2,
     output_type: str = "latent",
     loading: dict[str, Any] | None = None,
+    components: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
     """Run the saved pipeline with plain diffusers: what it returns first (latents, images, frames, audio).
 
     Args:
         loading: for `DiffusionPipeline.from_pretrained`.
+        components: to put in the place of those of the folder.
         changes: for the call of the pipeline.
     """
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **loading or {})
+    pipeline.register_modules(**components or {})
     for module in pipeline.components.values():
         for parameter in module.parameters() if isinstance(module, torch.nn.Module) else ():
             # mapped from a file it lies anywhere in memory, and kernels round by alignment

@@ -165,6 +165,6 @@ def test_pruned_pipelines_run_in_plain_diffusers_as_in_gfprune() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for journey, kind, found in zip(JOURNEYS, kinds, done.stdout.split(), strict=True):
         loaded = {journey.component: journey.load(journey.output)}
-        expected = digest(sample(journey.family, journey.dense, output_type=kind, loading=loaded))
+        expected = digest(sample(journey.family, journey.dense, output_type=kind, components=loaded))
         assert found == expected, journey.family
         journey.note("diffusers", "yes")
