@@ -22,6 +22,7 @@ from gfprune_cli.deploy.network import FloorLinearAttention, replace_modules
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation import run, teacher
 from gfprune_cli.evaluation.consistency import Consistency, ssim
+from gfprune_cli.evaluation.deepcache import DeepCache
 from gfprune_cli.evaluation.protocols import settings_of
 from gfprune_cli.evaluation.run import denoiser
 from gfprune_cli.evaluation.sampling import draw, make_sampling
@@ -30,6 +31,7 @@ from gfprune_cli.evaluation.task import Task, task_of
 from gfprune_cli.progress import silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.report.evaluation_page import markdown, render
+from gfprune_cli.structure.examples import example_inputs
 
 CPU = torch.device("cpu")
 DRAWS = 20
@@ -176,6 +178,28 @@ def test_images_of_data_are_evaluated_as_latents(
     assert "fid" not in found.metrics
 
 
+def test_shallow_steps_of_conditioned_networks(folder_of: Callable[[str], Path], prompts: Path) -> None:
+    """Of U-Nets; with unchanged inputs they give what a full step gives."""
+    network = gfprune_cli.load(folder_of("sdxl"))
+    cache, inputs = DeepCache(network), example_inputs(network)
+    torch.testing.assert_close(cache.full_step(**inputs), cache.shallow_step(**inputs))
+    with pytest.raises(ValueError, match="no U-Net"):
+        DeepCache(gfprune_cli.load(folder_of("dit")))
+    found = evaluated(
+        folder_of("sdxl"), reference=str(folder_of("sdxl")), deepcache=True, prompts=str(prompts)
+    )
+    assert [row["mode"] for row in found.latency] == ["eager", "deepcache"]
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "pixart"])
+def test_a_network_without_its_pipeline(family: str, folder_of: Callable[[str], Path]) -> None:
+    """Noise stands in for the text, and the report says so."""
+    bare = folder_of(family) / COMPONENTS[family]
+    found = evaluated(bare, reference=str(bare), no_latency=True)
+    assert found.metrics["psnr"]["identical"] == 2
+    assert any("normal noise stands in" in warning for warning in found.warnings)
+
+
 def task_for(folder: Path, family: str, recipe: EvalRecipe) -> tuple[Subject, Any, Task]:
     source = Source(str(folder), folder, "local", None)
     subject = Subject(str(folder), source, inspect(source, component=COMPONENTS[family]))
@@ -267,14 +291,14 @@ def test_denoisers_as_programs(family: str, folder_of: Callable[[str], Path], tm
 
 @NEEDS_ONNX
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stable-diffusion-2"])
 def test_denoisers_in_onnx(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     check_graph(family, exported(folder_of(family), "onnx", tmp_path / "out"))
 
 
 @NEEDS_OPENVINO
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sana", "wan"])
+@pytest.mark.parametrize("family", ["sana", "wan"])
 def test_denoisers_in_openvino(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     check_graph(family, exported(folder_of(family), "openvino", tmp_path / "out"))
 
