@@ -9,8 +9,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pipelines import CALLS, COMPONENTS, FAMILIES
+from pipelines import CALLS, COMPONENTS, FAMILIES, image_vae, saved
 from safetensors.torch import load_file, save_file
+from text_encoders import t5
 
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
@@ -342,13 +343,38 @@ def test_linear_attention_with_a_floor_is_that_of_sana(folder_of: Callable[[str]
     torch.testing.assert_close(attention(states), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unknown_class_is_one_line(tmp_path: Path) -> None:
-    network = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pos_embed_max_size=64,
+def unknown_network() -> Any:
+    """A class that no part of gfprune names."""
+    return diffusers.CogView3PlusTransformer2DModel(
+        in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, out_channels=4,
+        text_embed_dim=32, time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8,
     )  # fmt: skip
-    network.save_pretrained(tmp_path / "bare")
-    with pytest.raises(GfpruneError, match="AuraFlowTransformer2DModel") as caught:
+
+
+def test_the_inputs_of_an_unknown_class_are_seen_in_its_pipeline(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, tokenizer = t5(32)
+        saved(
+            tmp_path / "cogview",
+            diffusers.CogView3PlusPipeline,
+            transformer=unknown_network(),
+            vae=image_vae(),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            scheduler=diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", clip_sample=False),
+        )
+    for form in ("safetensors", "torch-export"):
+        result = exported(tmp_path / "cogview", form, tmp_path / form)
+        assert result.parity.max_rel < 1e-4
+    assert result.inputs["hidden_states"]["shape"] == ["batch", 4, 8, 8]
+    found = evaluated(tmp_path / "cogview", reference=str(tmp_path / "cogview"))
+    assert found.metrics["psnr"]["identical"] == 2
+
+
+def test_an_unknown_class_is_one_line(tmp_path: Path) -> None:
+    unknown_network().save_pretrained(tmp_path / "bare")
+    with pytest.raises(GfpruneError, match="CogView3PlusTransformer2DModel") as caught:
         exported(tmp_path / "bare", "torch-export", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
