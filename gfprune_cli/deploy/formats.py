@@ -14,7 +14,9 @@ from gfprune_cli.deploy import onnx_model, openvino_model, torch_program, weight
 from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.plan import DTYPES, opset_of, shard_limit, variant_of
+from gfprune_cli.deploy.recorded import with_inputs
 from gfprune_cli.deploy.signature import Signature, workable
+from gfprune_cli.progress import Report
 from gfprune_cli.recipes.export import ExportRecipe
 
 
@@ -44,6 +46,7 @@ class Job:
     recipe: ExportRecipe
     component: Component
     scheduler: Any
+    report: Report
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,9 +56,13 @@ class Job:
         """The network in the export's dtype, a copy of its own."""
         return load_model(self.component, dtype=self.dtype)
 
+    def known(self, model: nn.Module) -> nn.Module:
+        """A network whose inputs are known."""
+        return with_inputs(model, self.component, self.scheduler, self.report)
+
     def traced(self, dtype: torch.dtype) -> Exported:
         """Its graph in any dtype."""
-        network = deployed(load_model(self.component, dtype=dtype))
+        network = deployed(self.known(load_model(self.component, dtype=dtype)))
         return traced(Denoiser(network, dtype), self.scheduler)
 
     def as_class(self, run: Runner, files: tuple[Path, ...], signature: Signature) -> Artefact:
@@ -67,7 +74,7 @@ class Job:
 def write_safetensors(job: Job, folder: Path) -> Artefact:
     variant = variant_of(job.recipe)
     network = job.network()
-    signature = workable(network, job.scheduler, job.dtype)
+    signature = workable(job.known(network), job.scheduler, job.dtype)
     files = weights.write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
     run = weights.run_folder(folder, job.component, variant, job.dtype, signature)
     return job.as_class(run, tuple(files), signature)

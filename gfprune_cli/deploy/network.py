@@ -230,6 +230,7 @@ def trace(denoiser: Denoiser, labels: frozenset[str]) -> Exported:
     with torch.no_grad():
         program = torch.export.export(denoiser, (), pair, dynamic_shapes=dynamic_shapes(signature, labels))
     free = free_dimensions(program, signature)
+    drop_idle_squeezes(program)
     strip(program)
     return Exported(program, signature, free)
 
@@ -286,6 +287,19 @@ def try_other_sizes(found: Exported, denoiser: Denoiser, scheduler: Any) -> None
         if not torch.allclose(output, expected, rtol=0, atol=CLOSE * float(expected.abs().max())):
             raise ValueError(f"the graph is wrong at another {label}")
     denoiser.signature = signature
+
+
+def drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
+    """Remove squeezes of dimensions that are not one, which PyTorch passes over and ONNX refuses."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            source, axis = node.args
+            size = source.meta["val"].shape[axis]
+            if not isinstance(size, int) or size != 1:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def strip(program: torch.export.ExportedProgram) -> None:

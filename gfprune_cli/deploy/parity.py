@@ -10,6 +10,7 @@ from torch import nn
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import generator
+from gfprune_cli.deploy.recorded import RecordedNetwork
 from gfprune_cli.deploy.signature import MASK, TIME_FACTORS, TIMESTEP, Signature, larger, signature_of
 from gfprune_cli.errors import GateMissed, GfpruneError
 from gfprune_cli.progress import Event, Report
@@ -88,8 +89,9 @@ def one_batch(
     if process is not None:
         images = smooth_images(noise, process, source)
         noise, times = process.add_noise(images, noise, index), process.timesteps(index)
-    factor = TIME_FACTORS.get(stock_name(type(network).__name__))
-    times = times if factor is None else times * factor
+    known = isinstance(network, RecordedNetwork)
+    factor = network.time_factor if known else TIME_FACTORS.get(stock_name(type(network).__name__), 1)
+    times = times if factor == 1 else times * factor
     found = {}
     for name, tensor in signature.inputs.items():
         shape = tensor.shape if name in signature.shared else (count, *tensor.shape[1:])
@@ -97,6 +99,8 @@ def one_batch(
             found[name] = noise
         elif name == TIMESTEP:
             found[name] = times.to(tensor.dtype)
+        elif known:
+            found[name] = tensor.expand(shape).contiguous()
         else:
             found[name] = random_input(name, tensor, shape, network, source)
     return found

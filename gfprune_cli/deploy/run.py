@@ -93,11 +93,12 @@ class ExportRun:
     def folder(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Write a folder, run what stands in it, and publish it if it computes what the source computes."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler)
+        job = Job(self.recipe, self.component, scheduler, self.report)
         with staged(self.destination, force=force, needed=self.needed) as staging:
             self.report(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
             artefact = WRITERS[self.recipe.format](job, staging)
-            source = model if self.recipe.format == "safetensors" else deployed(model)
+            known = job.known(model)
+            source = known if self.recipe.format == "safetensors" else deployed(known)
             parity = self.verify(source, scheduler, artefact)
             files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
             self.complete(staging, model, job, artefact, files, parity)
@@ -107,14 +108,15 @@ class ExportRun:
     def single_file(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Likewise, one file."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler)
+        job = Job(self.recipe, self.component, scheduler, self.report)
         with staged_file(self.destination, force=force, needed=self.needed) as path:
             self.report(Event("export", text=f"writing {path.name}"))
             write_single_file(path, job.network(), self.record({}))
-            signature = workable(model, scheduler)
+            known = job.known(model)
+            signature = workable(known, scheduler)
             run = run_model(load_single_file(path, dtype=job.dtype), signature, job.dtype)
             artefact = job.as_class(run, (path,), signature)
-            parity = self.verify(model, scheduler, artefact)
+            parity = self.verify(known, scheduler, artefact)
             files = {path.name: path.stat().st_size}
         return artefact, files, parity
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.deploy.recorded import RecordedNetwork
 from gfprune_cli.structure.examples import Sizes, example_inputs
 
 TIMESTEP = "timestep"
@@ -159,6 +160,8 @@ def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
     """Keyword arguments for one sample: those of `example_inputs`, and what pipelines give beside them."""
     if isinstance(network, LatentDecoder):
         return {"latent": latent(network, sizes)}
+    if isinstance(network, RecordedNetwork):
+        return network.inputs
     found = example_inputs(network, sizes)
     if stock_name(type(network).__name__) in MASKED:
         found[MASK] = torch.ones_like(found[TEXT][..., 0])

@@ -46,11 +46,11 @@ class DeepCache(nn.Module):
     def full_step(self, **inputs: Any) -> torch.Tensor:
         """The network's output; the input of its last up block is kept for the steps that follow."""
 
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.features.kept = args[0]
+        def keep(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.features.kept = args[0] if args else named["hidden_states"]
 
         model: Any = self.model
-        hook = model.up_blocks[-1].register_forward_pre_hook(keep)
+        hook = model.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             return model(**inputs | {"return_dict": False})[0]
         finally:
