@@ -8,6 +8,8 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python;
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST_ARGS ?=
+# processes that share the tests, file by file; each works with one thread
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml requirements.lock.txt
 	fi
 	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-		-c requirements.lock.txt -e '.[dev,data,onnx,openvino,tensorboard]'
+		-c requirements.lock.txt -e '.[dev,audio,data,onnx,openvino,tensorboard]'
 	@# the tests compare with clean-fid, and need none of the torchvision that it asks for
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 		-c requirements.lock.txt --no-deps clean-fid
@@ -38,7 +40,7 @@ demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its param
 	@$(BIN)/gfprune prune --model demo --sparsity 0.5 --out demo-pruned --force
 
 test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .
