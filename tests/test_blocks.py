@@ -1,6 +1,8 @@
 """Depth: residual blocks leave softly, and their removal changes nothing."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from pipelines import FAMILIES
 from torch import nn
 
+import gfprune_cli
+from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, full_masks
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
@@ -175,3 +180,64 @@ def test_channels_and_blocks_share_one_budget(name: str, sparsity: float) -> Non
     for stack in {group.stack for group in groups if group.stack}:
         assert sum(found.kept[group.name] for group in groups if group.stack == stack) >= 1
     assert keep_all(groups)[cheap] == 1
+
+
+QUICK = dict(images=4, sample_steps=2, draws=4, batch=2, iterations=3, steps_per_iteration=1, align=1)
+
+
+@pytest.fixture(scope="module")
+def dit_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with blocks to spare."""
+    folder = FAMILIES["dit"](tmp_path_factory.mktemp("dit") / "dit")
+    shallow = DiTTransformer2DModel.from_pretrained(folder / "transformer")
+    torch.manual_seed(0)
+    deep = DiTTransformer2DModel.from_config(dict(shallow.config) | {"num_layers": 8})
+    for parameter in deep.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    deep.save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_the_native_layout_of_a_transformer_loses_blocks_and_loads_in_the_stock_class(
+    dit_pipeline: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="only knows fewer blocks: add --blocks"):
+        gfprune_cli.prune(str(dit_pipeline), layout="native", sparsity=0.3, out=tmp_path / "none")
+    done = gfprune_cli.prune(
+        str(dit_pipeline), layout="native", blocks=True, sparsity=0.3, out=tmp_path / "fewer", **QUICK
+    )
+    assert done.class_name == "DiTTransformer2DModel"
+    stock = DiTTransformer2DModel.from_pretrained(tmp_path / "fewer" / "transformer")
+    assert sum(parameter.numel() for parameter in stock.parameters()) == done.params["after"]
+    assert stock.config.num_layers < json.loads((dit_pipeline / "transformer" / "config.json").read_text())[
+        "num_layers"
+    ]  # fmt: skip
+    tuned = gfprune_cli.finetune(
+        tmp_path / "fewer", out=tmp_path / "tuned", steps=2, sample_every=0, images=4, sample_steps=2, batch=2
+    )
+    assert tuned.loss["after"] is not None
+
+
+def test_a_run_over_blocks_width_and_channels_resumes_analyzes_and_learns_features(
+    dit_pipeline: Path, tmp_path: Path
+) -> None:
+    settings = dict(blocks=True, prune_width=True, sparsity=0.4, **QUICK)
+    done = gfprune_cli.prune(str(dit_pipeline), out=tmp_path / "pruned", **settings)
+    assert abs(done.sparsity["achieved"] - 0.4) <= 0.01
+    assert done.loss["masked"] == pytest.approx(done.loss["removed"], rel=1e-4)
+    found = gfprune_cli.analyze(str(dit_pipeline), sparsity=[0.4], blocks=True, prune_width=True)
+    whole = gfprune_cli.analyze(str(dit_pipeline))
+    extra = {group.name for group in found.groups} - {group.name for group in whole.groups}
+    assert any(name.startswith("transformer_blocks.") for name in extra)
+    assert len(extra) >= 2
+    tuned = gfprune_cli.finetune(
+        tmp_path / "pruned",
+        out=tmp_path / "tuned",
+        steps=2,
+        sample_every=0,
+        images=4,
+        sample_steps=2,
+        batch=2,
+        features=0.1,
+    )
+    assert tuned.loss["after"] is not None
