@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.checkpoint.reader import build_meta, inspect
+from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning import Plan, Run
+from gfprune_cli.pruning.structure import find_units
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
-from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 SCHEMA_VERSION = 1
@@ -117,11 +116,8 @@ def analyze(
         model, revision=revision, variant=variant, offline=offline, config_only=not sensitivity, report=report
     )
     found = inspect(source, component=component, variant=variant, weights_required=sensitivity)
-    meta = build_meta(found)
     report(Event("trace", text=f"tracing {found.class_name}"))
-    groups, trace = discover(meta, width=prune_width)
-    if blocks:
-        groups += block_groups(meta)
+    meta, groups, trace = find_units(found, report, width=prune_width, blocks=blocks)
     cost = CostModel(meta, groups, trace)
     stored = {info.dtype for info in found.tensors.values()}
     width = PARAMETER_BYTES.get(stored.pop(), 4) if len(stored) == 1 else 4

@@ -23,7 +23,7 @@ from torch import nn
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
-from gfprune_cli.structure.budget import TOLERANCE, allocate, step_scores
+from gfprune_cli.structure.budget import TOLERANCE, allocate, narrows_a_head, step_scores
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
@@ -515,6 +515,30 @@ def test_alignment_is_kept_where_it_fits_and_halved_elsewhere(middling: CostMode
         assert kept[name] % max(fitting, default=group.step) == 0
         narrowed += kept[name] < group.channels
     assert narrowed > 5
+
+
+@pytest.mark.parametrize(("align", "multiple"), [(4, 8), (1, 1)])
+def test_a_head_that_narrows_keeps_a_multiple_of_eight_unless_asked_otherwise(
+    align: int, multiple: int
+) -> None:
+    with torch.device("meta"):
+        model = UNet2DModel(
+            sample_size=16,
+            block_out_channels=(32, 96),
+            norm_num_groups=8,
+            attention_head_dim=None,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    groups, trace = discover(model)
+    cost = CostModel(model, groups, trace)
+    scores = random_scores(groups, 3)
+    kept = allocate(cost, scores, 0.5, align=align).kept
+    heads = [kept[group.name] for group in groups if narrows_a_head(group)]
+    assert len(heads) > 2
+    assert min(heads) < 96
+    assert all(width % multiple == 0 for width in heads)
+    assert multiple > 1 or any(width % 8 for width in heads)
 
 
 @each_network

@@ -8,7 +8,6 @@ import torch
 
 from gfprune_cli.checkpoint.reader import (
     Component,
-    build_meta,
     inspect,
 )
 from gfprune_cli.checkpoint.source import Source
@@ -16,11 +15,11 @@ from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
+from gfprune_cli.pruning.structure import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.structure.blocks import LENGTHS, block_groups, can_shorten
+from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
 from gfprune_cli.structure.trace import Trace
@@ -54,10 +53,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
-    meta = build_meta(component)
-    groups, trace = discover(meta, width=recipe.prune_width)
-    if recipe.blocks:
-        groups += block_groups(meta)
+    meta, groups, trace = find_units(component, report, width=recipe.prune_width, blocks=recipe.blocks)
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"

@@ -25,6 +25,7 @@ from gfprune_cli.memory import offload
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Report
 from gfprune_cli.pruning.result import as_json, installed_tools
+from gfprune_cli.pruning.structure import inputs_of
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
@@ -155,7 +156,8 @@ class Run:
         recipe = self.recipe
         pair = None
         if recipe.features:
-            pair = FeaturePair(student, teacher, correspondence(teacher, self.record))
+            inputs = inputs_of(teacher, self.teacher.component, self.report)
+            pair = FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
         if recipe.checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         student.requires_grad_(True)

@@ -1,5 +1,6 @@
 """The dense model that a pruned checkpoint learns from: found, checked, loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +133,20 @@ class Correspondence:
     scales: dict[str, float]
 
 
-def correspondence(teacher: nn.Module, record: Record) -> Correspondence:
+def correspondence(
+    teacher: nn.Module, record: Record, inputs: Mapping[str, Any] | None = None
+) -> Correspondence:
     """Which outputs of the teacher's layers a student still has.
 
     Args:
         teacher: on any device; only its structure is read.
+        inputs: of one forward pass, for a class that gfprune does not know.
 
     Raises:
         GfpruneError: the record does not describe a pruning of this network.
     """
     settings: Any = record.document.get("recipe") or {}
-    groups, _ = discover(teacher, width=bool(settings.get("prune_width")))
+    groups, _ = discover(teacher, inputs, width=bool(settings.get("prune_width")))
     if settings.get("blocks"):
         groups += block_groups(teacher)
     if settings.get("layout") == "native":

@@ -15,6 +15,7 @@ from gfprune_cli.structure.blocks import floor_of_stack, inside
 from gfprune_cli.structure.cost import Budget, CostModel
 from gfprune_cli.structure.groups import ChannelGroup, keep_all
 
+HEAD_ALIGN = 8
 TOLERANCE = 0.01  # of the dense cost
 FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
 
@@ -88,14 +89,21 @@ def width_step(group: ChannelGroup, align: int) -> int:
     """Channels per step: whole cells, and a multiple of `align` where the group is wide enough for it.
 
     Elsewhere of half of it, a quarter, ...: kernels that work in blocks waste less on a width that is nearly
-    aligned.
+    aligned. A head that narrows keeps a multiple of 8, which attention kernels ask for, unless `align` is 1.
     """
+    if align > 1 and narrows_a_head(group):
+        align = math.lcm(align, HEAD_ALIGN)
     while align > 1:
         aligned = math.lcm(group.step, align)
         if group.channels % aligned == 0 and group.channels >= 2 * aligned:
             return aligned
         align //= 2
     return group.step
+
+
+def narrows_a_head(group: ChannelGroup) -> bool:
+    """Whether the units are the channels of one attention head."""
+    return group.unit_size == 1 and any(member.module.endswith("to_q") for member in group.producers)
 
 
 def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
@@ -172,7 +180,7 @@ def exchange(
     """
     best = dict(kept)
     error = abs(cost.total(best, budget) - target)
-    names = [name for name, group in cost.groups.items() if not group.stack]
+    names = [name for name, group in cost.groups.items() if not group.stack and not narrows_a_head(group)]
     moves = [{a: 1} for a in names] + [{a: 1, b: -1} for a in names for b in names if a != b]
     for move in moves:
         trial = dict(kept)
