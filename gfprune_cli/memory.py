@@ -125,5 +125,4 @@ def check_memory(need: Need, device: torch.device, remedy: str) -> None:
 
 def offload(teacher: nn.Module, device: torch.device) -> None:
     """Keep the weights of a frozen network in main memory; each layer visits the device when it is called."""
-    if device.type != "cpu":
-        accelerate.cpu_offload(teacher, execution_device=device)
+    accelerate.cpu_offload(teacher, execution_device=device)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli import memory
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.memory import Need, check_memory, kept_for_backward
+from gfprune_cli.memory import Need, check_memory, kept_for_backward, offload
 from gfprune_cli.structure.examples import example_inputs
 
 TEXT = dict(
@@ -67,3 +67,13 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert memory.available(torch.device("cpu")) == 4_000_000 < unlimited
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available(torch.device("cpu")) > 4_000_000
+
+
+def test_an_offloaded_teacher_says_the_same_and_holds_no_weights_between_calls() -> None:
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**PLAIN).requires_grad_(False)
+    x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    expected = teacher(x, timesteps).sample
+    offload(teacher, torch.device("cpu"))
+    assert torch.equal(teacher(x, timesteps).sample, expected)
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}

@@ -74,7 +74,7 @@ class Run:
         offload_teacher: bool = False,
     ) -> None:
         self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
-        self.offload_teacher = offload_teacher
+        self.offload_teacher = offload_teacher and device.type != "cpu"
         self.hashes = sha256_of_weights(plan.component)
         scheduler = load_scheduler(plan.component)
         if scheduler is None:

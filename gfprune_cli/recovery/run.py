@@ -101,7 +101,7 @@ class Run:
         state.identity["data contents"] = self.fingerprint
         losses = {"teacher": self.loss(reports, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
-        if self.offload_teacher:
+        if self.offload_teacher and self.device.type != "cpu":
             offload(teacher, self.device)
         student = self.place(load_model(self.component))
         losses["before"] = self.loss(reports, student)
