@@ -518,6 +518,23 @@ CALLS: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
     "ltx": VIDEO,
 }
 
+# Which dimensions of the sample a graph leaves free; the others are those that the network is made for.
+FREE: dict[str, list[Any]] = {
+    "stable-diffusion": ["batch", 4, "2*h", "2*w"],
+    "stable-diffusion-2": ["batch", 4, "2*h", "2*w"],
+    "sdxl": ["batch", 4, "2*h", "2*w"],
+    "dit": ["batch", 4, 8, 8],  # takes squares only
+    "pixart": ["batch", 4, 8, 8],  # another path for every size but its own
+    "sd3": ["batch", 4, "2*h", "2*w"],
+    "flux": ["batch", "tokens", 16],
+    "sana": ["batch", 4, "h", "w"],
+    "ldm": ["batch", 3, "2*h", "2*w"],
+    "cogvideox": ["batch", "f", 4, "2*h", "2*w"],
+    "wan": ["batch", 16, "f", "2*h", "2*w"],
+    "ltx": ["batch", 7392, 8],  # frames, height and width are numbers, not tensors
+    "stable-audio": ["batch", 4, "w"],
+}
+
 
 def sample(
     family: str,

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pipelines import CALLS, COMPONENTS, FAMILIES, image_vae, saved
+from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, image_vae, saved
 from safetensors.torch import load_file, save_file
 from text_encoders import t5
 
@@ -46,22 +46,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "ltx": dict(size="32", frames=9),
 }
 AUTOENCODERS = {"stable-diffusion": "vae", "ldm": "vqvae"}
-# Which dimensions of the sample a graph leaves free; the others are those that the network is made for.
-FREE: dict[str, list[Any]] = {
-    "stable-diffusion": ["batch", 4, "2*h", "2*w"],
-    "stable-diffusion-2": ["batch", 4, "2*h", "2*w"],
-    "sdxl": ["batch", 4, "2*h", "2*w"],
-    "dit": ["batch", 4, 8, 8],  # takes squares only
-    "pixart": ["batch", 4, 8, 8],  # another path for every size but its own
-    "sd3": ["batch", 4, "2*h", "2*w"],
-    "flux": ["batch", "tokens", 16],
-    "sana": ["batch", 4, "h", "w"],
-    "ldm": ["batch", 3, "2*h", "2*w"],
-    "cogvideox": ["batch", "f", 4, "2*h", "2*w"],
-    "wan": ["batch", 16, "f", "2*h", "2*w"],
-    "ltx": ["batch", 7392, 8],  # frames, height and width are numbers, not tensors
-    "stable-audio": ["batch", 4, "w"],
-}
 
 NEEDS_ONNX, NEEDS_OPENVINO = (
     pytest.mark.skipif(
@@ -288,13 +272,6 @@ def test_denoisers_as_programs(family: str, folder_of: Callable[[str], Path], tm
     check_graph(family, result)
     if family == "stable-audio":
         assert result.inputs["rotary_embedding_0"]["shape"] == ["w+1", 4]
-
-
-@NEEDS_ONNX
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stable-diffusion-2"])
-def test_denoisers_in_onnx(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    check_graph(family, exported(folder_of(family), "onnx", tmp_path / "out"))
 
 
 @NEEDS_OPENVINO
