@@ -17,10 +17,13 @@ from diffusers import (
 )
 from pipelines import FAMILIES
 from torch import nn
+from transformers_zoo import build, inputs
 
 import gfprune_cli
 from gfprune_cli.errors import UsageError
+from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.mask import MaskedModel, full_masks
+from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
@@ -147,6 +150,32 @@ def test_a_half_masked_block_adds_half_of_what_it_adds() -> None:
     half["transformer_blocks.1"][0] = 0.5
     masked.set_masks(half)
     assert torch.allclose(block(stream, **call), (stream + whole) / 2)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", "ltx"])
+def test_blocks_that_change_the_type_of_their_stream_are_masked_under_autocast(name: str) -> None:
+    network = nn.Module.to(build(name), torch.float32)
+    given = {
+        key: value.float() if value.is_floating_point() else value for key, value in inputs(network).items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = output_of(network, given)
+        masked = MaskedModel(network, block_groups(network))
+        assert torch.equal(output_of(network, given), dense), "full masks change nothing"
+        masked.set_masks({group: mask * 0 for group, mask in masked.masks.items()})
+        assert not torch.equal(output_of(network, given), dense)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_blocks_without_channels_to_go_have_scores_of_their_own(criterion: CriterionName) -> None:
+    network = random_network("dit")
+    with torch.no_grad():
+        for parameter in network.transformer_blocks[2].parameters():
+            parameter.mul_(0.1)
+    scores = score(criterion, Evidence(MaskedModel(network, block_groups(network)), [], 0))
+    assert len({float(value) for value in scores.values()}) == len(scores)
+    if criterion == "magnitude":
+        assert min(scores, key=lambda name: float(scores[name])) == "transformer_blocks.2"
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "cogvideox"])

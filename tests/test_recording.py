@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pipelines import COMPONENTS, FAMILIES
+from safetensors import safe_open
 from torch import nn
 
 from gfprune_cli.checkpoint.reader import Component, load_scheduler
@@ -273,6 +274,64 @@ def test_a_component_that_cannot_be_loaded_is_named(damage: str, folder: Folder,
     (root / "model_index.json").write_text(json.dumps(index))
     message = refused(GfpruneError, root, "unet", PipelineOptions())
     assert ("EvilPipeline" if damage == "foreign pipeline" else "text_encoder") in message
+
+
+HOSTILE = [
+    "pipeline",
+    "auto class",
+    "auto tokenizer",
+    "link",
+    "shard elsewhere",
+    "pickled shard",
+    "adapter",
+    "kernel",
+]
+
+
+@pytest.mark.parametrize("trick", HOSTILE)
+def test_a_component_cannot_run_code_or_lead_out_of_its_folder(
+    trick: str, folder: Folder, tmp_path: Path
+) -> None:
+    root = shutil.copytree(folder("stable-diffusion"), tmp_path / "copy")
+    index, encoder = json.loads((root / "model_index.json").read_text()), root / "text_encoder"
+    weights = encoder / "model.safetensors"
+    if trick == "pipeline":  # it would load what it likes, pickles included
+        index["text_encoder"] = ["diffusers", "DiffusionPipeline"]
+        shutil.copy(root / "model_index.json", encoder)
+    elif trick == "auto class":
+        index["text_encoder"] = ["transformers", "AutoModel"]
+    elif trick == "auto tokenizer":
+        index["tokenizer"] = ["transformers", "AutoTokenizer"]
+    elif trick == "link":
+        weights.rename(tmp_path / "elsewhere.safetensors")
+        weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    elif trick == "adapter":
+        (encoder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/"}))
+    elif trick == "kernel":
+        config = json.loads((encoder / "config.json").read_text())
+        config["attn_implementation"] = "somebody/kernel"
+        (encoder / "config.json").write_text(json.dumps(config))
+    else:
+        with safe_open(weights, framework="pt") as reader:
+            names = list(reader.keys())
+        target = tmp_path / "elsewhere.safetensors" if trick == "shard elsewhere" else encoder / "weights.bin"
+        weights.rename(target)
+        place = "../../elsewhere.safetensors" if trick == "shard elsewhere" else "weights.bin"
+        entries = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+        (encoder / "model.safetensors.index.json").write_text(json.dumps(entries))
+    (root / "model_index.json").write_text(json.dumps(index))
+    message = refused(GfpruneError, root, "unet", PipelineOptions())
+    expected = {
+        "pipeline": "no class of diffusers or transformers",
+        "auto class": "no class of diffusers or transformers",
+        "auto tokenizer": "no class of diffusers or transformers",
+        "link": "leads out of the checkpoint's folder",
+        "shard elsewhere": "no shard beside it",
+        "pickled shard": "no shard beside it",
+        "adapter": "an adapter of another model",
+        "kernel": "code from the Hub",
+    }
+    assert expected[trick] in message
 
 
 class Stopped:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.checkpoint.reader import Component
 from gfprune_cli.data.cache import Tensors, cached, sha256_of_files
 from gfprune_cli.data.conditions import Conditions
@@ -116,8 +117,8 @@ def recording_key(
     root = component.root
     decided = [
         path
-        for name, value in (component.pipeline or {}).items()
-        if isinstance(value, list) and (root / name).is_dir() and name not in (component.name, "scheduler")
+        for name in pipeline_components(component.pipeline or {})
+        if (root / name).is_dir() and name not in (component.name, "scheduler")
         for path in (root / name).iterdir()
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
     ]

@@ -6,7 +6,7 @@ Autoencoders come without weights where nothing is decoded: pipelines read their
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
+from gfprune_cli.checkpoint.files import (
+    INDEX_BYTES,
+    checked_file,
+    first_line,
+    quoted,
+    read_config,
+    read_json,
+    trusted_roots,
+)
 from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
@@ -22,6 +30,7 @@ from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
+CONSTANTS = ("NaN", "Infinity", "-Infinity")  # that configurations of text models may hold
 AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
 
 
@@ -144,9 +153,11 @@ def _load(
     textual = found.__module__.startswith("transformers.")
     if not folder.is_dir():
         raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
+    check_folder(folder, trusted_roots(component.root))
     try:
         if not issubclass(found, nn.Module):
-            return found.from_pretrained(folder, local_files_only=True)
+            remote = {"trust_remote_code": False} if textual else {}
+            return found.from_pretrained(folder, local_files_only=True, **remote)
         if not textual and not decode and _only_described(class_name):
             config = read_config(folder / "config.json", trusted_roots(component.root))
             with torch.device("meta"):
@@ -163,6 +174,37 @@ def _load(
     return _usable(loaded, device)
 
 
+def check_folder(folder: Path, roots: tuple[Path, ...]) -> None:
+    """Refuse a component that would make its library read pickles, other folders or remote code.
+
+    Raises:
+        GfpruneError: links that lead out, shards that are no safetensors files beside their index, an adapter
+            of another model, or kernels that the Hub would be asked for.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            checked_file(path, roots)
+    for path in sorted(folder.glob("*.safetensors.index*.json")):
+        shards = read_json(path, roots, limit=INDEX_BYTES).get("weight_map")
+        for name in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+            if weights_variant(name) is None:
+                raise GfpruneError(f"{path} names {quoted(name)}, which is no shard beside it")
+    if (folder / "adapter_config.json").exists():
+        raise GfpruneError(f"{folder} holds an adapter of another model: merge the two first")
+    if (path := folder / "config.json").exists():
+        for key, value in _entries(read_json(path, roots, limit=INDEX_BYTES, constants=CONSTANTS)):
+            if key.endswith("_implementation") and "/" in str(value):
+                raise GfpruneError(f"{path}: {quoted(key)} asks for code from the Hub: remove that key")
+
+
+def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of nested objects."""
+    for key, value in document.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
 def _source(root: Path) -> Source:
     return Source(str(root), root, "local", None)
 
@@ -173,9 +215,19 @@ def _only_described(class_name: str) -> bool:
 
 
 def _component_class(library: str, class_name: str) -> Any:
-    """A class of diffusers or transformers by the names in a model_index.json; None for anything else."""
+    """A class of diffusers or transformers by the names in a model_index.json; None for anything else.
+
+    Networks, schedulers and what prepares their inputs: other classes (pipelines, retrievers, `Auto...`) have
+    loaders that choose further classes, or read pickles.
+    """
     import diffusers
     import transformers
+
+    kinds: tuple[type, ...] = (
+        *(diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel),
+        *(transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin),
+        *(transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin),
+    )
 
     if library == "transformers":
         found = getattr(transformers, class_name, None)
@@ -183,8 +235,10 @@ def _component_class(library: str, class_name: str) -> Any:
         found = getattr(diffusers, class_name, None)
     else:  # what belongs to one pipeline alone is named by that pipeline's folder
         found = getattr(getattr(diffusers.pipelines, library, None), class_name, None)
-    module = getattr(found, "__module__", "")
-    return found if module.startswith(("diffusers.", "transformers.")) else None
+    if not isinstance(found, type) or not found.__module__.startswith(("diffusers.", "transformers.")):
+        return None
+    missing = type(found).__name__ == "DummyObject"  # says which package it needs when it is loaded
+    return found if missing or issubclass(found, kinds) else None
 
 
 def _stored(folder: Path, *, textual: bool) -> dict[str, Any]:

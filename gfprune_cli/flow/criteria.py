@@ -95,8 +95,8 @@ def diff_pruning(evidence: Evidence) -> Masks:
 def magnitude(evidence: Evidence) -> Masks:
     """Euclidean norm of what produces the unit."""
     squares = {name: weight.detach().square() for name, weight in evidence.masked.weights.items()}
-    scores = relative({name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()})
-    return add_blocks(scores, evidence.masked.groups)
+    norms = {name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()}
+    return add_blocks(relative(norms, evidence.masked.groups), evidence.masked.groups)
 
 
 def random(evidence: Evidence) -> Masks:
@@ -109,18 +109,27 @@ def random(evidence: Evidence) -> Masks:
 
 
 def add_blocks(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
-    """For criteria without a common unit: a block scores what the channels inside it score together."""
+    """For criteria without a common unit: a block scores what the channels inside it score together.
+
+    Its own score stands where no channels may go, as in the native layout.
+    """
     for block in groups:
-        if block.stack:
-            within = [scores[group.name].sum() for group in groups if inside(group, block.name)]
-            scores[block.name] = torch.stack([*within, torch.zeros((), dtype=torch.float64)]).sum().view(1)
+        within = [scores[group.name].sum() for group in groups if block.stack and inside(group, block.name)]
+        if within:
+            scores[block.name] = torch.stack(within).sum().view(1)
     return scores
 
 
-def relative(scores: Masks) -> Masks:
-    """Divide by the mean of each group."""
+def relative(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
+    """Divide by the mean of each group; of a stack, for blocks."""
+    together: dict[str, list[torch.Tensor]] = {}
+    for group in groups:
+        together.setdefault(group.stack or group.name, []).append(scores[group.name])
+    means = {name: torch.cat(values).mean() for name, values in together.items()}
     return {
-        name: score / score.mean().clamp_min(torch.finfo(score.dtype).tiny) for name, score in scores.items()
+        group.name: scores[group.name]
+        / means[group.stack or group.name].clamp_min(torch.finfo(scores[group.name].dtype).tiny)
+        for group in groups
     }
 
 

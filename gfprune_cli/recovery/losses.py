@@ -161,7 +161,7 @@ class RecoveryLoss:
         if weights.distill:
             terms["distill"] = weights.distill, process.distance(output, reference, batch.index) * scale
         if catch is not None:
-            terms["features"] = features, catch.distance(len(batch)).unflatten(0, (len(batch), -1)).mean(1)
+            terms["features"] = features, catch.distance(len(batch))
         if weights.jacobian:
             assert probe is not None
             terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)

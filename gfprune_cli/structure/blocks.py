@@ -101,12 +101,15 @@ def gate(module: nn.Module, mask: torch.Tensor, args: Any, kwargs: Any, output: 
         mask: scalar.
         args, kwargs: what the block was called with.
     """
+
+    def blend(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        # under autocast a block may return another type than it was given
+        return torch.lerp(before.to(after.dtype), after, mask.to(after))
+
     streams = streams_of(module, args, kwargs)
     if isinstance(output, torch.Tensor):
-        return torch.lerp(streams[0], output, mask.to(output))
-    return tuple(
-        torch.lerp(before, after, mask.to(after)) for before, after in zip(streams, output, strict=True)
-    )
+        return blend(streams[0], output)
+    return tuple(blend(before, after) for before, after in zip(streams, output, strict=True))
 
 
 @dataclass(frozen=True)
