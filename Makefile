@@ -13,7 +13,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint format clean
+.PHONY: help .venv demo test thorough lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its param
 
 test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
+	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

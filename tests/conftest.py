@@ -27,6 +27,18 @@ QUICK = dict(images=8, sample_steps=2, draws=8, iterations=4, steps_per_iteratio
 Gfprune = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="the long form of reliability tests (docs/reliability.md)"
+    )
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether the long form was asked for: more faults, more kills, more mutants, longer runs."""
+    return bool(pytestconfig.getoption("thorough"))
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
