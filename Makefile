@@ -13,10 +13,10 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test thorough lint format clean
+.PHONY: help .venv demo test thorough benchmark benchmark-full lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 .venv: $(STAMP) ## Create the virtual environment and install gfprune in it, with what the tests use
 
@@ -44,6 +44,14 @@ test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to cho
 
 thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
 	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
+
+benchmark: $(STAMP) ## Compare with other methods, quick form (20 minutes on two cores), into docs/benchmarks/
+	$(BIN)/python benchmarks/quality.py --quick
+
+benchmark-full: $(STAMP) ## The full comparison and the studies behind the defaults (hours)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/criterion.py
+	$(BIN)/python benchmarks/allocation.py
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

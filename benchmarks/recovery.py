@@ -15,9 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from criteria import held_out_loss
+from torch import nn
+from yardstick import demo, losses
 
 import gfprune_cli as gfprune
+
+DRAWS = 1024
+
+
+def held_out_loss(model: nn.Module) -> float:
+    return losses(demo(), model, DRAWS)[0]
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "denoising": dict(denoise=1.0, distill=0.0),
