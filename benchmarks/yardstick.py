@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import gfprune_cli as gfprune
+from gfprune_cli.checkpoint.durable import write_tensors
 from gfprune_cli.checkpoint.reader import inspect, load_scheduler
 from gfprune_cli.checkpoint.source import DEMO, resolve
 from gfprune_cli.data.conditions import call
@@ -21,7 +23,7 @@ from gfprune_cli.evaluation.statistics import frechet_distance, gaussian
 from gfprune_cli.evaluation.teacher import teacher_features
 from gfprune_cli.progress import silent
 
-LOSS_DRAWS = 2048
+LOSS_DRAWS = 1024
 BINS = 5
 CHUNK = 32
 SEED = 1  # of what is measured with; runs use others
@@ -95,13 +97,28 @@ class Yardstick:
 
     Args:
         count, steps: samples drawn from each network, and sampling steps of each.
+        cache: a safetensors file that keeps the dense model's numbers from one process to the next.
     """
 
-    def __init__(self, subject: Subject, count: int, steps: int, draws: int = LOSS_DRAWS) -> None:
+    def __init__(
+        self, subject: Subject, count: int, steps: int, draws: int = LOSS_DRAWS, cache: Path | None = None
+    ) -> None:
         self.subject, self.count, self.steps, self.draws = subject, count, steps, draws
-        self.loss, self.bins = losses(subject, subject.dense, draws)
-        self.images = samples(subject, subject.dense, count, steps)
-        self.features = gaussian(self.seen(self.images))
+        dense = load_file(cache) if cache and cache.exists() else self.of_dense()
+        if cache and not cache.exists():
+            write_tensors(cache, dense)
+        self.losses, self.images = dense["losses"], dense["images"]
+        self.features = gaussian(dense["features"].numpy())
+
+    def of_dense(self) -> dict[str, torch.Tensor]:
+        """`losses` [1 + bins], `images` and their `features` of the dense model."""
+        loss, bins = losses(self.subject, self.subject.dense, self.draws)
+        images = samples(self.subject, self.subject.dense, self.count, self.steps)
+        return {
+            "losses": torch.tensor([loss, *bins], dtype=torch.float64),
+            "images": images,
+            "features": torch.from_numpy(self.seen(images)),
+        }
 
     def seen(self, images: torch.Tensor) -> np.ndarray:
         """[N, D] features of the dense model's middle block."""

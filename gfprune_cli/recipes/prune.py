@@ -32,7 +32,7 @@ class PruneRecipe:
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
-    steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 30
+    steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 10
     draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64
     bound: Annotated[float, Gt(0), Le(1), Help("Largest move of a mask entry in one iteration.")] = 0.5
     one_shot: Annotated[bool, Help("Score once and remove at once: no soft masks, no training.")] = False
