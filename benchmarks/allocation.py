@@ -1,6 +1,6 @@
 """What widths of their own buy: adaptive against native layout, at equal parameters or equal MACs.
 
-    python benchmarks/allocation.py --seeds 3
+    python benchmarks/allocation.py
 
 The native layout comes first, at the point nearest to each sparsity. The adaptive one then gets what the
 native network has, in parameters or in MACs. Both are pruned in one shot and finetuned alike. Writes
@@ -19,7 +19,7 @@ from yardstick import demo, losses
 
 import gfprune_cli as gfprune
 
-DRAWS = 1024
+DRAWS = 512
 
 
 def run(settings: dict[str, Any], steps: int, seed: int) -> dict[str, float]:
@@ -43,8 +43,8 @@ def run(settings: dict[str, Any], steps: int, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.44, 0.75])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of finetuning")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60, help="of finetuning")
     parser.add_argument("--out", type=Path, default=PAGES / "allocation.md")
     options = parser.parse_args()
     dense, _ = losses(demo(), demo().dense, DRAWS)

@@ -34,7 +34,7 @@ from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import select
 
 CHUNK = 16
-MEASURED = 512  # draws behind each loss
+MEASURED = 256  # draws behind each loss
 ALIGN = 4
 
 

@@ -56,6 +56,7 @@ class Form:
 
     Args:
         gradients: of every method, scoring included, counted in samples.
+        controls: methods that are run with the first seed only.
         prune: settings of `gfprune prune` other than its defaults.
         samples, sample_steps: drawn from every network.
         second_steps: training steps of the second dense model.
@@ -65,15 +66,17 @@ class Form:
     seeds: int
     sparsities: tuple[float, ...]
     methods: tuple[str, ...]
+    controls: tuple[str, ...]
     samples: int
     sample_steps: int
     second_steps: int
     prune: dict[str, Any]
 
 
-METHODS = ("gfprune", *PEERS, "diff-pruning, distilled", "gfprune, MACs of the peers")
-FULL = Form(4800, 3, (0.44, 0.75), METHODS, 128, 20, 3600, {})
-QUICK = Form(3200, 1, (0.44, 0.75), METHODS[:5], 64, 10, 600, {})
+CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers")
+METHODS = ("gfprune", *PEERS)
+FULL = Form(3200, 3, (0.44, 0.75), METHODS, CONTROLS, 128, 20, 3600, {})
+QUICK = Form(3200, 1, (0.44, 0.75), METHODS, (), 64, 10, 600, {})
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def grid(form: Form, name: str) -> list[Cell]:
         Cell(name, method, sparsity, seed)
         for seed in range(form.seeds)
         for sparsity in form.sparsities
-        for method in form.methods
+        for method in (form.methods if seed else form.methods + form.controls)
     ]
 
 

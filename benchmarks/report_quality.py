@@ -58,6 +58,7 @@ def best_peer(rows: dict[str, list[Entry]], dense: Entry, metric: str) -> str:
 
 COLUMNS = (
     "method",
+    "seeds",
     "parameters",
     "MACs",
     "gradients",
@@ -78,6 +79,7 @@ def table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
         shares = {metric: f"{gap(runs, dense, metric) / best[metric]:.0%}" for metric in GAPS}
         cells = [
             LABELS[name],
+            str(len(runs)),
             f"{runs[0]['params'] / dense['params']:.1%}",
             f"{runs[0]['macs'] / dense['macs']:.1%}",
             f"{statistics.mean(run['gradients'] for run in runs):.0f}",

@@ -23,6 +23,7 @@ TOY = quality.Form(
     seeds=1,
     sparsities=(0.5,),
     methods=quality.METHODS,
+    controls=quality.CONTROLS,
     samples=4,
     sample_steps=2,
     second_steps=1,
@@ -39,7 +40,7 @@ def toy(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> yard
     return yardstick.subject("toy", str(pipeline_folder), path)
 
 
-@pytest.mark.parametrize("method", quality.METHODS)
+@pytest.mark.parametrize("method", quality.METHODS + quality.CONTROLS)
 def test_every_method_keeps_the_same_parameters_within_the_gradients_allowed(
     toy: yardstick.Subject, method: str
 ) -> None:
