@@ -25,7 +25,8 @@ RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["too
 # pickles by any name, and processes that a value could end up in
 MODULES = {
     "pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "subprocess",
-    "pty", "runpy", "code", "codeop", "ctypes", "multiprocessing", "torch.package", "torch.utils.cpp_extension",
+    "pty", "runpy", "code", "codeop", "ctypes", "multiprocessing", "torch.package",
+    "torch.utils.cpp_extension",
 }  # fmt: skip
 CALLS = re.compile(
     r"(eval|exec|compile|__import__|input|breakpoint"
