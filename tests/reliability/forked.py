@@ -1,7 +1,7 @@
 """The command line in processes of their own, without a second import of torch.
 
-Run as a program, this is a server: it imports everything once, never computes, and forks for each command that
-it is told on stdin (one JSON document a line); the child plays its part of a `Trial` and runs the command.
+Run as a program, this is a server: it imports everything once, never computes, and forks for each command
+that it is told on stdin (one JSON document a line); the child plays its part of a `Trial` and runs the command.
 """
 
 import contextlib
