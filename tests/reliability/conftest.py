@@ -7,21 +7,21 @@ import pytest
 from forked import Server
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Commands in forked processes: the imports are paid for once per file of tests."""
-    served = Server(tmp_path_factory.mktemp("forked"))
+@pytest.fixture(scope="session")
+def server(thorough: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Commands in forked processes: the imports are paid for once."""
+    served = Server(tmp_path_factory.mktemp("forked"), onnx=thorough)
     yield served
     served.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The variable of a cache that the commands of one file of tests share."""
+    """The variable of a cache that the commands share."""
     return {"GFPRUNE_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pruned(
     server: Server, cache: dict[str, str], pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

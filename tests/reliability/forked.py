@@ -1,7 +1,8 @@
 """The command line in processes of their own, without a second import of torch.
 
 Run as a program, this is a server: it imports everything once, never computes, and forks for each command
-that it is told on stdin (one JSON document a line); the child plays its part of a `Trial` and runs the command.
+that it is told on stdin (one JSON document a line); the child plays its part of a `Trial` and runs the
+command.
 """
 
 import contextlib
@@ -80,10 +81,11 @@ class Outcome:
 class Server:
     """A warm process, and the commands that run as its children."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, onnx: bool = False) -> None:
         self.folder, self.count = folder, 0
+        extra = ["onnx", "onnxruntime", "onnxscript", "torch.onnx"] if onnx else []
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *extra], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **request: Any) -> Any:
@@ -133,10 +135,10 @@ def warm() -> None:
     import torch
 
     for name in (
-        "accelerate", "matplotlib.figure", "onnx", "onnxruntime", "onnxscript", "torch_pruning", "torch.onnx",
+        "accelerate", "matplotlib.figure", "torch_pruning",
         "gfprune_cli.analysis", "gfprune_cli.cli.main", "gfprune_cli.cli.tables", "gfprune_cli.deploy",
         "gfprune_cli.evaluation", "gfprune_cli.pruning", "gfprune_cli.recovery",
-        "gfprune_cli.report.evaluation_page",
+        "gfprune_cli.report.evaluation_page", *sys.argv[1:],
     ):  # fmt: skip
         importlib.import_module(name)
     for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):
@@ -145,9 +147,8 @@ def warm() -> None:
 
 
 def serve() -> None:
-    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = (
-        "1"  # as the command line has it before diffusers is imported
-    )
+    # as the command line has it before diffusers is imported
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     warm()
     timers: dict[int, threading.Timer] = {}
     for line in sys.stdin:

@@ -17,7 +17,7 @@ def test_memory_is_flat(
     command: str, thorough: bool, pipeline_folder: Path, pruned: Path, tmp_path: Path,
     record: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """2,000 steps or images in the long form: what the second quarter of a run holds, the last one holds too."""
+    """2,000 steps or images in the long form: the last quarter of a run holds no more than the second."""
     count = 2000 if thorough else 80
     other = tmp_path / "out" if command == "finetune" else pipeline_folder
     script = Path(__file__).with_name("long_run.py")
