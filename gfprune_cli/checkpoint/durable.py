@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from gfprune_cli.errors import GfpruneError, UsageError
 
 KEPT_STATES = 2
+LOCK_ATTEMPTS = 5
 
 
 def default_mode() -> int:
@@ -100,13 +101,7 @@ def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
         UsageError: another run works there; GfpruneError: the lock cannot be made.
     """
     path = folder.with_name(f"{folder.name}.lock")
-    made: list[Path] = []
-    try:
-        made = make_parents(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, default_mode())
-    except OSError as error:
-        remove_empty(made)
-        raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+    descriptor, made = open_lock(path)
     try:
         if not locked(descriptor, path):
             raise UsageError(
@@ -119,6 +114,22 @@ def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
     finally:
         os.close(descriptor)
         remove_empty(made)
+
+
+def open_lock(path: Path) -> tuple[int, list[Path]]:
+    """A file to lock, and the folders that were made for it, the deepest first."""
+    made: list[Path] = []
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            made = make_parents(path) or made
+            return os.open(path, os.O_RDWR | os.O_CREAT, default_mode()), made
+        except OSError as error:
+            # a run that ended may just have removed the folder that it had made for itself
+            if isinstance(error, FileNotFoundError) and attempt + 1 < LOCK_ATTEMPTS:
+                continue
+            remove_empty(made)
+            raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def locked(descriptor: int, path: Path) -> bool:
