@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-WORK = 10**10  # rounds of a key derivation: for ever, in one call that no signal interrupts
+WORK = 2**31 - 1  # rounds of a key derivation: many minutes, in one call that no signal interrupts
 
 
 @dataclass(frozen=True)
