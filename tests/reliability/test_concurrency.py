@@ -78,7 +78,16 @@ def test_runs_share_the_caches(
     runs, fresh = (16 if thorough else 3), {"GFPRUNE_CACHE": str(tmp_path / "cache")}
     started = [
         server.start(
-            ["prune", "--model", pipeline_folder, "--sparsity", 0.5, "--out", tmp_path / f"{n}", *PRUNE],
+            [
+                "prune",
+                "--model",
+                pipeline_folder,
+                "--sparsity",
+                0.5,
+                "--out",
+                tmp_path / f"{n}" / "out",
+                *PRUNE,
+            ],
             environment=fresh,
         )
         for n in range(runs)
@@ -86,7 +95,7 @@ def test_runs_share_the_caches(
     outcomes = [server.wait(one) for one in started]
     assert [outcome.code for outcome in outcomes] == [0] * runs
     for n in range(runs):
-        assert tree(tmp_path / f"{n}") == tree(pruned)
+        assert tree(tmp_path / f"{n}" / "out") == tree(pruned)
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert [path.suffix for path in left] == [".safetensors"], "one entry, and no unfinished ones"
 
