@@ -10,10 +10,12 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?=
 # processes that share the tests, file by file; each works with one thread
 JOBS ?= 2
+# installed apart from .venv: what looks at the dependencies is none of them
+AUDIT := pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test thorough benchmark benchmark-full lint format clean
+.PHONY: help .venv demo test thorough benchmark benchmark-full audit lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +54,11 @@ benchmark-full: $(STAMP) ## The full comparison and the studies behind the defau
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/criterion.py
 	$(BIN)/python benchmarks/allocation.py
+
+audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)
+	@test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && \
+		.venv/audit/bin/python -m pip install -qq --disable-pip-version-check --no-input $(AUDIT); }
+	.venv/audit/bin/pip-audit --requirement requirements.lock.txt --no-deps --disable-pip
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from gfprune_cli.errors import GfpruneError, UsageError
 
 KEPT_STATES = 2
+LOCK_ATTEMPTS = 5
 
 
 def default_mode() -> int:
@@ -89,32 +90,95 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
     """Keep other runs away from a folder; the lock lies beside it and dies with the process.
+
+    Args:
+        folder: need not exist; the lock is `NAME.lock` beside it.
+        what: how to call it in the message, instead of its path.
 
     Raises:
         UsageError: another run works there; GfpruneError: the lock cannot be made.
     """
     path = folder.with_name(f"{folder.name}.lock")
+    descriptor, made = open_lock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, default_mode())
-    except OSError as error:
-        raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise UsageError(f"another run is working in {folder}: wait for it, or name another output")
+        if not locked(descriptor, path):
+            raise UsageError(
+                f"another run is working in {what or folder}: wait for it, or name another output"
+            )
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+        remove_empty(made)
+
+
+def open_lock(path: Path) -> tuple[int, list[Path]]:
+    """A file to lock, and the folders that were made for it, the deepest first."""
+    made: list[Path] = []
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            made = make_parents(path) or made
+            return os.open(path, os.O_RDWR | os.O_CREAT, default_mode()), made
+        except OSError as error:
+            # a run that ended may just have removed the folder that it had made for itself
+            if isinstance(error, FileNotFoundError) and attempt + 1 < LOCK_ATTEMPTS:
+                continue
+            remove_empty(made)
+            raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def locked(descriptor: int, path: Path) -> bool:
+    """Try to lock a file that was opened; whether it is ours, and still the one at its path.
+
+    Raises:
+        GfpruneError: the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise GfpruneError(
+            f"cannot lock {path} ({error.strerror}): name an output on a file system that has locks"
+        ) from error
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the folders above a path; those that were missing, the deepest first."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """A run that failed leaves no empty folders behind."""
+    for folder in folders:
+        with suppress(OSError):  # not empty, or somebody else's by now
+            folder.rmdir()
+
+
+@contextmanager
+def claimed(destination: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Work on an output as the only run that does, after cleaning up what killed runs left there.
+
+    Args:
+        check: refuses a destination that cannot be used; asked before anything is touched, and again when
+            an output that a killed run had moved aside is back.
+
+    Raises:
+        UsageError: another run works on it; GfpruneError: the lock cannot be made.
+    """
+    check()
+    with exclusive(hidden(destination, "state"), what=f"--out {destination}"):
+        recover(destination)
+        check()
+        yield
 
 
 def sha256(path: Path) -> str:
@@ -184,33 +248,23 @@ def glob_escape(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def process_exists(orphan: Path) -> bool:
-    """Whether the process that owns a staging folder still runs."""
-    try:
-        os.kill(int(orphan.name.rpartition("-")[2]), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def hidden(destination: Path, suffix: str) -> Path:
     """A name beside the destination that listings leave out."""
     return destination.parent / f".{destination.name}.gfprune-{suffix}"
 
 
 def recover(destination: Path) -> None:
-    """Clean up after killed runs: bring back an output that was never replaced, drop staging folders."""
+    """Clean up after killed runs: bring back an output that was never replaced, drop staging folders.
+
+    For the one that holds the lock: whatever is there has no owner any more, in this container or another.
+    """
     for old in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-old-*"):
-        if not process_exists(old):
-            if destination.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(destination)
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(destination)
     for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
-        if not process_exists(orphan):
-            shutil.rmtree(orphan, ignore_errors=True)
+        shutil.rmtree(orphan, ignore_errors=True)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def cached(
         with safe_open(path, framework="pt") as reader:
             document = json.loads(reader.metadata()[DOCUMENT])
             return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
-    except Exception:  # absent, truncated or foreign: make it again
+    except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()
-    staging = path.with_suffix(f".{os.getpid()}")
+    staging = path.with_suffix(f".{token_hex(8)}")  # process numbers repeat in containers that share a cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))

@@ -15,9 +15,9 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import (
     check_destination,
+    claimed,
     exclusive,
     hidden,
-    recover,
     staged,
     write_file,
     write_json,
@@ -75,8 +75,7 @@ def evaluate(
     """
     start = time.monotonic()
     processes = Processes.start(device)
-    if out is not None and processes.main:
-        recover(out)
+    if out is not None:
         check_destination(out, force=force)
     latency_batches(recipe)
     if out is not None and save_stats is not None and save_stats.resolve().is_relative_to(out.resolve()):
@@ -88,7 +87,11 @@ def evaluate(
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     store = sample_store(inputs, processes.device, out or beside)
-    with exclusive(store.folder) if processes.main else nullcontext():
+    if out is None:
+        lock = exclusive(store.folder)
+    else:
+        lock = claimed(out, partial(check_destination, out, force=force))
+    with lock if processes.main else nullcontext():
         if processes.main:  # the others find the folder as it was left here
             store.check(resume=resume, force=force)
             store.begin(resume=resume)

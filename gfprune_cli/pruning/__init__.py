@@ -1,10 +1,12 @@
 """`prune`: from a checkpoint to a smaller one, end to end."""
 
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.durable import StateFolder, check_destination, claimed
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
@@ -59,40 +61,35 @@ def prune(
     start = time.monotonic()
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)
-    if not dry_run:
-        recover(destination)
-        check_destination(destination, force=force)
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        offline=offline,
-        config_only=dry_run,
-        report=report,
-    )
-    plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
-    if dry_run:
-        return planned(plan, recipe, time.monotonic() - start)
-    given = {"--data": recipe.data, "--prompts": recipe.prompts}
-    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
-    for name, used in inputs.items():
-        if used.resolve().is_relative_to(destination.resolve()):
-            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
-    run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
-    state = StateFolder(destination, run.identity())
-    if force and not resume:
-        state.clear()
-    if state.exists() and not resume:
-        raise UsageError(
-            f"an interrupted run left its state in {state.folder}: "
-            "continue it with --resume, or discard it with --force"
+    check = partial(check_destination, destination, force=force)
+    with nullcontext() if dry_run else claimed(destination, check):
+        source = resolve(
+            recipe.model,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            offline=offline,
+            config_only=dry_run,
+            report=report,
         )
-    with deterministic():
-        model, kept, losses, gradients = run.execute(state)
-    record = make_record(run, model, kept, losses)
-    report(Event("write", text=f"writing {destination}"))
-    record = write_checkpoint(destination, model, plan.component, record, force=force)
-    state.clear()
+        plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
+        if dry_run:
+            return planned(plan, recipe, time.monotonic() - start)
+        refuse_overlaps(destination, source, recipe)
+        run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
+        state = StateFolder(destination, run.identity())
+        if force and not resume:
+            state.clear()
+        if state.exists() and not resume:
+            raise UsageError(
+                f"an interrupted run left its state in {state.folder}: "
+                "continue it with --resume, or discard it with --force"
+            )
+        with deterministic():
+            model, kept, losses, gradients = run.execute(state)
+        record = make_record(run, model, kept, losses)
+        report(Event("write", text=f"writing {destination}"))
+        record = write_checkpoint(destination, model, plan.component, record, force=force)
+        state.clear()
     return PruneResult(
         recipe.model,
         str(destination),
@@ -109,3 +106,16 @@ def prune(
         round(gradients, 2),
         round(time.monotonic() - start, 3),
     )
+
+
+def refuse_overlaps(destination: Path, source: Source, recipe: PruneRecipe) -> None:
+    """Refuse an output that would replace an input.
+
+    Raises:
+        UsageError: which one.
+    """
+    given = {"--data": recipe.data, "--prompts": recipe.prompts}
+    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
+    for name, used in inputs.items():
+        if used.resolve().is_relative_to(destination.resolve()):
+            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")

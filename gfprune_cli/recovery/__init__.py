@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
+from gfprune_cli.checkpoint.durable import StateFolder, check_destination, claimed
 from gfprune_cli.checkpoint.reader import Component, inspect
 from gfprune_cli.checkpoint.record import Record, read_record
 from gfprune_cli.checkpoint.source import resolve
@@ -68,31 +70,32 @@ def finetune(
     processes = Processes.start(device)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
-    if not dry_run and processes.main:
-        recover(destination)
-        check_destination(destination, force=force)
-    component, record = pruned_checkpoint(recipe, offline=offline, report=report)
-    teacher = find_teacher(component, record, recipe, offline=offline, report=report)
-    run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
-    if dry_run:
-        return summary(run, {}, None, None, time.monotonic() - start)
-    refuse_overlaps(destination, folder, recipe, component, teacher.component)
-    state = StateFolder(destination, run.identity())
-    if processes.main:
-        prepare(state, folder, force=force, resume=resume)
-    processes.wait()
-    tracker = make_tracker(logger, folder, destination.name) if processes.main else None
-    with deterministic():
-        model, losses = run.execute(
-            state,
-            save_every=save_every,
-            sample_every=sample_every,
-            open_watch=(lambda done: Watch(folder, done, tracker)) if processes.main else None,
-        )
-    if processes.main:
-        report(Event("write", text=f"writing {destination}"))
-        write_checkpoint(destination, model, component, run.make_record(losses), force=force)
-        state.clear()
+    check = partial(check_destination, destination, force=force)
+    if not processes.main and not dry_run:
+        check()  # refused by one, refused by all: none waits for another
+    with claimed(destination, check) if processes.main and not dry_run else nullcontext():
+        component, record = pruned_checkpoint(recipe, offline=offline, report=report)
+        teacher = find_teacher(component, record, recipe, offline=offline, report=report)
+        run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
+        if dry_run:
+            return summary(run, {}, None, None, time.monotonic() - start)
+        refuse_overlaps(destination, folder, recipe, component, teacher.component)
+        state = StateFolder(destination, run.identity())
+        if processes.main:
+            prepare(state, folder, force=force, resume=resume)
+        processes.wait()
+        tracker = make_tracker(logger, folder, destination.name) if processes.main else None
+        with deterministic():
+            model, losses = run.execute(
+                state,
+                save_every=save_every,
+                sample_every=sample_every,
+                open_watch=(lambda done: Watch(folder, done, tracker)) if processes.main else None,
+            )
+        if processes.main:
+            report(Event("write", text=f"writing {destination}"))
+            write_checkpoint(destination, model, component, run.make_record(losses), force=force)
+            state.clear()
     processes.wait()
     return summary(run, losses, destination, folder, time.monotonic() - start)
 
