@@ -36,11 +36,12 @@ LIMITS = {
 PATTERNS = (
     (re.compile(r"(?:num|n)_(?:\w+_)?(?:layers|blocks)|depth"), 512),
     (re.compile(r"pos_embed_max_size"), 4096),
-    (re.compile(r"\w+_(?:dim|channels|heads|embeddings|experts)|hidden_size|patch_size"), 1 << 24),
+    (re.compile(r"axes_lens"), 1 << 17),  # tables of positions, made in main memory
 )
 MAX_ITEMS = 64
 MAX_LAYERS = 512  # blocks times layers per block: keeps even the empty network small
 MAX_INNER_LAYERS = 2048  # the same with the transformer layers in each
+MAX_COUNT = 1 << 24  # no real configuration has a larger whole number, bases of rotary embeddings aside
 MAX_NUMBER = 2**53  # beyond it a JSON number is no longer exact
 MAX_DEPTH = 64  # of nested objects and lists: what walks through them later may recurse
 MAX_CONTAINERS = 1_000_000  # objects and lists in one document: an empty one takes 30 times its text
@@ -181,6 +182,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         for number in _numbers(value):
             if not -MAX_NUMBER <= number <= MAX_NUMBER:  # false for NaN too
                 raise GfpruneError(f"{path}: {quoted(key)} holds a number out of range")
+            if isinstance(number, int) and number > MAX_COUNT and "theta" not in key:
+                raise GfpruneError(f"{path}: {quoted(key)} is larger than {MAX_COUNT}")
     for key in LIMITS.keys() & config.keys():
         _check_limit(path, key, config[key])
     for key, value in config.items():

@@ -107,7 +107,7 @@ def config_cases() -> Iterator[Case]:
         "config: 32,768 transformer blocks", "model", bare(conditional), "transformer_layers_per_block"
     )
     for name, config in huge_transformers().items():
-        yield Case(f"config: {name}", "model", bare(config), "config.json")
+        yield Case(f"config: {name}", "model", bare(config), "config.json|cannot trace")
 
 
 def bare(config: dict[str, Any]) -> Callable[[Path, Good], Path]:
@@ -136,6 +136,7 @@ def huge_transformers() -> dict[str, dict[str, Any]]:
         },
         "a video of 10^9 frames": {"_class_name": "CogVideoXTransformer3DModel", "sample_frames": 10**9},
         "a transformer of 10^6 layers": {"_class_name": "FluxTransformer2DModel", "num_layers": 10**6},
+        "tables of 10^7 positions": {"_class_name": "ZImageTransformer2DModel", "axes_lens": [10**7] * 3},
         "a text of 10^12 tokens": {
             "_class_name": "CogVideoXTransformer3DModel",
             "max_text_seq_length": 10**12,

@@ -122,7 +122,7 @@ def config(folder: Path, data: bytes) -> None:
 
 
 def network(folder: Path, data: bytes) -> None:
-    """A configuration with other values, and the network that it describes."""
+    """A configuration in which pairs of bytes choose other values, and the network that it describes."""
     from gfprune_cli.checkpoint.reader import build_meta, inspect
     from gfprune_cli.checkpoint.source import Source
 
@@ -275,7 +275,7 @@ def seeds(name: str) -> list[bytes]:
             tensors({"a": ENTRY, "b": ENTRY | {"data_offsets": [2, 4]}}, b"abcd"),
         ],
         "config": [json.dumps(CONFIG).encode()],
-        "network": [b"\x05\x0c\x30\x01", bytes(16)],
+        "network": [b""],
         "pipeline": [json.dumps({"_class_name": "DDPMPipeline", "unet": unet, "vae": [None, None]}).encode()],
         "index": [json.dumps({"metadata": {"total_size": 4}, "weight_map": two}).encode()],
         "record": [json.dumps(document).encode()],
