@@ -166,7 +166,8 @@ class Watch:
         if event.startswith(FORBIDDEN):
             return repr(arguments[:2])
         if event in ("exec", "compile", "import", "ctypes.dlopen"):
-            names = [getattr(part, "co_filename", part) for part in arguments[:2]]
+            parts = arguments[1:2] if event == "compile" else arguments[:2]  # parsing text runs nothing
+            names = [getattr(part, "co_filename", part) for part in parts]
             texts = [part.decode(errors="replace") if isinstance(part, bytes) else part for part in names]
             if any(self.foreign(text) for text in texts if isinstance(text, str)):
                 return repr(texts)
