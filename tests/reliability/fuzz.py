@@ -5,7 +5,6 @@
 The arguments behind the target's name are libFuzzer's. `any` takes the target from the first byte.
 """
 
-import contextlib
 import io
 import json
 import random
@@ -342,8 +341,6 @@ def fuzz(name: str, arguments: list[str]) -> None:
             target = names[data[0] % len(names)]
             for leftover in place.glob("*.json"):  # of another target
                 leftover.unlink()
-            with contextlib.suppress(FileNotFoundError):
-                (place / "x").unlink()
             attempt(target, place, data[1:])
 
     dictionary = folder / "tokens"
