@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml requirements.lock.txt
 	fi
 	@echo "Installing gfprune and its dependencies into .venv (a few minutes the first time)" >&2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-		-c requirements.lock.txt -e '.[dev,audio,data,onnx,openvino,tensorboard]'
+		-c requirements.lock.txt -e '.[dev,audio,data,fuzz,onnx,openvino,tensorboard]'
 	@# the tests compare with clean-fid, and need none of the torchvision that it asks for
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 		-c requirements.lock.txt --no-deps clean-fid

@@ -6,24 +6,32 @@ from typing import Any
 
 import yaml
 
-CARD_BYTES = 1 << 20
+from gfprune_cli.checkpoint.files import checked_file, trusted_roots
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recipes.strict_yaml import load_mapping
+
+CARD_BYTES = 1 << 17  # of it are read: what the front matter may take, and PyYAML in a second or two
 
 
 def inherited(root: Path) -> dict[str, Any]:
-    """Licence and tags from the card of the source, if it has one."""
+    """Licence and tags from the card of the source, if it has one; text and lists of text, nothing else."""
     path = root / "README.md"
     try:
-        if path.stat().st_size > CARD_BYTES:
-            return {}
-        text = path.read_text(encoding="utf-8")
-        _, front, _ = text.split("---", 2) if text.startswith("---") else ("", "", "")
-        document = yaml.safe_load(front)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        checked_file(path, trusted_roots(root))
+        with path.open("rb") as stream:
+            text = stream.read(CARD_BYTES)
+        _, front, _ = text.split(b"---", 2) if text.startswith(b"---") else (b"", b"", b"")
+        document = load_mapping(front)
+    except (GfpruneError, OSError, ValueError, ArithmeticError, yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(document, dict):
         return {}
     wanted = ("license", "license_name", "license_link", "datasets", "language", "pipeline_tag")
-    return {key: document[key] for key in wanted if key in document}
+    return {key: document[key] for key in wanted if _is_text(document.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def write_card(

@@ -36,15 +36,21 @@ LIMITS = {
 PATTERNS = (
     (re.compile(r"(?:num|n)_(?:\w+_)?(?:layers|blocks)|depth"), 512),
     (re.compile(r"pos_embed_max_size"), 4096),
-    (re.compile(r"\w+_(?:dim|channels|heads|embeddings|experts)|hidden_size|patch_size"), 1 << 24),
+    (re.compile(r"axes_lens"), 1 << 17),  # tables of positions, made in main memory
 )
 MAX_ITEMS = 64
 MAX_LAYERS = 512  # blocks times layers per block: keeps even the empty network small
+MAX_INNER_LAYERS = 2048  # the same with the transformer layers in each
+MAX_COUNT = 1 << 24  # no real configuration has a larger whole number, bases of rotary embeddings aside
 MAX_NUMBER = 2**53  # beyond it a JSON number is no longer exact
+MAX_DEPTH = 64  # of nested objects and lists: what walks through them later may recurse
+MAX_CONTAINERS = 1_000_000  # objects and lists in one document: an empty one takes 30 times its text
 
 
 def quoted(name: object) -> str:
     """A name from a file as it may appear in a message: quoted, no control characters, not endless."""
+    if isinstance(name, (list, dict)):  # may be huge, or nested beyond what repr can do
+        return f"a {type(name).__name__} of {len(name)}"
     text = repr(str(name))
     return text if len(text) <= 160 else text[:157] + "...'"
 
@@ -126,14 +132,27 @@ def parse_json(data: bytes, where: str, constants: Collection[str] = ()) -> dict
             raise ValueError(f"{text} is not a JSON number")
         return float(text)
 
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise GfpruneError(f"{where} has too many objects and lists, more than {MAX_CONTAINERS:,}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=constant)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise GfpruneError(f"{where} is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise GfpruneError(f"{where} is not a JSON object")
     return value
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if item)
+        level = [child for items in inner for child in items if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply, more than {MAX_DEPTH} levels")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,6 +182,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         for number in _numbers(value):
             if not -MAX_NUMBER <= number <= MAX_NUMBER:  # false for NaN too
                 raise GfpruneError(f"{path}: {quoted(key)} holds a number out of range")
+            if isinstance(number, int) and number > MAX_COUNT and "theta" not in key:
+                raise GfpruneError(f"{path}: {quoted(key)} is larger than {MAX_COUNT}")
     for key in LIMITS.keys() & config.keys():
         _check_limit(path, key, config[key])
     for key, value in config.items():
@@ -174,6 +195,11 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     if blocks * layers > MAX_LAYERS:
         raise GfpruneError(
             f"{path}: {blocks} blocks of {layers} layers are more than {MAX_LAYERS} layers in all"
+        )
+    inner = max([1, *_numbers(config.get("transformer_layers_per_block"))])
+    if blocks * layers * inner > MAX_INNER_LAYERS:
+        raise GfpruneError(
+            f"{path}: 'transformer_layers_per_block' makes more than {MAX_INNER_LAYERS} layers in all"
         )
     for key in ("down_block_types", "up_block_types"):
         names = config.get(key, [])

@@ -20,7 +20,7 @@ PREFERRED = ("unet", "transformer")
 STEM = "diffusion_pytorch_model"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
-_COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")  # names a folder
 # By name alone: whether it is a model class of diffusers shows when the class is looked up.
 _DENOISER_NAME = re.compile(
     r"(?=[A-Za-z0-9]*(?:UNet|UVit|Transformer|DiT))[A-Z][A-Za-z0-9]*(?:Model|UNet|Transformer)"

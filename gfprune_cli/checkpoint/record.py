@@ -1,6 +1,7 @@
 """The record that travels in a checkpoint, `gfprune.json`: what it was pruned from, and what was kept."""
 
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ class Record:
             GfpruneError: it is not there.
         """
         label = self.source.label
-        if self.source.kind == "local" and not Path(label).expanduser().is_dir():
+        # os.path and not pathlib: a name too long, or of no user, is answered, not raised
+        if self.source.kind == "local" and not os.path.isdir(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
                 "name it with --teacher"

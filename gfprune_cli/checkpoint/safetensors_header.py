@@ -14,8 +14,9 @@ from typing import Any
 from gfprune_cli.checkpoint.files import CONVERSION, parse_json, quoted
 from gfprune_cli.errors import GfpruneError
 
-HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+HEADER_BYTES = 16 << 20  # of 100,000 tensors; safetensors takes 100 MB, which would parse into gigabytes
 MAX_DIMS = 16
+MAX_SIZE = 2**53  # of a dimension or offset: no file is larger
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -105,7 +106,9 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
         )
     (length,) = struct.unpack("<Q", start[:8])
     if length > HEADER_BYTES:
-        raise GfpruneError(f"{path} is not a safetensors file: its header would be {length} bytes")
+        raise GfpruneError(
+            f"{path} is not a safetensors file: its header would be {length} bytes, more than {HEADER_BYTES}"
+        )
     if 8 + length > size:
         raise GfpruneError(
             f"{path} is cut short: {size} bytes, but its header alone needs {8 + length}: fetch it again"
@@ -133,7 +136,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_SIZE for value in values)
 
 
 def _check_layout(

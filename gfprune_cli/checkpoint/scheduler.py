@@ -50,6 +50,9 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
         del config["lambda_min_clipped"]  # the multistep solvers' default, which diffusers writes out
     check_config(config, path)
     scheduler_class = _scheduler_class(path, config.get("_class_name"))
+    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if betas is not None and not (isinstance(betas, list) and len(betas) == steps):
+        raise GfpruneError(f"{path}: 'trained_betas' has to be a list of {quoted(steps)} numbers")
     try:
         scheduler: SchedulerMixin = scheduler_class.from_config(config)
     except Exception as error:  # as for a model's config

@@ -54,7 +54,7 @@ def inspect_single_file(path: Path) -> Component:
             f"{path} does not say what network its weights belong to: pass a diffusers folder, or a file "
             "that gfprune export --single-file wrote"
         )
-    architecture = parse_json(text.encode(), f"the metadata key {KEY!r} of {path}")
+    architecture = parse_json(text.encode(errors="backslashreplace"), f"the metadata key {KEY!r} of {path}")
     class_name, config = architecture.get("class_name"), architecture.get("config")
     if architecture.get("format") != 1 or not is_known(class_name) or not isinstance(config, dict):
         raise GfpruneError(f"the metadata key {KEY!r} of {path} describes no network that gfprune knows")

@@ -4,6 +4,7 @@ A Hub revision is resolved to a commit first; everything is then read at that co
 mixes two versions of a repository and the output can name what it was made from.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def resolve(
     check_variant(variant)
     if model == "demo":
         source = _local(model, DEMO, "demo")
-    elif (folder := _expanded(model)) is not None and folder.exists():
+    elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
     elif looks_like_hub_id(model):
         from gfprune_cli.checkpoint.hub import fetch

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.card import write_card
+from gfprune_cli.checkpoint.components import check_entries
 from gfprune_cli.checkpoint.durable import default_mode, staged, write_json
 from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
 from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
@@ -86,8 +87,9 @@ def check_pipeline(component: Component) -> None:
     """Refuse a pipeline whose other components could not travel along.
 
     Raises:
-        GfpruneError: a component has no safetensors weights.
+        GfpruneError: a component has no safetensors weights, or is code of the pipeline's own.
     """
+    check_entries(component.pipeline or {}, component.root / "model_index.json")
     for name, (_, class_name) in pipeline_components(component.pipeline or {}).items():
         folder = component.root / name
         if name == component.name or WEIGHTLESS.search(class_name) or not (folder / "config.json").exists():

@@ -178,8 +178,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What happened, without line breaks; for errors that are not ours, what to do next."""
-    text = " ".join(str(error).split())
+    """What happened, without line breaks or escape codes; for errors that are not ours, what to do next."""
+    words = " ".join(str(error).split())
+    text = "".join(character if character.isprintable() else "?" for character in words)
     if isinstance(error, GfpruneError):
         return text
     if isinstance(error, KeyboardInterrupt):

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.checkpoint.files import checked_file, trusted_roots
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -51,10 +52,14 @@ def cached(
     return tensors, document
 
 
-def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
-    """Path -> SHA-256 of what the file holds."""
-    found = {}
+def sha256_of_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
+    """Path -> SHA-256 of what the file holds.
+
+    Raises:
+        GfpruneError: a file leads out of the checkpoint's folder `root`.
+    """
+    found, roots = {}, trusted_roots(root)
     for path in sorted(paths):
-        with path.open("rb") as stream:
+        with checked_file(path, roots).open("rb") as stream:
             found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

@@ -281,7 +281,7 @@ class Work:
         files = [path for path in component.root.glob("*/*") if path.is_file()]
         key = {
             "pipeline": dict(component.pipeline or {}),
-            "files": sha256_of_files(files),
+            "files": sha256_of_files(files, component.root),
             "asked": (asks, asked.rows),
             "options": (request.options.size, request.options.frames, request.options.guidance),
             "images": request.count,

@@ -125,7 +125,7 @@ def recording_key(
     key = {
         "recording": 1,
         "pipeline": sorted((component.pipeline or {}).items()),
-        "files": sha256_of_files(decided),
+        "files": sha256_of_files(decided, root),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
         "scheduler": dict(scheduler.config),
         "asked": asked.distinct,

@@ -35,6 +35,9 @@ _Frames = Iterator[tuple[str, Image.Image]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NPZ_KEYS = ("x", "images", "arr_0")
 NPZ_BYTES_LIMIT = 8 * 1024**3
+NPZ_RATIO = 200  # of an array to its compressed bytes; deflate reaches 1032, on nothing but zeros
+NPZ_BYTES_FREE = 64 * 1024**2  # as much may unpack from anything
+NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 
 # Chosen by content, not by name: left open, Pillow hands a PostScript file called `a.png` to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -230,8 +233,7 @@ def _read_npz(path: Path) -> npt.NDArray[np.uint8]:
                 raise UsageError(f"{str(path)!r} has no array called {' or '.join(NPZ_KEYS)}")
             member = archive.getinfo(f"{key}.npy")
             name = f"array {key!r} of {str(path)!r}"
-            if member.file_size > NPZ_BYTES_LIMIT:
-                raise UsageError(f"{name} unpacks to more than {NPZ_BYTES_LIMIT} bytes; store fewer images")
+            _check_member(member, name)
             with archive.open(member) as stream:
                 channels_last = _check_header(stream, member.file_size, name)
             with archive.open(member) as stream:
@@ -240,6 +242,19 @@ def _read_npz(path: Path) -> npt.NDArray[np.uint8]:
         remedy = "write it again with numpy.savez"
         raise GfpruneError(f"{str(path)!r}: not a readable .npz ({_reason(error)}); {remedy}") from error
     return array if channels_last else array.transpose(0, 2, 3, 1)
+
+
+def _check_member(member: zipfile.ZipInfo, name: str) -> None:
+    """Refuse what would unpack to far more than the file holds; zipfile reads no byte beyond these sizes."""
+    if member.file_size > NPZ_BYTES_LIMIT:
+        raise UsageError(f"{name} unpacks to more than {NPZ_BYTES_LIMIT} bytes; store fewer images")
+    if member.compress_type not in NPZ_METHODS:
+        raise GfpruneError(f"{name} is compressed in a way that numpy does not write; use numpy.savez")
+    if member.file_size > NPZ_BYTES_FREE and member.file_size > NPZ_RATIO * member.compress_size:
+        raise GfpruneError(
+            f"{name} unpacks to {member.file_size:,} bytes, over {NPZ_RATIO} times its size: if it really is "
+            "that plain, store it with numpy.savez"
+        )
 
 
 def _check_header(stream: IO[bytes], stored: int, name: str) -> bool:

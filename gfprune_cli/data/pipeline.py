@@ -6,7 +6,7 @@ Autoencoders come without weights where nothing is decoded: pipelines read their
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.files import (
-    INDEX_BYTES,
-    checked_file,
-    first_line,
-    quoted,
-    read_config,
-    read_json,
-    trusted_roots,
-)
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
 from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.data.component_files import check_folder, check_size
 from gfprune_cli.errors import GfpruneError
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
-CONSTANTS = ("NaN", "Infinity", "-Infinity")  # that configurations of text models may hold
 AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
 
 
@@ -162,9 +154,21 @@ def _load(
             config = read_config(folder / "config.json", trusted_roots(component.root))
             with torch.device("meta"):
                 return found.from_config(config).eval()
-        loaded = found.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **_stored(folder, textual=textual)
+        if textual:
+            check_size(found, folder)
+        else:
+            read_config(folder / "config.json", trusted_roots(component.root))
+        loaded, names = found.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_stored(folder, textual=textual),
         )
+        if names["missing_keys"]:  # they would be random
+            raise GfpruneError(
+                f"{folder} has no tensor {quoted(min(names['missing_keys']))}, but its config.json needs it"
+            )
     except GfpruneError:
         raise
     except Exception as error:
@@ -172,37 +176,6 @@ def _load(
             f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
         ) from error
     return _usable(loaded, device)
-
-
-def check_folder(folder: Path, roots: tuple[Path, ...]) -> None:
-    """Refuse a component that would make its library read pickles, other folders or remote code.
-
-    Raises:
-        GfpruneError: links that lead out, shards that are no safetensors files beside their index, an adapter
-            of another model, or kernels that the Hub would be asked for.
-    """
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            checked_file(path, roots)
-    for path in sorted(folder.glob("*.safetensors.index*.json")):
-        shards = read_json(path, roots, limit=INDEX_BYTES).get("weight_map")
-        for name in set(map(str, shards.values())) if isinstance(shards, dict) else ():
-            if weights_variant(name) is None:
-                raise GfpruneError(f"{path} names {quoted(name)}, which is no shard beside it")
-    if (folder / "adapter_config.json").exists():
-        raise GfpruneError(f"{folder} holds an adapter of another model: merge the two first")
-    if (path := folder / "config.json").exists():
-        for key, value in _entries(read_json(path, roots, limit=INDEX_BYTES, constants=CONSTANTS)):
-            if key.endswith("_implementation") and "/" in str(value):
-                raise GfpruneError(f"{path}: {quoted(key)} asks for code from the Hub: remove that key")
-
-
-def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of nested objects."""
-    for key, value in document.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _entries(value)
 
 
 def _source(root: Path) -> Source:

@@ -87,6 +87,8 @@ def read_prompts(source: str | None) -> list[str]:
         return BUILT_IN
     try:
         path = Path(source).expanduser()
+        if path.exists() and not path.is_file():  # opening a pipe or a device would hang
+            raise UsageError(f"--prompts {source}: not a regular file; give a text file, one prompt per line")
         if path.stat().st_size > FILE_BYTES:
             raise UsageError(f"--prompts {source}: larger than {FILE_BYTES} bytes; give one prompt per line")
         lines = path.read_text(encoding="utf-8-sig").splitlines()

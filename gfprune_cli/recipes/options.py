@@ -5,6 +5,7 @@ override them. The resolved recipe travels in the output's `gfprune.json`, and r
 the output.
 """
 
+import stat
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -13,7 +14,8 @@ from annotated_types import Ge, Le
 
 from gfprune_cli.errors import UsageError
 
-RECIPE_BYTES = 1 << 20
+RECIPE_BYTES = 1 << 16
+VALUE_CHARACTERS = 4096  # of one value
 RecipeT = TypeVar("RecipeT")
 
 
@@ -57,19 +59,50 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from gfprune_cli.recipes.strict_yaml import load_mapping
+
     try:
-        if path.stat().st_size > RECIPE_BYTES:
-            raise UsageError(f"--config {path}: larger than {RECIPE_BYTES} bytes; this is no recipe")
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device would hang
+            raise UsageError(f"--config {path} is not a regular file: write the recipe into one")
+        with path.open("rb") as stream:
+            data = stream.read(RECIPE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path}: {getattr(error, 'strerror', error)}; check the path") from error
+    if len(data) > RECIPE_BYTES:
+        raise UsageError(f"--config {path}: larger than {RECIPE_BYTES} bytes; this is no recipe")
+    try:
+        document = load_mapping(data)
+    # PyYAML's constructors raise what int(), chr() and datetime raise
+    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise UsageError(f"--config {path}: a recipe is a mapping of option names to values")
+    for key, value in document.items():
+        if not isinstance(value, (str, int, float, type(None))):
+            kind = type(value).__name__
+            raise UsageError(f"--config {path}: {shown(key)} is a {kind}; give one value, text or a number")
+        if isinstance(value, str) and not is_plain(value):
+            raise UsageError(
+                f"--config {path}: {shown(key)} is longer than {VALUE_CHARACTERS} characters, or holds some "
+                "that no name has"
+            )
     return document
+
+
+def is_plain(text: str) -> bool:
+    """Whether a path or name can be of that text: not endless, no null bytes, no halves of characters."""
+    halves = any("\ud800" <= character <= "\udfff" for character in text)
+    return len(text) <= VALUE_CHARACTERS and "\0" not in text and not halves
+
+
+def shown(value: object) -> str:
+    """A value from a recipe or flag as it may stand in a message: not endless."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python prints no more than 4300 digits
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: dict[str, Any]) -> RecipeT:
@@ -92,11 +125,11 @@ def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: dict[str, 
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             where = "unknown setting" if name in given else f"--config {config}: unknown recipe key"
             raise UsageError(
-                f"{where} {name!r}; known keys: {', '.join(sorted(option_names(recipe)))}"
+                f"{where} {shown(name)}; known keys: {', '.join(sorted(option_names(recipe)))}"
             ) from error
         where = flag(name) if name in given else f"--config {config}: {name}"
         raise UsageError(
-            f"{where} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            f"{where} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
         ) from error
 
 
