@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.checkpoint.durable import replacing, write_tensors
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -39,14 +39,12 @@ def cached(
     except Exception:  # absent, truncated or foreign: make it again
         pass
     tensors, document = make()
-    staging = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
-        staging.replace(path)
+        with replacing(path) as staging:
+            write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
         notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
-        staging.unlink(missing_ok=True)
     return tensors, document
 
 

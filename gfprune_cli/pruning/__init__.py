@@ -1,14 +1,17 @@
 """`prune`: from a checkpoint to a smaller one, end to end."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination, recover
+from gfprune_cli.checkpoint.durable import check_destination, is_output, recover
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
@@ -43,7 +46,7 @@ def prune(
         recipe: what to do; decides the bytes of the output.
         out: destination folder; by default named after the model and the settings.
         force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one.
+        resume: go on from the state of an interrupted run, if there is one; nothing to do if it finished.
         dry_run: plan only; nothing is written and no weights are read.
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
@@ -61,7 +64,9 @@ def prune(
     chosen = choose_device(device)
     if not dry_run:
         recover(destination)
-        check_destination(destination, force=force)
+    finished = resume and not force and not dry_run and is_output(destination)
+    if not dry_run:
+        check_destination(destination, force=force or finished)
     source = resolve(
         recipe.model,
         revision=recipe.revision,
@@ -80,6 +85,11 @@ def prune(
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
     run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
     state = StateFolder(destination, run.identity())
+    if finished:
+        record = finished_run(run, destination)
+        if not state.foreign():  # killed after the output was published
+            state.end()
+        return result_of(recipe, destination, record, start)
     if force and not resume:
         state.clear()
     if state.exists() and not resume:
@@ -89,15 +99,37 @@ def prune(
         )
     with deterministic():
         model, kept, losses, gradients = run.execute(state)
-    record = make_record(run, model, kept, losses)
+    record = make_record(run, model, kept, losses, gradients)
     report(Event("write", text=f"writing {destination}"))
     record = write_checkpoint(destination, model, plan.component, record, force=force)
-    state.clear()
+    state.end()
+    return result_of(recipe, destination, record, start)
+
+
+def finished_run(run: Run, destination: Path) -> dict[str, Any]:
+    """The record of an output that this run wrote before it was killed, or long ago.
+
+    Raises:
+        UsageError: another run did.
+    """
+    record = finished_record(destination, run_digest(run.identity()))
+    if record is None:
+        raise not_finished(destination)
+    if record["source"]["data"] is not None:  # the digest is of the settings, not of what --data holds
+        run.draws(run.load())
+        if record["source"]["data"] != run.data_fingerprint:
+            raise not_finished(destination)
+    notice(run.report, f"{destination} is finished: there is nothing left to do")
+    return record
+
+
+def result_of(recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float) -> PruneResult:
+    """The numbers of a finished run; `start` is this one's, on the monotonic clock."""
     return PruneResult(
         recipe.model,
         str(destination),
-        plan.component.name,
-        type(model).__name__,
+        record["component"],
+        record["class_name"],
         recipe.layout,
         recipe.criterion,
         recipe.seed,
@@ -106,6 +138,6 @@ def prune(
         record["macs"],
         record["bytes"],
         record["loss"],
-        round(gradients, 2),
+        record["scoring_gradients"],
         round(time.monotonic() - start, 3),
     )

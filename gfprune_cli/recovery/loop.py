@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import StateFolder
+from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import generator
@@ -111,6 +111,8 @@ class Loop:
             self.trainer.restore(tensors, numbers)
             self.done = numbers["done"]
             notice(self.report, f"continuing after step {self.done}")
+        if self.trainer.processes.main:
+            self.state.begin()  # before the logs, which are then known as this run's
         watch = self.open_watch(self.done) if self.open_watch else None
         try:
             self.steps(watch)
