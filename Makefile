@@ -10,10 +10,12 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?=
 # processes that share the tests, file by file; each works with one thread
 JOBS ?= 2
+# installed apart from .venv: what looks at the dependencies is none of them
+AUDIT := pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test thorough lint format clean
+.PHONY: help .venv demo test thorough audit lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +46,11 @@ test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to cho
 
 thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
 	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
+
+audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)
+	@test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && \
+		.venv/audit/bin/python -m pip install -qq --disable-pip-version-check --no-input $(AUDIT); }
+	.venv/audit/bin/pip-audit --requirement requirements.lock.txt --no-deps --disable-pip
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -20,9 +20,14 @@ class GateMissed(GfpruneError):
 
 
 class Interrupted(GfpruneError):
-    """The run was stopped by a signal (exit code 128 + signal)."""
+    """The run was stopped by a signal (exit code 128 + signal).
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    Args:
+        within_step: not at an event, but anywhere: what is in memory may be half-changed and is not saved.
+    """
+
+    def __init__(self, message: str, signal_number: int, *, within_step: bool = False) -> None:
         super().__init__(message)
+        self.within_step = within_step
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number

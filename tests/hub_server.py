@@ -29,6 +29,7 @@ class Hub:
         token: the only token that the Hub accepts.
         requests: "METHOD path" of every request so far.
         answer: a status that every request gets instead (an outage), or None.
+        corrupt: names of files whose content arrives with one bit flipped; size and digests stay.
     """
 
     url: str
@@ -37,6 +38,7 @@ class Hub:
     token: str = "hf_right"
     requests: list[str] = field(default_factory=list)
     answer: int | None = None
+    corrupt: set[str] = field(default_factory=set)
 
     def downloads(self) -> list[str]:
         """Names of the files whose content was fetched."""
@@ -59,6 +61,20 @@ def hub_server(repos: Mapping[str, Path], *, gated: set[str] | None = None) -> I
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def is_large(path: Path) -> bool:
+    """Whether the Hub would keep the file outside of git, and declare its SHA-256."""
+    return path.suffix in (".safetensors", ".bin")
+
+
+def large_file(path: Path, digest_key: str) -> dict[str, object]:
+    content = path.read_bytes()
+    return {digest_key: hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+
+
+def git_id(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,14 +136,20 @@ class _Handler(BaseHTTPRequestHandler):
                         "type": "file",
                         "path": path.relative_to(root).as_posix(),
                         "size": path.stat().st_size,
-                        "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                        "oid": git_id(path.read_bytes()),
+                        **({"lfs": large_file(path, "oid")} if is_large(path) else {}),
                     }
                     for path in files
                 ]
             )
         else:
             siblings = [
-                {"rfilename": path.relative_to(root).as_posix(), "size": path.stat().st_size}
+                {
+                    "rfilename": path.relative_to(root).as_posix(),
+                    "size": path.stat().st_size,
+                    "blobId": git_id(path.read_bytes()),
+                    **({"lfs": large_file(path, "sha256")} if is_large(path) else {}),
+                }
                 for path in files
             ]
             self._json({"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
@@ -146,8 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        etag = hashlib.sha256(data).hexdigest() if is_large(path) else git_id(data)
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", COMMIT)
+        if name in self.hub.corrupt:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self._body(data[start:])
 
     def _json(self, value: object) -> None:

@@ -274,9 +274,9 @@ def test_the_library_leaves_the_environment_alone() -> None:
 
 def test_a_signal_within_a_long_operation_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling or tracing reports nothing for minutes; the run ends all the same, with the signal's code."""
-    from gfprune_cli.cli import session
+    from gfprune_cli.cli import session, signals
 
-    monkeypatch.setattr(session, "PATIENCE", 0.01)
+    monkeypatch.setattr(signals, "PATIENCE", 0.01)
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     }

@@ -22,15 +22,17 @@ def fill(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out[1]*?"])
 def test_an_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path, name: str) -> None:
-    """Killed between the two renames: the old output is the good one; staging folders of the dead go."""
+    """Killed between the two renames: the old output is the good one; staging folders go, and so does one
+    that bears the number of a living process (in a container, every run is process 1)."""
     out = tmp_path / name
     fill(tmp_path / f".{name}.gfprune-old-{DEAD}", "old")
     fill(tmp_path / f".{name}.gfprune-staging-{DEAD}", "half-written")
-    alive = tmp_path / f".{name}.gfprune-staging-{os.getppid()}"
-    fill(alive, "another run's")
+    fill(tmp_path / f".{name}.gfprune-staging-{os.getpid()}", "of an earlier process 1")
+    other = tmp_path / f".{name}-2.gfprune-staging-{DEAD}"
+    fill(other, "of another output")
     recover(out)
     assert (out / "gfprune.json").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, alive.name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, other.name])
 
 
 def test_a_failed_write_leaves_the_old_output_and_no_traces(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,28 +104,29 @@ def lock_of(folder: Path) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
     """Keep other runs away from a folder; the lock lies beside it and dies with the process.
+
+    Args:
+        folder: need not exist; the lock is `NAME.lock` beside it.
+        what: how to call it in the message, instead of its path.
 
     Raises:
         UsageError: another run works there; GfpruneError: the lock cannot be made.
     """
     path = lock_of(folder)
+    made: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_parents(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, default_mode())
     except OSError as error:
+        remove_empty(made)
         raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        except BlockingIOError:
-            ours = False
-        except OSError:  # some network file systems know no locks
-            ours = True
-        if not ours:
-            raise UsageError(f"another run is working in {folder}: wait for it, or name another output")
+        if not locked(descriptor, path):
+            raise UsageError(
+                f"another run is working in {what or folder}: wait for it, or name another output"
+            )
         try:
             yield
         finally:
@@ -133,6 +134,56 @@ def exclusive(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+        remove_empty(made)
+
+
+def locked(descriptor: int, path: Path) -> bool:
+    """Try to lock a file that was opened; whether it is ours, and still the one at its path.
+
+    Raises:
+        GfpruneError: the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise GfpruneError(
+            f"cannot lock {path} ({error.strerror}): name an output on a file system that has locks"
+        ) from error
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the folders above a path; those that were missing, the deepest first."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """A run that failed leaves no empty folders behind."""
+    for folder in folders:
+        with suppress(OSError):  # not empty, or somebody else's by now
+            folder.rmdir()
+
+
+@contextmanager
+def claimed(destination: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Work on an output as the only run that does, after cleaning up what killed runs left there.
+
+    Args:
+        check: refuses a destination that cannot be used; asked before anything is touched, and again when
+            an output that a killed run had moved aside is back.
+
+    Raises:
+        UsageError: another run works on it; GfpruneError: the lock cannot be made.
+    """
+    check()
+    with exclusive(state_folder(destination), what=f"--out {destination}"):
+        recover(destination)
+        check()
+        yield
 
 
 def sha256(path: Path) -> str:
@@ -185,7 +236,7 @@ def own_folder(destination: Path) -> Iterator[Path]:
     """A new staging folder beside `destination`, removed when the block ends.
 
     It is locked: the lock dies with the process, and so tells the folders of the dead from those of runs
-    that go on. Process ids would not, as every container counts its own from 1.
+    that go on, in the caches too, which runs share. Process ids would not: containers each count from 1.
     """
     folder, descriptor = locked_folder(destination)
     try:
@@ -214,28 +265,23 @@ def locked_folder(destination: Path) -> tuple[Path, int]:
 def sweep(destination: Path) -> None:
     """Remove the staging folders beside `destination` whose processes are gone."""
     for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
-        with abandoned(orphan) as gone:
-            if gone:
-                shutil.rmtree(orphan, ignore_errors=True)
+        if abandoned(orphan):
+            shutil.rmtree(orphan, ignore_errors=True)
 
 
-@contextmanager
-def abandoned(folder: Path) -> Iterator[bool]:
-    """Whether no process holds a hidden folder; nobody else finds so while the block runs."""
+def abandoned(folder: Path) -> bool:
+    """Whether the process that made a staging folder is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # another run was faster
-        yield False
-        return
+        return False
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = True
-        except OSError:
-            gone = False
-        yield gone
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def discard(folder: Path) -> None:
@@ -277,22 +323,24 @@ def hidden(destination: Path, suffix: str) -> Path:
 
 
 def recover(destination: Path) -> None:
-    """Clean up after killed runs: bring back an output that was never replaced, drop staging folders."""
+    """Clean up after killed runs: bring back an output that was never replaced, drop staging folders.
+
+    For the one that holds the lock: whatever is there has no owner any more, in this container or another.
+    """
     for old in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-old-*"):
-        with abandoned(old) as gone:
-            if gone and destination.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            elif gone:
-                with suppress(OSError):
-                    old.rename(destination)
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(destination)
     sweep(destination)
     sweep(state_folder(destination))
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
+def check_destination(destination: Path, *, force: bool, resume: bool = False) -> None:
     """Refuse, before any work, what cannot be written and what the user did not offer up.
 
-    `--force` replaces only what gfprune wrote: a folder with a gfprune.json.
+    `--force` replaces only what gfprune wrote: a folder with a gfprune.json. With `--resume` such a folder
+    may be the output of the very run that is resumed; the caller has to make sure before it is replaced.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         kind = "link" if destination.is_symlink() else "file"
@@ -302,7 +350,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
     if os.path.ismount(destination):
         raise UsageError(f"--out {destination} is a mount point and cannot be replaced: name a folder in it")
     if destination.is_dir() and any(destination.iterdir()):
-        check_replaceable(destination, force=force)
+        check_replaceable(destination, force=force or (resume and is_output(destination)))
     check_writable(destination)
 
 
@@ -352,19 +400,13 @@ def exchange(first: Path, second: Path) -> bool:
 def replace_in_two_steps(staging: Path, destination: Path) -> None:
     """Likewise; a kill between the steps is what `recover` mends at the next start."""
     old = hidden(destination, f"old-{secrets.token_hex(4)}")
-    descriptor = os.open(destination, os.O_RDONLY)
+    destination.rename(old)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        destination.rename(old)
-        try:
-            staging.rename(destination)
-        except BaseException:
-            old.rename(destination)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+        staging.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def state_folder(destination: Path) -> Path:

@@ -5,11 +5,14 @@ HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured by huggingface_hu
 
 import re
 import threading
+from collections.abc import Mapping
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.hub_digests import verify
 from gfprune_cli.checkpoint.hub_errors import check_token, explained, host
 from gfprune_cli.checkpoint.layout import (
     default_locations,
@@ -22,6 +25,7 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.progress import Event, Report
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+Listing = tuple[str, dict[str, int], dict[str, str]]  # commit; size and declared digest of files by name
 
 
 def fetch(
@@ -50,10 +54,11 @@ def fetch(
     offline = offline or huggingface_hub.is_offline_mode()
     with explained(repo_id, revision):
         check_token(huggingface_hub.get_token())
-        commit, sizes = (_cached_listing if offline else _listing)(repo_id, revision)
+        commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
     report(Event("load", text=f"{repo_id} at {commit[:12]}{' from the cache' if offline else ''}"))
     wanted = [name for name in sizes if _is_description(name)]
-    folder = _download(repo_id, revision, commit, wanted, offline=offline, report=report)
+    fetched = partial(_download, repo_id, revision, commit, declared=declared, offline=offline, report=report)
+    folder = fetched(wanted)
     locations = locate_all(folder)
     # A cache may lack the listing; whether the weights are there then shows when they are read.
     if config_only or not sizes:
@@ -66,7 +71,7 @@ def fetch(
     wanted = [name for prefix in components for name in _weights_in(prefix, sizes, variant)]
     megabytes = sum(sizes[name] for name in wanted) / 1e6
     report(Event("load", text=f"{repo_id}: {len(wanted)} weight files, {megabytes:.1f} MB"))
-    return _download(repo_id, revision, commit, wanted, offline=offline, report=report), commit
+    return fetched(wanted), commit
 
 
 def _is_description(name: str) -> bool:
@@ -88,8 +93,8 @@ def _weights_in(prefix: str, names: dict[str, int], variant: str | None) -> list
     return [name for name, (stem, kind) in parsed.items() if stem in chosen and kind == chosen[stem]]
 
 
-def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """Commit of a revision, and the size of every file at it, by name."""
+def _listing(repo_id: str, revision: str | None) -> Listing:
+    """What the server says of a revision."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="gfprune")
@@ -97,10 +102,13 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
     commit = api.resolve_revision(repo_id, revision=revision).resolved
     _check_commit(commit)
     info = api.model_info(repo_id, revision=commit, files_metadata=True)
-    return commit, {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+    entries = info.siblings or []
+    digests = {entry.rfilename: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
+    declared = {name: digest for name, digest in digests.items() if digest}
+    return commit, {entry.rfilename: entry.size or 0 for entry in entries}, declared
 
 
-def _cached_listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
+def _cached_listing(repo_id: str, revision: str | None) -> Listing:
     """The same from the cache alone; no names if the cache was filled by something that kept no listing."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -108,9 +116,10 @@ def _cached_listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, 
     commit = HfApi().resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
     _check_commit(commit)
     try:
-        return commit, {entry.path: entry.size for entry in get_cached_repo_tree(repo_id, revision=commit)}
+        entries = get_cached_repo_tree(repo_id, revision=commit)
     except CachedRepoTreeNotFoundError:
-        return commit, {}
+        return commit, {}, {}
+    return commit, {entry.path: entry.size for entry in entries}, {}
 
 
 def _check_commit(commit: str) -> None:
@@ -119,12 +128,20 @@ def _check_commit(commit: str) -> None:
 
 
 def _download(
-    repo_id: str, revision: str | None, commit: str, names: list[str], *, offline: bool, report: Report
+    repo_id: str,
+    revision: str | None,
+    commit: str,
+    names: list[str],
+    *,
+    declared: Mapping[str, str],
+    offline: bool,
+    report: Report,
 ) -> Path:
+    """The snapshot's folder, with these files in it and verified."""
     from huggingface_hub import snapshot_download
 
     with explained(repo_id, revision):
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo_id,
                 revision=commit,
@@ -134,6 +151,8 @@ def _download(
                 tqdm_class=_reporting_bar(report),
             )
         )
+    verify(folder, names, declared, repo_id, report, offline=offline)
+    return folder
 
 
 def _reporting_bar(report: Report) -> type[Any]:

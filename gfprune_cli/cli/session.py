@@ -2,19 +2,19 @@
 
 import json as json_module
 import os
-import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, TextIO
 
+from gfprune_cli.cli.signals import Signals
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.launch import launched, main_process
+from gfprune_cli.launch import main_process
 from gfprune_cli.progress import Event
 
-PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
 LINES_PER_PHASE = 10  # of progress, where there is no terminal to draw a bar on
 
 
@@ -30,7 +30,7 @@ class Session:
 
     def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
-        self.signal_number = 0
+        self.signals = Signals()
         self.bar: Any = None
         self.phase, self.shown = "", -1
         self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
@@ -38,28 +38,9 @@ class Session:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.signals.listen()
         quiet_libraries()
         return self
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first signal asks the run to save and stop, the second one ends it."""
-        if launched():  # a launcher repeats the signal that its processes got; they stop together
-            self.signal_number = self.signal_number or number
-            return
-        if self.signal_number:
-            os._exit(128 + number)
-        self.signal_number = number
-        signal.signal(signal.SIGALRM, self.on_patience_lost)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-
-    def on_patience_lost(self, number: int, frame: FrameType | None) -> None:
-        """No event came in time: stop where the run is. What it saved before stands."""
-        name = signal.Signals(self.signal_number).name
-        raise Interrupted(
-            f"stopped by {name} within a long operation; --resume continues", self.signal_number
-        )
 
     def report(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
@@ -67,10 +48,7 @@ class Session:
         Raises:
             Interrupted: a signal arrived.
         """
-        if self.signal_number:
-            signal.setitimer(signal.ITIMER_REAL, 0)  # saving may take its time
-            name = signal.Signals(self.signal_number).name
-            raise Interrupted(f"stopped by {name}", self.signal_number)
+        self.signals.take()
         if self.quiet:
             return
         if event.phase == "notice":
@@ -103,7 +81,7 @@ class Session:
         values = "".join(f"  {name} {value:.4g}" for name, value in event.values.items())
         text = f" {event.text}" if event.text else ""
         left = self.time_left(event) if event.phase == "finetune" else ""
-        print(f"{event.phase}{count}{text}{values}{left}", file=sys.stderr, flush=True)
+        say(f"{event.phase}{count}{text}{values}{left}")
 
     def time_left(self, event: Event) -> str:
         done = event.step - self.first
@@ -115,7 +93,7 @@ class Session:
     def note(self, text: str) -> None:
         self.close_bar()
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def show(self, renderable: Any) -> None:
         """A table, on stderr."""
@@ -123,7 +101,10 @@ class Session:
         if not self.quiet:
             from rich.console import Console
 
-            Console(stderr=True, highlight=False).print(renderable)
+            console = Console(stderr=True, highlight=False)
+            with console.capture() as captured:
+                console.print(renderable)
+            say(captured.get().rstrip("\n"))
 
     def result(self, document: dict[str, Any], text: str) -> None:
         """The one thing that goes to stdout."""
@@ -134,27 +115,59 @@ class Session:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
                 print(output, flush=True)
-        except BrokenPipeError:
-            # the reader has what it wanted; keep the interpreter from complaining at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader has what it wanted
+            silence(sys.stdout)
+        except OSError as error:
+            silence(sys.stdout)
+            raise GfpruneError(
+                f"the result cannot be written to standard output: {error.strerror or error}; "
+                "what the run wrote stands"
+            ) from error
 
     def close_bar(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):  # a terminal that is gone
+                self.bar.stop()
             self.bar = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.signals.close()
         self.close_bar()
         if error is None or isinstance(error, SystemExit):
             return
+        if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
+            error = self.signals.interrupted(within_step=True)  # what a library made of it
         if self.debug:
             traceback.print_exception(error)
         if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            say(f"error: {one_line(error)}")
         raise SystemExit(exit_code(error)) from None
+
+
+def say(text: str) -> None:
+    """A line on stderr; a reader that went away, or a full disk under a log, does not end the run."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what follows nowhere, so that the interpreter does not complain at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def cut_short(error: BaseException | None) -> bool:
+    """Whether an error came of a run that was stopped where it was."""
+    while error is not None:
+        if isinstance(error, Interrupted) and error.within_step:
+            return True
+        error = error.__context__
+    return False
 
 
 def exit_code(error: BaseException) -> int:

@@ -36,7 +36,7 @@ def cached(
         with safe_open(path, framework="pt") as reader:
             document = json.loads(reader.metadata()[DOCUMENT])
             return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
-    except Exception:  # absent, truncated or foreign: make it again
+    except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()
     try:

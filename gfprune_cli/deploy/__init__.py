@@ -1,9 +1,11 @@
 """`export`: from a checkpoint to an artefact that runs without gfprune, verified before it is published."""
 
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, check_space, recover
+from gfprune_cli.checkpoint.durable import check_destination, check_space, claimed
 from gfprune_cli.checkpoint.single_file import check_file_destination
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.deploy.parity import Parity
@@ -46,30 +48,33 @@ def export(
     start = time.monotonic()
     check_settings(recipe)
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
-    if not dry_run:
-        check_out(recipe, destination, force=force)
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        offline=offline,
-        config_only=dry_run,
-        report=report,
-    )
-    run = ExportRun(recipe, source, destination, report, weights_required=not dry_run or source.kind != "hub")
-    if dry_run:
-        return run.planned(time.monotonic() - start)
-    if source.folder.resolve().is_relative_to(destination.resolve()):
-        raise UsageError(f"--out {destination} would replace --model {source.folder}: name another folder")
-    check_space(destination, run.needed)
-    with deterministic():
-        artefact, files, parity = run.single_file(force) if recipe.single_file else run.folder(force)
+    check = partial(check_out, recipe, destination, force=force)
+    with nullcontext() if dry_run else claimed(destination, check):
+        source = resolve(
+            recipe.model,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            offline=offline,
+            config_only=dry_run,
+            report=report,
+        )
+        run = ExportRun(
+            recipe, source, destination, report, weights_required=not dry_run or source.kind != "hub"
+        )
+        if dry_run:
+            return run.planned(time.monotonic() - start)
+        if source.folder.resolve().is_relative_to(destination.resolve()):
+            raise UsageError(
+                f"--out {destination} would replace --model {source.folder}: name another folder"
+            )
+        check_space(destination, run.needed)
+        with deterministic():
+            artefact, files, parity = run.single_file(force) if recipe.single_file else run.folder(force)
     return run.result(artefact, files, parity, time.monotonic() - start)
 
 
 def check_out(recipe: ExportRecipe, destination: Path, *, force: bool) -> None:
     """Refuse, before any work, a destination that cannot be written or is not ours to replace."""
-    recover(destination)
     if recipe.single_file:
         check_file_destination(destination, force=force)
     else:

@@ -15,10 +15,10 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import (
     check_destination,
+    claimed,
     exclusive,
     is_output,
     lock_of,
-    recover,
     staged,
     state_folder,
     write_file,
@@ -80,11 +80,8 @@ def evaluate(
     """
     start = time.monotonic()
     processes = Processes.start(device)
-    earlier = None
-    if out is not None and processes.main:
-        recover(out)
-        earlier = earlier_record(out, recipe) if resume and not force else None
-        check_destination(out, force=force or earlier is not None)
+    if out is not None:
+        check_destination(out, force=force, resume=resume)
     latency_batches(recipe)
     if out is not None and save_stats is not None and save_stats.resolve().is_relative_to(out.resolve()):
         raise UsageError(
@@ -94,11 +91,15 @@ def evaluate(
     report = inputs.remarks.report
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
-    if out is not None and earlier is not None and earlier.get("weights") != weights(inputs):
-        raise not_finished(out)
     store = sample_store(inputs, processes.device, out or beside)
-    with exclusive(store.folder) if processes.main else nullcontext():
+    if out is None:
+        lock = exclusive(store.folder)
+    else:
+        lock = claimed(out, partial(check_destination, out, force=force, resume=resume))
+    with lock if processes.main else nullcontext():
         if processes.main:  # the others find the folder as it was left here
+            if out is not None and is_output(out) and not force:
+                check_own(out, inputs)
             store.check(resume=resume, force=force)
             store.begin(resume=resume)
         processes.wait()
@@ -112,7 +113,7 @@ def evaluate(
         measures = Measures(inputs, store, networks, processes.device, report)
         result = measured(measures, start)
         if out is not None:
-            write_samples(out, measures, result, force=force or earlier is not None)
+            write_samples(out, measures, result, force=force or resume)
         if save_stats is not None and measures.real is not None and inputs.extractor is not None:
             write_file(save_stats, statistics_bytes(measures.real, inputs.extractor))
         if publish is not None:
@@ -128,6 +129,17 @@ def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:
     record = read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
     same = record.get("command") == "eval" and record.get("recipe") == recipe.document()
     return record if same else None
+
+
+def check_own(out: Path, inputs: Inputs) -> None:
+    """Make sure that the same command wrote an output, on the same weights.
+
+    Raises:
+        UsageError: it did not.
+    """
+    earlier = earlier_record(out, inputs.recipe)
+    if earlier is None or earlier.get("weights") != weights(inputs):
+        raise not_finished(out)
 
 
 def continues(recipe: EvalRecipe, *, out: Path | None, beside: Path | None) -> bool:

@@ -90,6 +90,8 @@ class PruningLoop:
                 self.iterate()
                 self.save()
         except Interrupted as stop:
+            if stop.within_step:  # masks may have moved without their step, weights without their moments
+                raise
             self.save()
             raise Interrupted(
                 f"{stop}; the state is saved, continue with --resume", stop.signal_number

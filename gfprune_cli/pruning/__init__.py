@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.durable import check_destination, is_output, recover
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
@@ -62,47 +64,40 @@ def prune(
     start = time.monotonic()
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)
-    if not dry_run:
-        recover(destination)
-    finished = resume and not force and not dry_run and is_output(destination)
-    if not dry_run:
-        check_destination(destination, force=force or finished)
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        offline=offline,
-        config_only=dry_run,
-        report=report,
-    )
-    plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
-    if dry_run:
-        return planned(plan, recipe, time.monotonic() - start)
-    given = {"--data": recipe.data, "--prompts": recipe.prompts}
-    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
-    for name, used in inputs.items():
-        if used.resolve().is_relative_to(destination.resolve()):
-            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
-    run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
-    state = StateFolder(destination, run.identity())
-    if finished:
-        record = finished_run(run, destination)
-        if not state.foreign():  # killed after the output was published
-            state.end()
-        return result_of(recipe, destination, record, start)
-    if force and not resume:
-        state.clear()
-    if state.exists() and not resume:
-        raise UsageError(
-            f"an interrupted run left its state in {state.folder}: "
-            "continue it with --resume, or discard it with --force"
+    check = partial(check_destination, destination, force=force, resume=resume)
+    with nullcontext() if dry_run else claimed(destination, check):
+        source = resolve(
+            recipe.model,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            offline=offline,
+            config_only=dry_run,
+            report=report,
         )
-    with deterministic():
-        model, kept, losses, gradients = run.execute(state)
-    record = make_record(run, model, kept, losses, gradients)
-    report(Event("write", text=f"writing {destination}"))
-    record = write_checkpoint(destination, model, plan.component, record, force=force)
-    state.end()
+        plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
+        if dry_run:
+            return planned(plan, recipe, time.monotonic() - start)
+        refuse_overlaps(destination, source, recipe)
+        run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
+        state = StateFolder(destination, run.identity())
+        if resume and not force and is_output(destination):
+            record = finished_run(run, destination)
+            if not state.foreign():  # killed after the output was published
+                state.end()
+            return result_of(recipe, destination, record, start)
+        if force and not resume:
+            state.clear()
+        if state.exists() and not resume:
+            raise UsageError(
+                f"an interrupted run left its state in {state.folder}: "
+                "continue it with --resume, or discard it with --force"
+            )
+        with deterministic():
+            model, kept, losses, gradients = run.execute(state)
+        record = make_record(run, model, kept, losses, gradients)
+        report(Event("write", text=f"writing {destination}"))
+        record = write_checkpoint(destination, model, plan.component, record, force=force)
+        state.end()
     return result_of(recipe, destination, record, start)
 
 
@@ -141,3 +136,16 @@ def result_of(recipe: PruneRecipe, destination: Path, record: Mapping[str, Any],
         record["scoring_gradients"],
         round(time.monotonic() - start, 3),
     )
+
+
+def refuse_overlaps(destination: Path, source: Source, recipe: PruneRecipe) -> None:
+    """Refuse an output that would replace an input.
+
+    Raises:
+        UsageError: which one.
+    """
+    given = {"--data": recipe.data, "--prompts": recipe.prompts}
+    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
+    for name, used in inputs.items():
+        if used.resolve().is_relative_to(destination.resolve()):
+            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")

@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, is_output, recover
+from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
 from gfprune_cli.checkpoint.reader import Component, inspect, load_model
 from gfprune_cli.checkpoint.record import Record, read_record
 from gfprune_cli.checkpoint.source import resolve
@@ -69,39 +71,37 @@ def finetune(
     processes = Processes.start(device)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
-    finished = False
-    if not dry_run and processes.main:
-        recover(destination)
-        finished = resume and not force and is_output(destination)
-        check_destination(destination, force=force or finished)
-    finished = processes.told(finished)
-    component, record = pruned_checkpoint(recipe, offline=offline, report=report)
-    teacher = find_teacher(component, record, recipe, offline=offline, report=report)
-    run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
-    if dry_run:
-        return summary(run, {}, None, None, time.monotonic() - start)
-    refuse_overlaps(destination, folder, recipe, component, teacher.component)
-    state = StateFolder(destination, run.identity())
-    if finished:
-        losses = finished_run(run, destination)
-        if processes.main and not state.foreign():  # killed after the output was published
+    check = partial(check_destination, destination, force=force, resume=resume)
+    if not processes.main and not dry_run:
+        check()  # refused by one, refused by all: none waits for another
+    with claimed(destination, check) if processes.main and not dry_run else nullcontext():
+        component, record = pruned_checkpoint(recipe, offline=offline, report=report)
+        teacher = find_teacher(component, record, recipe, offline=offline, report=report)
+        run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
+        if dry_run:
+            return summary(run, {}, None, None, time.monotonic() - start)
+        refuse_overlaps(destination, folder, recipe, component, teacher.component)
+        state = StateFolder(destination, run.identity())
+        if processes.told(resume and not force and is_output(destination)):
+            losses = finished_run(run, destination)
+            if processes.main and not state.foreign():  # killed after the output was published
+                state.end()
+            return summary(run, losses, destination, folder, time.monotonic() - start)
+        if processes.main:
+            prepare(state, folder, force=force, resume=resume)
+        processes.wait()
+        tracker = make_tracker(logger, folder, destination.name) if processes.main else None
+        with deterministic():
+            model, losses = run.execute(
+                state,
+                save_every=save_every,
+                sample_every=sample_every,
+                open_watch=(lambda done: Watch(folder, done, tracker)) if processes.main else None,
+            )
+        if processes.main:
+            report(Event("write", text=f"writing {destination}"))
+            write_checkpoint(destination, model, component, run.make_record(losses), force=force)
             state.end()
-        return summary(run, losses, destination, folder, time.monotonic() - start)
-    if processes.main:
-        prepare(state, folder, force=force, resume=resume)
-    processes.wait()
-    tracker = make_tracker(logger, folder, destination.name) if processes.main else None
-    with deterministic():
-        model, losses = run.execute(
-            state,
-            save_every=save_every,
-            sample_every=sample_every,
-            open_watch=(lambda done: Watch(folder, done, tracker)) if processes.main else None,
-        )
-    if processes.main:
-        report(Event("write", text=f"writing {destination}"))
-        write_checkpoint(destination, model, component, run.make_record(losses), force=force)
-        state.end()
     processes.wait()
     return summary(run, losses, destination, folder, time.monotonic() - start)
 

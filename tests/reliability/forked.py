@@ -1,0 +1,261 @@
+"""The command line in processes of their own, without a second import of torch.
+
+Run as a program, this is a server: it imports everything once, never computes, and forks for each command
+that it is told on stdin (one JSON document a line); the child plays its part of a `Trial` and runs the command.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+WORK = 10**10  # rounds of a key derivation: for ever, in one call that no signal interrupts
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One command, and what happens to it.
+
+    Args:
+        arguments: of gfprune.
+        environment: variables on top of the server's.
+        signals: signal numbers that the process gets, one after the other.
+        phase, nth: at which event they come, counted from 0; without a phase they do not.
+        after: seconds after which they come instead, from the server.
+        block: from that event on, be in one long call into a library.
+        hold: at that event, open this FIFO for reading: wait until somebody writes to it.
+        constants: "module:NAME" -> value, set in the child.
+        ignore: signals that the parent had chosen to ignore.
+        broken: file descriptors whose reader is gone; `full`: those that lie on a full disk.
+    """
+
+    arguments: list[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    signals: list[int] = field(default_factory=list)
+    phase: str = ""
+    nth: int = 0
+    after: float = 0.0
+    block: bool = False
+    hold: str = ""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    ignore: list[int] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+    full: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Args:
+        code: exit status; minus the signal if one killed it.
+        phases: of its events, in order.
+        seconds: from the first signal to the end; None if there was none.
+        signalled: whether the signal came before the end.
+    """
+
+    code: int
+    stdout: str
+    stderr: str
+    phases: list[str]
+    seconds: float | None
+    signalled: bool
+
+    @property
+    def error(self) -> str:
+        """What comes after `error: ` in the last line of stderr."""
+        last = self.stderr.rstrip("\n").rpartition("\n")[2]
+        return last.removeprefix("error: ") if last.startswith("error: ") else ""
+
+
+class Server:
+    """A warm process, and the commands that run as its children."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **request: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, arguments: list[Any], **how: Any) -> tuple[int, Path]:
+        """Start a command; (process id, folder of what it says)."""
+        self.count += 1
+        folder = self.folder / f"{self.count:05d}"
+        folder.mkdir(parents=True)
+        trial = Trial([str(argument) for argument in arguments], **how)
+        return self.ask(start=asdict(trial), folder=str(folder)), folder
+
+    def wait(self, started: tuple[int, Path]) -> Outcome:
+        pid, folder = started
+        code, end = self.ask(wait=pid)
+        events = (folder / "events").read_text().splitlines()
+        marks = [float(line.split()[1]) for line in events if line.startswith("signal ")]
+        return Outcome(
+            code,
+            (folder / "stdout").read_text(),
+            (folder / "stderr").read_text(),
+            [line for line in events if not line.startswith("signal ")],
+            end - marks[0] if marks else None,
+            bool(marks),
+        )
+
+    def run(self, *arguments: Any, **how: Any) -> Outcome:
+        return self.wait(self.start(list(arguments), **how))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+# --- the server's side
+
+
+def warm() -> None:
+    """Import what the commands import; compute nothing, as threads do not survive a fork."""
+    import diffusers
+    import torch
+
+    for name in (
+        "accelerate", "matplotlib.figure", "onnx", "onnxruntime", "onnxscript", "torch_pruning", "torch.onnx",
+        "gfprune_cli.analysis", "gfprune_cli.cli.main", "gfprune_cli.cli.tables", "gfprune_cli.deploy",
+        "gfprune_cli.evaluation", "gfprune_cli.pruning", "gfprune_cli.recovery",
+        "gfprune_cli.report.evaluation_page",
+    ):  # fmt: skip
+        importlib.import_module(name)
+    for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):
+        getattr(diffusers, name)  # diffusers imports a class when it is asked for
+    torch.set_num_threads(1)
+
+
+def serve() -> None:
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = (
+        "1"  # as the command line has it before diffusers is imported
+    )
+    warm()
+    timers: dict[int, threading.Timer] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            trial, folder = Trial(**request["start"]), Path(request["folder"])
+            (folder / "events").touch()
+            pid = os.fork()
+            if pid == 0:
+                child(trial, folder)
+            if trial.after:
+                timers[pid] = threading.Timer(trial.after, shoot, (pid, trial, folder))
+                timers[pid].start()
+            answer: Any = pid
+        else:
+            pid = request["wait"]
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            end = time.monotonic()
+            if pid in timers:  # before the process id is given back
+                timers.pop(pid).cancel()
+            answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), end]
+        print(json.dumps(answer), flush=True)
+
+
+def shoot(pid: int, trial: Trial, folder: Path) -> None:
+    note(folder, f"signal {time.monotonic()}")
+    for number in trial.signals:
+        os.kill(pid, number)
+
+
+def note(folder: Path, text: str) -> None:
+    with (folder / "events").open("a") as file:
+        file.write(text + "\n")
+
+
+# --- the child's side
+
+
+def child(trial: Trial, folder: Path) -> None:
+    code = 70
+    try:
+        code = play(trial, folder)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def play(trial: Trial, folder: Path) -> int:
+    from gfprune_cli.cli.main import app
+    from gfprune_cli.cli.session import Session
+
+    os.environ.update(trial.environment)
+    redirect(trial, folder)
+    for number in trial.ignore:
+        signal.signal(number, signal.SIG_IGN)
+    for name, value in trial.constants.items():
+        module, _, constant = name.partition(":")
+        setattr(importlib.import_module(module), constant, value)
+    original, seen = Session.report, {"count": 0}
+
+    def report(session: Session, event: Any) -> None:
+        if event.phase != "pass":
+            note(folder, event.phase)
+        if event.phase == trial.phase:
+            seen["count"] += 1
+            if seen["count"] == trial.nth + 1:
+                happen(trial, folder)
+        original(session, event)
+
+    Session.report = report  # type: ignore[method-assign]
+    try:
+        app(trial.arguments, prog_name="gfprune")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def redirect(trial: Trial, folder: Path) -> None:
+    for descriptor, name in ((0, os.devnull), (1, folder / "stdout"), (2, folder / "stderr")):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    for descriptor in trial.broken:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, descriptor)
+    for descriptor in trial.full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+
+
+def happen(trial: Trial, folder: Path) -> None:
+    """What the trial is about, at its event."""
+    import hashlib
+
+    if trial.hold:
+        Path(trial.hold).read_bytes()
+    if trial.signals and not trial.after:
+        if trial.block:  # from another thread: this one is to be deep inside the library
+            threading.Thread(target=shoot, args=(os.getpid(), trial, folder), daemon=True).start()
+        else:
+            shoot(os.getpid(), trial, folder)
+    if trial.block:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", WORK)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,146 @@
+"""Same seed, same bytes: whatever the hash seed, the split of a batch, or the processes that share it."""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gfprune_cli
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.processes import Processes
+
+BRIEF = dict(
+    sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=3, steps_per_iteration=2, batch=6
+)  # fmt: skip
+TUNE = dict(images=8, sample_steps=2, steps=4, batch=6, sample_every=0, save_every=0)
+SCRIPT = """
+import sys
+import gfprune_cli
+model, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
+gfprune_cli.prune(model, out=out + "/pruned", seed=seed, sparsity=0.5, images=8, sample_steps=2, draws=12,
+                  iterations=3, steps_per_iteration=2, batch=6)
+gfprune_cli.finetune(out + "/pruned", out=out + "/tuned", seed=seed, images=8, sample_steps=2, steps=4,
+                     batch=6, logs=out + "-logs")
+gfprune_cli.export(out + "/tuned", out=out + "/exported", seed=seed, format="safetensors", dtype="fp16")
+"""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file of an output by name; records and cards hold the paths that the commands were given."""
+    text = str(folder)
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes().replace(text.encode(), b"OUT")
+        found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def run(model: Path, out: Path, *, seed: int = 0, **environment: str) -> dict[str, str]:
+    """prune, finetune and export in a fresh process with a cache of its own."""
+    env = os.environ | {"GFPRUNE_CACHE": f"{out}-cache"} | environment
+    out.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), str(out), str(seed)], env=env, check=True, timeout=500
+    )
+    return digests(out)
+
+
+def test_the_same_seed_gives_the_same_bytes_in_any_process(
+    pipeline_folder: Path, tmp_path: Path, thorough: bool
+) -> None:
+    """Every file of prune, finetune and export; sets and dictionaries are ordered by another hash seed."""
+    first = run(pipeline_folder, tmp_path / "a", PYTHONHASHSEED="1")
+    assert len(first) > 10
+    for hash_seed in ("2", "3", "4", "5", "random") if thorough else ("2",):
+        assert run(pipeline_folder, tmp_path / hash_seed, PYTHONHASHSEED=hash_seed) == first
+
+
+def test_another_seed_gives_other_weights(pipeline_folder: Path, tmp_path: Path) -> None:
+    outs = []
+    for seed in (0, 1):
+        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / f"{seed}", seed=seed, **BRIEF)
+        weights = tmp_path / f"{seed}" / "unet" / "diffusion_pytorch_model.safetensors"
+        outs.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert outs[0] != outs[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))),
+    st.integers(0, 2**31),
+    st.integers(0, 1000),
+    st.sampled_from(["train", "score"]),
+)
+def test_what_is_drawn_does_not_depend_on_how_a_batch_is_split(
+    split: tuple[int, int, int], seed: int, step: int, purpose: str
+) -> None:
+    """Bit for bit: image, noise and level of a sample follow from (seed, purpose, step, index) alone."""
+    total, *cuts = split
+    edges = [0, *sorted(cuts), total]
+    draws = Draws(torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 1, 2, 2), 1000, seed)
+    whole = draws.batch(purpose, step, total, first=0, of=total)
+    parts = [
+        draws.batch(purpose, step, end - first, first=first, of=total)
+        for first, end in itertools.pairwise(edges)
+        if end > first
+    ]
+    for name in ("images", "noise", "index"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("batch", [1, 6, 64, 65])
+def test_processes_share_a_batch_without_gaps(count: int, batch: int) -> None:
+    """The samples of a step are the same whatever the number of processes: each belongs to exactly one."""
+    from types import SimpleNamespace
+
+    shares = [
+        Processes(SimpleNamespace(process_index=rank, num_processes=count), torch.device("cpu")).share(batch)
+        for rank in range(count)
+    ]
+    assert [index for share in shares for index in share] == list(range(batch))
+
+
+def kept(out: Path) -> object:
+    return json.loads((out / "gfprune.json").read_text())["kept"]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return gfprune_cli.load(out).state_dict()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_split_batch_changes_rounding_and_nothing_else(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Sums of floats depend on their order, so bytes may differ; the channels kept and the weights do not."""
+    from gfprune_cli.flow import training
+    from gfprune_cli.pruning import run as pruning
+
+    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "whole", **BRIEF)
+    gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "whole-tuned", **TUNE)
+    gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "split-tuned", micro_batch=size, **TUNE)
+    monkeypatch.setattr(pruning, "SCORE_CHUNK", size)
+    made = training.Trainer.__init__
+
+    def split(self: training.Trainer, *arguments: object, **named: object) -> None:
+        made(self, *arguments, **named)  # type: ignore[arg-type]
+        self.micro_batch = size
+
+    monkeypatch.setattr(training.Trainer, "__init__", split)
+    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "split", **BRIEF)
+    assert kept(tmp_path / "split") == kept(tmp_path / "whole")
+    for one, other in (("whole", "split"), ("whole-tuned", "split-tuned")):
+        left, right = weights(tmp_path / one), weights(tmp_path / other)
+        apart = sum(float((left[name] - right[name]).double().square().sum()) for name in left)
+        size_of = sum(float(left[name].double().square().sum()) for name in left)
+        assert (apart / size_of) ** 0.5 < 1e-4

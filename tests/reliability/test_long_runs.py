@@ -1,0 +1,40 @@
+"""Memory does not grow with the length of a run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MEGABYTE = 1 << 20
+SLACK = 16 * MEGABYTE  # of allocators that keep what they were given back
+
+
+@pytest.mark.parametrize("command", ["finetune", "eval"])
+def test_memory_is_flat(
+    command: str, thorough: bool, pipeline_folder: Path, pruned: Path, tmp_path: Path,
+    record: Callable[[str], None],
+) -> None:  # fmt: skip
+    """2,000 steps or images in the long form: what the second quarter of a run holds, the last one holds too."""
+    count = 2000 if thorough else 80
+    other = tmp_path / "out" if command == "finetune" else pipeline_folder
+    script = Path(__file__).with_name("long_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), command, str(pruned), str(other), str(count)],
+        capture_output=True, text=True, check=False, timeout=14400 if thorough else 500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    points = json.loads(done.stdout.splitlines()[-1])["points"]
+    assert len(points) >= 20
+    quarter = len(points) // 4
+    early, late = points[quarter : 2 * quarter], points[-quarter:]
+    grown = max(point["bytes"] for point in late) - max(point["bytes"] for point in early)
+    tensors = [max(point["tensors"] for point in part) for part in (early, late)]
+    record(
+        f"memory over {count} of {command}: {early[0]['bytes'] / MEGABYTE:.0f} MiB in the second quarter, "
+        f"{grown / MEGABYTE:+.1f} MiB in the last; tensors {tensors[0]} and {tensors[1]}"
+    )
+    assert grown < SLACK
+    assert tensors[1] <= tensors[0]
