@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gfprune_cli.checkpoint.durable import (
@@ -77,8 +78,9 @@ class StateFolder:
                 numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
                 intact = numbers["sha256"] == sha256(state / "state.safetensors")
                 identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+                tensors = load_file(state / "state.safetensors") if intact else {}
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
+                continue  # RuntimeError: PyTorch's own when a file cannot be mapped
             if not intact:
                 continue
             changed = [key for key, value in self.identity.items() if identity.get(key) != value]
@@ -87,7 +89,7 @@ class StateFolder:
                     f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
                     "repeat the settings of that run, or start over with --force"
                 )
-            return load_file(state / "state.safetensors"), progress
+            return tensors, progress
         if states:
             raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
         return None

@@ -92,7 +92,7 @@ class SampleStore:
         """
         try:
             images = load_file(self.path(role, chunk))["images"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise GfpruneError(
                 f"{self.path(role, chunk)} cannot be read ({error}): remove it and continue with --resume; "
                 "processes on several machines need a folder that all of them share"

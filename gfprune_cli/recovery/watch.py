@@ -119,8 +119,16 @@ class Watch:
         if self.tracker is not None:
             self.tracker.log(dict(values), step=step)
 
+    def path(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:06d}.png"
+
+    def pictured(self, step: int) -> bool:
+        """Whether the grid of a step is there."""
+        return self.path(step).exists()
+
     def picture(self, step: int, dense: torch.Tensor, pruned: torch.Tensor) -> None:
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+        """The grid of a step, whole or not at all."""
+        path = self.path(step)
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as staging:
             grid(dense, pruned).save(staging, format="PNG")
