@@ -264,7 +264,16 @@ def locked_folder(destination: Path) -> tuple[Path, int]:
 
 def sweep(destination: Path) -> None:
     """Remove the staging folders beside `destination` whose processes are gone."""
-    for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
+    sweep_folder(destination.parent, glob_escape(destination.name))
+
+
+def sweep_folder(folder: Path, name: str = "*") -> None:
+    """Remove the staging folders in a folder whose processes are gone.
+
+    Args:
+        name: a pattern of what they stage.
+    """
+    for orphan in folder.glob(f".{name}.gfprune-staging-*"):
         if abandoned(orphan):
             shutil.rmtree(orphan, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gfprune_cli.checkpoint.durable import replacing, write_tensors
+from gfprune_cli.checkpoint.durable import replacing, sweep_folder, write_tensors
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -41,6 +41,7 @@ def cached(
     tensors, document = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_folder(path.parent)
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:

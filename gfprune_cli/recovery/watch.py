@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from gfprune_cli.checkpoint.durable import replacing
+from gfprune_cli.checkpoint.durable import replacing, sweep_folder
 from gfprune_cli.errors import GfpruneError, UsageError
 
 LOGGERS = ("tensorboard", "trackio")
@@ -87,6 +87,7 @@ class Watch:
         self.start = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sweep_folder(folder / "samples")
             if not done:
                 shutil.rmtree(folder / "samples", ignore_errors=True)
             self.file = (folder / METRICS).open("r+" if done and (folder / METRICS).exists() else "w+")
