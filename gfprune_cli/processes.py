@@ -71,6 +71,15 @@ class Processes:
         summed: torch.Tensor = reduce(tensor, "sum")
         return summed
 
+    def told(self, value: bool) -> bool:
+        """What the main process says."""
+        if self.state is None:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        said: list[bool] = broadcast_object_list([value])
+        return said[0]
+
     def wait(self) -> None:
         if self.state is not None:
             self.state.wait_for_everyone()

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfprune_cli.checkpoint.durable import StateFolder, recover, staged, write_tensors
+from gfprune_cli.checkpoint import durable
+from gfprune_cli.checkpoint.durable import own_folder, recover, staged, write_file, write_tensors
+from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.errors import GfpruneError, UsageError
-
-DEAD = 2**22 + 1  # above the largest process id of Linux
 
 
 def fill(folder: Path, text: str) -> None:
@@ -22,17 +22,40 @@ def fill(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out[1]*?"])
 def test_an_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path, name: str) -> None:
-    """Killed between the two renames: the old output is the good one; staging folders go, and so does one
-    that bears the number of a living process (in a container, every run is process 1)."""
+    """Killed between the two renames: the old output is the good one; staging folders of the dead go.
+
+    The names hold no process id that could come back in another container.
+    """
     out = tmp_path / name
-    fill(tmp_path / f".{name}.gfprune-old-{DEAD}", "old")
-    fill(tmp_path / f".{name}.gfprune-staging-{DEAD}", "half-written")
-    fill(tmp_path / f".{name}.gfprune-staging-{os.getpid()}", "of an earlier process 1")
-    other = tmp_path / f".{name}-2.gfprune-staging-{DEAD}"
-    fill(other, "of another output")
-    recover(out)
-    assert (out / "gfprune.json").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, other.name])
+    fill(tmp_path / f".{name}.gfprune-old-1", "old")
+    fill(tmp_path / f".{name}.gfprune-staging-{os.getpid()}", "half-written")
+    fill(tmp_path / f".{name}.gfprune-staging-1", "half-written")
+    with own_folder(out) as alive:
+        recover(out)
+        assert (out / "gfprune.json").read_text() == "old"
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, alive.name])
+
+
+def test_what_a_killed_run_left_of_a_file_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    orphan = tmp_path / ".page.html.gfprune-staging-1"
+    fill(orphan, "half")
+    write_file(tmp_path / "page.html", b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_replacing_an_output_works_with_and_without_an_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    """Not every file system can swap two folders at once."""
+    if not exchanges:
+        monkeypatch.setattr(durable, "exchange", lambda first, second: False)
+    out = tmp_path / "out"
+    fill(out, "old")
+    with staged(out, force=True) as staging:
+        fill(staging, "new")
+    assert (out / "gfprune.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_write_leaves_the_old_output_and_no_traces(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`finetune` end to end on a tiny pruned pipeline: what is written, repeats, resumes, and is refused."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -155,6 +156,34 @@ def test_a_killed_process_resumes_to_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_resuming_a_finished_run_says_the_same_again(pruned: Path, tmp_path: Path) -> None:
+    """A job that is killed after the output appeared, and repeated, succeeds; only on its own output."""
+    out, brief = tmp_path / "out", BRIEF | dict(steps=1)
+    first = gfprune_cli.finetune(pruned, out=out, sample_every=0, **brief)
+    before = digest(out)
+    again = gfprune_cli.finetune(pruned, out=out, sample_every=0, resume=True, **brief)
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(first, seconds=0)
+    assert digest(out) == before
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.finetune(pruned, out=out, resume=True, **(brief | dict(steps=2)))
+
+
+def test_logs_of_a_run_killed_before_its_first_state_are_its_own(pruned: Path, tmp_path: Path) -> None:
+    """The metrics file is there and no state yet: `--resume` starts over instead of refusing."""
+    out, brief = tmp_path / "out", BRIEF | dict(steps=2)
+
+    def die(event: Event) -> None:
+        if event.phase == "finetune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gfprune_cli.finetune(pruned, out=out, sample_every=0, report=die, **brief)
+    assert (tmp_path / "out-logs" / "metrics.jsonl").exists()
+    gfprune_cli.finetune(pruned, out=out, sample_every=0, resume=True, **brief)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out-logs" / "metrics.jsonl").open()]
+    assert steps == [1, 2]
+
+
 def test_two_processes_train_what_one_does(pruned: Path, tuned: Path, tmp_path: Path) -> None:
     """`accelerate launch` with two CPU processes and the same effective batch, to float tolerance."""
     out = tmp_path / "out"

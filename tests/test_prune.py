@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +187,31 @@ def test_a_killed_process_resumes_to_the_same_bytes(
     done = gfprune(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert digest(out) == digest(pruned)
+
+
+def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_path: Path) -> None:
+    """A job that is killed after the output appeared, and repeated, succeeds; only on its own output."""
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+    settings: dict[str, Any] = dict(data=str(data), out=out, one_shot=True, draws=8, images=8)
+    first = gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, **settings)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    phases = []
+    again = gfprune_cli.prune(
+        str(pipeline_folder),
+        sparsity=0.5,
+        resume=True,
+        report=lambda event: phases.append(event.phase),
+        **settings,
+    )
+    assert replace(again, seconds=0) == replace(first, seconds=0)
+    assert not {"score", "train", "remove", "write"} & set(phases)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, resume=True, **settings)
+    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, resume=True, **settings)
 
 
 def test_a_pruned_checkpoint_can_be_pruned_again(pruned: Path, tmp_path: Path) -> None:

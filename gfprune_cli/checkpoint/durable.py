@@ -1,11 +1,13 @@
 """Writing so that nothing is lost: staged beside the destination, made durable, then renamed into place."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from gfprune_cli.errors import GfpruneError, UsageError
 
-KEPT_STATES = 2
 LOCK_ATTEMPTS = 5
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def default_mode() -> int:
@@ -74,19 +76,32 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         GfpruneError: it cannot be written; what was there is as it was.
     """
-    staging = path.parent / f".{path.name}.gfprune-staging-{os.getpid()}"
     try:
-        staging.write_bytes(content)
-        sync(staging)
-        staging.replace(path)
-        sync(path.parent)
+        with replacing(path) as staging:
+            staging.write_bytes(content)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise free_space_error(path.parent, len(content), error) from error
         raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # a name too long cannot be removed either
-            staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when the block ends, and vanishes when it fails.
+
+    What killed runs left of the same file is removed first.
+    """
+    sweep(path)
+    with own_folder(path) as folder:
+        staging = folder / path.name
+        yield staging
+        sync(staging)
+        staging.replace(path)
+        sync(path.parent)
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 @contextmanager
@@ -100,7 +115,7 @@ def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
     Raises:
         UsageError: another run works there; GfpruneError: the lock cannot be made.
     """
-    path = folder.with_name(f"{folder.name}.lock")
+    path = lock_of(folder)
     descriptor, made = open_lock(path)
     try:
         if not locked(descriptor, path):
@@ -110,7 +125,8 @@ def exclusive(folder: Path, *, what: str = "") -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
         remove_empty(made)
@@ -175,7 +191,7 @@ def claimed(destination: Path, check: Callable[[], None]) -> Iterator[None]:
         UsageError: another run works on it; GfpruneError: the lock cannot be made.
     """
     check()
-    with exclusive(hidden(destination, "state"), what=f"--out {destination}"):
+    with exclusive(state_folder(destination), what=f"--out {destination}"):
         recover(destination)
         check()
         yield
@@ -216,17 +232,90 @@ def staged(destination: Path, *, force: bool, needed: int = 0) -> Iterator[Path]
 @contextmanager
 def staging_folder(destination: Path, needed: int) -> Iterator[Path]:
     """A hidden folder beside `destination` that vanishes when the block ends; system errors in one line."""
-    staging = hidden(destination, f"staging-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
+        with own_folder(destination) as staging:
+            yield staging
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise free_space_error(destination.parent, needed, error) from error
         raise GfpruneError(f"cannot write {destination}: {error.strerror or error}; check --out") from error
+
+
+@contextmanager
+def own_folder(destination: Path) -> Iterator[Path]:
+    """A new staging folder beside `destination`, removed when the block ends.
+
+    It is locked: the lock dies with the process, and so tells the folders of the dead from those of runs
+    that go on, in the caches too, which runs share. Process ids would not: containers each count from 1.
+    """
+    folder, descriptor = locked_folder(destination)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def locked_folder(destination: Path) -> tuple[Path, int]:
+    """A new staging folder, and the descriptor that holds its lock."""
+    while True:
+        folder = hidden(destination, f"staging-{secrets.token_hex(4)}")
+        folder.mkdir()
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # swept away by another run before it was locked
+            continue
+        with suppress(OSError):  # some network file systems know no locks; nothing is ever swept there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def sweep(destination: Path) -> None:
+    """Remove the staging folders beside `destination` whose processes are gone."""
+    sweep_folder(destination.parent, glob_escape(destination.name))
+
+
+def sweep_folder(folder: Path, name: str = "*") -> None:
+    """Remove the staging folders in a folder whose processes are gone.
+
+    Args:
+        name: a pattern of what they stage.
+    """
+    for orphan in folder.glob(f".{name}.gfprune-staging-*"):
+        if abandoned(orphan):
+            shutil.rmtree(orphan, ignore_errors=True)
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether the process that made a staging folder is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # another run was faster
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder at once: a kill meanwhile leaves nothing that could pass for it.
+
+    Raises:
+        OSError: it stays.
+    """
+    doomed = hidden(folder, f"staging-{secrets.token_hex(4)}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def check_space(destination: Path, needed: int) -> None:
@@ -263,14 +352,15 @@ def recover(destination: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(destination)
-    for orphan in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-staging-*"):
-        shutil.rmtree(orphan, ignore_errors=True)
+    sweep(destination)
+    sweep(state_folder(destination))
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
+def check_destination(destination: Path, *, force: bool, resume: bool = False) -> None:
     """Refuse, before any work, what cannot be written and what the user did not offer up.
 
-    `--force` replaces only what gfprune wrote: a folder with a gfprune.json.
+    `--force` replaces only what gfprune wrote: a folder with a gfprune.json. With `--resume` such a folder
+    may be the output of the very run that is resumed; the caller has to make sure before it is replaced.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         kind = "link" if destination.is_symlink() else "file"
@@ -280,7 +370,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
     if os.path.ismount(destination):
         raise UsageError(f"--out {destination} is a mount point and cannot be replaced: name a folder in it")
     if destination.is_dir() and any(destination.iterdir()):
-        check_replaceable(destination, force=force)
+        check_replaceable(destination, force=force or (resume and is_output(destination)))
     check_writable(destination)
 
 
@@ -297,106 +387,48 @@ def check_replaceable(destination: Path, *, force: bool) -> None:
         raise UsageError(
             f"--out {destination} exists and is not empty: use --force to replace it, or another --out"
         )
-    if not (destination / "gfprune.json").is_file():
+    if not is_output(destination):
         raise UsageError(
             f"--out {destination} has no gfprune.json, and --force replaces only what gfprune wrote: "
             "name another --out"
         )
 
 
+def is_output(destination: Path) -> bool:
+    """Whether gfprune wrote a folder."""
+    return (destination / "gfprune.json").is_file()
+
+
 def replace_folder(staging: Path, destination: Path, *, force: bool) -> None:
     """Rename a finished folder into place; a folder that was there survives until the new one stands."""
     check_destination(destination, force=force)
-    old = hidden(destination, f"old-{os.getpid()}")
-    if destination.exists():
-        destination.rename(old)
+    if not destination.exists():
+        staging.rename(destination)
+    elif not exchange(staging, destination):  # the old one is then where staging was, and goes with it
+        replace_in_two_steps(staging, destination)
+    sync(destination.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two folders at once, so that there is one at every moment; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, not every file system
+    return rename is not None and not rename(
+        AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE
+    )
+
+
+def replace_in_two_steps(staging: Path, destination: Path) -> None:
+    """Likewise; a kill between the steps is what `recover` mends at the next start."""
+    old = hidden(destination, f"old-{secrets.token_hex(4)}")
+    destination.rename(old)
     try:
         staging.rename(destination)
     except BaseException:
-        if old.exists():
-            old.rename(destination)
+        old.rename(destination)
         raise
-    sync(destination.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-class StateFolder:
-    """The resumable state of one run: safetensors and JSON, two good states kept.
-
-    Args:
-        destination: the output of the run; the state lies hidden beside it.
-        identity: what must be equal for a resumed run to end in the same bytes.
-    """
-
-    def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = hidden(destination, "state")
-        self.identity = json.loads(json.dumps(identity, sort_keys=True))
-
-    def exists(self) -> bool:
-        return bool(self.states())
-
-    def states(self) -> list[Path]:
-        """Published states, oldest first."""
-        return sorted(self.folder.glob("state-" + "[0-9]" * 6)) if self.folder.is_dir() else []
-
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest state whose checksum holds.
-
-        Raises:
-            UsageError: the state belongs to a run with other settings.
-            GfpruneError: states exist and none is intact.
-        """
-        states = self.states()
-        for state in reversed(states):
-            try:
-                numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
-                intact = numbers["sha256"] == sha256(state / "state.safetensors")
-                identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if not intact:
-                continue
-            changed = [key for key, value in self.identity.items() if identity.get(key) != value]
-            if changed:
-                raise UsageError(
-                    f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
-                    "repeat the settings of that run, or start over with --force"
-                )
-            return load_file(state / "state.safetensors"), progress
-        if states:
-            raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
-        return None
-
-    def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Publish a state; the one before the last is removed."""
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        states = self.states()
-        number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
-        staging = self.folder / f"new-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for orphan in self.folder.glob("new-*"):
-                shutil.rmtree(orphan, ignore_errors=True)
-            staging.mkdir()
-            write_tensors(staging / "state.safetensors", tensors)
-            digest = sha256(staging / "state.safetensors")
-            write_json(
-                staging / "state.json",
-                {"identity": self.identity, "numbers": dict(numbers), "sha256": digest},
-            )
-            sync_tree(staging)
-            staging.rename(self.folder / f"state-{number:06d}")
-            sync(self.folder)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise free_space_error(self.folder.parent, needed, error) from error
-            raise GfpruneError(
-                f"cannot write the state in {self.folder}: {error.strerror or error}"
-            ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        for old in self.states()[:-KEPT_STATES]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+def state_folder(destination: Path) -> Path:
+    """Where the state of a run lies: hidden beside its output."""
+    return hidden(destination, "state")

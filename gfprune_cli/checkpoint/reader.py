@@ -309,8 +309,12 @@ def _read_tensors(
                         if target.is_floating_point:
                             target = wanted_type(model, name, dtype)
                         result[name] = _finite(tensor, target, f"{quoted(old)} in {path}")
-        except (SafetensorError, OSError) as error:
-            raise GfpruneError(f"{path} cannot be read: {error}") from None
+        except (
+            SafetensorError,
+            OSError,
+            RuntimeError,
+        ) as error:  # PyTorch's own when a file cannot be mapped
+            raise GfpruneError(f"{path} cannot be read: {first_line(error)}") from None
     for name, first in tied.items():
         if isinstance(expected[first], nn.Parameter) and not isinstance(result[first], nn.Parameter):
             result[first] = nn.Parameter(result[first])

@@ -100,9 +100,16 @@ def check_file_destination(destination: Path, *, force: bool) -> None:
 
 
 def is_ours(path: Path) -> bool:
+    """Whether gfprune wrote a file.
+
+    Raises:
+        GfpruneError: it is one of tensors that cannot be read.
+    """
     try:
         return KEY in read_metadata(path)
-    except GfpruneError:
+    except GfpruneError as error:
+        if isinstance(error.__context__, OSError):
+            raise
         return False
 
 

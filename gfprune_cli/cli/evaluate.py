@@ -49,16 +49,18 @@ def evaluate(
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import eval_table
         from gfprune_cli.errors import GateMissed, UsageError
-        from gfprune_cli.evaluation import EvalResult
+        from gfprune_cli.evaluation import EvalResult, continues
         from gfprune_cli.evaluation import evaluate as run
         from gfprune_cli.recipes.options import resolve_recipe
         from gfprune_cli.report.evaluation_page import markdown as as_markdown
         from gfprune_cli.report.evaluation_page import render
 
         recipe = resolve_recipe(EvalRecipe, config, flags)
+        beside = html or markdown or save_stats
+        own = resume and continues(recipe, out=out, beside=beside)
         for name, path in (("--html", html), ("--markdown", markdown), ("--save-stats", save_stats)):
             if path is not None and main_process():
-                check_page(path, force=force, flag=name)
+                check_page(path, force=force or own, flag=name)
         files = [path.resolve() for path in (html, markdown, save_stats) if path is not None]
         if len(set(files)) < len(files):
             raise UsageError("--html, --markdown and --save-stats name the same file: name different ones")
@@ -70,12 +72,16 @@ def evaluate(
             if markdown is not None:
                 write_page(markdown, as_markdown(result.document()))
                 session.note(f"wrote {markdown}")
+            document = result.document()
+            if json:
+                session.show(eval_table(document))
+            session.result(document, as_markdown(document).rstrip("\n"))
 
         result = run(
             recipe,
             out=out,
             save_stats=save_stats,
-            beside=html or markdown or save_stats,
+            beside=beside,
             force=force,
             resume=resume,
             publish=publish,
@@ -83,13 +89,7 @@ def evaluate(
             device=device,
             report=session.report,
         )
-        if result is None:
-            return
-        document = result.document()
-        if json:
-            session.show(eval_table(document))
-        session.result(document, as_markdown(document).rstrip("\n"))
-        if result.missed:
+        if result is not None and result.missed:
             raise GateMissed(
                 "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value}" for g in result.missed)
             )

@@ -5,13 +5,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.checkpoint.durable import replacing, sweep_folder, write_tensors
 from gfprune_cli.checkpoint.files import checked_file, trusted_roots
 from gfprune_cli.progress import Report, notice
 
@@ -41,14 +40,13 @@ def cached(
     except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()
-    staging = path.with_suffix(f".{token_hex(8)}")  # process numbers repeat in containers that share a cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
-        staging.replace(path)
+        sweep_folder(path.parent)
+        with replacing(path) as staging:
+            write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
         notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
-        staging.unlink(missing_ok=True)
     return tensors, document
 
 

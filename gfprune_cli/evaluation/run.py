@@ -17,11 +17,16 @@ from gfprune_cli.checkpoint.durable import (
     check_destination,
     claimed,
     exclusive,
-    hidden,
+    is_output,
+    lock_of,
     staged,
+    state_folder,
     write_file,
     write_json,
 )
+from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.record import RECORD_BYTES
+from gfprune_cli.checkpoint.state import not_finished
 from gfprune_cli.data.calibration import cache_folder
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.device import autocast, deterministic
@@ -76,7 +81,7 @@ def evaluate(
     start = time.monotonic()
     processes = Processes.start(device)
     if out is not None:
-        check_destination(out, force=force)
+        check_destination(out, force=force, resume=resume)
     latency_batches(recipe)
     if out is not None and save_stats is not None and save_stats.resolve().is_relative_to(out.resolve()):
         raise UsageError(
@@ -90,9 +95,11 @@ def evaluate(
     if out is None:
         lock = exclusive(store.folder)
     else:
-        lock = claimed(out, partial(check_destination, out, force=force))
+        lock = claimed(out, partial(check_destination, out, force=force, resume=resume))
     with lock if processes.main else nullcontext():
         if processes.main:  # the others find the folder as it was left here
+            if out is not None and is_output(out) and not force:
+                check_own(out, inputs)
             store.check(resume=resume, force=force)
             store.begin(resume=resume)
         processes.wait()
@@ -106,13 +113,49 @@ def evaluate(
         measures = Measures(inputs, store, networks, processes.device, report)
         result = measured(measures, start)
         if out is not None:
-            write_samples(out, measures, result, force=force)
+            write_samples(out, measures, result, force=force or resume)
         if save_stats is not None and measures.real is not None and inputs.extractor is not None:
             write_file(save_stats, statistics_bytes(measures.real, inputs.extractor))
         if publish is not None:
             publish(result)
-        store.clear()
+        store.end()
     return result
+
+
+def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:
+    """The record of an output that the same command wrote before it was killed; None for anything else."""
+    if not is_output(out):
+        return None
+    record = read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
+    same = record.get("command") == "eval" and record.get("recipe") == recipe.document()
+    return record if same else None
+
+
+def check_own(out: Path, inputs: Inputs) -> None:
+    """Make sure that the same command wrote an output, on the same weights.
+
+    Raises:
+        UsageError: it did not.
+    """
+    earlier = earlier_record(out, inputs.recipe)
+    if earlier is None or earlier.get("weights") != weights(inputs):
+        raise not_finished(out)
+
+
+def continues(recipe: EvalRecipe, *, out: Path | None, beside: Path | None) -> bool:
+    """Whether the same command was killed after it began: then its pages are its own to replace.
+
+    Args:
+        out, beside: as for `evaluate`.
+    """
+    state = None if out is None and beside is None else state_folder(Path(out or beside or ""))
+    left = state is not None and (state.is_dir() or lock_of(state).exists())
+    return left or (out is not None and earlier_record(out, recipe) is not None)
+
+
+def weights(inputs: Inputs) -> dict[str, Any]:
+    """SHA-256 of the weight files, by role and file name."""
+    return {role: dict(subject.hashes) for role, subject in inputs.subjects.items()}
 
 
 def measured(measures: Measures, start: float) -> EvalResult:
@@ -153,7 +196,7 @@ def sample_store(inputs: Inputs, device: torch.device, beside: Path | None) -> S
     """Where the samples lie until the run ends: hidden beside its output, else in the cache."""
     identity = inputs.identity(device)
     if beside is not None:
-        folder = hidden(Path(beside).expanduser(), "state")
+        folder = state_folder(Path(beside).expanduser())
     else:
         text = json.dumps(identity, sort_keys=True, default=str)
         folder = cache_folder() / "eval" / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -326,7 +369,7 @@ def write_samples(out: Path, measures: Measures, result: EvalResult, *, force: b
         "schema_version": SCHEMA_VERSION,
         "command": "eval",
         "recipe": inputs.recipe.document(),
-        "weights": {role: subject.hashes for role, subject in inputs.subjects.items()},
+        "weights": weights(inputs),
         "result": result.document(),
     }
     with staged(out, force=force) as folder:

@@ -1,7 +1,6 @@
 """Finished samples on disk, chunk by chunk: what an interrupted run leaves, and what processes share."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from gfprune_cli.checkpoint.durable import write_file
+from gfprune_cli.checkpoint.durable import discard, sweep, write_file
 from gfprune_cli.errors import GfpruneError, UsageError
 
 IDENTITY = "identity.json"
@@ -70,6 +69,7 @@ class SampleStore:
 
     def begin(self, *, resume: bool) -> None:
         """Make the folder; an empty one, unless it holds an identified run's samples and `resume` is set."""
+        sweep(self.folder)
         if not resume or not (self.folder / IDENTITY).exists():
             self.clear()
         try:
@@ -92,7 +92,7 @@ class SampleStore:
         """
         try:
             images = load_file(self.path(role, chunk))["images"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise GfpruneError(
                 f"{self.path(role, chunk)} cannot be read ({error}): remove it and continue with --resume; "
                 "processes on several machines need a folder that all of them share"
@@ -105,11 +105,14 @@ class SampleStore:
 
     def clear(self) -> None:
         """Remove the folder: at once, so that a kill leaves no samples without their identity."""
-        aside = self.folder.with_name(f"{self.folder.name}-old-{os.getpid()}")
         try:
-            self.folder.rename(aside)
-        except FileNotFoundError:
-            return
+            discard(self.folder)
         except OSError as error:
             raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def end(self) -> None:
+        """Remove the samples, as the results stand; those that stay are no failure.
+
+        The folder goes last, so that it is there until nothing is left to do.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,16 +1,19 @@
 """`prune`: from a checkpoint to a smaller one, end to end."""
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination, claimed
+from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
 from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
@@ -45,7 +48,7 @@ def prune(
         recipe: what to do; decides the bytes of the output.
         out: destination folder; by default named after the model and the settings.
         force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one.
+        resume: go on from the state of an interrupted run, if there is one; nothing to do if it finished.
         dry_run: plan only; nothing is written and no weights are read.
         offline: never use the network.
         device: torch device; by default CUDA if there is one.
@@ -61,7 +64,7 @@ def prune(
     start = time.monotonic()
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)
-    check = partial(check_destination, destination, force=force)
+    check = partial(check_destination, destination, force=force, resume=resume)
     with nullcontext() if dry_run else claimed(destination, check):
         source = resolve(
             recipe.model,
@@ -77,6 +80,11 @@ def prune(
         refuse_overlaps(destination, source, recipe)
         run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
         state = StateFolder(destination, run.identity())
+        if resume and not force and is_output(destination):
+            record = finished_run(run, destination)
+            if not state.foreign():  # killed after the output was published
+                state.end()
+            return result_of(recipe, destination, record, start)
         if force and not resume:
             state.clear()
         if state.exists() and not resume:
@@ -86,15 +94,37 @@ def prune(
             )
         with deterministic():
             model, kept, losses, gradients = run.execute(state)
-        record = make_record(run, model, kept, losses)
+        record = make_record(run, model, kept, losses, gradients)
         report(Event("write", text=f"writing {destination}"))
         record = write_checkpoint(destination, model, plan.component, record, force=force)
-        state.clear()
+        state.end()
+    return result_of(recipe, destination, record, start)
+
+
+def finished_run(run: Run, destination: Path) -> dict[str, Any]:
+    """The record of an output that this run wrote before it was killed, or long ago.
+
+    Raises:
+        UsageError: another run did.
+    """
+    record = finished_record(destination, run_digest(run.identity()))
+    if record is None:
+        raise not_finished(destination)
+    if record["source"]["data"] is not None:  # the digest is of the settings, not of what --data holds
+        run.draws(run.load())
+        if record["source"]["data"] != run.data_fingerprint:
+            raise not_finished(destination)
+    notice(run.report, f"{destination} is finished: there is nothing left to do")
+    return record
+
+
+def result_of(recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float) -> PruneResult:
+    """The numbers of a finished run; `start` is this one's, on the monotonic clock."""
     return PruneResult(
         recipe.model,
         str(destination),
-        plan.component.name,
-        type(model).__name__,
+        record["component"],
+        record["class_name"],
         recipe.layout,
         recipe.criterion,
         recipe.seed,
@@ -103,7 +133,7 @@ def prune(
         record["macs"],
         record["bytes"],
         record["loss"],
-        round(gradients, 2),
+        record["scoring_gradients"],
         round(time.monotonic() - start, 3),
     )
 

@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.state import run_digest
 from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
 from gfprune_cli.pruning.run import Run
 
 
 def make_record(
-    run: Run, model: nn.Module, kept: Mapping[str, torch.Tensor], losses: Mapping[str, float]
+    run: Run,
+    model: nn.Module,
+    kept: Mapping[str, torch.Tensor],
+    losses: Mapping[str, float],
+    gradients: float,
 ) -> dict[str, Any]:
     """The document of `gfprune.json`: enough to repeat the run and to build on it."""
     plan, recipe = run.plan, run.recipe
@@ -43,5 +48,7 @@ def make_record(
         "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
         "bytes": {"before": plan.component.bytes, "after": 0},
         "loss": dict(losses),
+        "scoring_gradients": round(gradients, 2),
+        "run": run_digest(run.identity()),
         "tools": installed_tools(),
     }

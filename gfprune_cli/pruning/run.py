@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import (
     build_meta,
     cast_model,
@@ -19,6 +18,7 @@ from gfprune_cli.checkpoint.reader import (
     sha256_of_weights,
 )
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import Condition, call

@@ -7,15 +7,16 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import StateFolder, check_destination, claimed
-from gfprune_cli.checkpoint.reader import Component, inspect
+from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
+from gfprune_cli.checkpoint.reader import Component, inspect, load_model
 from gfprune_cli.checkpoint.record import Record, read_record
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
 from gfprune_cli.device import deterministic
 from gfprune_cli.errors import UsageError
 from gfprune_cli.processes import Processes
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.run import Run, default_output
@@ -47,7 +48,7 @@ def finetune(
         recipe: what to do; decides the bytes of the output.
         out: destination folder; by default named after the model.
         force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one.
+        resume: go on from the state of an interrupted run, if there is one; nothing to do if it finished.
         dry_run: check the inputs only; nothing is written.
         save_every, sample_every: steps between saved states, and between sample grids; 0 for none.
         logs: folder of metrics and samples; by default `OUT-logs`.
@@ -70,7 +71,7 @@ def finetune(
     processes = Processes.start(device)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
-    check = partial(check_destination, destination, force=force)
+    check = partial(check_destination, destination, force=force, resume=resume)
     if not processes.main and not dry_run:
         check()  # refused by one, refused by all: none waits for another
     with claimed(destination, check) if processes.main and not dry_run else nullcontext():
@@ -81,6 +82,11 @@ def finetune(
             return summary(run, {}, None, None, time.monotonic() - start)
         refuse_overlaps(destination, folder, recipe, component, teacher.component)
         state = StateFolder(destination, run.identity())
+        if processes.told(resume and not force and is_output(destination)):
+            losses = finished_run(run, destination)
+            if processes.main and not state.foreign():  # killed after the output was published
+                state.end()
+            return summary(run, losses, destination, folder, time.monotonic() - start)
         if processes.main:
             prepare(state, folder, force=force, resume=resume)
         processes.wait()
@@ -95,9 +101,28 @@ def finetune(
         if processes.main:
             report(Event("write", text=f"writing {destination}"))
             write_checkpoint(destination, model, component, run.make_record(losses), force=force)
-            state.clear()
+            state.end()
     processes.wait()
     return summary(run, losses, destination, folder, time.monotonic() - start)
+
+
+def finished_run(run: Run, destination: Path) -> Mapping[str, float]:
+    """The losses of an output that this run wrote before it was killed, or long ago.
+
+    Raises:
+        UsageError: another run did.
+    """
+    record = finished_record(destination, run_digest(run.identity()))
+    if record is None or not record.get("finetune"):
+        raise not_finished(destination)
+    entry = record["finetune"][-1]
+    if entry["data"] is not None:  # the digest is of the settings, not of what --data holds
+        run.draws(run.place(load_model(run.teacher.component)))
+        if entry["data"] != run.fingerprint:
+            raise not_finished(destination)
+    notice(run.report, f"{destination} is finished: there is nothing left to do")
+    losses: Mapping[str, float] = entry["loss"]
+    return losses
 
 
 def summary(
@@ -187,4 +212,4 @@ def prepare(state: StateFolder, logs: Path, *, force: bool, resume: bool) -> Non
             f"an interrupted run left its state in {state.folder}: "
             "continue it with --resume, or discard it with --force"
         )
-    check_logs(logs, may_replace=force or state.exists())
+    check_logs(logs, may_replace=force or state.begun())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import StateFolder
+from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import generator
@@ -111,8 +111,12 @@ class Loop:
             self.trainer.restore(tensors, numbers)
             self.done = numbers["done"]
             notice(self.report, f"continuing after step {self.done}")
+        if self.trainer.processes.main:
+            self.state.begin()  # before the logs, which are then known as this run's
         watch = self.open_watch(self.done) if self.open_watch else None
         try:
+            if watch is not None and self.picture_due() and not watch.pictured(self.done):
+                self.picture(watch)  # stopped between the state and its grid
             self.steps(watch)
         finally:
             if watch is not None:
@@ -132,8 +136,13 @@ class Loop:
             self.tell(Event("finetune", self.done, total, values=shown))
             if self.done == total or (self.save_every and self.done % self.save_every == 0):
                 self.save()
-            if self.sample_every and (self.done % self.sample_every == 0 or self.done == total):
+            if self.picture_due():
                 self.picture(watch)
+
+    def picture_due(self) -> bool:
+        """Whether a grid belongs to the steps done so far."""
+        last = self.done == self.trainer.recipe.steps
+        return bool(self.sample_every and self.done and (self.done % self.sample_every == 0 or last))
 
     def tell(self, event: Event) -> None:
         """Report, and keep an interrupt until all processes agree on it."""

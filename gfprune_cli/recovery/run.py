@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import StateFolder
 from gfprune_cli.checkpoint.reader import Component, cast_model, load_model, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.state import StateFolder, run_digest
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.conditions import call
@@ -213,6 +213,7 @@ class Run:
             },
             "data": self.fingerprint,
             "loss": losses,
+            "run": run_digest(self.identity()),
             "tools": installed_tools(),
         }
         earlier = self.record.document.get("finetune")

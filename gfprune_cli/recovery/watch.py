@@ -5,11 +5,10 @@ OUT-logs/samples/step-000100.png    samples of the same noise: dense above, prun
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from gfprune_cli.checkpoint.durable import replacing, sweep_folder
 from gfprune_cli.errors import GfpruneError, UsageError
 
 LOGGERS = ("tensorboard", "trackio")
@@ -87,6 +87,7 @@ class Watch:
         self.start = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sweep_folder(folder / "samples")
             if not done:
                 shutil.rmtree(folder / "samples", ignore_errors=True)
             self.file = (folder / METRICS).open("r+" if done and (folder / METRICS).exists() else "w+")
@@ -119,15 +120,23 @@ class Watch:
         if self.tracker is not None:
             self.tracker.log(dict(values), step=step)
 
+    def path(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:06d}.png"
+
+    def pictured(self, step: int) -> bool:
+        """Whether the grid of a step is there."""
+        return self.path(step).exists()
+
     def picture(self, step: int, dense: torch.Tensor, pruned: torch.Tensor) -> None:
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+        """The grid of a step, whole or not at all."""
+        path = self.path(step)
         path.parent.mkdir(exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}")
-        grid(dense, pruned).save(staging, format="PNG")
-        staging.replace(path)
+        with replacing(path) as staging:
+            grid(dense, pruned).save(staging, format="PNG")
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # every line was flushed; one that could not be has been reported
+            self.file.close()
         if self.tracker is not None:
             with redirect_stdout(StringIO()):
                 self.tracker.finish()
