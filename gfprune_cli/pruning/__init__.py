@@ -8,7 +8,8 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, PhaseClock, Report, silent
+from gfprune_cli.pruning.align import settle_align
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
@@ -57,6 +58,7 @@ def prune(
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
+    report = clock = PhaseClock(report)
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)
     if not dry_run:
@@ -78,6 +80,7 @@ def prune(
     for name, used in inputs.items():
         if used.resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
+    recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume)
     run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
     state = StateFolder(destination, run.identity())
     if force and not resume:
@@ -108,4 +111,5 @@ def prune(
         record["loss"],
         round(gradients, 2),
         round(time.monotonic() - start, 3),
+        clock.finish(),
     )

@@ -1,0 +1,56 @@
+"""Where a benchmark's numbers come from: command, seed, machine, versions and date, as Markdown."""
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.structure.latency import device_name
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def header(command: str, seed: int) -> str:
+    """The first lines of a benchmark's page.
+
+    Args:
+        command: what repeats the run, from the root of the repository.
+        seed: of the run.
+    """
+    versions = {name: found for name, found in installed_tools().items() if found}
+    lines = [
+        f"- command: `{command}`",
+        f"- seed: {seed}",
+        f"- machine: {device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"PyTorch threads, load {load()}, {accelerator()}",
+        f"- versions: Python {platform.python_version()}, "
+        + ", ".join(f"{name} {found}" for name, found in versions.items()),
+        f"- commit: {commit()}",
+        f"- date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def accelerator() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def load() -> str:
+    """Processes that wanted to run over the last minute: what else kept the machine busy."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def commit() -> str:
+    """The commit that ran, marked where the working tree differs from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
