@@ -383,9 +383,9 @@ time, *share* is that over the MAC gain.
 ![Latency gain over MAC gain](speed-gains.svg)
 
 """
-PROFILE_TEXT = """Own time of operators in PyTorch's profiler, which adds to each. *Products*: convolutions, linear
-layers, attention. *Elementwise*: norms, activations, additions, copies, concatenation. *Dispatch*: operators
-that compute nothing.
+PROFILE_TEXT = """Own time of operators in PyTorch's profiler, which adds to each. *Products*:
+convolutions, linear layers, attention. *Elementwise*: norms, activations, additions, copies,
+concatenation. *Dispatch*: operators that compute nothing.
 
 """
 GROWTH_TEXT = """U-Nets of random weights on 16 x 16 images; 3 iterations of 4 steps at batch 8, 16 draws per

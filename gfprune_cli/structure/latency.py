@@ -101,7 +101,7 @@ def layer_call(geometry: Geometry, width: int, device: torch.device, dtype: torc
     """One call of a layer with as many channels in as out."""
     if geometry.kernel == 1:
         layer: nn.Module = nn.utils.skip_init(nn.Linear, width, width, device=device, dtype=dtype)
-        shape = (geometry.batch * geometry.side**2, width)
+        shape: tuple[int, ...] = (geometry.batch * geometry.side**2, width)
     else:
         layer = nn.utils.skip_init(
             nn.Conv2d, width, width, geometry.kernel, padding=geometry.kernel // 2, device=device, dtype=dtype
