@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -385,7 +385,8 @@ time, *share* is that over the MAC gain.
 """
 PROFILE_TEXT = """Own time of operators in PyTorch's profiler, which adds to each. *Products*:
 convolutions, linear layers, attention. *Elementwise*: norms, activations, additions, copies,
-concatenation. *Dispatch*: operators that compute nothing.
+concatenation. *Dispatch*: operators that compute nothing. The profiler counts time on the wall: on
+a busy machine read proportions, and no difference between two rows.
 
 """
 GROWTH_TEXT = """U-Nets of random weights on 16 x 16 images; 3 iterations of 4 steps at batch 8, 16 draws per
@@ -399,37 +400,27 @@ IMAGES_TEXT = """The same with the demo, 20 sampling steps per image as by defau
 """
 
 
-def run(options: argparse.Namespace, root: Path) -> dict[str, str]:
-    """All sections, in the order of the page."""
+def run(options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """Title and text of every section, in the order of the page."""
     quick = options.quick
     batches, rounds = ([1, 16], 15) if quick else ([1, 16, 64], 40)
     folders = prune_for_latency("demo", root, options.seed, SETTINGS)
     gains = latency_gains("demo", folders, ["eager"] if quick else ["eager", "onnx"], batches, rounds)
     plot_gains(gains, options.out / "speed-gains.svg")
-    report("latency")
-    sections = {
-        "Latency gain over MAC gain": GAINS_TEXT + gains_table(gains),
-        "Where the time goes": PROFILE_TEXT + profile_table("demo", folders, batches[:2], 3 if quick else 10),
-    }
-    criteria = list(CriterionName.__args__)
-    repeats = 3 if quick else 7
-    sections["Cost of scoring"] = scoring_table("demo", criteria, 32, repeats, options.seed)
-    report("scoring")
+    yield "Latency gain over MAC gain", GAINS_TEXT + gains_table(gains)
+    profiled = profile_table("demo", folders, batches[:2], 3 if quick else 10)
+    yield "Where the time goes", PROFILE_TEXT + profiled
+    criteria, repeats = list(CriterionName.__args__), 3 if quick else 7
+    yield "Cost of scoring", scoring_table("demo", criteria, 32, repeats, options.seed)
     sizes = []
-    for width in (24, 48) if quick else (24, 48, 96, 208):
+    for width in (24, 48) if quick else (24, 48, 96, 192):
         model = random_pipeline(root / f"random-{width}", width, options.seed)
         sizes.append(footprint(str(model), root, options.seed))
-        report(f"{sizes[-1].params} parameters")
     plot_growth(sizes, options.out / "speed-growth.svg")
-    sections["Growth with model size"] = GROWTH_TEXT + footprint_table(sizes)
+    yield "Growth with model size", GROWTH_TEXT + footprint_table(sizes)
     counts = (16, 64) if quick else (16, 64, 256, 1024)
     images = [footprint("demo", root, options.seed, images=count, sample_steps=20) for count in counts]
-    sections["Growth with images"] = IMAGES_TEXT + footprint_table(images)
-    return sections
-
-
-def report(done: str) -> None:
-    print(f"measured: {done}", file=sys.stderr, flush=True)
+    yield "Growth with images", IMAGES_TEXT + footprint_table(images)
 
 
 def main() -> None:
@@ -440,12 +431,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        sections = run(options, Path(temporary))
-    text = page("python benchmarks/speed.py " + shlex.join(sys.argv[1:]), options.seed, sections)
-    (options.out / "speed.md").write_text(text, encoding="utf-8")
-    print(text)
+        sections: dict[str, str] = {}
+        for title, text in run(options, Path(temporary)):  # what a run that is stopped has measured stands
+            sections[title] = text
+            (options.out / "speed.md").write_text(page(command, options.seed, sections), encoding="utf-8")
+            print(f"\n## {title}\n\n{text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ GEOMETRIES = 3  # kinds of layers that are timed: those with most of the MACs
 BATCH = 8  # at batch 1 PyTorch takes other kernels than a server's batches get
 CALL_MACS = {"cpu": 5e7, "cuda": 2e10}  # of one timed call, at most: milliseconds
 ROUNDS = 11  # the least time of so many counts: noise only ever adds
+LEAST_WIDTH = 64  # kernels treat a few channels in ways of their own
 TYPICAL = 0.75  # of the dense width: where pruned widths lie
-REALISED = 0.5  # of the saving that MACs promise: what a step has to save to be worth its alignment
+REALISED = 0.6  # of the saving that MACs promise: what a step has to save to be worth its alignment
 FLAT = 0.1  # a layer whose time changes by less than this over the whole step has no say
 TABLE_BYTES = 1 << 20
 ISA = "ONEDNN_MAX_CPU_ISA"  # a limit on the vector instructions, which a user may set
@@ -73,9 +74,9 @@ def geometries(cost: CostModel, device: torch.device) -> list[Geometry]:
     heaviest = sorted(totals, key=lambda kind: (-totals[kind], kind))[:GEOMETRIES]
     found = []
     for kernel, positions in heaviest:
-        width = max(widths[kernel, positions])
-        limit = CALL_MACS[device.type] / (BATCH * kernel**2 * max(width, 64) ** 2)
-        side = max(4, math.isqrt(int(min(positions, limit))))
+        width = max(LEAST_WIDTH, *widths[kernel, positions])
+        # as large as a call may be, whatever the network's resolution: blocks do not depend on it, noise does
+        side = max(4, math.isqrt(int(CALL_MACS[device.type] / (BATCH * kernel**2 * width**2))))
         share = totals[kernel, positions] / sum(totals[kind] for kind in heaviest)
         found.append(Geometry(kernel, width, side, BATCH, round(share, 6)))
     return found
