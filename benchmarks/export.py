@@ -28,8 +28,8 @@ from gfprune_cli.deploy.torch_program import run_program
 
 QUICK: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
 PRUNED: dict[str, dict[str, Any]] = {
-    "params": dict(sparsity=0.5),
-    "macs": dict(sparsity=0.5, budget="macs"),
+    "params": dict(sparsity=0.5, align=4),
+    "macs": dict(sparsity=0.5, budget="macs", align=4),
     "macs, align 16": dict(sparsity=0.5, budget="macs", align=16),
     "native": dict(sparsity=0.5, layout="native"),
 }

@@ -1,49 +1,64 @@
-"""Where numbers come from: the lines that open every page of results."""
+"""Where a benchmark's numbers come from: command, seed, machine, versions and date, as Markdown."""
 
+import datetime
 import os
 import platform
-from datetime import date
-from importlib.metadata import version
+import subprocess
 from pathlib import Path
 
 import torch
 
-PAGES = Path(__file__).parent.parent / "docs" / "benchmarks"
-PACKAGES = ("torch", "diffusers", "torch-pruning", "safetensors", "accelerate", "numpy")
+from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.structure.latency import device_name
 
-
-def processor() -> str:
-    """The name of the CPU, as the system knows it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = REPOSITORY / "docs" / "benchmarks"
 
 
 def header(command: str, seed: int) -> str:
-    """Markdown that says how to repeat a run, on what it ran and when.
+    """The first lines of a benchmark's page.
 
     Args:
-        command: exactly as it was typed.
-        seed: of the run, or the first of several.
+        command: what repeats the run, from the root of the repository.
+        seed: of the run.
     """
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    tools = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return "\n".join(
-        [
-            f"    {command}",
-            "",
-            f"{date.today().isoformat()}, seed {seed}. {processor()}, {os.cpu_count()} cores, "
-            f"{torch.get_num_threads()} torch thread(s); {cuda}. "
-            f"Python {platform.python_version()}, {tools}.",
-        ]
+    versions = {name: found for name, found in installed_tools().items() if found}
+    lines = [
+        f"- command: `{command}`",
+        f"- seed: {seed}",
+        f"- machine: {device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"PyTorch threads, load {load()}, {accelerator()}",
+        f"- versions: Python {platform.python_version()}, "
+        + ", ".join(f"{name} {found}" for name, found in versions.items()),
+        f"- commit: {commit()}",
+        f"- date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def accelerator() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def load() -> str:
+    """Processes that wanted to run over the last minute: what else kept the machine busy."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def commit() -> str:
+    """The commit that ran, marked where the working tree differs from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
     )
+    return done.stdout.strip() or "unknown"
 
 
 def write_page(path: Path, title: str, command: str, seed: int, body: str) -> Path:
     """A page of results: title, where they come from, and the rest in Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {title}\n\n{header(command, seed)}\n\n{body.strip()}\n", encoding="utf-8")
+    path.write_text(f"# {title}\n\n{header(command, seed)}\n{body.strip()}\n", encoding="utf-8")
     return path

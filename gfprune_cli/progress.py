@@ -1,5 +1,6 @@
 """How the core reports what it is doing: events to a callback. Only `gfprune_cli.cli` prints them."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,53 @@ Report = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """The callback that reports nothing."""
+
+
+PHASES = {
+    "load": "loading",
+    "trace": "loading",
+    "latency": "alignment",
+    "encode": "calibration",
+    "calibrate": "calibration",
+    "check": "check",
+    "evaluate": "evaluation",
+    "score": "scoring",
+    "train": "training",
+    "mask": "training",
+    "remove": "removal",
+    "write": "writing",
+}
+AT_THE_END = ("train", "mask")  # events that say what has been done; the others say what begins
+
+
+class PhaseClock:
+    """A callback that hands events on and adds up the seconds between them, by the name of their phase.
+
+    Args:
+        report: where events go.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
+        self.report, self.clock = report, clock
+        self.seconds: dict[str, float] = {}
+        self.phase, self.last = PHASES["load"], clock()
+
+    def __call__(self, event: Event) -> None:
+        name = PHASES.get(event.phase, self.phase)
+        self.add(name if event.phase in AT_THE_END else self.phase)
+        self.phase = name
+        self.report(event)
+
+    def add(self, name: str) -> None:
+        now = self.clock()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def finish(self) -> dict[str, float]:
+        """Seconds by phase up to now, in the order in which the phases came."""
+        self.add(self.phase)
+        return {name: round(seconds, 3) for name, seconds in self.seconds.items()}
 
 
 def notice(report: Report, text: str) -> None:

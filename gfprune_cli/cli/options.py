@@ -37,7 +37,9 @@ def recipe_option(recipe: type, name: str) -> Any:
     )
     bare = parts[0] if parts else kind
     metavar = None
-    if get_origin(bare) is Literal:
+    if len(parts) > 1:  # a number or a word: the recipe tells them apart
+        bare = str
+    elif get_origin(bare) is Literal:
         metavar, bare = "[" + "|".join(get_args(bare)) + "]", str
     default = getattr(recipe, name, None)
     shown = "" if default is None or isinstance(default, bool) else f" [default: {default}]"

@@ -147,6 +147,7 @@ class PruningLoop:
         )
         evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
         fresh = score(self.criterion, evidence)
+        self.report(Event("score", self.scoring_draws, self.scoring_draws))
         flow.scores = {
             name: MOMENTUM * flow.scores[name] + (1 - MOMENTUM) * value if flow.scores else value
             for name, value in fresh.items()

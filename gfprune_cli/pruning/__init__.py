@@ -13,7 +13,8 @@ from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finis
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
-from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
+from gfprune_cli.pruning.align import settle_align
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
@@ -62,6 +63,7 @@ def prune(
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
+    report = clock = PhaseClock(report)
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)
     check = partial(check_destination, destination, force=force, resume=resume)
@@ -78,13 +80,14 @@ def prune(
         if dry_run:
             return planned(plan, recipe, time.monotonic() - start)
         refuse_overlaps(destination, source, recipe)
+        recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume)
         run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
         state = StateFolder(destination, run.identity())
         if resume and not force and is_output(destination):
             record = finished_run(run, destination)
             if not state.foreign():  # killed after the output was published
                 state.end()
-            return result_of(recipe, destination, record, start)
+            return result_of(recipe, destination, record, start, clock)
         if force and not resume:
             state.clear()
         if state.exists() and not resume:
@@ -98,7 +101,7 @@ def prune(
         report(Event("write", text=f"writing {destination}"))
         record = write_checkpoint(destination, model, plan.component, record, force=force)
         state.end()
-    return result_of(recipe, destination, record, start)
+    return result_of(recipe, destination, record, start, clock)
 
 
 def finished_run(run: Run, destination: Path) -> dict[str, Any]:
@@ -118,8 +121,10 @@ def finished_run(run: Run, destination: Path) -> dict[str, Any]:
     return record
 
 
-def result_of(recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float) -> PruneResult:
-    """The numbers of a finished run; `start` is this one's, on the monotonic clock."""
+def result_of(
+    recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float, clock: PhaseClock
+) -> PruneResult:
+    """The numbers of a finished run; `start` and `clock` are this one's."""
     return PruneResult(
         recipe.model,
         str(destination),
@@ -135,6 +140,7 @@ def result_of(recipe: PruneRecipe, destination: Path, record: Mapping[str, Any],
         record["loss"],
         record["scoring_gradients"],
         round(time.monotonic() - start, 3),
+        clock.finish(),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,6 +28,7 @@ class PruneResult:
     loss: Mapping[str, float | None]
     scoring_gradients: float
     seconds: float
+    seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}

@@ -38,6 +38,7 @@ from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.latency import default_align
 from gfprune_cli.structure.removal import carry_over, remove, remove_native
 from gfprune_cli.structure.verify import check_removal
 
@@ -90,7 +91,7 @@ class Run:
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
         self.precision = recipe.precision or default_precision(device)
-        self.align = recipe.align or (8 if device.type == "cuda" else 4)
+        self.align = recipe.align if isinstance(recipe.align, int) else default_align(device)
         check_memory(self.need(0), device, REMEDY)
 
     def identity(self) -> dict[str, Any]:
@@ -124,7 +125,9 @@ class Run:
         self, state: StateFolder
     ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, float], float]:
         """The pruned network, kept units by group, losses, and the cost of scoring in gradients."""
+        self.report(Event("load", text="reading weights"))
         dense = self.load()
+        self.report(Event("calibrate", text="preparing calibration images"))
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)

@@ -43,8 +43,9 @@ class PruneRecipe:
         float, Ge(0), Le(1), Help("Share of distillation from the dense model in the loss.")
     ] = 0.9
     align: Annotated[
-        int | None, Ge(1), Le(1024), Help("Round widths to a multiple (default: 8 on CUDA, else 4).")
-    ] = None
+        Annotated[int, Ge(1), Le(1024)] | Literal["auto"],
+        Help("Round widths to a multiple; auto: what layers timed on the device gain most from."),
+    ] = "auto"
     data: Annotated[
         str | None, Help("Image folder, .npz or Hugging Face dataset id (default: drawn from the model).")
     ] = None

@@ -69,8 +69,9 @@ def allocate(
     for floor in FLOORS:
         minimum = minimum_widths(cost, floor * math.sqrt(1 - sparsity), align)
         kept = descend(cost, scores, target, minimum, budget, align, floor * math.sqrt(1 - sparsity))
-        if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
-            kept = exchange(cost, kept, target, minimum, budget)
+        for granularity in (align, 1):  # aligned moves first: they cost no speed
+            if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
+                kept = exchange(cost, kept, target, minimum, budget, granularity)
         found = Allocation(kept, 1 - cost.total(kept, budget) / dense)
         if not strict or abs(found.sparsity - sparsity) <= TOLERANCE:
             return found
@@ -86,7 +87,7 @@ def allocate(
 
 
 def width_step(group: ChannelGroup, align: int) -> int:
-    """Channels per step: whole cells, and a multiple of `align` where the group is wide enough for it.
+    """Channels that lie between two widths: whole cells, and a multiple of `align` in a group twice as wide.
 
     Elsewhere of half of it, a quarter, ...: kernels that work in blocks waste less on a width that is nearly
     aligned. A head that narrows keeps a multiple of 8, which attention kernels ask for, unless `align` is 1.
@@ -95,10 +96,16 @@ def width_step(group: ChannelGroup, align: int) -> int:
         align = math.lcm(align, HEAD_ALIGN)
     while align > 1:
         aligned = math.lcm(group.step, align)
-        if group.channels % aligned == 0 and group.channels >= 2 * aligned:
+        if group.channels >= 2 * aligned and (group.channels % aligned == 0 or not narrows_a_head(group)):
             return aligned
         align //= 2
     return group.step
+
+
+def step_down(group: ChannelGroup, kept: int, align: int) -> int:
+    """Channels that the next step takes: from a width that is not aligned down to the next one that is."""
+    step = width_step(group, align)
+    return kept % step or step
 
 
 def narrows_a_head(group: ChannelGroup) -> bool:
@@ -141,11 +148,11 @@ def descend(
     while open_groups:
         for name in sorted(open_groups - rates.keys()):
             rates[name] = step_rate(
-                cost, name, losses[name], removed, width_step(cost.groups[name], align), budget
+                cost, name, losses[name], removed, step_down(cost.groups[name], kept[name], align), budget
             )
         name = min(sorted(open_groups), key=lambda candidate: rates[candidate][0])
         saving = rates[name][1]
-        step = width_step(cost.groups[name], align)
+        step = step_down(cost.groups[name], kept[name], align)
         nearer = abs(total - saving - target) < abs(total - target)
         if kept[name] - step < minimum[name] or not nearer or not may_go(cost, name, kept, depth):
             open_groups.discard(name)
@@ -172,7 +179,12 @@ def may_go(cost: CostModel, name: str, kept: Mapping[str, int], depth: float) ->
 
 
 def exchange(
-    cost: CostModel, kept: Mapping[str, int], target: float, minimum: Mapping[str, int], budget: Budget
+    cost: CostModel,
+    kept: Mapping[str, int],
+    target: float,
+    minimum: Mapping[str, int],
+    budget: Budget,
+    align: int,
 ) -> dict[str, int]:
     """Land nearer to the target by giving a step back to one group and taking one from another.
 
@@ -185,7 +197,8 @@ def exchange(
     for move in moves:
         trial = dict(kept)
         for name, direction in move.items():
-            trial[name] += direction * cost.groups[name].step
+            step = width_step(cost.groups[name], align)
+            trial[name] += step if direction > 0 else -step_down(cost.groups[name], trial[name], align)
         if any(not minimum[name] <= trial[name] <= cost.groups[name].channels for name in move):
             continue
         distance = abs(cost.total(trial, budget) - target)

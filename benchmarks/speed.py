@@ -1,0 +1,445 @@
+"""What pruning gains in time, and what it costs: latency beside MACs, scoring, memory, seconds by phase.
+
+    python benchmarks/speed.py            # all tables; --quick: fewer rows and rounds, minutes
+
+Writes `speed.md` and its plots into docs/benchmarks. Latency is that of one-shot prunes of the demo, since it
+does not depend on training; dense and pruned networks take turns, and the time is that of the process, so
+that other work on the machine counts little. Memory and phases come from a fresh process for each row.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from provenance import header
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import gfprune_cli
+from gfprune_cli.checkpoint.reader import inspect, load_model, load_scheduler
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.data.diffusion import noising_process
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.deploy.onnx_model import run_onnx
+from gfprune_cli.flow.criteria import Evidence, score
+from gfprune_cli.flow.energy import gradient
+from gfprune_cli.flow.loop import scoring_losses
+from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.progress import silent
+from gfprune_cli.pruning import make_plan
+from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]
+ONE_SHOT: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
+SMALL_RUN: dict[str, Any] = dict(
+    iterations=3, steps_per_iteration=4, draws=16, batch=8, images=32, sample_steps=2
+)
+PRODUCTS = (
+    "convolution",
+    "conv2d",
+    "conv_",
+    "addmm",
+    "::mm",
+    "bmm",
+    "matmul",
+    "linear",
+    "scaled_dot_product",
+)
+DISPATCH = (
+    "empty",
+    "view",
+    "reshape",
+    "as_strided",
+    "transpose",
+    "resolve",
+    "expand",
+    "unsqueeze",
+    "::t",
+    "to",
+)
+MEASURE = """
+import json, resource, sys
+import gfprune_cli, gfprune_cli.pruning, diffusers
+with open("/proc/self/statm") as file:
+    start = int(file.read().split()[1]) * resource.getpagesize()
+result = gfprune_cli.prune(**json.loads(sys.argv[1]))
+with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
+    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+found = {"peak": peak - start, "phases": result.seconds_by_phase, "params": result.params["before"]}
+print(json.dumps(found))
+"""
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Dense beside pruned at one batch size; times in milliseconds, `speedup` the median of the ratios."""
+
+    runtime: str
+    batch: int
+    budget: str
+    sparsity: float
+    align: int
+    mac_ratio: float
+    dense: float
+    pruned: float
+    speedup: float
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """Realised latency gain over MAC gain."""
+        return self.speedup / self.mac_ratio
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One prune run in a process of its own: parameters, images, peak bytes and seconds by phase."""
+
+    params: int
+    images: int
+    peak: int
+    phases: dict[str, float]
+
+
+def interleaved(calls: Sequence[Call], rounds: int) -> list[list[float]]:
+    """Milliseconds of process time of each call; they take turns, in both orders."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + 2):
+        order = range(len(calls)) if number % 2 == 0 else reversed(range(len(calls)))
+        for index in order:
+            start = time.process_time()
+            calls[index]()
+            if number >= 2:  # the first calls allocate and choose kernels
+                times[index].append(1000 * (time.process_time() - start))
+    return times
+
+
+def prune_for_latency(model: str, root: Path, seed: int, settings: Sequence[tuple[str, float]]) -> list[Path]:
+    """One-shot prunes, one folder for each (budget, sparsity); everything else by default."""
+    folders = []
+    for budget, sparsity in settings:
+        folders.append(root / f"{budget}-{sparsity}")
+        gfprune_cli.prune(
+            model, out=folders[-1], budget=budget, sparsity=sparsity, seed=seed, **ONE_SHOT, force=True
+        )
+    return folders
+
+
+def caller(runtime: str, model: str, inputs: dict[str, torch.Tensor], root: Path) -> Call:
+    """One evaluation of a checkpoint in a runtime."""
+    if runtime == "eager":
+        network = gfprune_cli.load(model).eval()
+        return lambda: network(**inputs)
+    out = root / f"onnx-{Path(model).name}"
+    if not out.exists():
+        gfprune_cli.export(model, format="onnx", out=out)
+    session = run_onnx(out / "model.onnx", threads=torch.get_num_threads())
+    return lambda: session(inputs)
+
+
+def latency_gains(
+    model: str, folders: Sequence[Path], runtimes: Sequence[str], batches: Sequence[int], rounds: int
+) -> list[Gain]:
+    """Dense and pruned networks in turn: one row for each runtime, batch and folder."""
+    config = gfprune_cli.load(model).config
+    rows = []
+    for runtime in runtimes:
+        for batch in batches:
+            generator = torch.Generator().manual_seed(0)
+            shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+            inputs = {
+                "sample": torch.randn(shape, generator=generator),
+                "timestep": torch.full((batch,), 500),
+            }
+            calls = [caller(runtime, name, inputs, folders[0].parent) for name in (model, *map(str, folders))]
+            with torch.inference_mode():
+                dense, *pruned = interleaved(calls, rounds)
+            for folder, times in zip(folders, pruned, strict=True):
+                rows.append(gain(runtime, batch, folder, dense, times))
+    return rows
+
+
+def gain(runtime: str, batch: int, folder: Path, dense: Sequence[float], pruned: Sequence[float]) -> Gain:
+    record = json.loads((folder / "gfprune.json").read_text())
+    ratios = [a / b for a, b in zip(dense, pruned, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Gain(
+        runtime,
+        batch,
+        record["recipe"]["budget"],
+        record["recipe"]["sparsity"],
+        record["recipe"]["align"],
+        record["macs"]["before"] / record["macs"]["after"],
+        statistics.median(dense),
+        statistics.median(pruned),
+        middle,
+        low,
+        high,
+    )
+
+
+def gains_table(rows: Sequence[Gain]) -> str:
+    lines = [
+        "| runtime | batch | pruned with | align | MAC gain | dense, ms | pruned, ms | gain [quartiles] "
+        "| share |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.runtime} | {r.batch} | `--budget {r.budget} --sparsity {r.sparsity:g}` | {r.align} "
+        f"| {r.mac_ratio:.2f} | {r.dense:.2f} | {r.pruned:.2f} "
+        f"| {r.speedup:.2f} [{r.low:.2f}, {r.high:.2f}] | {r.share:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def kind_of(operator: str) -> str:
+    """What an operator's own time is: products, work per number, or none of either."""
+    if any(part in operator for part in PRODUCTS):
+        return "products"
+    leaf = operator.rpartition("::")[2]
+    return "dispatch" if leaf in {name.strip(":") for name in DISPATCH} else "elementwise"
+
+
+def time_by_kind(network: nn.Module, batch: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of one evaluation: in products, in other work, in dispatch, and under Python."""
+    size = network.config.sample_size
+    x, t = torch.zeros(batch, network.config.in_channels, size, size), torch.full((batch,), 500)
+    with torch.inference_mode():
+        network(x, t)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(repeats):
+                network(x, t)
+    found = {"products": 0.0, "elementwise": 0.0, "dispatch": 0.0}
+    for event in profiler.key_averages():
+        found[kind_of(event.key)] += event.self_cpu_time_total / 1000 / repeats
+    return found
+
+
+def profile_table(model: str, folders: Sequence[Path], batches: Sequence[int], repeats: int) -> str:
+    """Where the time goes, and what the gain would be if products alone followed the MACs."""
+    lines = [
+        "| batch | network | products, ms | elementwise, ms | dispatch, ms | gain if products followed MACs "
+        "exactly and nothing else shrank further |",
+        "|---|---|---|---|---|---|",
+    ]
+    dense_network = gfprune_cli.load(model).eval()
+    for batch in batches:
+        dense = time_by_kind(dense_network, batch, repeats)
+        lines.append(f"| {batch} | dense | " + " | ".join(f"{ms:.2f}" for ms in dense.values()) + " | |")
+        for folder in folders:
+            macs = json.loads((folder / "gfprune.json").read_text())["macs"]
+            ratio = macs["before"] / macs["after"]
+            found = time_by_kind(gfprune_cli.load(folder).eval(), batch, repeats)
+            ideal = found | {"products": dense["products"] / ratio}
+            best = sum(dense.values()) / sum(ideal.values())
+            lines.append(
+                f"| {batch} | {folder.name} | "
+                + " | ".join(f"{ms:.2f}" for ms in found.values())
+                + f" | {best:.2f} ({best / ratio:.2f} of {ratio:.2f}) |"
+            )
+    return "\n".join(lines)
+
+
+def scoring_table(model: str, criteria: Sequence[str], draws: int, repeats: int, seed: int) -> str:
+    """The cost of one scoring in gradients over the same draws: counted, and as time."""
+    component = inspect(resolve(model))
+    plan = make_plan(resolve(model), PruneRecipe(model=model), silent)
+    process = noising_process(load_scheduler(component))
+    masked = MaskedModel(load_model(component), plan.groups)
+    config = masked.model.config
+    shape = (32, config.in_channels, config.sample_size, config.sample_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    losses = scoring_losses(masked, process, Draws(images, process.steps, seed), 1, draws, 16, silent)
+    effective = {name: weight.detach() for name, weight in masked.weights.items()}
+    counted: dict[str, float] = {}
+
+    def once(criterion: Any) -> None:
+        evidence = Evidence(masked, losses, seed)
+        score(criterion, evidence)
+        counted[criterion] = evidence.gradients
+
+    calls: list[Call] = [lambda: gradient(losses, effective)]
+    calls += [lambda criterion=name: once(criterion) for name in criteria]
+    base, *times = interleaved(calls, repeats)
+    lines = ["| criterion | gradients, counted | time in gradients | seconds |", "|---|---|---|---|"]
+    for name, values in zip(criteria, times, strict=True):
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        seconds = statistics.median(values) / 1000
+        lines.append(f"| `{name}` | {counted[name]:.2f} | {ratio:.2f} | {seconds:.2f} |")
+    return "\n".join(lines)
+
+
+def random_pipeline(folder: Path, width: int, seed: int) -> Path:
+    """A DDPM U-Net of random weights whose widths are multiples of `width`, on 16 x 16 images."""
+    torch.manual_seed(seed)
+    network = UNet2DModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width, 2 * width),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def footprint(model: str, root: Path, seed: int, **settings: Any) -> Footprint:
+    """Peak memory, above what imports take, and seconds by phase of one prune run."""
+    asked = SMALL_RUN | settings | dict(model=model, out=str(root / "out"), seed=seed, force=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Footprint(found["params"], asked["images"], found["peak"], found["phases"])
+
+
+def footprint_table(rows: Sequence[Footprint]) -> str:
+    phases = list(dict.fromkeys(name for row in rows for name in row.phases))
+    lines = [
+        "| parameters | images | peak memory, MB | "
+        + " | ".join(f"{name}, s" for name in phases)
+        + " | all, s |",
+        "|---" * (len(phases) + 4) + "|",
+    ]
+    for row in rows:
+        seconds = [f"{row.phases.get(name, 0):.1f}" for name in phases]
+        total = sum(row.phases.values())
+        lines.append(
+            f"| {row.params / 1e6:.2f} M | {row.images} | {row.peak / 1e6:.0f} | "
+            + " | ".join(seconds)
+            + f" | {total:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_gains(rows: Sequence[Gain], path: Path) -> None:
+    """Latency gain over MAC gain; on the diagonal time follows MACs."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    for runtime, batch in dict.fromkeys((row.runtime, row.batch) for row in rows):
+        points = sorted((r.mac_ratio, r.speedup) for r in rows if (r.runtime, r.batch) == (runtime, batch))
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{runtime}, batch {batch}")
+    end = max(row.mac_ratio for row in rows)
+    axes.plot([1, end], [1, end], color="grey", linestyle=":", label="time follows MACs")
+    axes.set(xlabel="MAC gain", ylabel="latency gain")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def plot_growth(rows: Sequence[Footprint], path: Path) -> None:
+    """Peak memory and seconds by phase over model size."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    millions = [row.params / 1e6 for row in rows]
+    left.loglog(millions, [row.peak / 1e6 for row in rows], marker="o")
+    left.set(xlabel="million parameters", ylabel="peak memory, MB")
+    for name in dict.fromkeys(phase for row in rows for phase in row.phases):
+        right.loglog(millions, [max(row.phases.get(name, 0), 1e-2) for row in rows], marker="o", label=name)
+    right.set(xlabel="million parameters", ylabel="seconds")
+    right.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """The same figure gives the same file."""
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def page(command: str, seed: int, sections: dict[str, str]) -> str:
+    """The whole of `speed.md`."""
+    body = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+    return f"# Speed, memory and cost\n\n{header(command, seed)}{body}"
+
+
+GAINS_TEXT = """One-shot prunes of the demo with the default `--align auto`. *Gain* is dense time over pruned
+time, *share* is that over the MAC gain.
+
+![Latency gain over MAC gain](speed-gains.svg)
+
+"""
+PROFILE_TEXT = """Own time of operators in PyTorch's profiler, which adds to each. *Products*:
+convolutions, linear layers, attention. *Elementwise*: norms, activations, additions, copies,
+concatenation. *Dispatch*: operators that compute nothing. The profiler counts time on the wall: on
+a busy machine read proportions, and no difference between two rows.
+
+"""
+GROWTH_TEXT = """U-Nets of random weights on 16 x 16 images; 3 iterations of 4 steps at batch 8, 16 draws per
+scoring, 2 sampling steps; each in a process of its own. Memory is above what imports take.
+
+![Growth with model size](speed-growth.svg)
+
+"""
+IMAGES_TEXT = """The same with the demo, 20 sampling steps per image as by default.
+
+"""
+
+
+def run(options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """Title and text of every section, in the order of the page."""
+    quick = options.quick
+    batches, rounds = ([1, 16], 15) if quick else ([1, 16, 64], 40)
+    folders = prune_for_latency("demo", root, options.seed, SETTINGS)
+    gains = latency_gains("demo", folders, ["eager"] if quick else ["eager", "onnx"], batches, rounds)
+    plot_gains(gains, options.out / "speed-gains.svg")
+    yield "Latency gain over MAC gain", GAINS_TEXT + gains_table(gains)
+    profiled = profile_table("demo", folders, batches[:2], 3 if quick else 10)
+    yield "Where the time goes", PROFILE_TEXT + profiled
+    criteria, repeats = list(CriterionName.__args__), 3 if quick else 7
+    yield "Cost of scoring", scoring_table("demo", criteria, 32, repeats, options.seed)
+    sizes = []
+    for width in (24, 48) if quick else (24, 48, 96, 192):
+        model = random_pipeline(root / f"random-{width}", width, options.seed)
+        sizes.append(footprint(str(model), root, options.seed))
+    plot_growth(sizes, options.out / "speed-growth.svg")
+    yield "Growth with model size", GROWTH_TEXT + footprint_table(sizes)
+    counts = (16, 64) if quick else (16, 64, 256, 1024)
+    images = [footprint("demo", root, options.seed, images=count, sample_steps=20) for count in counts]
+    yield "Growth with images", IMAGES_TEXT + footprint_table(images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer batches, rounds, sizes; no ONNX")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and ONNX Runtime")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        sections: dict[str, str] = {}
+        for title, text in run(options, Path(temporary)):  # what a run that is stopped has measured stands
+            sections[title] = text
+            (options.out / "speed.md").write_text(page(command, options.seed, sections), encoding="utf-8")
+            print(f"\n## {title}\n\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
