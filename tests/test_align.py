@@ -292,6 +292,9 @@ def test_a_resumed_run_keeps_the_alignment_of_its_state(
         gfprune_cli.prune(str(pipeline_folder), out=out, resume=True, align=4, **QUICK)
     gfprune_cli.prune(str(pipeline_folder), out=out, resume=True, **QUICK)
     assert files_of(out) == files_of(whole)
+    again = gfprune_cli.prune(str(pipeline_folder), out=out, resume=True, **QUICK)  # it is finished
+    assert again.params == json.loads(files_of(out)["gfprune.json"])["params"]
+    assert files_of(out) == files_of(whole)
 
 
 def test_nothing_is_measured_for_the_native_layout_or_a_plan(
