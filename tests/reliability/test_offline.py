@@ -18,7 +18,18 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 WATCHED = """
 import contextlib, io, json, sys
 events = []
-sys.addaudithook(lambda name, _: events.append(name) if name.startswith("socket.") else None)
+
+
+def watch(name, arguments):
+    if name.startswith("socket."):
+        frame = sys._getframe()
+        while frame and frame.f_code.co_name != "_has_ipv6":
+            frame = frame.f_back
+        if not frame:  # urllib3, when imported, binds ::1 to see whether there is IPv6; it sends nothing
+            events.append(name)
+
+
+sys.addaudithook(watch)
 from gfprune_cli.cli.main import app
 codes, errors = [], []
 for arguments in json.loads(sys.argv[1]):
