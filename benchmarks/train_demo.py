@@ -1,8 +1,8 @@
 """Train the checkpoint that ships as `gfprune_cli/demo`: a small DDPM on 32 x 32 Noto emoji.
 
     python benchmarks/train_demo.py --data noto-emoji-32.npz --out first --minutes 72
-    python benchmarks/train_demo.py --data noto-emoji-32.npz --out gfprune_cli/demo --minutes 27 \
-        --init first --lr 6e-4 --faces 4 --noise-weight 20
+    python benchmarks/train_demo.py --data noto-emoji-32.npz --out gfprune_cli/demo --grid docs/samples.png \
+        --minutes 27 --init first --lr 6e-4 --faces 4 --noise-weight 20
 
 The data file holds `x` [N, 32, 32, 3] uint8 and `c` [N] category names. Every tenth image of the
 chosen categories is held out: it is never trained on and ships beside the training images.
@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +25,30 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from PIL import Image
 
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
-NETWORK = dict(
-    sample_size=32,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=1,
-    block_out_channels=(32, 48, 80, 72),
-    norm_num_groups=8,
-    attention_head_dim=16,
-    down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-)
 WARMUP_STEPS = 200
 EMA_DECAY = 0.9993
 HELD_OUT_EVERY = 10
 
 
-def load_split(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def network(widths: Sequence[int]) -> UNet2DModel:
+    """A U-Net of four stages for 32 x 32 colours, with attention at 8 x 8."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=tuple(widths),
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+
+
+def load_split(path: Path, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images of the chosen categories as uint8 [N, 32, 32, 3]: (training, held out, training is a face)."""
     with np.load(path) as data:
-        chosen = np.isin(data["c"], CATEGORIES)
+        chosen = np.isin(data["c"], categories)
         images, faces = data["x"][chosen], data["c"][chosen] == CATEGORIES[0]
     held_out = np.arange(len(images)) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
     return images[~held_out], images[held_out], faces[~held_out]
@@ -93,14 +98,14 @@ def save_grid(folder: Path, path: Path, rows: int = 6, columns: int = 10) -> Non
 
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
-    training, held_out, faces = load_split(options.data)
+    training, held_out, faces = load_split(options.data, options.categories)
     chances = torch.tensor(np.where(faces, options.faces, 1.0)).to(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out / "images.npz", x=training, held_out=held_out)
     images, probes = to_tensor(training).to(options.device), to_tensor(held_out)
     scheduler = DDPMScheduler()
     weights = sample_weights(scheduler.alphas_cumprod, options.noise_weight).to(options.device)
-    model = UNet2DModel(**NETWORK)
+    model = network(options.widths)
     if options.init:
         model.load_state_dict(UNet2DModel.from_pretrained(options.init, subfolder="unet").state_dict())
     model = model.train().to(options.device, memory_format=torch.channels_last)
@@ -147,14 +152,17 @@ def train(options: argparse.Namespace) -> None:
         "held_out_loss": loss_held_out,
     }
     (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    save_grid(options.out, options.grid)
+    if options.grid:
+        save_grid(options.out, options.grid)
 
 
-if __name__ == "__main__":
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--grid", type=Path, default=Path("docs/samples.png"))
+    parser.add_argument("--grid", type=Path, help="PNG of samples to write, such as docs/samples.png")
+    parser.add_argument("--categories", nargs="+", default=CATEGORIES)
+    parser.add_argument("--widths", type=int, nargs="+", default=(32, 48, 80, 72))
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--init", type=Path, help="pipeline folder to start from")
@@ -164,4 +172,8 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    train(arguments().parse_args())

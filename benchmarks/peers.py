@@ -1,0 +1,159 @@
+"""The methods that gfprune is measured against, each as its own source describes it.
+
+Torch-Pruning (arXiv 2301.12900) prunes with its own pruner, importances and selection: one ratio for all layers,
+importance averaged over the groups of a group norm, the same index removed from each of them. Diff-Pruning
+(arXiv 2305.10924) is that pruner with a Taylor importance whose gradients stop at the timestep where the loss falls
+below a share of the largest, as in its `ddpm_prune.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from gfprune_cli.data.diffusion import NoisingProcess
+from gfprune_cli.data.draws import Draws
+
+CHUNK = 16
+THRESHOLD = 0.05  # of the largest loss: Diff-Pruning's default
+DIFF_PRUNING_IMAGES = 4  # that every timestep sees, one batch for all of them
+BISECTIONS = 14
+
+
+def taylor_gradients(model: nn.Module, process: NoisingProcess, draws: Draws, count: int) -> int:
+    """Gradients of the denoising loss over `count` draws, left in the parameters; returns how many were taken."""
+    for first in range(0, count, CHUNK):
+        batch = draws.batch("score", 1, min(CHUNK, count - first), first=first, of=count)
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        output = model(noisy, process.timesteps(batch.index)).sample
+        (process.losses(output, batch.images, batch.noise, batch.index).sum() / count).backward()
+    return count
+
+
+def diff_pruning_gradients(model: nn.Module, process: NoisingProcess, draws: Draws, count: int) -> int:
+    """One gradient per timestep of the same few images, from low noise up, until the loss gets small.
+
+    Args:
+        count: the most gradients to take; timesteps are visited at even distances so that they suffice.
+    """
+    batch = draws.batch("score", 1, DIFF_PRUNING_IMAGES)
+    visited = max(1, count // DIFF_PRUNING_IMAGES)
+    largest, taken = 0.0, 0
+    for index in torch.linspace(0, process.steps - 1, visited).long():
+        levels = index.expand(DIFF_PRUNING_IMAGES)
+        noisy = process.add_noise(batch.images, batch.noise, levels)
+        loss = process.losses(
+            model(noisy, process.timesteps(levels)).sample, batch.images, batch.noise, levels
+        ).mean()
+        taken += DIFF_PRUNING_IMAGES
+        largest = max(largest, float(loss))
+        if float(loss) < THRESHOLD * largest:
+            break
+        loss.backward()
+    return taken
+
+
+Scoring = Callable[[nn.Module, NoisingProcess, Draws, int], int]
+
+
+def importance_of(peer: str) -> tuple[Any, Scoring | None]:
+    """Torch-Pruning's importance, and the gradients that it needs."""
+    if peer == "magnitude":
+        return tp.importance.GroupMagnitudeImportance(p=2), None
+    if peer == "random":
+        return tp.importance.RandomImportance(), None
+    if peer == "taylor":
+        return tp.importance.GroupTaylorImportance(), taylor_gradients
+    if peer == "diff-pruning":
+        return tp.importance.GroupTaylorImportance(multivariable=True), diff_pruning_gradients
+    raise ValueError(f"no peer {peer!r}")
+
+
+def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float, *, keep_global: bool = False) -> None:
+    """Torch-Pruning's pruner, in place: `ratio` of the channels of every layer.
+
+    Args:
+        keep_global: rank the units of all layers together instead.
+    """
+    example = {
+        "sample": torch.randn(
+            1, model.config.in_channels, model.config.sample_size, model.config.sample_size
+        ),
+        "timestep": torch.ones((1,), dtype=torch.long),
+    }
+    heads = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            heads |= dict.fromkeys((module.to_q, module.to_k, module.to_v), module.heads)
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=importance,
+        global_pruning=keep_global,
+        pruning_ratio=ratio,
+        ignored_layers=[model.conv_out],
+        channel_groups=heads,
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    for module in model.modules():
+        if isinstance(module, Upsample2D | Downsample2D):
+            module.channels = module.conv.in_channels
+            module.out_channels = module.conv.out_channels
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def pruned_by(
+    peer: str,
+    dense: Callable[[], UNet2DModel],
+    sparsity: float,
+    process: NoisingProcess,
+    draws: Draws,
+    count: int,
+) -> tuple[UNet2DModel, int]:
+    """The network that a peer leaves, nearest to a share of removed parameters, and the gradients it took.
+
+    Args:
+        dense: makes a copy of the dense network.
+        count: gradients that scoring may take.
+    """
+    importance, score = importance_of(peer)
+    scored, taken = dense().requires_grad_(True), 0
+    if score is not None:
+        taken = score(scored, process, draws, count)
+    gradients = {name: parameter.grad for name, parameter in scored.named_parameters()}
+    total, best, low, high = parameters(scored), scored, 0.0, 1.0
+    for ratio in bisection(low, high):
+        model = dense().requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+        torch.manual_seed(draws.seed)  # of the random importance
+        prune_uniformly(model, importance, ratio.value)
+        ratio.more = 1 - parameters(model) / total < sparsity
+        if abs(1 - parameters(model) / total - sparsity) < abs(1 - parameters(best) / total - sparsity):
+            best = model
+    best.zero_grad(set_to_none=True)
+    return best, taken
+
+
+class Ratio:
+    """A ratio to try; whoever tries it says whether it has to grow."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.more = value, False
+
+
+def bisection(low: float, high: float) -> Iterator[Ratio]:
+    for _ in range(BISECTIONS):
+        ratio = Ratio((low + high) / 2)
+        yield ratio
+        low, high = (ratio.value, high) if ratio.more else (low, ratio.value)
