@@ -26,6 +26,7 @@ from gpu_networks import (
 from report_gpu import (
     DENSE,
     PEERS,
+    SAME_MACS,
     UNIFORM,
     Board,
     Table,
@@ -226,14 +227,17 @@ class Run:
             self.board.put("quality", name, **{"prune seconds": meter.seconds})
         if not narrow:
             return
-        params = size_of(next(iter(narrow.values()))[0])["params"]
+        shares = self.shares(next(iter(narrow.values()))[0])
         if self.in_time(row("gfprune", label)):
             with self.attempt(row("gfprune", label)):
-                self.by_gfprune(label, 1 - params / self.dense_size["params"])
+                self.by_gfprune(label, 1 - shares["params share"])
         for peer, (model, taken) in narrow.items():
             if self.in_time(row(peer, label)):
                 with self.attempt(row(peer, label)):
                     self.by_peer(row(peer, label), model, taken)
+        if self.in_time(row(SAME_MACS, label)):
+            with self.attempt(row(SAME_MACS, label)):
+                self.same_macs(row(SAME_MACS, label), 1 - shares["macs share"])
 
     def by_gfprune(self, label: str, sparsity: float) -> None:
         """`gfprune prune` and `gfprune finetune`."""
@@ -255,6 +259,21 @@ class Run:
                 str(pruned), out=tuned, steps=steps, batch=form.batch, save_every=0, sample_every=0, **common
             )
         self.evaluate(name, taken + steps * form.batch, pruning.seconds, tuning.seconds)
+
+    def same_macs(self, name: str, sparsity: float) -> None:
+        """The widths that gfprune chooses at a share of the MACs, to time."""
+        with self.phase(f"prune {name}"):
+            gfprune.prune(
+                str(self.folder(DENSE)),
+                out=self.folder(name),
+                budget="macs",
+                sparsity=sparsity,
+                one_shot=True,
+                data=str(self.emoji.training),
+                images=ALL_IMAGES,
+                seed=self.seed,
+                device=str(self.device),
+            )
 
     def by_peer(self, name: str, model: nn.Module, taken: int) -> None:
         form = self.form
@@ -295,7 +314,7 @@ class Run:
 
     def measure_costs(self) -> None:
         """Latency and memory of the networks that are there."""
-        names = [DENSE] + [row(m, label) for label in self.form.ratios for m in ("gfprune", UNIFORM)]
+        names = next(table.rows for table in self.board.tables if table.key == "latency")
         networks = {name: gfprune.load(self.folder(name)) for name in names if self.folder(name).exists()}
         precision = default_precision(self.device)
         for name, network in networks.items():

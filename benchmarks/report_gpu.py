@@ -13,6 +13,7 @@ DENSE = "dense"
 METHODS = {"gfprune": "gfprune", "taylor": "Torch-Pruning, Taylor", "diff-pruning": "Diff-Pruning"}
 PEERS = tuple(name for name in METHODS if name != "gfprune")
 UNIFORM = "Torch-Pruning widths"  # what both peers leave, whatever their scores
+SAME_MACS = "gfprune, MACs of the peers"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def scoring_table(rows: Sequence[str]) -> Table:
 
 def networks(labels: Sequence[str]) -> list[str]:
     """Rows of what does not depend on training."""
-    return [DENSE, *(row(method, label) for label in labels for method in ("gfprune", UNIFORM))]
+    return [DENSE, *(row(method, label) for label in labels for method in ("gfprune", SAME_MACS, UNIFORM))]
 
 
 def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
@@ -121,7 +122,8 @@ def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
             ]
     note = (
         "One evaluation of the network: medians of one interleaved run, the device synchronised around every "
-        "call; on CUDA bf16 by autocast and channels_last."
+        "call; on CUDA bf16 by autocast and channels_last. Rows with the MACs of the peers are widths of "
+        "`gfprune prune --budget macs --one-shot`, which latency depends on and training does not change."
     )
     return Table("latency", "Latency", note, "network", networks(labels), columns)
 
@@ -142,6 +144,7 @@ def phases_table(labels: Sequence[str]) -> Table:
         rows += [
             f"{part} {row(method, label)}" for method in METHODS for part in ("prune", "finetune", "eval")
         ]
+        rows.append(f"prune {row(SAME_MACS, label)}")
     columns = [
         Column("seconds", "seconds", number(1)),
         Column("peak memory, MiB", "peak", scaled(1 << 20, 0)),

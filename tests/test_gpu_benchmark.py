@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import gpu_costs  # noqa: E402
 import gpu_networks  # noqa: E402
-from report_gpu import DENSE, METHODS, NO_FIGURE, NOT_MEASURED, Board, row  # noqa: E402
+from report_gpu import DENSE, METHODS, NO_FIGURE, NOT_MEASURED, SAME_MACS, UNIFORM, Board, row  # noqa: E402
 
 CPU = torch.device("cpu")
 SECTIONS = ["Quality", "Scoring cost", "Latency", "Memory", "Phases"]
@@ -73,6 +73,8 @@ def test_methods_are_compared_at_one_size_and_one_cost(toy: tuple[int, Path]) ->
     """The same parameters within one point, and the same gradients within one batch and one scoring."""
     cells = json.loads((toy[1] / "gpu.json").read_text())["tables"]
     label = next(iter(gpu.TOY.ratios))
+    macs = [cells["latency"][row(name, label)]["macs share"] for name in (SAME_MACS, UNIFORM)]
+    assert abs(macs[0] - macs[1]) <= 0.01
     rows = [cells["quality"][row(name, label)] for name in METHODS]
     shares = [found["params share"] for found in rows]
     assert max(shares) - min(shares) <= 0.01
@@ -174,11 +176,20 @@ def test_compilation_stops_when_the_time_does(monkeypatch: pytest.MonkeyPatch) -
     """Networks are compiled in order, none without the time for it, and those that were are timed."""
     from diffusers import UNet2DModel
 
-    monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
+    kinds = set()
+
+    def watched(network: Any, dynamic: bool) -> Any:
+        network.register_forward_pre_hook(
+            lambda module, args, kwargs: kinds.add(kwargs["sample"].is_inference()), with_kwargs=True
+        )
+        return network
+
+    monkeypatch.setattr(torch, "compile", watched)
     networks = {name: UNet2DModel(**gpu.TOY.network) for name in ("first", "second", "third")}
     timing = gpu_costs.Timing(networks, CPU, "fp32")
     left = iter([1000.0, 1000.0, 0.0])
     compiled = timing.compiled(list(networks), 1, lambda: next(left))
     assert list(compiled) == ["first", "second"]
     assert list(timing.measure(compiled, 1)) == ["first", "second"]
+    assert len(kinds) == 1  # a second kind of input would be compiled for while the clock runs
     assert timing.compiled(list(networks), 1, lambda: 1.0) == {}
