@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return."""
+    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return.
+
+    Memory that an operator is about to write is not filled first: torch does so to show reads of what was
+    never written, at the price of one more pass over every output.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     algorithms = (
@@ -23,11 +27,14 @@ def deterministic() -> Iterator[None]:
     )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
+    debugging: Any = torch.utils.deterministic
+    filled, debugging.fill_uninitialized_memory = debugging.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
+        debugging.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
 
 

@@ -76,11 +76,12 @@ class Draws:
             offset = float(torch.rand((), generator=source))
             index.append(self.level(purpose, step, draw, of, levels, offset))
             noise.append(torch.randn(self.images.shape[1:], generator=source))
+        # none of these copies waits for the device: it is still busy with the batch before
         device = self.images.device
         return Batch(
-            self.images[chosen],
-            torch.stack(noise).to(device, self.images.dtype),
-            torch.tensor(index, device=device),
+            self.images[torch.tensor(chosen).to(device, non_blocking=True)],
+            torch.stack(noise).to(device, self.images.dtype, non_blocking=True),
+            torch.tensor(index).to(device, non_blocking=True),
             None if self.conditions is None else self.conditions[chosen].to(device),
         )
 

@@ -50,7 +50,7 @@ def mean_square(difference: torch.Tensor) -> torch.Tensor:
 
 def per_sample(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[N, 1, ...] entries of a schedule, on the device and in the dtype of `like`."""
-    return values.to(like.device)[index].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return values.to(like.device, non_blocking=True)[index].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def mean_part(output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

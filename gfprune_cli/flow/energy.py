@@ -29,7 +29,7 @@ def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
         losses: one function per chunk; chunks count equally.
         weights: point of evaluation; leaves this function untouched.
     """
-    total = 0.0
+    total: torch.Tensor | None = None  # read once: every look at a number waits for the device
     summed: Weights = {}
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         for loss in losses:
@@ -38,7 +38,8 @@ def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
             found = torch.autograd.grad(
                 value, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
-            total += value.detach().double().item()
+            part = value.detach().double()
+            total = part if total is None else total + part
             if not summed:
                 # autograd may hand out one tensor for several inputs, or an expanded one
                 summed = {name: part.clone() for name, part in zip(leaves, found, strict=True)}
@@ -47,12 +48,14 @@ def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
                     summed[name] += part
     for tensor in summed.values():
         tensor /= len(losses)
-    return total / len(losses), summed
+    assert total is not None
+    return total.item() / len(losses), summed
 
 
 def norm(tensors: Weights) -> float:
     """Euclidean norm over all tensors."""
-    return float(sum(float(tensor.double().square().sum()) for tensor in tensors.values())) ** 0.5
+    squares = torch.stack([tensor.double().square().sum() for tensor in tensors.values()])
+    return float(sum(squares.tolist())) ** 0.5
 
 
 def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Weights:

@@ -201,11 +201,10 @@ class PruningLoop:
         for key, tensor in tensors.items():
             family, _, name = key.partition("/")
             families.setdefault(family, {})[name] = tensor
-        device = self.draws.images.device
         with torch.no_grad():
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
-        self.masked.set_masks({name: mask.to(device) for name, mask in families["mask"].items()})
+        self.masked.set_masks(families["mask"])
         adam = self.trainer.adam
         adam.first = self.like_weights(families.get("first", {}))
         adam.second = self.like_weights(families.get("second", {}))

@@ -1,6 +1,7 @@
 """Soft masks: one number in [0, 1] per unit, moved by bounded steps and applied to what units produce."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,7 @@ class MaskedModel:
     Args:
         model: the network; its norms are replaced by mask-aware ones in place.
         groups: channel groups of the network.
+        masks: on the CPU, where they are decided.
     """
 
     model: nn.Module
@@ -103,27 +105,40 @@ class MaskedModel:
                 self.returned[name] = MaskedOutput()
                 owner = self.model.get_submodule(name.rpartition(".")[0])
                 owner.register_forward_hook(self.returned[name])
-        device = next(iter(self.weights.values())).device
-        self.set_masks(self.masks or full_masks(self.groups, device))
+        self.set_masks(self.masks or full_masks(self.groups, torch.device("cpu")))
 
     def set_masks(self, masks: Masks) -> None:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""
-        self.masks = masks
-        self.gates = {group.name: masks[group.name][0] for group in self.groups if group.stack}
+        self.masks = {name: mask.cpu() for name, mask in masks.items()}
+        members = self.member_masks()
+        stacked = [group.name for group in self.groups if group.stack]
+        cast = self.sent([*members.values(), *(self.masks[name] for name in stacked)])
+        exact = cast(torch.float64)
+        self.gates = {name: gate[0] for name, gate in zip(stacked, exact[len(members) :], strict=True)}
         self.factors = {}
         modules = dict(self.model.named_modules())
-        for (name, dimension), mask in self.member_masks().items():
+        for number, ((name, dimension), mask) in enumerate(members.items()):
             module = modules.get(name)
             if isinstance(module, MaskedGroupNorm | MaskedFeatureNorm):
-                module.set_mask(mask)
+                module.set_mask(exact[number], full=bool((mask == 1).all()))
             if name in self.returned:
-                self.returned[name].mask = mask
+                self.returned[name].mask = exact[number]
             for key in leaves(name):
                 weight = self.weights.get(key)
                 if weight is not None:
                     shape = [1] * weight.ndim
                     shape[dimension] = -1
-                    self.factors[key] = mask.to(weight).view(shape)
+                    self.factors[key] = cast(weight.dtype)[number].view(shape)
+
+    def sent(self, masks: list[torch.Tensor]) -> Callable[[torch.dtype], tuple[torch.Tensor, ...]]:
+        """Type -> the masks in it on the device of the network.
+
+        They travel in one piece: a copy for each of hundreds of layers would wait for the device each time.
+        """
+        device = next(iter(self.weights.values())).device
+        whole = torch.cat([torch.empty(0, dtype=torch.float64), *masks]).to(device, non_blocking=True)
+        sizes = [len(mask) for mask in masks]
+        return functools.cache(lambda dtype: whole.to(dtype).split(sizes))
 
     def member_masks(self) -> dict[tuple[str, int], torch.Tensor]:
         """(producer, the dimension of its weights) -> mask; concatenated groups fill their own parts."""

@@ -30,11 +30,15 @@ class MaskedGroupNorm(nn.Module):
     def channels(self) -> int:
         return len(self.membership)
 
-    def set_mask(self, mask: torch.Tensor) -> None:
-        """Weigh channels by `mask` [C]; groups without any weight take statistics 0."""
+    def set_mask(self, mask: torch.Tensor, *, full: bool | None = None) -> None:
+        """Weigh channels by `mask` [C]; groups without any weight take statistics 0.
+
+        Args:
+            full: whether all of it is 1, if that is known: a look at the mask waits for its device.
+        """
         weighted = self.membership * mask.to(self.membership).unsqueeze(1)
         self.averaging = weighted / weighted.sum(0).clamp_min(torch.finfo(weighted.dtype).tiny)
-        self.full = bool((mask == 1).all())
+        self.full = bool((mask == 1).all()) if full is None else full
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.full and self.native:
@@ -57,11 +61,15 @@ class MaskedFeatureNorm(nn.Module):
         self.mask = torch.empty(0)
         self.full = True
 
-    def set_mask(self, mask: torch.Tensor) -> None:
-        """Weigh channels by `mask` [C]; without any weight the statistics are 0."""
+    def set_mask(self, mask: torch.Tensor, *, full: bool | None = None) -> None:
+        """Weigh channels by `mask` [C]; without any weight the statistics are 0.
+
+        Args:
+            full: whether all of it is 1, if that is known.
+        """
         self.mask = mask
         self.averaging = mask / mask.sum().clamp_min(torch.finfo(mask.dtype).tiny)
-        self.full = bool((mask == 1).all())
+        self.full = bool((mask == 1).all()) if full is None else full
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,5 +1,6 @@
 """Training of the weights between mask steps, with distillation from the dense model."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -130,7 +131,8 @@ class Trainer:
             total += loss.detach()
         weights = self.masked.weights
         length = nn.utils.clip_grad_norm_(weights.values(), CLIP)
-        if not (torch.isfinite(length) and torch.isfinite(total)):
+        value, norm = torch.stack([total, length.to(total)]).tolist()  # one wait for the device
+        if not (math.isfinite(value) and math.isfinite(norm)):
             culprit = next(
                 (n for n, w in weights.items() if w.grad is not None and not bool(w.grad.isfinite().all())),
                 "none",
@@ -139,7 +141,7 @@ class Trainer:
                 f"the training loss at step {step} is not finite (first bad gradient: {culprit}): "
                 "lower --learning-rate"
             )
-        return float(total)
+        return float(value)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean of distill * |student - teacher|^2 + (1 - distill) * denoising loss."""

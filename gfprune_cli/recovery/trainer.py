@@ -113,10 +113,10 @@ class Trainer:
             for name, value in self.backward(step, first, min(self.micro_batch, share.stop - first)).items():
                 sums[name] = sums.get(name, 0) + value
         names = self.term_names()
-        packed = torch.stack(
-            [sums.get(name, torch.zeros(())).cpu() for name in names] + [torch.tensor(float(stop))]
-        )
-        *means, stops = self.processes.total(packed.to(self.processes.device)).tolist()
+        device = self.processes.device  # waited for once, for all numbers together
+        packed = [sums[name] if name in sums else torch.zeros((), device=device) for name in names]
+        stopped = torch.full((), float(stop), device=device)
+        *means, stops = self.processes.total(torch.stack([*packed, stopped])).tolist()
         if stops:
             self.optimizer.zero_grad(set_to_none=True)
             raise Stopped

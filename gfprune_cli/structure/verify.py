@@ -103,8 +103,7 @@ def masked_by(
 ) -> Iterator[MaskedModel]:
     """The network under masks; its own norms are put back afterwards."""
     before = dict(model.named_modules())
-    device = next(model.parameters()).device
-    masks = {name: alive.double().to(device) for name, alive in kept.items()}
+    masks = {name: alive.double() for name, alive in kept.items()}
     try:
         with hooks_as_before(model):
             yield MaskedModel(model, groups, masks)

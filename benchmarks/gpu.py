@@ -1,0 +1,121 @@
+"""gfprune against its peers on a GPU, in one run of under 9 minutes.
+
+    python benchmarks/gpu.py                        # on CUDA: docs/benchmarks/gpu.md, gpu.json
+    python benchmarks/gpu.py --toy --out toy        # tiny networks on the CPU, to see that it works
+
+Trains a dense U-Net of google/ddpm-cifar10-32's architecture (35.7 M parameters) on emoji, prunes it to what
+Torch-Pruning leaves when a quarter or half of the channels of every layer go (44 % and 75 % of the
+parameters), finetunes, evaluates, and measures the cost of scoring, latency and memory. `--minutes` sizes
+every phase: dense training by the clock, the others by the speed that was measured. Both files are written
+anew after every number. Without CUDA and `--toy` the page is written with every number "not measured".
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gpu_networks import CIFAR10
+from gpu_run import ALL_IMAGES, Clock, Form, Run
+from provenance import header
+from report_gpu import Board, is_measured
+
+HERE = Path(__file__).parent
+
+FULL = Form(
+    network=CIFAR10,
+    images=ALL_IMAGES,
+    ratios={"44 %": 0.25, "75 %": 0.5},
+    dense_steps=float("inf"),
+    batch=256,
+    gradients=None,
+    scoring=512,
+    prune={},
+    cost_draws=64,
+    cost_repeats=3,
+    samples=512,
+    sample_steps=20,
+    batches=(1, 256),
+    compile=True,
+)
+TINY = dict(
+    sample_size=16,
+    layers_per_block=1,
+    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=4,
+)
+TOY = Form(
+    network=CIFAR10 | TINY,
+    images=24,
+    ratios={"half of the channels": 0.5},
+    dense_steps=2,
+    batch=4,
+    gradients=48,
+    scoring=8,
+    prune=dict(iterations=3, draws=4),
+    cost_draws=4,
+    cost_repeats=1,
+    samples=4,
+    sample_steps=2,
+    batches=(1, 2),
+    compile=False,
+)
+
+
+def unmeasured(folder: Path) -> int:
+    """The page without a number, unless there is one with numbers."""
+    command = "    python benchmarks/gpu.py"
+    board = Board(
+        folder,
+        FULL.tables(),
+        [
+            "Not measured: no CUDA device was at hand. This fills every number, in under 9 minutes:",
+            "",
+            command,
+        ],
+    )
+    if is_measured(board.page):
+        print(f"{board.page} holds measured numbers and there is no CUDA device: left alone", file=sys.stderr)
+        return 1
+    board.write()
+    print(board.page)
+    return 0
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="tiny networks; runs on the CPU")
+    parser.add_argument("--minutes", type=float, default=8.5, help="that the run may take")
+    parser.add_argument("--out", type=Path, help="folder of gpu.md and gpu.json")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run, and return the exit code: 1 if something could not be measured for another reason than time."""
+    options = arguments(given)
+    clock = Clock(60 * options.minutes)
+    out = options.out or (Path("build/gpu-toy") if options.toy else HERE.parent / "docs" / "benchmarks")
+    if not options.toy and not torch.cuda.is_available():
+        return unmeasured(out)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    warnings.filterwarnings("ignore")
+    form, device = (TOY, torch.device("cpu")) if options.toy else (FULL, torch.device("cuda"))
+    command = "python benchmarks/gpu.py " + ("--toy" if options.toy else f"--minutes {options.minutes:g}")
+    with tempfile.TemporaryDirectory() as folder:
+        board = Board(out, form.tables(), header(command, options.seed).splitlines())
+        run = Run(form, Path(folder), board, device, clock, options.seed)
+        run.execute()
+    print(board.text())
+    print(board.page)
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
