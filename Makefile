@@ -49,11 +49,13 @@ thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliab
 
 benchmark: $(STAMP) ## Compare with other methods, quick form (20 minutes on two cores), into docs/benchmarks/
 	$(BIN)/python benchmarks/quality.py --quick
+	$(BIN)/python benchmarks/speed.py --quick
 
 benchmark-full: $(STAMP) ## The full comparison and the studies behind the defaults (hours)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/criterion.py
 	$(BIN)/python benchmarks/allocation.py
+	$(BIN)/python benchmarks/speed.py
 
 audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)
 	@test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && \

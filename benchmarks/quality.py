@@ -8,7 +8,7 @@ budget of gradients, counted in samples, on training. Peers are those of `peers.
 denoising loss as they are published; rows named "distilled" are controls. gfprune runs `gfprune prune` and
 `gfprune finetune` with their defaults. A second model, of other widths and other images, is trained first.
 
-Writes tables and plots to docs/benchmarks/. Runs that are done are kept in --work and not repeated.
+Writes quality.md and its plot to docs/benchmarks/, the quick form to quick/ in it. Runs that are done are kept in --work and not repeated.
 """
 
 import argparse
@@ -249,9 +249,11 @@ def run_grid(form: Form, work: Path, jobs: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed and half the gradients")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, no controls, a less trained second model"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="kept between runs")
-    parser.add_argument("--out", type=Path, default=PAGES)
+    parser.add_argument("--out", type=Path, help="folder (default: docs/benchmarks, or quick/ in it)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -260,5 +262,5 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     entries = run_grid(form, work, options.jobs)
     command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
-    name = "quality-quick" if options.quick else "quality"
-    print(write_report(entries, form, options.out, command=command, name=name))
+    folder = options.out or (PAGES / "quick" if options.quick else PAGES)
+    print(write_report(entries, form, folder, command=command))

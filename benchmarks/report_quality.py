@@ -153,10 +153,10 @@ def plot(entries: Sequence[Entry], path: Path) -> None:
 INTRODUCTION = """\
 Every run may take {gradients:,} gradients, counted in samples and scoring included. Loss: denoising loss on
 images that neither a model nor a run has seen. SSIM: to the dense model's samples from the same noise.
-fd_teacher: see [evaluation.md](../evaluation.md). {samples} samples of {sample_steps} DDIM steps. Means
-over {seeds} seed(s), lowest and highest in brackets. "Of the best peer's": the gap to the dense model, as a
-share of the gap that the best published method leaves; below 0 the network is better than the dense one.
-Distilled peers are controls, not published methods."""
+fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps. Means over {seeds} seed(s),
+lowest and highest in brackets. "Of the best peer's": the gap to the dense model, as a share of the gap that
+the best published method leaves; below 0 the network is better than the dense one. Distilled peers are
+controls, not published methods."""
 
 
 def section(entries: Sequence[Entry], subject: str) -> list[str]:
@@ -173,15 +173,15 @@ def section(entries: Sequence[Entry], subject: str) -> list[str]:
     return lines
 
 
-def write_report(entries: Sequence[Entry], form: Any, folder: Path, *, command: str, name: str) -> Path:
-    """`NAME.md` and `NAME.svg` in a folder.
+def write_report(entries: Sequence[Entry], form: Any, folder: Path, *, command: str) -> Path:
+    """`quality.md` and `quality.svg` in a folder.
 
     Args:
         entries: numbers of every run, the dense models' among them.
         form: how much was run.
     """
-    plot(entries, folder / f"{name}.svg")
-    lines = [INTRODUCTION.format(**asdict(form)), "", f"![Gap to the dense model by method]({name}.svg)"]
+    plot(entries, folder / "quality.svg")
+    lines = [INTRODUCTION.format(**asdict(form)), "", "![Gap to the dense model by method](quality.svg)"]
     for subject in dict.fromkeys(entry["subject"] for entry in entries):
         lines += section(entries, subject)
-    return write_page(folder / f"{name}.md", "Quality, side by side", command, 0, "\n".join(lines))
+    return write_page(folder / "quality.md", "Quality, side by side", command, 0, "\n".join(lines))

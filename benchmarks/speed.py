@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from provenance import header
+from provenance import PAGES, header
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -40,7 +40,6 @@ from gfprune_cli.progress import silent
 from gfprune_cli.pruning import make_plan
 from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]
 ONE_SHOT: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
 SMALL_RUN: dict[str, Any] = dict(
@@ -428,8 +427,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer batches, rounds, sizes; no ONNX")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and ONNX Runtime")
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, help="folder (default: docs/benchmarks, or quick/ in it)")
     options = parser.parse_args()
+    options.out = options.out or (PAGES / "quick" if options.quick else PAGES)
     torch.set_num_threads(options.threads)
     command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)

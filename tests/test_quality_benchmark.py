@@ -138,7 +138,7 @@ def test_the_report_compares_with_the_best_published_method_and_not_with_control
     assert "best peer (Torch-Pruning, Taylor) 0.1: 50% of it" in page
     assert "best peer (Torch-Pruning, magnitude) 0.4: 25% of it" in page
     assert "best peer (Torch-Pruning, magnitude) 8: 12% of it" in page
-    assert (tmp_path / "page.svg").stat().st_size > 1000
+    assert (tmp_path / "quality.svg").stat().st_size > 1000
 
 
 def test_runs_that_are_done_are_not_repeated_and_those_of_another_form_do_not_count(tmp_path: Path) -> None:
