@@ -202,7 +202,7 @@ def test_the_corpus_is_as_large_as_promised() -> None:
         ("import subprocess; subprocess.run(['true'])", "subprocess.Popen"),
         ("import socket; socket.socket()", "socket.__new__"),
         ("import socket; socket.getaddrinfo('localhost', 1)", "socket.getaddrinfo"),
-        ("import pickle; pickle.loads(b'cos\\\\nsystem\\\\n.')", "pickle.find_class"),
+        ("import pickle; pickle.loads(b'cos\\nsystem\\n.')", "pickle.find_class"),
         ("import sys; sys.path.insert(0, '.'); import evil", "import"),
         ("exec(compile('1', 'evil.py', 'exec'))", "compile"),
         ("import runpy; runpy.run_path('evil.py')", "compile"),
