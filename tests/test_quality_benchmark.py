@@ -132,7 +132,7 @@ def test_the_report_compares_with_the_best_published_method_and_not_with_control
     ]
     form = replace(TOY, sparsities=(0.5,))
     page = report_quality.write_report(
-        entries, form, tmp_path, command="the command", name="page"
+        entries, form, tmp_path, command="the command"
     ).read_text()
     assert "the command" in page
     assert "best peer (Torch-Pruning, Taylor) 0.1: 50% of it" in page
