@@ -8,8 +8,8 @@ budget of gradients, counted in samples, on training. Peers are those of `peers.
 denoising loss as they are published; rows named "distilled" are controls. gfprune runs `gfprune prune` and
 `gfprune finetune` with their defaults. A second model, of other widths and other images, is trained first.
 
-Writes quality.md and its plot to docs/benchmarks/, the quick form to quick/ in it. Runs that are done are kept
-in --work and not repeated.
+Writes quality.md and its plot to docs/benchmarks/, the quick form to quick/ in it. Runs that are done are
+kept in --work and not repeated.
 """
 
 import argparse

@@ -130,10 +130,7 @@ def test_the_report_compares_with_the_best_published_method_and_not_with_control
         entry("taylor", 0.5, loss=0.2, ssim=0.5, fd_teacher=10.0),
         entry("diff-pruning, distilled", 0.5, loss=0.12, ssim=0.95, fd_teacher=0.5),
     ]
-    form = replace(TOY, sparsities=(0.5,))
-    page = report_quality.write_report(
-        entries, form, tmp_path, command="the command"
-    ).read_text()
+    page = report_quality.write_report(entries, TOY, tmp_path, command="the command").read_text()
     assert "the command" in page
     assert "best peer (Torch-Pruning, Taylor) 0.1: 50% of it" in page
     assert "best peer (Torch-Pruning, magnitude) 0.4: 25% of it" in page
