@@ -1,0 +1,79 @@
+"""Criteria and their settings in the progressive run: scored at the masked network, trained in between.
+
+    python benchmarks/progressive.py
+
+Every row is `gfprune prune` on the demo and its training images with one setting changed. Steps of training are
+equal and scoring is not charged: its cost is a column. Writes docs/benchmarks/progressive.md.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from provenance import PAGES, write_page
+from yardstick import demo, losses
+
+import gfprune_cli as gfprune
+from gfprune_cli.flow import loop
+
+DRAWS = 1024
+ROWS: dict[str, dict[str, Any]] = {
+    "`taylor` (the defaults)": {},
+    "`gradient-flow-abs`": {"criterion": "gradient-flow-abs"},
+    "`gradient-flow`": {"criterion": "gradient-flow"},
+    "`diff-pruning`": {"criterion": "diff-pruning"},
+    "`magnitude`": {"criterion": "magnitude"},
+    "`random`": {"criterion": "random"},
+    "`taylor`, no momentum": {"momentum": 0.0},
+    "`taylor`, momentum 0.9": {"momentum": 0.9},
+    "`gradient-flow-abs`, no momentum": {"criterion": "gradient-flow-abs", "momentum": 0.0},
+    "`gradient-flow-abs`, momentum 0.9": {"criterion": "gradient-flow-abs", "momentum": 0.9},
+    "`taylor --coarse`": {"coarse": True},
+    "`gradient-flow-abs --coarse`": {"criterion": "gradient-flow-abs", "coarse": True},
+    "`taylor --draws 256`": {"draws": 256},
+    "`taylor --one-shot`": {"one_shot": True},
+}
+
+
+def row(settings: dict[str, Any], sparsity: float, seed: int) -> str:
+    """Held-out loss after pruning, MACs left, gradients of scoring counted in samples."""
+    target = demo()
+    chosen = {name: value for name, value in settings.items() if name != "momentum"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(loop, "MOMENTUM", settings.get("momentum", loop.MOMENTUM)),
+    ):
+        out = Path(folder) / "out"
+        data = dict(data=str(target.data), images=10**6)
+        result = gfprune.prune("demo", out=out, sparsity=sparsity, seed=seed, **data, **chosen)
+        loss, _ = losses(target, gfprune.load(out), DRAWS)
+    macs = result.macs["after"] / result.macs["before"]
+    scored = result.scoring_gradients * settings.get("draws", 64)
+    return f"{loss:.4f} | {macs:.1%} | {scored:.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=PAGES / "progressive.md")
+    options = parser.parse_args()
+    dense, _ = losses(demo(), demo().dense, DRAWS)
+    lines = [
+        f"Sparsity {options.sparsity:g}, one seed; held-out denoising loss, dense {dense:.4f}.",
+        "",
+        "| `gfprune prune` with | held-out loss | MACs left | gradients of scoring |",
+        "|---|---|---|---|",
+    ]
+    for name, settings in ROWS.items():
+        lines.append(f"| {name} | {row(settings, options.sparsity, options.seed)} |")
+        print(lines[-1], flush=True)
+    command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
+    print(write_page(options.out, "Criteria in the progressive run", command, options.seed, "\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main()
