@@ -2,7 +2,7 @@
 
     python benchmarks/progressive.py
 
-Every row is `gfprune prune` on the demo and its training images with one setting changed. Steps of training are
+Every row is `gfprune prune` on the demo and its training images with one setting changed. Training steps are
 equal and scoring is not charged: its cost is a column. Writes docs/benchmarks/progressive.md.
 """
 
