@@ -43,7 +43,7 @@ def run(settings: dict[str, Any], steps: int, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.44, 0.75])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=60, help="of finetuning")
     parser.add_argument("--out", type=Path, default=PAGES / "allocation.md")
     options = parser.parse_args()

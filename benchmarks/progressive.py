@@ -29,8 +29,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "`random`": {"criterion": "random"},
     "`taylor`, no momentum": {"momentum": 0.0},
     "`taylor`, momentum 0.9": {"momentum": 0.9},
-    "`gradient-flow-abs`, no momentum": {"criterion": "gradient-flow-abs", "momentum": 0.0},
-    "`gradient-flow-abs`, momentum 0.9": {"criterion": "gradient-flow-abs", "momentum": 0.9},
     "`taylor --coarse`": {"coarse": True},
     "`gradient-flow-abs --coarse`": {"criterion": "gradient-flow-abs", "coarse": True},
     "`taylor --draws 256`": {"draws": 256},

@@ -102,7 +102,7 @@ def train_second(work: Path, steps: int) -> None:
     """Train the second dense model, unless it is there."""
     folder = second_folder(work)
     record = folder / "training.json"
-    if record.exists() and json.loads(record.read_text())["steps"] == steps:
+    if record.exists() and json.loads(record.read_text())["steps"] >= steps:
         return
     options = training_arguments().parse_args(
         ["--data", str(HERE / "data" / "noto-objects-32.npz"), "--out", str(folder), "--steps", str(steps)]
