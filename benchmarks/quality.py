@@ -43,7 +43,7 @@ from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.trainer import Trainer
 
 HERE = Path(__file__).parent
-SECOND = dict(widths=(24, 40, 64, 96), lr=1.5e-3)
+SECOND = dict(categories=("Objects", "Travel & Places"), widths=(24, 40, 64, 96), lr=1.5e-3)
 SUBJECTS = ("demo", "second")
 PEERS = ("magnitude", "taylor", "random", "diff-pruning")
 BATCH = 16
@@ -107,7 +107,7 @@ def train_second(work: Path, steps: int) -> None:
     options = training_arguments().parse_args(
         ["--data", str(HERE / "data" / "noto-objects-32.npz"), "--out", str(folder), "--steps", str(steps)]
     )
-    options.widths, options.lr = SECOND["widths"], SECOND["lr"]
+    vars(options).update(SECOND)
     train_dense(options)
 
 

@@ -160,3 +160,17 @@ def test_every_study_of_the_criterion_gives_a_loss_per_variant_and_sparsity(
         assert all(np.isfinite(losses))
         assert losses != [dense, dense]
     assert bench.loss() == dense
+
+
+def test_the_second_model_has_other_widths_and_other_images(tmp_path: Path) -> None:
+    """Trained by the benchmark, once."""
+    quality.train_second(tmp_path, 1)
+    second = quality.open_subject("second", tmp_path)
+    demo = yardstick.demo()
+    assert second.dense.config.block_out_channels != demo.dense.config.block_out_channels  # type: ignore[union-attr]
+    assert len(second.held_out) >= 40
+    pictures = {image.numpy().tobytes() for image in yardstick.pictures_of(demo)}
+    assert not any(image.numpy().tobytes() in pictures for image in yardstick.pictures_of(second))
+    weights = (tmp_path / "second" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    quality.train_second(tmp_path, 1)
+    assert (tmp_path / "second" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
