@@ -74,7 +74,7 @@ class Form:
     prune: dict[str, Any]
 
 
-CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers")
+CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers", "gfprune, align 4")
 METHODS = ("gfprune", *PEERS)
 FULL = Form(3200, 3, (0.44, 0.75), METHODS, CONTROLS, 128, 20, 3600, {})
 QUICK = Form(3200, 1, (0.44, 0.75), METHODS, (), 64, 10, 600, {})
@@ -164,6 +164,8 @@ def by_gfprune(target: Subject, cell: Cell, form: Form) -> tuple[nn.Module, int]
     if cell.method.endswith("MACs of the peers"):
         share = 1 - macs_of(uniform, size) / macs_of(target.dense, size)
         settings = {"sparsity": share, "budget": "macs"}
+    if cell.method.endswith("align 4"):
+        settings["align"] = 4
     common = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
