@@ -73,12 +73,8 @@ class Processes:
 
     def told(self, value: bool) -> bool:
         """What the main process says."""
-        if self.state is None:
-            return value
-        from accelerate.utils import broadcast_object_list
-
-        said: list[bool] = broadcast_object_list([value])
-        return said[0]
+        said = self.total(torch.tensor(float(value and self.main), device=self.device))
+        return bool(said > 0)
 
     def wait(self) -> None:
         if self.state is not None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,52 @@ def gfprune(tmp_path_factory: pytest.TempPathFactory) -> Gfprune:
 def quick_flags() -> list[str]:
     """`QUICK` as command-line flags."""
     return [part for name, value in QUICK.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+# --- of the reliability tests --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def server(thorough: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Commands in forked processes: the imports are paid for once."""
+    from forked import Server  # beside the tests that ask for it
+
+    served = Server(tmp_path_factory.mktemp("forked"), onnx=thorough)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variable of a cache that the commands share."""
+    return {"GFPRUNE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def pruned(
+    server: Any, cache: dict[str, str], pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small pruned checkpoint."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    done = server.run(
+        "prune", "--model", pipeline_folder, "--sparsity", 0.5, "--out", out, *PRUNE, environment=cache
+    )
+    assert done.code == 0, done.stderr
+    return out
+
+
+PRUNE = (
+    "--images", 8, "--sample-steps", 2, "--draws", 8, "--batch", 4, "--iterations", 3,
+    "--steps-per-iteration", 2, "--align", 4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def record(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Print a figure for docs/reliability.md past pytest's capture."""
+
+    def show(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+    return show
