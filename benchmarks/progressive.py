@@ -24,14 +24,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "`taylor` (the defaults)": {},
     "`gradient-flow-abs`": {"criterion": "gradient-flow-abs"},
     "`gradient-flow`": {"criterion": "gradient-flow"},
-    "`diff-pruning`": {"criterion": "diff-pruning"},
-    "`magnitude`": {"criterion": "magnitude"},
     "`random`": {"criterion": "random"},
     "`taylor`, no momentum": {"momentum": 0.0},
     "`taylor`, momentum 0.9": {"momentum": 0.9},
     "`taylor --coarse`": {"coarse": True},
-    "`gradient-flow-abs --coarse`": {"criterion": "gradient-flow-abs", "coarse": True},
-    "`taylor --draws 256`": {"draws": 256},
     "`taylor --one-shot`": {"one_shot": True},
 }
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Form:
 
     Args:
         gradients: of every method, scoring included, counted in samples.
-        controls: methods that are run with the first seed only.
+        once: methods that run with the first seed only.
         prune: settings of `gfprune prune` other than its defaults.
         samples, sample_steps: drawn from every network.
         second_steps: training steps of the second dense model.
@@ -67,7 +67,7 @@ class Form:
     seeds: int
     sparsities: tuple[float, ...]
     methods: tuple[str, ...]
-    controls: tuple[str, ...]
+    once: tuple[str, ...]
     samples: int
     sample_steps: int
     second_steps: int
@@ -76,8 +76,18 @@ class Form:
 
 CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers", "gfprune, align 4")
 METHODS = ("gfprune", *PEERS)
-FULL = Form(3200, 3, (0.44, 0.75), METHODS, CONTROLS, 128, 20, 3600, {})
-QUICK = Form(3200, 1, (0.44, 0.75), METHODS, (), 64, 10, 600, {})
+FULL = Form(
+    gradients=3200,
+    seeds=3,
+    sparsities=(0.44, 0.75),
+    methods=("gfprune", "magnitude", "diff-pruning"),
+    once=("taylor", "random", *CONTROLS),
+    samples=128,
+    sample_steps=20,
+    second_steps=3600,
+    prune={},
+)
+QUICK = replace(FULL, seeds=1, methods=METHODS, once=(), samples=64, sample_steps=10, second_steps=600)
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,7 @@ def grid(form: Form, name: str) -> list[Cell]:
         Cell(name, method, sparsity, seed)
         for seed in range(form.seeds)
         for sparsity in form.sparsities
-        for method in (form.methods if seed else form.methods + form.controls)
+        for method in (form.methods if seed else form.methods + form.once)
     ]
 
 

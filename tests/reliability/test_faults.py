@@ -37,7 +37,10 @@ SMALLEST = dict(
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
-PRUNE = "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 --iterations 2 --steps-per-iteration 1 --batch 4 --align 4"
+PRUNE = (
+    "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 "
+    "--iterations 2 --steps-per-iteration 1 --batch 4 --align 4"
+)
 FINETUNE = "--steps 3 --batch 2 --images 4 --sample-steps 1 --save-every 1 --sample-every 2"
 EVAL = "--samples 4 --batch 2 --steps 2 --no-latency"
 
