@@ -168,7 +168,8 @@ def locked(descriptor: int, path: Path) -> bool:
 def make_parents(path: Path) -> list[Path]:
     """Make the folders above a path; those that were missing, the deepest first."""
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
     return missing
 
 
