@@ -154,10 +154,13 @@ def plot(entries: Sequence[Entry], path: Path) -> None:
 INTRODUCTION = """\
 Every run may take {gradients:,} gradients, counted in samples and scoring included. Loss: denoising loss on
 images that neither a model nor a run has seen. SSIM: to the dense model's samples from the same noise.
-fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps. Means over {seeds} seed(s),
-lowest and highest in brackets. "Of the best peer's": the gap to the dense model, as a share of the gap that
-the best published method leaves; below 0 the network is better than the dense one. Distilled peers are
-controls, not published methods."""
+fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps. Means over the seeds of each
+row, lowest and highest in brackets; seconds are of one thread, on a machine that may have been busy. "Of
+the best peer's": the gap to the dense model, as a share of the gap that the best published method leaves;
+below 0 the network is better than the dense one. Rows are equal in parameters. At equal parameters gfprune
+keeps more MACs, because it takes layers whose units matter least and not the same share of each: the row at
+the MACs of the peers says what is left of the difference when that freedom is taken away. Distilled peers
+are controls, not published methods."""
 
 
 def section(entries: Sequence[Entry], subject: str) -> list[str]:
