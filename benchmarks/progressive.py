@@ -23,12 +23,14 @@ DRAWS = 1024
 ROWS: dict[str, dict[str, Any]] = {
     "`taylor` (the defaults)": {},
     "`gradient-flow-abs`": {"criterion": "gradient-flow-abs"},
-    "`gradient-flow`": {"criterion": "gradient-flow"},
+    "`gradient-flow-abs --coarse`": {"criterion": "gradient-flow-abs", "coarse": True},
+    "`taylor --coarse`": {"coarse": True},
     "`random`": {"criterion": "random"},
+    "`gradient-flow`": {"criterion": "gradient-flow"},
+    "`taylor --one-shot`": {"one_shot": True},
+    "`gradient-flow-abs --one-shot`": {"criterion": "gradient-flow-abs", "one_shot": True},
     "`taylor`, no momentum": {"momentum": 0.0},
     "`taylor`, momentum 0.9": {"momentum": 0.9},
-    "`taylor --coarse`": {"coarse": True},
-    "`taylor --one-shot`": {"one_shot": True},
 }
 
 
@@ -65,8 +67,8 @@ def main() -> None:
     for name, settings in ROWS.items():
         lines.append(f"| {name} | {row(settings, options.sparsity, options.seed)} |")
         print(lines[-1], flush=True)
-    command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
-    print(write_page(options.out, "Criteria in the progressive run", command, options.seed, "\n".join(lines)))
+        command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
+        write_page(options.out, "Criteria in the progressive run", command, options.seed, "\n".join(lines))
 
 
 if __name__ == "__main__":
