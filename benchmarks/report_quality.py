@@ -186,6 +186,11 @@ def write_report(entries: Sequence[Entry], form: Any, folder: Path, *, command: 
     """
     plot(entries, folder / "quality.svg")
     lines = [INTRODUCTION.format(**asdict(form)), "", "![Gap to the dense model by method](quality.svg)"]
+    done = sum(entry["method"] != "dense" for entry in entries)
+    subjects = len({entry["subject"] for entry in entries})
+    planned = subjects * len(form.sparsities) * (form.seeds * len(form.methods) + len(form.once))
+    if done < planned:
+        lines[:0] = [f"**Not complete:** {done} of {planned} runs had ended when this page was written.", ""]
     for subject in dict.fromkeys(entry["subject"] for entry in entries):
         lines += section(entries, subject)
     return write_page(folder / "quality.md", "Quality, side by side", command, 0, "\n".join(lines))
