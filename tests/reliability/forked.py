@@ -206,6 +206,10 @@ def play(trial: Trial, folder: Path) -> int:
 
     os.environ.update(trial.environment)
     redirect(trial, folder)
+    # whoever runs the tests in the background, or with nohup, has these ignored, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     for number in trial.ignore:
         signal.signal(number, signal.SIG_IGN)
     for name, value in trial.constants.items():
