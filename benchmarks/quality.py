@@ -179,7 +179,8 @@ def by_gfprune(target: Subject, cell: Cell, form: Form) -> tuple[nn.Module, int]
     common = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
-        result = gfprune.prune(target.model, out=pruned, **settings, **common, **form.prune)
+        settings = {**form.prune, **settings}
+        result = gfprune.prune(target.model, out=pruned, **settings, **common)
         recipe = json.loads((pruned / "gfprune.json").read_text())["recipe"]
         training = recipe["iterations"] * recipe["steps_per_iteration"] * recipe["batch"]
         taken = round(result.scoring_gradients * recipe["draws"]) + training
