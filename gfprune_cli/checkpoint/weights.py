@@ -8,6 +8,7 @@ from gfprune_cli.checkpoint.safetensors_header import TensorInfo, read_header
 from gfprune_cli.errors import GfpruneError, UsageError
 
 MAX_SHARDS = 1024
+LONGEST_NAME = 255  # bytes that a file system takes
 
 
 class NoWeights(GfpruneError):
@@ -43,7 +44,7 @@ def _read_shards(index_path: Path, roots: tuple[Path, ...]) -> tuple[tuple[Path,
         raise GfpruneError(f"{index_path} names {len(shards)} files, more than {MAX_SHARDS}")
     for shard in shards:
         plain = Path(shard).name == shard and "\\" not in shard and shard.isprintable()
-        if not plain or not shard.endswith(".safetensors"):
+        if not plain or len(shard.encode()) > LONGEST_NAME or not shard.endswith(".safetensors"):
             raise GfpruneError(f"{index_path} names {quoted(shard)}, which is no plain safetensors file name")
     tensors: dict[str, TensorInfo] = {}
     paths = []
@@ -59,7 +60,8 @@ def _read_shards(index_path: Path, roots: tuple[Path, ...]) -> tuple[tuple[Path,
         tensors |= header
     for name in weight_map:
         if name not in tensors:
+            shard = quoted(weight_map[name])
             raise GfpruneError(
-                f"{index_path} places tensor {quoted(name)} in {weight_map[name]}, which has no such tensor"
+                f"{index_path} places tensor {quoted(name)} in {shard}, which has no such tensor"
             )
     return tuple(paths), tensors

@@ -370,6 +370,10 @@ def shard_cases() -> Iterator[Case]:
     for name in ("evil.bin", "..", "", "model.safetensors.index.json"):
         says = "no plain safetensors file name"
         yield Case(f"index: a shard called {name!r}", "model", on_shards(renamed_shard(name)), says)
+    endless = renamed_shard("9" * 5000 + ".safetensors")
+    yield Case(
+        "index: a shard with an endless name", "model", on_shards(endless), "no plain safetensors file name"
+    )
     for value in (None, [], {}, "evil", 7, {"conv_in.weight": 1}, {"a": ["b"]}):
         change = set_map(value)
         yield Case(f"index: a weight_map that is {value!r}", "model", on_shards(change), "no weight_map")
