@@ -23,14 +23,16 @@ from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.measure import denoising_loss
-from gfprune_cli.flow.criteria import Evidence, relative, score
+from gfprune_cli.flow.criteria import FUNCTIONS, Evidence, relative, score
 from gfprune_cli.flow.energy import Loss, Weights, gradient, hessian_gradient_product
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.flow.sensitivity import DRAWS, SHARE, comparable, measured_rises
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.plan import Plan, make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.cost import Budget
 from gfprune_cli.structure.groups import select
 
 CHUNK = 16
@@ -60,8 +62,8 @@ class Bench:
     def unmask(self) -> None:
         self.masked.set_masks({name: torch.ones_like(mask) for name, mask in self.masked.masks.items()})
 
-    def mask(self, scores: Masks, sparsity: float) -> None:
-        kept = allocate(self.plan.cost, scores, sparsity, align=ALIGN, strict=False).kept
+    def mask(self, scores: Masks, sparsity: float, budget: Budget = "params") -> None:
+        kept = allocate(self.plan.cost, scores, sparsity, budget=budget, align=ALIGN, strict=False).kept
         self.masked.set_masks(
             {
                 group.name: select(group, scores[group.name], kept[group.name]).double()
@@ -77,9 +79,9 @@ class Bench:
         network = partial(self.masked.forward, effective)
         return denoising_loss(network, self.subject.process, held_out, MEASURED, silent)
 
-    def after(self, scores: Masks, sparsity: float) -> float:
+    def after(self, scores: Masks, sparsity: float, budget: Budget = "params") -> float:
         """The loss once the units of the lowest scores are gone."""
-        self.mask(scores, sparsity)
+        self.mask(scores, sparsity, budget)
         found = self.loss()
         self.unmask()
         return found
@@ -225,9 +227,29 @@ def in_stages(bench: Bench, sparsity: float, count: int) -> dict[str, float]:
     return found
 
 
-STUDIES = ("variants", "draws", "timesteps", "stages")
+def of_groups(bench: Bench, count: int) -> dict[str, Masks]:
+    """Every criterion with its own scores, and with groups compared by measured losses."""
+    probes = bench.losses(DRAWS, 0)
+
+    @torch.no_grad()
+    def loss() -> float:
+        weights = bench.masked.effective()
+        return statistics.mean(float(part(weights)) for part in probes)
+
+    found = {}
+    for name in FUNCTIONS:
+        evidence = Evidence(bench.masked, bench.losses(count), bench.draws.seed, "finite-difference")
+        found[f"{name}, by scores"] = scores = score(name, evidence)
+        rises = measured_rises(bench.masked, scores, SHARE, loss, silent)
+        found[f"{name}, measured"] = comparable(bench.plan.groups, scores, rises)
+    return found
+
+
+STUDIES = ("variants", "groups", "groups, MACs", "draws", "timesteps", "stages")
 SCORINGS: dict[str, Callable[[Bench, int], dict[str, Masks]]] = {
     "variants": of_variants,
+    "groups": of_groups,
+    "groups, MACs": of_groups,
     "draws": of_draws,
     "timesteps": of_timesteps,
 }
@@ -239,7 +261,11 @@ def study(name: str, bench: Bench, sparsities: Sequence[float], draws: int) -> d
         columns = [in_stages(bench, sparsity, draws) for sparsity in sparsities]
         return {row: [column[row] for column in columns] for row in columns[0]}
     rows = SCORINGS[name](bench, draws)
-    return {row: [bench.after(scores, sparsity) for sparsity in sparsities] for row, scores in rows.items()}
+    budget: Budget = "macs" if name.endswith("MACs") else "params"
+    return {
+        row: [bench.after(scores, sparsity, budget) for sparsity in sparsities]
+        for row, scores in rows.items()
+    }
 
 
 def table(name: str, options: argparse.Namespace) -> list[str]:
@@ -270,6 +296,7 @@ def main() -> None:
     body = [
         f"Denoising loss of the demo on held-out images right after removal ({MEASURED} draws), with nothing",
         f"trained; {options.draws} draws per scoring, means over {options.seeds} seeds. Dense: {dense:.4f}.",
+        "Sparsity is of parameters, and groups are compared by their scores, unless a row says otherwise.",
     ]
     for name in options.studies:
         body += ["", f"## {name}", "", *table(name, options)]

@@ -10,6 +10,7 @@ from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.flow.sensitivity import measured_rises
 from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.pruning import Plan, Run
 from gfprune_cli.pruning.structure import find_units
@@ -17,7 +18,7 @@ from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
-from gfprune_cli.structure.groups import ChannelGroup, select
+from gfprune_cli.structure.groups import ChannelGroup
 
 SCHEMA_VERSION = 1
 PARAMETER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -181,15 +182,9 @@ def measure_sensitivity(run: Run, report: Report) -> dict[str, float]:
     """
     with deterministic():
         scored = run.scored()
-    masked, groups = scored.masked, run.plan.groups
-    baseline = run.masked_loss(scored.draws, masked, PROBE_DRAWS)
-    whole = dict(masked.masks)
-    rises = {}
-    for number, group in enumerate(groups):
-        report(Event("probe", number, len(groups)))
-        keep = max(group.step, round(group.channels * (1 - PROBE_SHARE) / group.unit_size) * group.unit_size)
-        keep = 0 if group.stack else keep
-        support = select(group, scored.scores[group.name], min(keep, group.channels))
-        masked.set_masks(whole | {group.name: support.to(whole[group.name])})
-        rises[group.name] = run.masked_loss(scored.draws, masked, PROBE_DRAWS) / baseline - 1
-    return rises
+    masked, draws = scored.masked, scored.draws
+    baseline = run.masked_loss(draws, masked, PROBE_DRAWS)
+    rises = measured_rises(
+        masked, scored.scores, PROBE_SHARE, lambda: run.masked_loss(draws, masked, PROBE_DRAWS), report
+    )
+    return {name: rise / baseline for name, rise in rises.items()}

@@ -798,7 +798,12 @@ class Stop:
 
 
 def toy_loop(
-    store: MemoryStore, report: Callable[[Event], None], criterion: Any = "gradient-flow", steps: int = 2
+    store: MemoryStore,
+    report: Callable[[Event], None],
+    criterion: Any = "gradient-flow",
+    steps: int = 2,
+    *,
+    measured: bool = False,
 ) -> PruningLoop:
     masked = masked_model()
     _, _, cost = structure(TINY)
@@ -809,7 +814,7 @@ def toy_loop(
 
     return PruningLoop(
         masked, trainer(masked), process(), schedule, criterion, allocation, Draws(toy_images(), 20, 1), 2, 1,
-        store, report,
+        store, report, measured,
     )  # fmt: skip
 
 
@@ -833,16 +838,17 @@ def outcome(loop: PruningLoop) -> dict[str, torch.Tensor]:
     return {**found, "history": torch.tensor([*history, loop.flow.gradients], dtype=torch.float64)}
 
 
-def test_a_run_interrupted_anywhere_ends_in_the_same_bytes() -> None:
-    """Stop at every single event, resume in a new network: weights, masks and history are bit-identical."""
+@pytest.mark.parametrize(("measured", "every"), [(False, 1), (True, 7)])  # one event for each group measured
+def test_a_run_interrupted_anywhere_ends_in_the_same_bytes(measured: bool, every: int) -> None:
+    """Stop at an event, resume in a new network: weights, masks and history are bit-identical."""
     counter = Stop()
-    expected = outcome(toy_loop(MemoryStore(), counter))
+    expected = outcome(toy_loop(MemoryStore(), counter, measured=measured))
     assert counter.seen > 10
-    for at in range(1, counter.seen + 1):
+    for at in range(1, counter.seen + 1, every):
         store = MemoryStore()
         with pytest.raises(Interrupted):
-            toy_loop(store, Stop(at)).run()
-        found = outcome(toy_loop(store, silent))
+            toy_loop(store, Stop(at), measured=measured).run()
+        found = outcome(toy_loop(store, silent, measured=measured))
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), f"{name} differs after a stop at event {at}"

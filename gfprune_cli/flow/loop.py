@@ -15,8 +15,9 @@ from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.flow.sensitivity import DRAWS, SHARE, comparable, measured_rises
 from gfprune_cli.flow.training import Trainer
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Report, silent
 from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.groups import ChannelGroup, select
 
@@ -46,6 +47,7 @@ class Flow:
     support: Masks = field(default_factory=dict)
     speed: Masks = field(default_factory=dict)
     way: Way | None = None
+    rises: dict[str, float] = field(default_factory=dict)
     gradients: float = 0.0
     loss: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -63,6 +65,7 @@ class PruningLoop:
         allocate: from scores and the sparsity wanted now to channels kept per group.
         draws: for scoring.
         scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
+        measured: groups are compared by measured losses (`flow.sensitivity`), not by their scores.
     """
 
     masked: MaskedModel
@@ -76,6 +79,7 @@ class PruningLoop:
     chunk: int
     store: Store
     report: Report
+    measured: bool = False
     flow: Flow = field(default_factory=Flow)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -140,7 +144,10 @@ class PruningLoop:
         return {"leaving": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
 
     def rescore(self) -> None:
-        """Score at the masked network, with momentum over iterations."""
+        """Score at the masked network, with momentum over iterations.
+
+        What changes the flow comes last: a run that stops on the way scores again.
+        """
         flow = self.flow
         losses = scoring_losses(
             self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
@@ -148,17 +155,34 @@ class PruningLoop:
         evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
         fresh = score(self.criterion, evidence)
         self.report(Event("score", self.scoring_draws, self.scoring_draws))
+        measure = self.measured and not flow.rises
+        rises, cost = self.measure(fresh) if measure else (flow.rises, 0.0)
         flow.scores = {
             name: MOMENTUM * flow.scores[name] + (1 - MOMENTUM) * value if flow.scores else value
             for name, value in fresh.items()
         }
-        flow.way, flow.gradients = evidence.way, flow.gradients + evidence.gradients
+        flow.way, flow.rises = evidence.way, rises
+        flow.gradients += evidence.gradients + cost
+
+    def measure(self, scores: Masks) -> tuple[dict[str, float], float]:
+        """Once, at the dense network: rises of the loss by group, and their cost in gradients."""
+        losses = scoring_losses(self.masked, self.process, self.draws, 0, DRAWS, self.chunk, silent)
+
+        @torch.no_grad()
+        def loss() -> float:
+            weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
+            return torch.stack([part(weights) for part in losses]).mean().item()
+
+        rises = measured_rises(self.masked, scores, SHARE, loss, self.report)
+        forward = 1 / 3  # of the cost of a gradient
+        return rises, forward * (len(rises) + 1) * DRAWS / self.scoring_draws
 
     def reselect(self) -> None:
         """The support of this iteration's budget, and how fast units leave it."""
         flow, groups = self.flow, self.masked.groups
         if self.schedule.selects(flow.iteration):
-            kept = self.allocate(flow.scores, self.schedule.target(flow.iteration) / self.schedule.sparsity)
+            scores = comparable(groups, flow.scores, flow.rises) if flow.rises else flow.scores
+            kept = self.allocate(scores, self.schedule.target(flow.iteration) / self.schedule.sparsity)
             flow.support = {
                 group.name: select(group, flow.scores[group.name], kept[group.name]) for group in groups
             }
@@ -185,6 +209,7 @@ class PruningLoop:
             "step": flow.step,
             "adam_steps": adam.steps,
             "way": flow.way,
+            "rises": flow.rises,
             "gradients": flow.gradients,
             "loss": flow.loss,
             "micro_batch": self.trainer.micro_batch,
@@ -216,6 +241,7 @@ class PruningLoop:
             families.get("support", {}),
             families.get("speed", {}),
             numbers["way"],
+            numbers["rises"],
             numbers["gradients"],
             numbers["loss"],
             numbers["history"],

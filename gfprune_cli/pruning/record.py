@@ -28,7 +28,12 @@ def make_record(
         "schema_version": SCHEMA_VERSION,
         "command": "prune",
         "recipe": recipe.document(),
-        "resolved": {"align": run.align, "precision": run.precision, "device": run.device.type},
+        "resolved": {
+            "align": run.align,
+            "allocation": run.allocation,
+            "precision": run.precision,
+            "device": run.device.type,
+        },
         "source": {
             "label": run.source.label,
             "kind": run.source.kind,

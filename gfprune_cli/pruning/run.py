@@ -90,6 +90,7 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
+        self.allocation = recipe.allocation or default_allocation(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align if isinstance(recipe.align, int) else default_align(device)
         check_memory(self.need(0), device, REMEDY)
@@ -205,6 +206,7 @@ class Run:
             SCORE_CHUNK,
             state,
             self.report,
+            self.allocation == "measured" and self.plan.native is None,
         )
 
     def allocator(self) -> Any:
@@ -272,6 +274,11 @@ class Run:
             if not bool(tensor.isfinite().all()):
                 raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
         return nn.Module.to(model, self.device)
+
+
+def default_allocation(recipe: PruneRecipe) -> str:
+    """Measured, but for the criterion as it was published, and for the one that knows nothing."""
+    return "scores" if recipe.criterion in ("gradient-flow", "random") else "measured"
 
 
 def schedule_of(recipe: PruneRecipe) -> Schedule:

@@ -31,6 +31,12 @@ class PruneRecipe:
     ] = False
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
+    allocation: Annotated[
+        Literal["measured", "scores"] | None,
+        Help(
+            "Groups compared by measured losses or by scores (default: measured; scores with two criteria)."
+        ),
+    ] = None
     iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
     steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 10
     draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64
