@@ -3,7 +3,7 @@
     python benchmarks/progressive.py
 
 Every row is `gfprune prune` on the demo and its training images with one setting changed. Training steps are
-equal and scoring is not charged: its cost is a column. Writes docs/benchmarks/progressive.md.
+equal (none with --one-shot) and scoring is not charged: its cost is a column. Writes docs/benchmarks/progressive.md.
 """
 
 import argparse
@@ -22,7 +22,9 @@ from gfprune_cli.flow import loop
 DRAWS = 1024
 ROWS: dict[str, dict[str, Any]] = {
     "`taylor` (the defaults)": {},
+    "`taylor --allocation scores`": {"allocation": "scores"},
     "`gradient-flow-abs`": {"criterion": "gradient-flow-abs"},
+    "`gradient-flow-abs --allocation scores`": {"criterion": "gradient-flow-abs", "allocation": "scores"},
     "`gradient-flow-abs --coarse`": {"criterion": "gradient-flow-abs", "coarse": True},
     "`taylor --coarse`": {"coarse": True},
     "`random`": {"criterion": "random"},
@@ -31,6 +33,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "`gradient-flow-abs --one-shot`": {"criterion": "gradient-flow-abs", "one_shot": True},
     "`taylor`, no momentum": {"momentum": 0.0},
     "`taylor`, momentum 0.9": {"momentum": 0.9},
+    "`taylor --iterations 5 --steps-per-iteration 20`": {"iterations": 5, "steps_per_iteration": 20},
+    "`taylor --iterations 25 --steps-per-iteration 4`": {"iterations": 25, "steps_per_iteration": 4},
 }
 
 
@@ -58,17 +62,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGES / "progressive.md")
     options = parser.parse_args()
     dense, _ = losses(demo(), demo().dense, DRAWS)
-    lines = [
-        f"Sparsity {options.sparsity:g}, one seed; held-out denoising loss, dense {dense:.4f}.",
-        "",
+    intro = f"Sparsity {options.sparsity:g}, one seed; held-out denoising loss, dense {dense:.4f}.\n"
+    table = [
         "| `gfprune prune` with | held-out loss | MACs left | gradients of scoring |",
         "|---|---|---|---|",
     ]
-    for name, settings in ROWS.items():
-        lines.append(f"| {name} | {row(settings, options.sparsity, options.seed)} |")
-        print(lines[-1], flush=True)
-        command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
-        write_page(options.out, "Criteria in the progressive run", command, options.seed, "\n".join(lines))
+    command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
+    for number, (name, settings) in enumerate(ROWS.items(), 1):
+        table.append(f"| {name} | {row(settings, options.sparsity, options.seed)} |")
+        print(table[-1], flush=True)
+        left = f"**Not complete:** {number} of {len(ROWS)} rows.\n" if number < len(ROWS) else ""
+        body = "\n".join([*filter(None, [left]), intro, *table])
+        write_page(options.out, "Criteria in the progressive run", command, options.seed, body)
 
 
 if __name__ == "__main__":
