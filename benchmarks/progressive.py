@@ -3,7 +3,8 @@
     python benchmarks/progressive.py
 
 Every row is `gfprune prune` on the demo and its training images with one setting changed. Training steps are
-equal (none with --one-shot) and scoring is not charged: its cost is a column. Writes docs/benchmarks/progressive.md.
+equal (none with --one-shot) and scoring is not charged: its cost is a column. Writes
+docs/benchmarks/progressive.md.
 """
 
 import argparse
