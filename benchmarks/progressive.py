@@ -23,6 +23,7 @@ from gfprune_cli.flow import loop
 DRAWS = 1024
 ROWS: dict[str, dict[str, Any]] = {
     "`taylor` (the defaults)": {},
+    "`taylor --align 4`": {"align": 4},
     "`taylor --allocation scores`": {"allocation": "scores"},
     "`gradient-flow-abs`": {"criterion": "gradient-flow-abs"},
     "`gradient-flow-abs --allocation scores`": {"criterion": "gradient-flow-abs", "allocation": "scores"},

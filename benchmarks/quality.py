@@ -74,8 +74,8 @@ class Form:
     prune: dict[str, Any]
 
 
-CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers", "gfprune, align 4")
 METHODS = ("gfprune", *PEERS)
+CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers")
 FULL = Form(
     gradients=3200,
     seeds=3,
@@ -87,7 +87,7 @@ FULL = Form(
     second_steps=3600,
     prune={},
 )
-QUICK = replace(FULL, seeds=1, methods=METHODS, once=(), samples=64, sample_steps=10, second_steps=600)
+QUICK = replace(FULL, seeds=1, once=(), samples=64, sample_steps=10, second_steps=600)
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,6 @@ def by_gfprune(target: Subject, cell: Cell, form: Form) -> tuple[nn.Module, int]
     if cell.method.endswith("MACs of the peers"):
         share = 1 - macs_of(uniform, size) / macs_of(target.dense, size)
         settings = {"sparsity": share, "budget": "macs"}
-    if cell.method.endswith("align 4"):
-        settings["align"] = 4
     common = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
@@ -264,7 +262,7 @@ def run_grid(form: Form, work: Path, jobs: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, no controls, a less trained second model"
+        "--quick", action="store_true", help="one seed, two peers, no controls, a less trained second model"
     )
     parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="kept between runs")
     parser.add_argument("--out", type=Path, help="folder (default: docs/benchmarks, or quick/ in it)")

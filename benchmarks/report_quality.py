@@ -23,7 +23,6 @@ LABELS = {
     "diff-pruning": "Diff-Pruning",
     "diff-pruning, distilled": "control: Diff-Pruning, distilled",
     "gfprune, MACs of the peers": "gfprune at the MACs of the peers (`--budget macs`)",
-    "gfprune, align 4": "gfprune, `--align 4`",
 }
 # metric -> what separates a network from its dense original, 0 for none
 GAPS: dict[str, Callable[[Entry, Entry], float]] = {
