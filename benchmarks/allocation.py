@@ -4,7 +4,8 @@
 
 The native layout comes first, at the point nearest to each sparsity. The adaptive one then gets what the
 native network has, in parameters or in MACs, with groups compared by measured losses or by scores alone. All
-are pruned in one shot and finetuned alike. Writes docs/benchmarks/allocation.md: the denoising loss on the demo's held-out images.
+are pruned in one shot and finetuned alike. Writes docs/benchmarks/allocation.md: the denoising loss on the
+demo's held-out images.
 """
 
 import argparse
