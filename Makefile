@@ -54,6 +54,7 @@ benchmark: $(STAMP) ## Compare with other methods, quick form (20 minutes on two
 benchmark-full: $(STAMP) ## The full comparison and the studies behind the defaults (hours)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/criterion.py
+	$(BIN)/python benchmarks/criterion.py --studies groups 'groups, MACs' --out docs/benchmarks/groups.md
 	$(BIN)/python benchmarks/progressive.py
 	$(BIN)/python benchmarks/allocation.py
 	$(BIN)/python benchmarks/speed.py

@@ -9,6 +9,7 @@ demo's held-out images.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 import tempfile
@@ -83,7 +84,7 @@ def main() -> None:
         f"{options.steps} steps of `gfprune finetune`; {options.seeds} seeds, the range in brackets. "
         f"Dense: {dense:.4f}.\n\n" + "\n".join(lines)
     )
-    command = " ".join(["python", "benchmarks/allocation.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/allocation.py", *sys.argv[1:]])
     print(write_page(options.out, "Widths of their own, or one ratio", command, 0, body))
 
 

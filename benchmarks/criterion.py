@@ -1,13 +1,16 @@
 """What makes a criterion work on a trained network? Its variants, removed in one shot and measured at once.
 
-    python benchmarks/criterion.py --seeds 3
+    python benchmarks/criterion.py
+    python benchmarks/criterion.py --studies groups "groups, MACs" --out docs/benchmarks/groups.md
 
 Scores the demo on its training images, masks what each variant says is worth least, and takes the denoising
 loss on the held-out images: nothing is trained, so nothing but the choice of units counts. Masked and removed
-networks compute the same, so nothing needs to be removed either. Writes docs/benchmarks/criterion.md.
+networks compute the same, so nothing needs to be removed either. The second form is about the comparison of
+groups. Writes a page to docs/benchmarks/.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -245,7 +248,8 @@ def of_groups(bench: Bench, count: int) -> dict[str, Masks]:
     return found
 
 
-STUDIES = ("variants", "groups", "groups, MACs", "draws", "timesteps", "stages")
+GROUPS = ("groups", "groups, MACs")  # on a page of their own
+STUDIES = ("variants", "draws", "timesteps", "stages")
 SCORINGS: dict[str, Callable[[Bench, int], dict[str, Masks]]] = {
     "variants": of_variants,
     "groups": of_groups,
@@ -289,7 +293,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.44, 0.75])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=64, help="per scoring")
-    parser.add_argument("--studies", nargs="+", default=STUDIES, choices=STUDIES)
+    parser.add_argument("--studies", nargs="+", default=STUDIES, choices=(*STUDIES, *GROUPS))
     parser.add_argument("--out", type=Path, default=PAGES / "criterion.md")
     options = parser.parse_args()
     dense = Bench.open(demo(), 0).loss()
@@ -301,8 +305,10 @@ def main() -> None:
     for name in options.studies:
         body += ["", f"## {name}", "", *table(name, options)]
         print(f"{name} done", flush=True)
-    command = " ".join(["python", "benchmarks/criterion.py", *sys.argv[1:]])
-    print(write_page(options.out, "What makes a criterion work", command, 0, "\n".join(body)))
+    command = shlex.join(["python", "benchmarks/criterion.py", *sys.argv[1:]])
+    about_groups = set(options.studies) <= set(GROUPS)
+    title = "What groups are compared by" if about_groups else "What makes a criterion work"
+    print(write_page(options.out, title, command, 0, "\n".join(body)))
 
 
 if __name__ == "__main__":

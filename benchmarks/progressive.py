@@ -8,6 +8,7 @@ docs/benchmarks/progressive.md.
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -69,7 +70,7 @@ def main() -> None:
         "| `gfprune prune` with | held-out loss | MACs left | gradients of scoring |",
         "|---|---|---|---|",
     ]
-    command = " ".join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
     for number, (name, settings) in enumerate(ROWS.items(), 1):
         table.append(f"| {name} | {row(settings, options.sparsity, options.seed)} |")
         print(table[-1], flush=True)
