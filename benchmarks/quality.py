@@ -276,3 +276,7 @@ def main() -> None:
     command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
     folder = options.out or (PAGES / "quick" if options.quick else PAGES)
     print(write_report(entries, form, folder, command=command))
+
+
+if __name__ == "__main__":
+    main()

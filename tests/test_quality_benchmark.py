@@ -174,3 +174,10 @@ def test_the_second_model_has_other_widths_and_other_images(tmp_path: Path) -> N
     weights = (tmp_path / "second" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     quality.train_second(tmp_path, 1)
     assert (tmp_path / "second" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in Path(quality.__file__).parent.glob("*.py")))
+def test_a_script_runs_what_it_is_for(script: str) -> None:
+    """A file with a `main` calls it when it is run."""
+    text = (Path(quality.__file__).parent / script).read_text()
+    assert ("def main(" in text) == ('if __name__ == "__main__":' in text)
