@@ -20,6 +20,7 @@ from yardstick import demo, losses
 
 import gfprune_cli as gfprune
 from gfprune_cli.flow import loop
+from gfprune_cli.recipes.prune import PruneRecipe
 
 DRAWS = 1024
 ROWS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,7 @@ def row(settings: dict[str, Any], sparsity: float, seed: int) -> str:
         result = gfprune.prune("demo", out=out, sparsity=sparsity, seed=seed, **data, **chosen)
         loss, _ = losses(target, gfprune.load(out), DRAWS)
     macs = result.macs["after"] / result.macs["before"]
-    scored = result.scoring_gradients * settings.get("draws", 64)
+    scored = result.scoring_gradients * PruneRecipe().draws
     return f"{loss:.4f} | {macs:.1%} | {scored:.0f}"
 
 

@@ -39,6 +39,7 @@ import gfprune_cli as gfprune
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.trainer import Trainer
 
@@ -47,7 +48,7 @@ SECOND = dict(categories=("Objects", "Travel & Places"), widths=(24, 40, 64, 96)
 SUBJECTS = ("demo", "second")
 PEERS = ("magnitude", "taylor", "random", "diff-pruning")
 BATCH = 16
-SCORING = 512  # gradients that a peer's scoring may take: as many as gfprune's takes by default
+SCORING = 512  # gradients that a peer's scoring may take: as many as gfprune's own scorings take by default
 ALL_IMAGES = 10**6
 
 
@@ -227,10 +228,11 @@ def grid(form: Form, name: str) -> list[Cell]:
 
 
 class Store:
-    """What runs found, one JSON line each; a form's runs are not repeated."""
+    """What runs found, one JSON line each; those of a form and of the defaults of now are not repeated."""
 
     def __init__(self, path: Path, form: Form) -> None:
-        self.path, self.form = path, json.dumps(asdict(form), sort_keys=True)
+        defaults = {"prune": PruneRecipe().document(), "finetune": FinetuneRecipe(model="").document()}
+        self.path, self.form = path, json.dumps(asdict(form) | {"defaults": defaults}, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []
         entries = [json.loads(line) for line in lines]
         self.found = {entry["key"]: entry for entry in entries if entry["form"] == self.form}

@@ -9,6 +9,7 @@ that other work on the machine counts little. Memory and phases come from a fres
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -215,7 +216,7 @@ def kind_of(operator: str) -> str:
 
 
 def time_by_kind(network: nn.Module, batch: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of one evaluation: in products, in other work, in dispatch, and under Python."""
+    """Milliseconds of one evaluation: in products, in other work and in dispatch."""
     size = network.config.sample_size
     x, t = torch.zeros(batch, network.config.in_channels, size, size), torch.full((batch,), 500)
     with torch.inference_mode():
@@ -307,6 +308,7 @@ def footprint(model: str, root: Path, seed: int, **settings: Any) -> Footprint:
         capture_output=True,
         text=True,
         check=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     found = json.loads(done.stdout.splitlines()[-1])
     return Footprint(found["params"], asked["images"], found["peak"], found["phases"])

@@ -295,6 +295,10 @@ def test_a_resumed_run_keeps_the_alignment_of_its_state(
     again = gfprune_cli.prune(str(pipeline_folder), out=out, resume=True, **QUICK)  # it is finished
     assert again.params == json.loads(files_of(out)["gfprune.json"])["params"]
     assert files_of(out) == files_of(whole)
+    gfprune_cli.prune(
+        str(pipeline_folder), out=out, resume=True, force=True, **QUICK
+    )  # perhaps another run's
+    assert json.loads(files_of(out)["gfprune.json"])["recipe"]["align"] == 1
 
 
 def test_nothing_is_measured_for_the_native_layout_or_a_plan(

@@ -14,7 +14,7 @@ from test_flow import TINY, MemoryStore, evidence, masked_model, toy_loop
 from test_structure import toy_group
 
 import gfprune_cli
-from gfprune_cli.errors import Interrupted
+from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.criteria import score
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.sensitivity import POWER, SHARE, comparable, measured_rises, spared
@@ -68,12 +68,22 @@ def test_a_group_that_hurts_more_than_its_scores_say_keeps_more() -> None:
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf])
-def test_a_rise_that_is_not_finite_counts_as_the_highest(strange: float) -> None:
-    first, second = toy_group(1, 4, 1), toy_group(1, 4, 1)
-    groups = (first, ChannelGroup("other", 4, 1, second.cells, ()))
-    scores = {"toy": scored(first, 0), "other": scored(first, 0)}
-    found = comparable(groups, scores, {"toy": strange, "other": 0.5})
-    assert torch.equal(found["toy"], found["other"])
+def test_a_loss_that_is_not_finite_counts_as_the_highest(strange: float) -> None:
+    masked = masked_model()
+    scores = score("taylor", evidence(masked))
+    losses = iter([1.0, strange, *[1.5] * len(masked.groups)])
+    rises = measured_rises(masked, scores, SHARE, lambda: next(losses), silent)
+    assert json.loads(json.dumps(rises, allow_nan=False)) == rises  # the state of a run is JSON
+    first, second = masked.groups[:2]
+    found = comparable(masked.groups, scores, rises)
+    prices = [sum(step_scores(group, found[group.name])[: spared(group, SHARE)]) for group in (first, second)]
+    assert prices == pytest.approx([0.5, 0.5])
+
+
+def test_a_dense_network_without_a_finite_loss_is_an_error() -> None:
+    masked = masked_model()
+    with pytest.raises(GfpruneError, match="not finite"):
+        measured_rises(masked, score("taylor", evidence(masked)), SHARE, lambda: math.nan, silent)
 
 
 def test_rises_lost_in_noise_cost_little_and_not_nothing() -> None:

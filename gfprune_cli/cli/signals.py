@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.launch import launched
 
 PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
 LAST_CALL = 1.0  # and from there to the end of the process, whatever it is doing
+REPEAT = 0.5  # within this time the same signal is the first one again: `timeout` and shells send it twice
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -28,12 +30,13 @@ class Signals:
         self.taken = threading.Event()  # the run knows: it may take its time to save
         self.lost_patience = False
         self.pipe: tuple[int, int] | None = None
+        self.before: dict[int, Any] = {}  # the handlers that were there
 
     def listen(self) -> None:
         """From now on; signals that whoever started the process chose to ignore (nohup) stay ignored."""
         for number in HANDLED:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.arrived)
+                self.before[number] = signal.signal(number, self.arrived)
         if launched():  # a launcher repeats the signal that its processes got; they stop together
             return
         self.pipe = os.pipe()
@@ -42,8 +45,11 @@ class Signals:
         threading.Thread(target=self.watch, args=(self.pipe[0],), name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """The run is over."""
+        """The run is over: from here on signals end the process in their usual way."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
         if self.pipe is not None:
             signal.set_wakeup_fd(-1)
             os.close(self.pipe[1])  # the thread reads the end of the pipe, and ends
@@ -81,7 +87,7 @@ class Signals:
 
     def watch(self, reader: int) -> None:
         """The thread: end the process at the second signal, or when the first one has no effect in time."""
-        first, deadline = 0, 0.0
+        first, deadline, since = 0, 0.0, 0.0
         while True:
             left = max(0.0, deadline - time.monotonic()) if first and not self.taken.is_set() else None
             ready, _, _ = select.select([reader], [], [], left)
@@ -92,10 +98,12 @@ class Signals:
                 os.close(reader)
                 return
             for number in numbers or b"":
-                if number in HANDLED and first:
+                if number not in HANDLED or (number == first and time.monotonic() - since < REPEAT):
+                    continue
+                if first:
                     end(number, "the second signal, without saving")
-                if number in HANDLED:
-                    first, deadline = number, time.monotonic() + PATIENCE + LAST_CALL
+                first, since = number, time.monotonic()
+                deadline = since + PATIENCE + LAST_CALL
 
 
 def end(number: int, why: str) -> None:

@@ -1,7 +1,7 @@
 """Which units matter: one score per unit, the higher the more important.
 
 Each criterion is one short function over `Evidence`. Scores of the loss-based criteria share one unit
-(loss, or squared gradient norm) and are compared across groups as they are; magnitude and random ones
+(loss, or squared gradient norm) and can be compared across groups as they are; magnitude and random ones
 mean nothing across layers and are divided by their group's mean.
 """
 

@@ -241,7 +241,7 @@ class PruningLoop:
             families.get("support", {}),
             families.get("speed", {}),
             numbers["way"],
-            numbers["rises"],
+            numbers.get("rises", {}),
             numbers["gradients"],
             numbers["loss"],
             numbers["history"],

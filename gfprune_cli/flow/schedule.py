@@ -47,9 +47,5 @@ class Schedule(BaseModel):
         return self.selects(iteration) and (iteration - 1) % self.score_every == 0
 
     @property
-    def scorings(self) -> int:
-        return sum(self.scores(iteration) for iteration in range(1, self.iterations + 1))
-
-    @property
     def training_steps(self) -> int:
         return self.iterations * self.steps_per_iteration

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.progress import Event, Report
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 SHARE = 0.5  # of a group's channels, masked to compare it with the others
 DRAWS = 8  # noisy samples behind each measurement
+WORST = 1e30  # stands for a loss that is not finite: JSON has no infinity
 POWER = 2  # of the share of the scores that is gone: errors of one layer add up in phase
 NOISE = 0.01  # of the mean rise: what is smaller cannot be told from nothing
 
@@ -41,9 +43,14 @@ def measured_rises(
     Args:
         scores: group name -> [units].
         loss: of the network at its present masks.
+
+    Raises:
+        GfpruneError: the loss is not finite before anything is masked.
     """
     whole, groups = dict(masked.masks), masked.groups
     before = loss()
+    if not math.isfinite(before):
+        raise GfpruneError("the loss of the dense network is not finite: check the checkpoint and --data")
     rises = {}
     try:
         for number, group in enumerate(groups):
@@ -51,7 +58,8 @@ def measured_rises(
             keep = group.channels - spared(group, share) * group.step
             support = select(group, scores[group.name], keep)
             masked.set_masks(whole | {group.name: whole[group.name] * support})
-            rises[group.name] = loss() - before
+            rise = loss() - before
+            rises[group.name] = rise if math.isfinite(rise) else WORST
     finally:
         masked.set_masks(whole)  # a run that stops here saves them
     report(Event("probe", len(groups), len(groups)))
@@ -76,15 +84,14 @@ def comparable(
     Returns:
         group name -> [units] float64; within a group the order of the units is that of the scores.
     """
-    finite = [max(rise, 0.0) for rise in rises.values() if math.isfinite(rise)]
-    if not sum(finite):
+    known = [max(rise, 0.0) for rise in rises.values() if rise < WORST]
+    if not sum(known):
         return {name: values.double().cpu() for name, values in scores.items()}
-    least, most = NOISE * sum(finite) / len(finite), max(finite)
+    least, most = NOISE * sum(known) / len(known), max(known)
     found = {}
     for group in groups:
         ranked, sums = curve(group, scores[group.name])
-        rise = rises[group.name]
-        levels = (max(rise, least) if math.isfinite(rise) else most) * sums**POWER
+        levels = min(max(rises[group.name], least), most) * sums**POWER
         values = torch.empty(group.units, dtype=torch.float64)
         values[ranked] = torch.diff(levels, prepend=levels.new_zeros(1)) / len(group.cells)
         found[group.name] = values

@@ -80,7 +80,7 @@ def prune(
         if dry_run:
             return planned(plan, recipe, time.monotonic() - start)
         refuse_overlaps(destination, source, recipe)
-        recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume)
+        recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume, force=force)
         run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
         state = StateFolder(destination, run.identity())
         if resume and not force and is_output(destination):

@@ -70,6 +70,10 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
         )
+    if recipe.allocation:
+        raise UsageError(
+            "--allocation is for the adaptive layout: the native one has widths of its own; drop it"
+        )
     allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(

@@ -90,7 +90,7 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
-        self.allocation = recipe.allocation or default_allocation(recipe)
+        self.allocation = None if plan.native is not None else recipe.allocation or default_allocation(recipe)
         self.precision = recipe.precision or default_precision(device)
         self.align = recipe.align if isinstance(recipe.align, int) else default_align(device)
         check_memory(self.need(0), device, REMEDY)
@@ -206,7 +206,7 @@ class Run:
             SCORE_CHUNK,
             state,
             self.report,
-            self.allocation == "measured" and self.plan.native is None,
+            self.allocation == "measured",
         )
 
     def allocator(self) -> Any:

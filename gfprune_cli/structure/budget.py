@@ -69,7 +69,7 @@ def allocate(
     for floor in FLOORS:
         minimum = minimum_widths(cost, floor * math.sqrt(1 - sparsity), align)
         kept = descend(cost, scores, target, minimum, budget, align, floor * math.sqrt(1 - sparsity))
-        for granularity in (align, 1):  # aligned moves first: they cost no speed
+        for granularity in dict.fromkeys((align, 1)):  # aligned moves first: they cost no speed
             if strict and abs(cost.total(kept, budget) - target) > TOLERANCE * dense:
                 kept = exchange(cost, kept, target, minimum, budget, granularity)
         found = Allocation(kept, 1 - cost.total(kept, budget) / dense)

@@ -32,6 +32,7 @@ ALIGNMENTS = (32, 16, 8, 4, 1)
 GEOMETRIES = 3  # kinds of layers that are timed: those with most of the MACs
 BATCH = 8  # at batch 1 PyTorch takes other kernels than a server's batches get
 CALL_MACS = {"cpu": 5e7, "cuda": 2e10}  # of one timed call, at most: milliseconds
+LARGEST_SIDE = 256  # a tenth of a gigabyte for each of the widths that are timed side by side
 ROUNDS = 11  # the least time of so many counts: noise only ever adds
 LEAST_WIDTH = 64  # kernels treat a few channels in ways of their own
 TYPICAL = 0.75  # of the dense width: where pruned widths lie
@@ -77,6 +78,7 @@ def geometries(cost: CostModel, device: torch.device) -> list[Geometry]:
         width = max(LEAST_WIDTH, *widths[kernel, positions])
         # as large as a call may be, whatever the network's resolution: blocks do not depend on it, noise does
         side = max(4, math.isqrt(int(CALL_MACS[device.type] / (BATCH * kernel**2 * width**2))))
+        side = min(side, LARGEST_SIDE)
         share = totals[kernel, positions] / sum(totals[kind] for kind in heaviest)
         found.append(Geometry(kernel, width, side, BATCH, round(share, 6)))
     return found
@@ -236,7 +238,14 @@ def choose_align(
     table = read_table(path, key, layers)
     if table is None:
         report(Event("latency", text="timing layers for --align auto"))
-        table = measure_table(layers, device, dtype, timer or timer_of(device))
+        try:
+            table = measure_table(layers, device, dtype, timer or timer_of(device))
+        except torch.OutOfMemoryError:
+            notice(report, "--align auto: no memory to time layers in; taking the usual alignment")
+            return default_align(device)
+        finally:
+            if device.type == "cuda":  # what follows plans with the memory that is free
+                torch.cuda.empty_cache()
         keep_table(path, key, table, report)
     return decide(layers, table) or default_align(device)
 

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PRUNE
 from forked import Outcome, Server
 
 import gfprune_cli
+from gfprune_cli.cli import signals
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.training import Adam
 
@@ -145,6 +148,33 @@ def test_a_second_signal_ends_the_process_at_once(
     assert outcome.code == 128 + INT
     assert outcome.error.startswith("stopped by SIGINT, the second signal, without saving")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_that_is_sent_twice_is_one_signal(
+    server: Server, pipeline_folder: Path, cache: dict[str, str], tmp_path: Path
+) -> None:
+    """`timeout` sends it to the process and to its group; the state is saved all the same."""
+    given = commands(pipeline_folder, tmp_path)["prune"]
+    outcome = server.run(
+        *arguments("prune", given, tmp_path), environment=cache, phase="train", nth=2, signals=[TERM, TERM]
+    )
+    check_stopped(outcome, tmp_path)
+    assert "the state is saved" in outcome.error
+
+
+def test_the_same_signal_later_is_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the watching thread makes of the bytes that the system's handler writes, by a clock of its own."""
+    clock = iter([0.0, 0.1, 5.0, 5.0])
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    ended: list[int] = []
+    monkeypatch.setattr(signals, "end", lambda number, why: ended.append(number))
+    reader, writer = os.pipe()
+    os.write(writer, bytes([TERM, TERM, TERM]))
+    os.close(writer)
+    watching = signals.Signals()
+    watching.taken.set()
+    watching.watch(reader)
+    assert ended == [TERM]
 
 
 def test_a_call_that_never_comes_back_does_not_outlast_the_patience(
