@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GFPRUNE_CACHE") or Path(base) / "gfprune")
 
 
+def cache_room(name: str) -> Path:
+    """The folder of one kind of cached things, without what killed runs left unfinished there.
+
+    At every use and not only before a write: a run killed right after it published an entry leaves its
+    staging folder beside it, and later runs, which find the entry, have nothing to write.
+    """
+    folder = cache_folder() / name
+    with suppress(OSError):  # cannot be listed: nothing that the run needs
+        sweep_folder(folder)
+    return folder
+
+
 def cached(
     key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
 ) -> tuple[Tensors, Any]:
@@ -32,7 +45,7 @@ def cached(
     A cache that cannot be read or written costs time, never the run.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "calibration" / f"{digest}.safetensors"
+    path = cache_room("calibration") / f"{digest}.safetensors"
     try:
         with safe_open(path, framework="pt") as reader:
             document = json.loads(reader.metadata()[DOCUMENT])
@@ -42,7 +55,6 @@ def cached(
     tensors, document = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_folder(path.parent)
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:

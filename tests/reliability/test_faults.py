@@ -161,7 +161,6 @@ def timeless(path: Path) -> bytes:
     if path.name in ("metrics.jsonl", "gfprune.json"):
         content = re.sub(rb'"seconds": [0-9.e-]+', b'"seconds": 0', content)
     if path.suffix == ".html":
-        assert content.endswith(b"</html>"), "half a page"
         content = re.sub(rb"[0-9.]+ (s|seconds|minutes)\b", b"0 s", content)
     return content
 
