@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfprune_cli.checkpoint import durable
-from gfprune_cli.checkpoint.durable import own_folder, recover, staged, write_file, write_tensors
+from gfprune_cli.checkpoint.durable import staged, write_file, write_tensors
+from gfprune_cli.checkpoint.locks import own_folder, recover
 from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.cache import cached
 from gfprune_cli.errors import GfpruneError, UsageError

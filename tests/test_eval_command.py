@@ -22,7 +22,8 @@ from conftest import QUICK, Gfprune
 from PIL import Image
 
 import gfprune_cli
-from gfprune_cli.checkpoint.durable import exclusive, write_tensors
+from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.checkpoint.locks import exclusive
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.evaluation import EvalResult
 from gfprune_cli.evaluation import evaluate as run_evaluation

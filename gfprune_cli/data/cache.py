@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gfprune_cli.checkpoint.durable import replacing, sweep_folder, write_tensors
+from gfprune_cli.checkpoint.durable import replacing, write_tensors
 from gfprune_cli.checkpoint.files import checked_file, trusted_roots
+from gfprune_cli.checkpoint.locks import sweep_folder
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
