@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from gfprune_cli.checkpoint.durable import replacing, write_tensors
-from gfprune_cli.checkpoint.files import checked_file, trusted_roots
+from gfprune_cli.checkpoint.files import checked_file, sha256_of, trusted_roots
 from gfprune_cli.checkpoint.locks import sweep_folder
 from gfprune_cli.progress import Report, notice
 
@@ -67,10 +67,9 @@ def sha256_of_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
     """Path -> SHA-256 of what the file holds.
 
     Raises:
-        GfpruneError: a file leads out of the checkpoint's folder `root`.
+        GfpruneError: a file leads out of the checkpoint's folder `root`, or cannot be read.
     """
     found, roots = {}, trusted_roots(root)
     for path in sorted(paths):
-        with checked_file(path, roots).open("rb") as stream:
-            found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[f"{path.parent.name}/{path.name}"] = sha256_of(checked_file(path, roots))
     return found

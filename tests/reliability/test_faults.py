@@ -226,7 +226,8 @@ def check_failure(ended: Ended, fault: Fault, place: Path, scene: Scene) -> None
 def finish(bench: Bench, name: str, *faults: Fault) -> None:
     """An undisturbed run after ones that were cut short leaves exactly what one alone does.
 
-    Only a grid of samples that could not be written is given up, with a notice.
+    Only a grid of samples and what was to be cached are given up if they cannot be written, with a notice;
+    a run that ended well without them is not run again for their sake.
     """
     scene, place = SCENES[name], bench.base / "place"
     failed = any(fault.error for fault in faults)
@@ -236,7 +237,9 @@ def finish(bench: Bench, name: str, *faults: Fault) -> None:
     ended = bench.run(scene, again=True)
     assert ended.code == 0, f"after {faults}: {ended.err}"
     found, reference = contents(place), bench.reference(name)
-    given_up = {key for key in reference.keys() - found.keys() if key.startswith("out-logs/samples")}
+    given_up = {
+        key for key in reference.keys() - found.keys() if key.startswith(("out-logs/samples", "cache"))
+    }
     if not failed:
         given_up = set()
     assert found == {key: value for key, value in reference.items() if key not in given_up}, faults
