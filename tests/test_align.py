@@ -162,6 +162,18 @@ def test_a_table_is_measured_once_and_later_runs_decide_by_it(one_layer: Path) -
     assert (first.asked, second.asked) == (1, 0)
 
 
+@pytest.mark.parametrize("table", ["absent", "there"])
+def test_what_killed_runs_left_among_the_tables_goes(one_layer: Path, table: str) -> None:
+    """Also where the table is found, so that nothing is written."""
+    if table == "there":
+        chosen(Timer(16))
+    (one_layer / ".0.json.gfprune-staging-1").mkdir(parents=True)
+    assert chosen(Timer(16)) == 16
+    (left,) = one_layer.iterdir()
+    assert left.suffix == ".json"
+    assert not left.name.startswith(".")
+
+
 @pytest.mark.parametrize(
     "damage",
     [

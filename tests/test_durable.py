@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfprune_cli.checkpoint import durable
-from gfprune_cli.checkpoint.durable import own_folder, recover, staged, write_file, write_tensors
+from gfprune_cli.checkpoint.durable import staged, write_file, write_tensors
+from gfprune_cli.checkpoint.locks import own_folder, recover
 from gfprune_cli.checkpoint.state import StateFolder
+from gfprune_cli.data.cache import cached
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.progress import silent
 
 
 def fill(folder: Path, text: str) -> None:
@@ -41,6 +44,20 @@ def test_what_a_killed_run_left_of_a_file_goes_when_it_is_written_again(tmp_path
     fill(orphan, "half")
     write_file(tmp_path / "page.html", b"whole")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_a_killed_run_left_in_the_cache_goes_though_its_entry_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after the rename: later runs find the entry and write nothing. Live runs keep theirs."""
+    monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path))
+    cached({"seed": 0}, lambda: ({"images": torch.zeros(2)}, None), silent)
+    (entry,) = (tmp_path / "calibration").iterdir()
+    fill(entry.with_name(f".{entry.name}.gfprune-staging-1"), "")
+    with own_folder(entry) as alive:
+        tensors, _ = cached({"seed": 0}, lambda: ({"images": torch.ones(2)}, None), silent)
+        assert tensors["images"].tolist() == [0, 0]
+        assert {path.name for path in entry.parent.iterdir()} == {entry.name, alive.name}
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

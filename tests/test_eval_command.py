@@ -1,6 +1,7 @@
 """`eval` end to end on a tiny pipeline: what it prints, writes, repeats, resumes and refuses."""
 
 import base64
+import errno
 import hashlib
 import json
 import math
@@ -22,7 +23,8 @@ from conftest import QUICK, Gfprune
 from PIL import Image
 
 import gfprune_cli
-from gfprune_cli.checkpoint.durable import exclusive, write_tensors
+from gfprune_cli.checkpoint.durable import write_tensors
+from gfprune_cli.checkpoint.locks import exclusive
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.evaluation import EvalResult
 from gfprune_cli.evaluation import evaluate as run_evaluation
@@ -289,6 +291,22 @@ def test_a_reference_that_has_changed_is_not_taken(
     assert any("are not those" in text for text in result.warnings)
     named = evaluate(model, reference=str(pipeline_folder))
     assert named.reference == str(pipeline_folder)
+
+
+def test_a_failing_disk_does_not_pass_for_a_missing_reference(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers would be others, though the command says that all went well."""
+
+    def failing(root: Path) -> Any:
+        try:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        except OSError as error:
+            raise GfpruneError(f"{root} cannot be read: {error}") from None
+
+    monkeypatch.setattr("gfprune_cli.evaluation.subjects.read_record", failing)
+    with pytest.raises(GfpruneError, match="cannot be read"):
+        evaluate(pruned)
 
 
 def test_another_extractor_is_never_called_fid(

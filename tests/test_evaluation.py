@@ -437,6 +437,7 @@ def test_a_damaged_download_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
     cached = tmp_path / "inception" / OFFICIAL["clean"].name
     cached.parent.mkdir()
     cached.write_bytes(b"not the weights")
+    (cached.parent / f".{cached.name}.gfprune-staging-1").mkdir()  # of a run that was killed
     with pytest.raises(Unavailable, match="--inception"):
         find_extractor(None, None, "clean", offline=True, device=CPU, report=silent)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
@@ -447,6 +448,7 @@ def test_a_damaged_download_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
         find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
     with patch("urllib.request.urlopen", side_effect=OSError("no route")), pytest.raises(Unavailable):
         find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
+    assert list(cached.parent.iterdir()) == [cached]
 
 
 def test_official_weights_are_called_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,6 +301,13 @@ class TestModel:
         expected = hashlib.sha256((saved / "unet" / WEIGHTS).read_bytes()).hexdigest()
         assert sha256_of_weights(look(saved)) == {WEIGHTS: expected}
 
+    def test_weights_that_cannot_be_read_are_named(self, saved: Path) -> None:
+        component = look(saved)
+        (saved / "unet" / WEIGHTS).unlink()
+        (saved / "unet" / WEIGHTS).mkdir()
+        with pytest.raises(GfpruneError, match=f"{WEIGHTS} cannot be read"):
+            sha256_of_weights(component)
+
     def test_inspecting_imports_no_torch(self, saved: Path) -> None:
         code = (
             "import sys; from pathlib import Path; from gfprune_cli.checkpoint.reader import inspect;"

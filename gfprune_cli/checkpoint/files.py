@@ -1,5 +1,6 @@
 """Reading files that somebody else wrote: where they may lie, how large they may be, what JSON may say."""
 
+import hashlib
 import json
 import re
 import stat
@@ -97,6 +98,19 @@ def checked_file(path: Path, roots: tuple[Path, ...]) -> Path:
     if not stat.S_ISREG(mode):  # opening a pipe or a device would hang
         raise GfpruneError(f"{path} is not a regular file")
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of what a file holds.
+
+    Raises:
+        GfpruneError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise GfpruneError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(

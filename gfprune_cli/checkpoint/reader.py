@@ -5,7 +5,6 @@
 """
 
 import copy
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, sha256_of, trusted_roots
 from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
@@ -333,10 +332,9 @@ def _finite(tensor: "torch.Tensor", dtype: "torch.dtype", where: str) -> "torch.
 
 
 def sha256_of_weights(component: Component) -> dict[str, str]:
-    """SHA-256 of each weight file, by file name."""
-    return {path.name: _sha256(path) for path in component.weights}
+    """SHA-256 of each weight file, by file name.
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    Raises:
+        GfpruneError: a file cannot be read.
+    """
+    return {path.name: sha256_of(path) for path in component.weights}

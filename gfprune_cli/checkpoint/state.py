@@ -14,16 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gfprune_cli.checkpoint.durable import (
-    discard,
     free_space_error,
     sha256,
-    state_folder,
     sync,
     sync_tree,
     write_json,
     write_tensors,
 )
 from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.locks import discard, state_folder
 from gfprune_cli.checkpoint.record import RECORD_BYTES
 from gfprune_cli.errors import GfpruneError, UsageError
 

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from gfprune_cli.checkpoint.durable import replacing, sweep_folder, write_tensors
-from gfprune_cli.checkpoint.files import checked_file, trusted_roots
+from gfprune_cli.checkpoint.durable import replacing, write_tensors
+from gfprune_cli.checkpoint.files import checked_file, sha256_of, trusted_roots
+from gfprune_cli.checkpoint.locks import sweep_folder
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -24,6 +26,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GFPRUNE_CACHE") or Path(base) / "gfprune")
 
 
+def cache_room(name: str) -> Path:
+    """The folder of one kind of cached things, without what killed runs left unfinished there.
+
+    At every use and not only before a write: a run killed right after it published an entry leaves its
+    staging folder beside it, and later runs, which find the entry, have nothing to write.
+    """
+    folder = cache_folder() / name
+    with suppress(OSError):  # cannot be listed: nothing that the run needs
+        sweep_folder(folder)
+    return folder
+
+
 def cached(
     key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
 ) -> tuple[Tensors, Any]:
@@ -32,7 +46,7 @@ def cached(
     A cache that cannot be read or written costs time, never the run.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "calibration" / f"{digest}.safetensors"
+    path = cache_room("calibration") / f"{digest}.safetensors"
     try:
         with safe_open(path, framework="pt") as reader:
             document = json.loads(reader.metadata()[DOCUMENT])
@@ -42,7 +56,6 @@ def cached(
     tensors, document = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_folder(path.parent)
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
@@ -54,10 +67,9 @@ def sha256_of_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
     """Path -> SHA-256 of what the file holds.
 
     Raises:
-        GfpruneError: a file leads out of the checkpoint's folder `root`.
+        GfpruneError: a file leads out of the checkpoint's folder `root`, or cannot be read.
     """
     found, roots = {}, trusted_roots(root)
     for path in sorted(paths):
-        with checked_file(path, roots).open("rb") as stream:
-            found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[f"{path.parent.name}/{path.name}"] = sha256_of(checked_file(path, roots))
     return found

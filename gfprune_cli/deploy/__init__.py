@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, check_space, claimed
+from gfprune_cli.checkpoint.durable import check_destination, check_space
+from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.single_file import check_file_destination
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.deploy.parity import Parity

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from gfprune_cli.checkpoint.durable import write_file
-from gfprune_cli.data.calibration import cache_folder
+from gfprune_cli.data.cache import cache_room
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.statistics import Features
 from gfprune_cli.progress import Event, Report
@@ -224,7 +224,7 @@ def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
     """
     from huggingface_hub import is_offline_mode
 
-    path = cache_folder() / "inception" / weights.name
+    path = cache_room("inception") / weights.name
     try:
         cached = read_file(path)
     except OSError:  # absent or not readable: fetched anew

@@ -13,18 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import (
-    check_destination,
-    claimed,
-    exclusive,
-    is_output,
-    lock_of,
-    staged,
-    state_folder,
-    write_file,
-    write_json,
-)
+from gfprune_cli.checkpoint.durable import check_destination, is_output, staged, write_file, write_json
 from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.locks import claimed, exclusive, lock_of, state_folder
 from gfprune_cli.checkpoint.record import RECORD_BYTES
 from gfprune_cli.checkpoint.state import not_finished
 from gfprune_cli.data.calibration import cache_folder

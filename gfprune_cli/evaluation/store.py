@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from gfprune_cli.checkpoint.durable import discard, sweep, write_file
+from gfprune_cli.checkpoint.durable import write_file
+from gfprune_cli.checkpoint.locks import discard, sweep
 from gfprune_cli.errors import GfpruneError, UsageError
 
 IDENTITY = "identity.json"

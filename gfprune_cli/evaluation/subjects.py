@@ -1,5 +1,6 @@
 """The networks of an evaluation: the model, and the dense one it is compared with."""
 
+import errno
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,7 +145,8 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
     """The dense model that `gfprune.json` says the model was pruned from, if it is still the same.
 
     Raises:
-        NoReference: no record, or the model it names cannot be had or has changed.
+        NoReference: no record, or the model it names cannot be had or has changed; GfpruneError: the disk
+            failed, which says nothing about whether there is a reference.
     """
     root = model.component.root
     try:
@@ -163,10 +165,21 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
     except Interrupted:
         raise
     except GfpruneError as error:
+        if failing_disk(error):
+            raise
         raise NoReference(str(error).replace("--teacher", "--reference")) from error
     if source.kind != record.source.kind or found.hashes != record.source.weights:
         raise NoReference(f"the weights of {found.label} are not those that {root / RECORD} names")
     return found
+
+
+def failing_disk(error: BaseException | None) -> bool:
+    """Whether an error comes of a file that is there and cannot be read now."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def same_noise(one: Subject, other: Subject) -> bool:

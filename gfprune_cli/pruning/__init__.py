@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
+from gfprune_cli.checkpoint.durable import check_destination, is_output
+from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, claimed, is_output
+from gfprune_cli.checkpoint.durable import check_destination, is_output
+from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.reader import Component, inspect, load_model
 from gfprune_cli.checkpoint.record import Record, read_record
 from gfprune_cli.checkpoint.source import resolve

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from gfprune_cli.checkpoint.durable import replacing, sweep_folder
+from gfprune_cli.checkpoint.durable import replacing
+from gfprune_cli.checkpoint.locks import sweep_folder
 from gfprune_cli.errors import GfpruneError, UsageError
 
 LOGGERS = ("tensorboard", "trackio")

@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.cache import cache_folder
+from gfprune_cli.checkpoint.durable import replacing, write_json
+from gfprune_cli.data.cache import cache_room
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.structure.cost import CostModel
 
@@ -234,7 +235,7 @@ def choose_align(
         return default_align(device)
     key = table_key(layers, device, dtype)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "latency" / f"{digest}.json"
+    path = cache_room("latency") / f"{digest}.json"
     table = read_table(path, key, layers)
     if table is None:
         report(Event("latency", text="timing layers for --align auto"))
@@ -303,13 +304,10 @@ def keep_table(
     path: Path, key: Mapping[str, Any], table: Sequence[Mapping[int, float]], report: Report
 ) -> None:
     """Put a table into the cache; a cache that cannot be written costs time, never the run."""
-    staging = path.with_suffix(f".{os.getpid()}")
     document = {"key": key, "seconds": [{str(w): s for w, s in times.items()} for times in table]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staging.replace(path)
+        with replacing(path) as staging:
+            write_json(staging, document)
     except OSError as error:
         notice(report, f"layer times were not cached in {path.parent}: {error.strerror}")
-        with suppress(OSError):
-            staging.unlink()

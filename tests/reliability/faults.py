@@ -8,6 +8,7 @@ the safetensors library or PyTorch. Nothing in gfprune knows that it is being te
 """
 
 import ctypes
+import io
 import json
 import os
 import resource
@@ -185,24 +186,32 @@ def serve() -> None:
 
 
 def warm_up() -> None:
-    """Nothing here may start autograd: its threads do not survive a fork."""
+    """Import what trials import. Nothing here may start autograd: its threads do not survive a fork."""
+    import gc
     import importlib
 
     import diffusers
-    import matplotlib.figure  # noqa: F401
+    import matplotlib.figure
     import torch
     import torch_pruning  # noqa: F401
+    from PIL import Image
 
     torch.set_num_threads(1)
     for module, constant in (("data.measure", "REPORT_DRAWS"), ("evaluation.teacher", "LOSS_DRAWS")):
         setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, 16)  # quick losses, nothing else
     for name in ("UNet2DModel", "DDPMPipeline", "DDIMScheduler", "DDPMScheduler"):
         getattr(diffusers, name)
+    assert diffusers.DDPMScheduler().compatibles  # diffusers imports these when it makes a scheduler
+    Image.preinit()
+    matplotlib.figure.Figure().savefig(io.BytesIO(), format="svg")
     for name in (
         "cli.main", "pruning", "recovery", "recovery.teacher", "evaluation", "evaluation.cost", "deploy",
         "checkpoint.modeling.gfprune_models_v1", "report.evaluation_page", "recipes.options", "cli.tables",
     ):  # fmt: skip
         importlib.import_module(f"gfprune_cli.{name}")
+    for name in ("rich.console", "rich.markup", "pydantic.dataclasses"):
+        importlib.import_module(name)
+    gc.freeze()  # collections in the forks leave the pages shared
 
 
 def waited(child: int, kill_after: float | None) -> int:

@@ -10,7 +10,7 @@ from conftest import PRUNE
 from forked import Server
 from test_signals import FINETUNE, tree
 
-from gfprune_cli.checkpoint.durable import claimed, exclusive
+from gfprune_cli.checkpoint.locks import claimed, exclusive
 from gfprune_cli.errors import GfpruneError, UsageError
 
 
