@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from gfprune_cli.flow.criteria import score
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.sensitivity import POWER, SHARE, comparable, measured_rises, spared
 from gfprune_cli.progress import Event, silent
+from gfprune_cli.pruning.run import default_allocation
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate, step_scores
 from gfprune_cli.structure.groups import ChannelGroup, select
 
@@ -164,3 +167,16 @@ def test_the_record_says_how_groups_were_compared(
     assert records[0]["resolved"]["allocation"] == resolved != records[1]["resolved"]["allocation"]
     assert records[0]["recipe"]["allocation"] is None
     assert records[0]["kept"] != records[1]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "budget", "resolved"),
+    [
+        ("gradient-flow-abs", "params", "scores"),
+        ("gradient-flow-abs", "macs", "measured"),
+        ("magnitude", "params", "measured"),
+        ("random", "macs", "scores"),
+    ],
+)
+def test_the_default_comparison_follows_the_criterion(criterion: Any, budget: Any, resolved: str) -> None:
+    assert default_allocation(PruneRecipe(criterion=criterion, budget=budget)) == resolved

@@ -277,8 +277,14 @@ class Run:
 
 
 def default_allocation(recipe: PruneRecipe) -> str:
-    """Measured, but for the criterion as it was published, and for the one that knows nothing."""
-    return "scores" if recipe.criterion in ("gradient-flow", "random") else "measured"
+    """Measured, but for the criterion as it was published, and for the one that knows nothing.
+
+    The absolute flow holds curvature: per parameter its sums compare groups better than measurements do, per
+    MAC they do not (docs/benchmarks/groups.md).
+    """
+    by_scores = recipe.criterion in ("gradient-flow", "random")
+    by_scores |= recipe.criterion == "gradient-flow-abs" and recipe.budget == "params"
+    return "scores" if by_scores else "measured"
 
 
 def schedule_of(recipe: PruneRecipe) -> Schedule:

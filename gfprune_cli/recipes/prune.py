@@ -33,9 +33,7 @@ class PruneRecipe:
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     allocation: Annotated[
         Literal["measured", "scores"] | None,
-        Help(
-            "Groups compared by measured losses or by scores (default: measured; scores with two criteria)."
-        ),
+        Help("What groups are compared by: losses or scores (default: by criterion, see docs/method.md)."),
     ] = None
     iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
     steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 10
