@@ -301,10 +301,11 @@ class TestModel:
         expected = hashlib.sha256((saved / "unet" / WEIGHTS).read_bytes()).hexdigest()
         assert sha256_of_weights(look(saved)) == {WEIGHTS: expected}
 
-    def test_weights_that_cannot_be_read_are_named(self, saved: Path) -> None:
-        component = look(saved)
-        (saved / "unet" / WEIGHTS).unlink()
-        (saved / "unet" / WEIGHTS).mkdir()
+    def test_weights_that_cannot_be_read_are_named(self, saved: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(saved, tmp_path / "copy")
+        component = look(copy)
+        (copy / "unet" / WEIGHTS).unlink()
+        (copy / "unet" / WEIGHTS).mkdir()
         with pytest.raises(GfpruneError, match=f"{WEIGHTS} cannot be read"):
             sha256_of_weights(component)
 
