@@ -279,7 +279,9 @@ def test_one_shot_and_coarse_score_less(pipeline_folder: Path, tmp_path: Path) -
     costs = {}
     for mode, settings in (("full", {}), ("coarse", {"coarse": True}), ("one-shot", {"one_shot": True})):
         result = gfprune_cli.prune(
-            str(pipeline_folder), out=tmp_path / mode, **QUICK | {"iterations": 8} | settings
+            str(pipeline_folder),
+            out=tmp_path / mode,
+            **QUICK | {"iterations": 8, "allocation": "scores"} | settings,
         )
         costs[mode] = result.scoring_gradients
     assert costs["full"] > costs["coarse"] > costs["one-shot"] == 1
