@@ -166,7 +166,8 @@ class PruningLoop:
 
     def measure(self, scores: Masks) -> tuple[dict[str, float], float]:
         """Once, at the dense network: rises of the loss by group, and their cost in gradients."""
-        losses = scoring_losses(self.masked, self.process, self.draws, 0, DRAWS, self.chunk, silent)
+        count = min(DRAWS, self.scoring_draws)
+        losses = scoring_losses(self.masked, self.process, self.draws, 0, count, self.chunk, silent)
 
         @torch.no_grad()
         def loss() -> float:
@@ -175,7 +176,7 @@ class PruningLoop:
 
         rises = measured_rises(self.masked, scores, SHARE, loss, self.report)
         forward = 1 / 3  # of the cost of a gradient
-        return rises, forward * (len(rises) + 1) * DRAWS / self.scoring_draws
+        return rises, forward * (len(rises) + 1) * count / self.scoring_draws
 
     def reselect(self) -> None:
         """The support of this iteration's budget, and how fast units leave it."""

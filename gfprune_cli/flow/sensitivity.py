@@ -17,7 +17,7 @@ from gfprune_cli.progress import Event, Report
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 SHARE = 0.5  # of a group's channels, masked to compare it with the others
-DRAWS = 8  # noisy samples behind each measurement
+DRAWS = 8  # noisy samples behind each measurement, at most as many as a scoring takes
 WORST = 1e30  # stands for a loss that is not finite: JSON has no infinity
 POWER = 2  # of the share of the scores that is gone: errors of one layer add up in phase
 NOISE = 0.01  # of the mean rise: what is smaller cannot be told from nothing
