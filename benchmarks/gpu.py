@@ -56,7 +56,7 @@ TOY = Form(
     ratios={"half of the channels": 0.5},
     dense_steps=2,
     batch=4,
-    gradients=48,
+    gradients=96,
     scoring=8,
     prune=dict(iterations=3, draws=4),
     cost_draws=4,
