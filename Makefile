@@ -47,7 +47,7 @@ test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to cho
 thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
 	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
 
-benchmark: $(STAMP) ## Compare with other methods, quick form (20 minutes on two cores), into docs/benchmarks/
+benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchmarks/quick/
 	$(BIN)/python benchmarks/quality.py --quick
 	$(BIN)/python benchmarks/speed.py --quick
 
