@@ -15,6 +15,7 @@ from conftest import Gfprune, quick_flags
 from typer.testing import CliRunner
 
 from gfprune_cli.cli.main import app
+from gfprune_cli.cli.session import one_line
 from gfprune_cli.recipes.options import option_names
 from gfprune_cli.recipes.prune import PruneRecipe
 
@@ -214,6 +215,13 @@ def test_no_network_is_one_line(tmp_path: Path, gfprune: Gfprune) -> None:
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "model-taylor-params50").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 TB")]
+)
+def test_want_of_memory_says_what_to_ask_for(error: Exception) -> None:
+    assert one_line(error).startswith("out of memory: ask for")
 
 
 @pytest.mark.slow

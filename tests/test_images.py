@@ -3,6 +3,7 @@
 import os
 import struct
 import sys
+import tracemalloc
 import types
 import zipfile
 import zlib
@@ -322,6 +323,19 @@ def test_png_that_declares_a_huge_canvas_is_refused_before_it_is_allocated(tmp_p
     )
     (tmp_path / "huge.png").write_bytes(content)
     assert "huge.png" in refused(tmp_path)
+
+
+def test_png_chunk_is_not_allocated_beyond_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "long.png")
+    content = path.read_bytes()
+    start = content.index(b"IDAT") - 4
+    path.write_bytes(content[:start] + struct.pack(">I", 0x7FFFFFFF) + content[start + 4 :])
+    tracemalloc.start()
+    try:
+        outcome(tmp_path)  # the pixels are all there: read or refused, as Pillow likes
+        assert tracemalloc.get_traced_memory()[1] < 16 * 1024**2
+    finally:
+        tracemalloc.stop()
 
 
 def test_odd_file_names_stay_on_one_line(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import re
@@ -97,11 +96,6 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(staging)
         staging.replace(path)
         sync(path.parent)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_space_error(folder: Path, needed: int, error: OSError) -> GfpruneError:

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 from gfprune_cli.checkpoint.durable import (
     free_space_error,
-    sha256,
     sync,
     sync_tree,
     write_json,
     write_tensors,
 )
-from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.files import read_json, sha256_of, trusted_roots
 from gfprune_cli.checkpoint.locks import discard, state_folder
 from gfprune_cli.checkpoint.record import RECORD_BYTES
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -75,10 +74,10 @@ class StateFolder:
         for state in reversed(states):
             try:
                 numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
-                intact = numbers["sha256"] == sha256(state / "state.safetensors")
+                intact = numbers["sha256"] == sha256_of(state / "state.safetensors")
                 identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
                 tensors = load_file(state / "state.safetensors") if intact else {}
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
+            except (GfpruneError, OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
                 continue  # RuntimeError: PyTorch's own when a file cannot be mapped
             if not intact:
                 continue
@@ -105,7 +104,7 @@ class StateFolder:
                 shutil.rmtree(orphan, ignore_errors=True)
             staging.mkdir()
             write_tensors(staging / "state.safetensors", tensors)
-            digest = sha256(staging / "state.safetensors")
+            digest = sha256_of(staging / "state.safetensors")
             write_json(
                 staging / "state.json",
                 {"identity": self.identity, "numbers": dict(numbers), "sha256": digest},

@@ -187,6 +187,8 @@ def one_line(error: BaseException) -> str:
         return "interrupted"
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of device memory: {text}; use --device cpu"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:  # PyTorch's own, a RuntimeError
+        return "out of memory: ask for a smaller --batch or fewer images, or use a machine with more"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 

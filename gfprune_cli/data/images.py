@@ -7,6 +7,7 @@ Example:
 
 import hashlib
 import importlib
+import io
 import lzma
 import math
 import os
@@ -207,12 +208,25 @@ def _decoding(name: str, damage: _Errors = _DAMAGE, remedy: str = "repair or rem
         raise GfpruneError(f"{name}: cannot be read ({_reason(error)}); {remedy}") from error
 
 
+class _Whole(io.BufferedReader):
+    """A file that is never asked for more than it holds: Pillow asks for what a PNG chunk says it is long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > 0:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def _folder_frames(files: list[Path]) -> _Frames:
     for file in files:
         name = f"image {str(file)!r}"
         if not file.is_file():  # a broken link, or a pipe that would block for ever
             raise GfpruneError(f"{name}: not a regular file; repair or remove it")
-        with _decoding(name), Image.open(file, formats=_FORMATS) as image:
+        with (
+            _decoding(name),
+            _Whole(io.FileIO(file)) as stream,
+            Image.open(stream, formats=_FORMATS) as image,
+        ):
             image.load()
         yield name, image
 
