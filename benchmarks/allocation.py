@@ -79,9 +79,10 @@ def main() -> None:
     lines = ["| layout | parameters | MACs | after removal | after finetuning |", "|---" * 5 + "|"]
     for sparsity in options.sparsity:
         lines += rows(sparsity, options)
+    seeds = "one seed" if options.seeds == 1 else f"means of {options.seeds} seeds, the range in brackets"
     body = (
         "Denoising loss of the demo on held-out images after `gfprune prune --one-shot`, and after "
-        f"{options.steps} steps of `gfprune finetune`; {options.seeds} seeds, the range in brackets. "
+        f"{options.steps} steps of `gfprune finetune`; {seeds}. "
         f"Dense: {dense:.4f}.\n\n" + "\n".join(lines)
     )
     command = shlex.join(["python", "benchmarks/allocation.py", *sys.argv[1:]])

@@ -1,7 +1,9 @@
 """Writes: whole or not at all, nothing of the user's lost, the same bytes every time."""
 
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from gfprune_cli.checkpoint import durable
 from gfprune_cli.checkpoint.durable import staged, write_file, write_tensors
-from gfprune_cli.checkpoint.locks import own_folder, recover
+from gfprune_cli.checkpoint.locks import own_folder, recover, sweep
 from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.cache import cached
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -44,6 +46,26 @@ def test_what_a_killed_run_left_of_a_file_goes_when_it_is_written_again(tmp_path
     fill(orphan, "half")
     write_file(tmp_path / "page.html", b"whole")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_is_abandoned_is_removed_under_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has just made a folder waits for the lock, then sees that the folder is gone."""
+    orphan = tmp_path / ".page.html.gfprune-staging-1"
+    fill(orphan, "half")
+    remove, seen = shutil.rmtree, []
+
+    def locked_out(folder: Path, ignore_errors: bool = False) -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        seen.append(folder)
+        remove(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", locked_out)
+    sweep(tmp_path / "page.html")
+    assert seen == [orphan]
+    assert not orphan.exists()
 
 
 def test_what_a_killed_run_left_in_the_cache_goes_though_its_entry_is_there(

@@ -182,23 +182,25 @@ def sweep_folder(folder: Path, name: str = "*") -> None:
         name: a pattern of what they stage.
     """
     for orphan in folder.glob(f".{name}.gfprune-staging-*"):
-        if abandoned(orphan):
-            shutil.rmtree(orphan, ignore_errors=True)
+        remove_abandoned(orphan)
 
 
-def abandoned(folder: Path) -> bool:
-    """Whether the process that made a staging folder is gone."""
+def remove_abandoned(folder: Path) -> None:
+    """Remove a staging folder if the process that made it is gone.
+
+    Under the folder's lock: a run that has just made it, and not locked it yet, finds out and makes another.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # another run was faster
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # its process lives
+        return
     finally:
         os.close(descriptor)
-    return True
 
 
 def discard(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 Scores rank the units of one group well. Added up they say little about what a group can spare: first-order
 terms nearly vanish in a trained network, and what they leave out, curvature and the joint effect of many
-units, differs from layer to layer by orders of magnitude. So the weaker half of every group is masked once,
-alone, and the scores of the group are scaled to what that does to the loss.
+units, differs much from layer to layer. So the weaker half of every group is masked once, alone, and the
+scores of the group are scaled to what that does to the loss.
 """
 
 import math

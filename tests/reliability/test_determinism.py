@@ -18,7 +18,8 @@ from gfprune_cli.data.draws import Draws
 from gfprune_cli.processes import Processes
 
 BRIEF = dict(
-    sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=3, steps_per_iteration=2, batch=6
+    sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=3, steps_per_iteration=2, batch=6,
+    align=4,  # auto times layers, and times differ
 )  # fmt: skip
 TUNE = dict(images=8, sample_steps=2, steps=4, batch=6, sample_every=0, save_every=0)
 SCRIPT = """
@@ -26,7 +27,7 @@ import sys
 import gfprune_cli
 model, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 gfprune_cli.prune(model, out=out + "/pruned", seed=seed, sparsity=0.5, images=8, sample_steps=2, draws=12,
-                  iterations=3, steps_per_iteration=2, batch=6)
+                  iterations=3, steps_per_iteration=2, batch=6, align=4)
 gfprune_cli.finetune(out + "/pruned", out=out + "/tuned", seed=seed, images=8, sample_steps=2, steps=4,
                      batch=6, logs=out + "-logs")
 gfprune_cli.export(out + "/tuned", out=out + "/exported", seed=seed, format="safetensors", dtype="fp16")

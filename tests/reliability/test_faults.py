@@ -300,7 +300,7 @@ def test_failing_calls_leave_what_stands_whole_and_resuming_gives_the_same_bytes
     start = time.monotonic()
     tried = tried_some(bench, name)
     print(f"faults: {name}: {sum(tried.values())} in {time.monotonic() - start:.0f} s: {dict(tried)}")
-    assert sum(tried.values()) > 0
+    assert 2 * sum(tried.values()) > len(FAULTS), "most runs ended before the call that was to fail"
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -115,7 +115,7 @@ def test_sigterm_in_every_phase_saves_and_exits_143(
     last = server.run(*arguments(name, given, often, resume=True), environment=cache)
     assert last.code == 0, last.stderr
     assert same(name, often, alone)
-    assert stops
+    assert stops >= len(phases) - 1, "analyze does not draw again what is cached"
     record(f"SIGTERM in every phase, {name}: {stops} of {len(phases)} phases, slowest end {worst:.2f} s")
 
 
