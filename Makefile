@@ -13,6 +13,9 @@ JOBS ?= 2
 # installed apart from .venv: what looks at the dependencies is none of them
 AUDIT := pip-audit==2.10.1
 
+# PyTorch's profiler prints two lines for every use, else
+export KINETO_LOG_LEVEL ?= 99
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help .venv demo test thorough benchmark benchmark-full audit lint format clean

@@ -76,7 +76,7 @@ def table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
     best = {metric: gap(rows[best_peer(rows, dense, metric)], dense, metric) for metric in GAPS}
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, runs in rows.items():
-        shares = {metric: f"{gap(runs, dense, metric) / best[metric]:.0%}" for metric in GAPS}
+        shares = {metric: percent(gap(runs, dense, metric) / best[metric]) for metric in GAPS}
         cells = [
             LABELS[name],
             str(len(runs)),
@@ -93,6 +93,11 @@ def table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def percent(share: float) -> str:
+    """A share in whole percent, and never -0%."""
+    return f"{round(100 * share)}%"
 
 
 def bins_table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
@@ -118,7 +123,7 @@ def verdicts(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
         ours, theirs = gap(rows["gfprune"], dense, metric), gap(rows[peer], dense, metric)
         lines.append(
             f"- {name}: gfprune leaves {ours:.4g} to the dense model, the best peer ({LABELS[peer]}) "
-            f"{theirs:.4g}: {ours / theirs:.0%} of it."
+            f"{theirs:.4g}: {percent(ours / theirs)} of it."
         )
     return lines
 

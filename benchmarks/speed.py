@@ -302,14 +302,15 @@ def random_pipeline(folder: Path, width: int, seed: int) -> Path:
 
 
 def footprint(model: str, root: Path, seed: int, **settings: Any) -> Footprint:
-    """Peak memory, above what imports take, and seconds by phase of one prune run."""
+    """Peak memory, above what imports take, and seconds by phase of one prune run with an empty cache."""
+    cache = tempfile.mkdtemp(prefix="cache-", dir=root)
     asked = SMALL_RUN | settings | dict(model=model, out=str(root / "out"), seed=seed, force=True)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(asked)],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": cache},
     )
     found = json.loads(done.stdout.splitlines()[-1])
     return Footprint(found["params"], asked["images"], found["peak"], found["phases"])

@@ -90,6 +90,8 @@ def test_a_run_in_its_own_process_reports_memory_and_phases(tmp_path: Path) -> N
     assert {"loading", "calibration", "check", "scoring", "training", "removal", "writing"} <= set(
         found.phases
     )
+    (cache,) = tmp_path.glob("cache-*")  # its own, so that images are drawn and layers timed for each row
+    assert list(cache.rglob("*.safetensors"))
     (row,) = rows_of(speed.footprint_table([found]))
     assert row[1] == "4"
     speed.plot_growth([found, found], tmp_path / "growth.svg")
