@@ -46,15 +46,16 @@ def load() -> str:
 
 
 def commit() -> str:
-    """The commit that ran, marked where the working tree differs from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that ran, marked where the working tree differs from it in more than documents."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def write_page(path: Path, title: str, command: str, seed: int, body: str) -> Path:

@@ -160,3 +160,22 @@ def test_the_same_tensors_give_the_same_bytes(
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {
         "format": "pt"
     }
+
+
+def test_a_state_is_out_of_sight_before_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill within the removal must leave no part of it that looks like a state."""
+    removed: list[str] = []
+
+    def killed(folder: Path, ignore_errors: bool) -> None:
+        if any(folder.glob("*")):
+            removed.append(folder.name)
+
+    states = StateFolder(tmp_path / "out", {})
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    for number in range(3):
+        states.save({"x": torch.tensor([number])}, {})
+    assert len(removed) == 1
+    assert not removed[0].startswith("state-")
+    assert [path.name for path in states.states()] == ["state-000001", "state-000002"]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,11 @@ class StateFolder:
             raise self.unwritable(error, needed) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        doomed = self.folder / f"new-{os.getpid()}-old"  # a kill leaves nothing that could pass for a state
         for old in self.states()[:-KEPT_STATES]:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # it stays until the next save
+                old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def unwritable(self, error: OSError, needed: int) -> GfpruneError:
         """What to raise when the system refuses a write of `needed` bytes."""
