@@ -354,14 +354,14 @@ def plot_growth(rows: Sequence[Footprint], path: Path) -> None:
     """Peak memory and seconds by phase over model size."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     millions = [row.params / 1e6 for row in rows]
     left.loglog(millions, [row.peak / 1e6 for row in rows], marker="o")
     left.set(xlabel="million parameters", ylabel="peak memory, MB")
     for name in dict.fromkeys(phase for row in rows for phase in row.phases):
         right.loglog(millions, [max(row.phases.get(name, 0), 1e-2) for row in rows], marker="o", label=name)
     right.set(xlabel="million parameters", ylabel="seconds")
-    right.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     save_figure(figure, path)
 
 
