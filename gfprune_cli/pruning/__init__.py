@@ -12,6 +12,7 @@ from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint
+from gfprune_cli.data.cache import sweep_caches
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
@@ -118,6 +119,7 @@ def finished_run(run: Run, destination: Path) -> dict[str, Any]:
         run.draws(run.load())
         if record["source"]["data"] != run.data_fingerprint:
             raise not_finished(destination)
+    sweep_caches()
     notice(run.report, f"{destination} is finished: there is nothing left to do")
     return record
 

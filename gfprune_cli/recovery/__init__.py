@@ -14,6 +14,7 @@ from gfprune_cli.checkpoint.record import Record, read_record
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
+from gfprune_cli.data.cache import sweep_caches
 from gfprune_cli.device import deterministic
 from gfprune_cli.errors import UsageError
 from gfprune_cli.processes import Processes
@@ -121,6 +122,7 @@ def finished_run(run: Run, destination: Path) -> Mapping[str, float]:
         run.draws(run.place(load_model(run.teacher.component)))
         if entry["data"] != run.fingerprint:
             raise not_finished(destination)
+    sweep_caches()
     notice(run.report, f"{destination} is finished: there is nothing left to do")
     losses: Mapping[str, float] = entry["loss"]
     return losses
