@@ -23,7 +23,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.run import Run, default_output
 from gfprune_cli.recovery.teacher import find_teacher
-from gfprune_cli.recovery.watch import Watch, check_logger, check_logs, logs_folder, make_tracker
+from gfprune_cli.recovery.watch import Watch, check_logger, check_logs, logs_folder, make_tracker, sweep_logs
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -86,8 +86,10 @@ def finetune(
         state = StateFolder(destination, run.identity())
         if processes.told(resume and not force and is_output(destination)):
             losses = finished_run(run, destination)
-            if processes.main and not state.foreign():  # killed after the output was published
-                state.end()
+            if processes.main:
+                sweep_logs(folder)
+                if not state.foreign():  # killed after the output was published
+                    state.end()
             return summary(run, losses, destination, folder, time.monotonic() - start)
         if processes.main:
             prepare(state, folder, force=force, resume=resume)

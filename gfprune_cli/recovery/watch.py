@@ -41,6 +41,11 @@ def check_logs(folder: Path, *, may_replace: bool) -> None:
         raise UsageError(f"{folder / METRICS} is of another run: replace it with --force, or name --logs")
 
 
+def sweep_logs(folder: Path) -> None:
+    """Remove the pictures that killed runs left half-written."""
+    sweep_folder(folder / "samples")
+
+
 def check_logger(logger: str | None) -> None:
     """Refuse before the work, not within it.
 
@@ -88,7 +93,7 @@ class Watch:
         self.start = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            sweep_folder(folder / "samples")
+            sweep_logs(folder)
             if not done:
                 shutil.rmtree(folder / "samples", ignore_errors=True)
             self.file = (folder / METRICS).open("r+" if done and (folder / METRICS).exists() else "w+")
