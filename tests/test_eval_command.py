@@ -220,6 +220,58 @@ def test_stdout_is_markdown_and_files_are_written(pruned: Path, tmp_path: Path, 
     assert "--force" in again.stderr
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flag", ["--model", "--reference", "--data", None])
+def test_force_replaces_no_input_and_no_checkpoint_by_samples(
+    pruned: Path, image_folder: Path, tmp_path: Path, flag: str | None
+) -> None:
+    """A folder that holds an input is an input, too: all of it would go."""
+    outer = tmp_path / "outer"
+    folder = outer / "inner"
+    shutil.copytree(image_folder if flag == "--data" else pruned, folder)
+    named = {} if flag is None else {flag.removeprefix("--"): str(folder)}
+    recipe = EvalRecipe(**({"model": str(pruned)} | FAST | named))
+    if flag == "--data":
+        (folder / "gfprune.json").write_text('{"command": "eval"}')
+    (outer / "gfprune.json").write_text('{"command": "eval"}')
+    before = contents(outer)
+    says = f"would replace {flag}|an output to keep" if flag else "an output to keep"
+    for out in (folder, outer) if flag else (folder,):
+        with pytest.raises(UsageError, match=says) as error:
+            run_evaluation(recipe, out=out, force=True)
+        assert "--out" in str(error.value)
+        assert contents(outer) == before
+
+
+@pytest.mark.parametrize("flag", ["--html", "--markdown", "--save-stats"])
+def test_force_replaces_a_page_by_a_page_only(
+    pruned: Path, image_folder: Path, tmp_path: Path, gfprune: Gfprune, flag: str
+) -> None:
+    weights = shutil.copytree(pruned, tmp_path / "copy") / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    done = gfprune("eval", "--model", pruned, "--data", image_folder, flag, weights, "--force", *FLAGS)
+    assert done.returncode == 2
+    assert f"{flag} {weights} is a file of another kind" in done.stderr
+    assert weights.read_bytes() == before
+
+
+def test_pages_are_known_again(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    """What the command wrote, or an empty file that was made for it, is replaced."""
+    (tmp_path / "a.html").touch()
+    pages = ["--html", tmp_path / "a.html", "--markdown", tmp_path / "a.md", "--force"]
+    for _ in range(2):
+        assert gfprune("eval", "--model", pruned, *pages, *FLAGS).returncode == 0
+    assert (tmp_path / "a.html").stat().st_size > 1000
+
+
+def test_a_reference_that_is_not_there_is_named_by_its_flag(pruned: Path) -> None:
+    with pytest.raises(UsageError, match="--reference 'nothere'"):
+        run_evaluation(EvalRecipe(model=str(pruned), reference="nothere", **FAST), offline=True)
+
+
 def test_a_missed_gate_exits_with_3_and_still_prints(pruned: Path, gfprune: Gfprune) -> None:
     done = gfprune(
         "eval", "--model", pruned, "--json", "--quiet", "--max-loss", "1e-9", "--min-ssim", "-1", *FLAGS

@@ -191,6 +191,20 @@ def check_replaceable(destination: Path, *, force: bool) -> None:
         )
 
 
+def refuse_overlaps(destination: Path, inputs: Mapping[str, Path | str | None]) -> None:
+    """Refuse an output that would replace an input, or a folder that holds one.
+
+    Args:
+        inputs: flag -> what it names, None where it was not given.
+
+    Raises:
+        UsageError: which one.
+    """
+    for flag, used in inputs.items():
+        if used is not None and Path(used).resolve().is_relative_to(destination.resolve()):
+            raise UsageError(f"--out {destination} would replace {flag} {used}: name another folder")
+
+
 def is_output(destination: Path) -> bool:
     """Whether gfprune wrote a folder."""
     return (destination / "gfprune.json").is_file()

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+# How what each flag writes begins: `--force` replaces nothing else.
+BEGINNINGS = {"--html": b"<!doctype html", "--markdown": b"# ", "--save-stats": b"PK"}
 LONGEST_NAME = 200  # bytes; file systems take 255, and the staging file beside has a longer name
 
 
 def check_page(path: Path, *, force: bool, flag: str = "--html") -> None:
-    """Refuse before the work, not after it."""
-    from gfprune_cli.errors import UsageError
+    """Refuse before the work, not after it; with `--force` too, a file that is no such page."""
+    from gfprune_cli.errors import GfpruneError, UsageError
 
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise UsageError(f"{flag}: the file name has more than {LONGEST_NAME} bytes: choose a shorter one")
@@ -16,6 +18,21 @@ def check_page(path: Path, *, force: bool, flag: str = "--html") -> None:
         raise UsageError(f"{flag} {path}: name a file in a folder that exists")
     if path.exists() and not force:
         raise UsageError(f"{flag} {path} exists: use --force to replace it, or another name")
+    try:
+        kept = path.exists() and not replaceable(path, BEGINNINGS[flag])
+    except OSError as error:
+        raise GfpruneError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
+    if kept:
+        raise UsageError(f"{flag} {path} is a file of another kind, and --force replaces none: name another")
+
+
+def replaceable(path: Path, beginning: bytes) -> bool:
+    """Whether a file is empty or begins like what will take its place."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(1024).lstrip().lower()
+    return not head or head.startswith(beginning.lower())
 
 
 def write_page(path: Path, page: str) -> None:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, check_space
+from gfprune_cli.checkpoint.durable import check_destination, check_space, refuse_overlaps
 from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.single_file import check_file_destination
 from gfprune_cli.checkpoint.source import resolve
@@ -14,7 +14,6 @@ from gfprune_cli.deploy.plan import check_settings, default_output
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.run import ExportRun
 from gfprune_cli.device import deterministic
-from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -64,10 +63,7 @@ def export(
         )
         if dry_run:
             return run.planned(time.monotonic() - start)
-        if source.folder.resolve().is_relative_to(destination.resolve()):
-            raise UsageError(
-                f"--out {destination} would replace --model {source.folder}: name another folder"
-            )
+        refuse_overlaps(destination, {"--model": source.folder})
         check_space(destination, run.needed)
         with deterministic():
             artefact, files, parity = run.single_file(force) if recipe.single_file else run.folder(force)

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.durable import check_destination, is_output, staged, write_file, write_json
+from gfprune_cli.checkpoint.durable import (
+    check_destination,
+    is_output,
+    refuse_overlaps,
+    staged,
+    write_file,
+    write_json,
+)
 from gfprune_cli.checkpoint.files import read_json, trusted_roots
 from gfprune_cli.checkpoint.locks import claimed, exclusive, lock_of, state_folder
 from gfprune_cli.checkpoint.record import RECORD_BYTES
@@ -73,6 +80,7 @@ def evaluate(
     processes = Processes.start(device)
     if out is not None:
         check_destination(out, force=force, resume=resume)
+        check_samples(out)
     latency_batches(recipe)
     if out is not None and save_stats is not None and save_stats.resolve().is_relative_to(out.resolve()):
         raise UsageError(
@@ -80,6 +88,8 @@ def evaluate(
         )
     inputs = gather(recipe, processes, save_stats=save_stats is not None, offline=offline, report=report)
     report = inputs.remarks.report
+    if out is not None:
+        refuse_overlaps(out, named_by_flags(inputs))
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     store = sample_store(inputs, processes.device, out or beside)
@@ -111,6 +121,27 @@ def evaluate(
             publish(result)
         store.end()
     return result
+
+
+def check_samples(out: Path) -> None:
+    """Refuse, with `--force` too, to put samples in the place of a checkpoint or an artefact.
+
+    Raises:
+        UsageError: another command wrote what is there; GfpruneError: its record cannot be read.
+    """
+    if is_output(out):
+        record = read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
+        if record.get("command") != "eval":
+            raise UsageError(f"--out {out} is no folder of samples, but an output to keep: name another")
+
+
+def named_by_flags(inputs: Inputs) -> dict[str, Path | str | None]:
+    """What the flags name that must not be replaced."""
+    recipe = inputs.recipe
+    folders: dict[str, Path | str | None] = {
+        f"--{role}": subject.source.folder for role, subject in inputs.subjects.items()
+    }
+    return folders | {"--data": recipe.data, "--prompts": recipe.prompts}
 
 
 def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:

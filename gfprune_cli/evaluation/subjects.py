@@ -115,13 +115,17 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
         UsageError: the two networks do not denoise the same thing.
     """
     if recipe.reference is not None:
-        source = resolve(
-            recipe.reference,
-            revision=recipe.reference_revision,
-            variant=recipe.reference_variant,
-            offline=offline,
-            report=report,
-        )
+        try:
+            source = resolve(
+                recipe.reference,
+                revision=recipe.reference_revision,
+                variant=recipe.reference_variant,
+                offline=offline,
+                report=report,
+            )
+        except UsageError as error:
+            text = str(error).replace("--model", "--reference", 1)
+            raise UsageError(text.replace("--revision", "--reference-revision", 1)) from error
         pipeline = (source.folder / "model_index.json").exists()
         name = model.component.name if pipeline and model.component.name else None
         component = inspect(source, component=name, variant=recipe.reference_variant)

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.durable import check_destination, is_output
+from gfprune_cli.checkpoint.durable import check_destination, is_output, refuse_overlaps
 from gfprune_cli.checkpoint.locks import claimed
-from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.state import StateFolder, finished_record, not_finished, run_digest
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.data.cache import sweep_caches
@@ -81,7 +81,8 @@ def prune(
         plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
         if dry_run:
             return planned(plan, recipe, time.monotonic() - start)
-        refuse_overlaps(destination, source, recipe)
+        inputs = {"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts}
+        refuse_overlaps(destination, inputs)
         recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume, force=force)
         run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
         state = StateFolder(destination, run.identity())
@@ -145,16 +146,3 @@ def result_of(
         round(time.monotonic() - start, 3),
         clock.finish(),
     )
-
-
-def refuse_overlaps(destination: Path, source: Source, recipe: PruneRecipe) -> None:
-    """Refuse an output that would replace an input.
-
-    Raises:
-        UsageError: which one.
-    """
-    given = {"--data": recipe.data, "--prompts": recipe.prompts}
-    inputs = {"--model": source.folder} | {name: Path(value) for name, value in given.items() if value}
-    for name, used in inputs.items():
-        if used.resolve().is_relative_to(destination.resolve()):
-            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from gfprune_cli.checkpoint.durable import check_destination, is_output
+from gfprune_cli.checkpoint.durable import check_destination, is_output, refuse_overlaps
 from gfprune_cli.checkpoint.locks import claimed
 from gfprune_cli.checkpoint.reader import Component, inspect, load_model
 from gfprune_cli.checkpoint.record import Record, read_record
@@ -82,7 +82,7 @@ def finetune(
         run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
         if dry_run:
             return summary(run, {}, None, None, time.monotonic() - start)
-        refuse_overlaps(destination, folder, recipe, component, teacher.component)
+        refuse_folders(destination, folder, recipe, component, teacher.component)
         state = StateFolder(destination, run.identity())
         if processes.told(resume and not force and is_output(destination)):
             losses = finished_run(run, destination)
@@ -181,7 +181,7 @@ def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) 
     return component, record
 
 
-def refuse_overlaps(
+def refuse_folders(
     destination: Path, logs: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
 ) -> None:
     """Refuse an output that would replace an input, and logs that would lie in either.
@@ -189,21 +189,17 @@ def refuse_overlaps(
     Raises:
         UsageError: which folder lies in which.
     """
-    data = None if recipe.data == "self" else Path(recipe.data)
-    prompts = Path(recipe.prompts) if recipe.prompts else None
-    inputs = [
-        ("--model", student.root),
-        ("--teacher", teacher.root),
-        ("--data", data),
-        ("--prompts", prompts),
-    ]
-    for name, used in inputs:
-        if used is None:
-            continue
-        if used.resolve().is_relative_to(destination.resolve()):
-            raise UsageError(f"--out {destination} would replace {name} {used}: name another folder")
-        if logs.resolve().is_relative_to(used.resolve()):
-            raise UsageError(f"the logs {logs} would lie in {name} {used}: name another folder with --logs")
+    data = None if recipe.data == "self" else recipe.data
+    inputs = {
+        "--model": student.root,
+        "--teacher": teacher.root,
+        "--data": data,
+        "--prompts": recipe.prompts,
+    }
+    refuse_overlaps(destination, inputs)
+    for flag, used in inputs.items():
+        if used is not None and logs.resolve().is_relative_to(Path(used).resolve()):
+            raise UsageError(f"the logs {logs} would lie in {flag} {used}: name another folder with --logs")
     if logs.resolve().is_relative_to(destination.resolve()):
         raise UsageError(f"--logs {logs} lies in --out, which appears only at the end: name another folder")
 
