@@ -258,6 +258,17 @@ def test_force_replaces_a_page_by_a_page_only(
     assert weights.read_bytes() == before
 
 
+def test_force_replaces_no_data_by_its_statistics(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    """Both are .npz files; the images are the user's own."""
+    data = tmp_path / "images.npz"
+    np.savez(data, x=np.zeros((4, 8, 8, 3), np.uint8))
+    before = data.read_bytes()
+    done = gfprune("eval", "--model", pruned, "--data", data, "--save-stats", data, "--force", *FLAGS)
+    assert done.returncode == 2
+    assert "of another kind" in done.stderr
+    assert data.read_bytes() == before
+
+
 def test_pages_are_known_again(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
     """What the command wrote, or an empty file that was made for it, is replaced."""
     (tmp_path / "a.html").touch()

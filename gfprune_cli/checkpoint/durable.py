@@ -195,13 +195,13 @@ def refuse_overlaps(destination: Path, inputs: Mapping[str, Path | str | None]) 
     """Refuse an output that would replace an input, or a folder that holds one.
 
     Args:
-        inputs: flag -> what it names, None where it was not given.
+        inputs: flag -> what it names; None, or nothing, where it was not given.
 
     Raises:
         UsageError: which one.
     """
     for flag, used in inputs.items():
-        if used is not None and Path(used).resolve().is_relative_to(destination.resolve()):
+        if used and Path(used).resolve().is_relative_to(destination.resolve()):
             raise UsageError(f"--out {destination} would replace {flag} {used}: name another folder")
 
 

@@ -1,10 +1,15 @@
 """Pages and files that commands write beside their result."""
 
 import os
+import re
 from pathlib import Path
 
-# How what each flag writes begins: `--force` replaces nothing else.
-BEGINNINGS = {"--html": b"<!doctype html", "--markdown": b"# ", "--save-stats": b"PK"}
+# How what each flag writes begins: `--force` replaces nothing else. The last is a zip file's first member.
+BEGINNINGS = {
+    "--html": rb"\s*<!doctype html",
+    "--markdown": rb"# ",
+    "--save-stats": rb"PK.{28}mu\.npy",
+}
 LONGEST_NAME = 200  # bytes; file systems take 255, and the staging file beside has a longer name
 
 
@@ -27,12 +32,12 @@ def check_page(path: Path, *, force: bool, flag: str = "--html") -> None:
 
 
 def replaceable(path: Path, beginning: bytes) -> bool:
-    """Whether a file is empty or begins like what will take its place."""
+    """Whether a file is empty or begins like what will take its place (a pattern)."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        head = file.read(1024).lstrip().lower()
-    return not head or head.startswith(beginning.lower())
+        head = file.read(1024)
+    return not head or re.match(beginning, head, re.IGNORECASE | re.DOTALL) is not None
 
 
 def write_page(path: Path, page: str) -> None:

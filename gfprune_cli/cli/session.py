@@ -200,9 +200,8 @@ def quiet_libraries() -> None:
     # diffusers reads it once, at import: no configuration can then switch remote code on
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault(
-        "HF_HUB_VERBOSITY", "error"
-    )  # each retry would be a warning that quotes the request
+    # each retry would be a warning that quotes the request
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log; read when torch is imported
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; for equal bytes
 

@@ -129,10 +129,9 @@ def check_samples(out: Path) -> None:
     Raises:
         UsageError: another command wrote what is there; GfpruneError: its record cannot be read.
     """
-    if is_output(out):
-        record = read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
-        if record.get("command") != "eval":
-            raise UsageError(f"--out {out} is no folder of samples, but an output to keep: name another")
+    record = record_in(out)
+    if record is not None and record.get("command") != "eval":
+        raise UsageError(f"--out {out} is no folder of samples, but an output to keep: name another")
 
 
 def named_by_flags(inputs: Inputs) -> dict[str, Path | str | None]:
@@ -141,15 +140,22 @@ def named_by_flags(inputs: Inputs) -> dict[str, Path | str | None]:
     folders: dict[str, Path | str | None] = {
         f"--{role}": subject.source.folder for role, subject in inputs.subjects.items()
     }
-    return folders | {"--data": recipe.data, "--prompts": recipe.prompts}
+    return folders | {"--data": recipe.data, "--prompts": recipe.prompts, "--inception": recipe.inception}
+
+
+def record_in(out: Path) -> dict[str, Any] | None:
+    """The record of an output of gfprune; None where there is no output."""
+    if not is_output(out):
+        return None
+    return read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
 
 
 def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:
     """The record of an output that the same command wrote before it was killed; None for anything else."""
-    if not is_output(out):
-        return None
-    record = read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
-    same = record.get("command") == "eval" and record.get("recipe") == recipe.document()
+    record = record_in(out)
+    same = (
+        record is not None and record.get("command") == "eval" and record.get("recipe") == recipe.document()
+    )
     return record if same else None
 
 

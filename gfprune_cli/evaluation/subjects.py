@@ -19,7 +19,7 @@ from gfprune_cli.checkpoint.reader import (
     sha256_of_weights,
 )
 from gfprune_cli.checkpoint.record import RECORD, read_record
-from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.source import Source, resolve, said_of
 from gfprune_cli.data.calibration import image_size, training_process
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.latents import decoder_name
@@ -123,9 +123,10 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
                 offline=offline,
                 report=report,
             )
-        except UsageError as error:
-            text = str(error).replace("--model", "--reference", 1)
-            raise UsageError(text.replace("--revision", "--reference-revision", 1)) from error
+        except Interrupted:
+            raise
+        except GfpruneError as error:
+            raise said_of(error, "--reference") from error
         pipeline = (source.folder / "model_index.json").exists()
         name = model.component.name if pipeline and model.component.name else None
         component = inspect(source, component=name, variant=recipe.reference_variant)

@@ -198,7 +198,7 @@ def refuse_folders(
     }
     refuse_overlaps(destination, inputs)
     for flag, used in inputs.items():
-        if used is not None and logs.resolve().is_relative_to(Path(used).resolve()):
+        if used and logs.resolve().is_relative_to(Path(used).resolve()):
             raise UsageError(f"the logs {logs} would lie in {flag} {used}: name another folder with --logs")
     if logs.resolve().is_relative_to(destination.resolve()):
         raise UsageError(f"--logs {logs} lies in --out, which appears only at the end: name another folder")

@@ -10,7 +10,7 @@ from torch import nn
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import Component, build_meta, inspect, load_scheduler, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
-from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.source import Source, resolve, said_of
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -57,10 +57,7 @@ def find_teacher(
         raise
     except GfpruneError as error:
         if recipe.teacher is not None or (isinstance(error, UsageError) and revision):
-            text = (
-                str(error).replace("--model", "--teacher", 1).replace("--revision", "--teacher-revision", 1)
-            )
-            raise type(error)(text) from error
+            raise said_of(error, "--teacher") from error
         raise GfpruneError(
             f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
             f"({error}): name it with --teacher"
