@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml requirements.lock.txt
 		-c requirements.lock.txt --no-deps clean-fid
 	@touch $@
 
-demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters
+demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its parameters and MACs
 	@$(BIN)/gfprune prune --model demo --sparsity 0.5 --out demo-pruned --force
 
 test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
@@ -56,10 +56,8 @@ benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchma
 
 benchmark-full: $(STAMP) ## The full comparison and the studies behind the defaults (hours)
 	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/criterion.py
-	$(BIN)/python benchmarks/criterion.py --studies groups 'groups, MACs' --out docs/benchmarks/groups.md
-	$(BIN)/python benchmarks/progressive.py
-	$(BIN)/python benchmarks/allocation.py
+	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/speed.py
 
 audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)

@@ -27,6 +27,7 @@ from gfprune_cli.flow.energy import Loss, Weights, exact_product, finite_differe
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 
 MEASURE = """
 import resource, sys
@@ -47,8 +48,8 @@ if sys.argv[1] == "step":
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 elif sys.argv[1] == "prune":
-    gfprune_cli.prune("demo", criterion=sys.argv[3], out=sys.argv[4], batch=batch, iterations=4,
-                      steps_per_iteration=3, images=32, sample_steps=2)
+    gfprune_cli.prune("demo", criterion=sys.argv[3], out=sys.argv[4], iterations=3, recover=3, images=32,
+                      sample_steps=2)
 with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
     peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 print(peak - start)
@@ -102,7 +103,8 @@ def peak_memory(*arguments: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def memory_costs(batch: int) -> None:
+def memory_costs() -> None:
+    batch = FinetuneRecipe.batch  # of recovery
     step = peak_memory("step", str(batch))
     teacher = 4 * 1_740_323
     print(f"\n| run at batch {batch} | peak memory, MB | of one training step plus teacher |")
@@ -128,10 +130,10 @@ def main_job() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="draws per pass of a product")
     parser.add_argument("--no-job", action="store_true", help="leave the main job out")
     options = parser.parse_args()
     product_costs(options.repeats, options.batch)
-    memory_costs(options.batch)
+    memory_costs()
     if not options.no_job:
         main_job()

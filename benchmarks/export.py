@@ -26,12 +26,12 @@ from gfprune_cli.deploy.network import Denoiser
 from gfprune_cli.deploy.onnx_model import run_onnx
 from gfprune_cli.deploy.torch_program import run_program
 
-QUICK: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
+QUICK: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=32, sample_steps=4, draws=16)
 PRUNED: dict[str, dict[str, Any]] = {
-    "params": dict(sparsity=0.5, align=4),
+    "params": dict(sparsity=0.5, budget="params", align=4),
     "macs": dict(sparsity=0.5, budget="macs", align=4),
     "macs, align 16": dict(sparsity=0.5, budget="macs", align=16),
-    "native": dict(sparsity=0.5, layout="native"),
+    "native": dict(sparsity=0.5, budget="params", layout="native"),
 }
 FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "openvino": "openvino_model.xml"}
 Runner = Callable[[dict[str, torch.Tensor]], torch.Tensor]

@@ -186,10 +186,11 @@ def trainer_of(model: nn.Module, teacher: nn.Module | None, draws: Draws, steps:
     device = draws.images.device
     losses = {} if teacher is not None else {"denoise": 1.0, "distill": 0.0}
     recipe = FinetuneRecipe(model="benchmark", steps=steps, batch=batch, seed=draws.seed, **losses)
-    weights = Weights(recipe.denoise, recipe.distill, recipe.features, recipe.jacobian, recipe.min_snr)
     format = torch.channels_last if device.type == "cuda" else torch.preserve_format
     nn.Module.to(model, device, memory_format=format).requires_grad_(True)
-    loss = RecoveryLoss(model, teacher or model, process_of(), weights, None, default_precision(device))
+    loss = RecoveryLoss(
+        model, teacher or model, process_of(), Weights.of(recipe), None, default_precision(device)
+    )
     return Trainer(model, loss, draws, recipe, Processes(None, device))
 
 

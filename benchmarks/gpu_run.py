@@ -1,6 +1,6 @@
 """One run of `gpu.py`: dense training, scoring costs, gfprune beside its peers, latency and memory."""
 
-import json
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -44,7 +44,6 @@ from gfprune_cli.data.draws import Draws
 from gfprune_cli.device import default_precision
 
 DENSE_SHARE, RECOVERY_SHARE = 0.25, 0.28  # of the time; evaluation, timing and fixed costs take the rest
-PRUNE_SHARE = 0.4  # of gfprune's gradients go to `prune`, the rest to `finetune`
 FIXED = 20.0  # seconds of a method besides its gradients: reading, graph, evaluation
 ALL_IMAGES = 10**6
 
@@ -240,19 +239,16 @@ class Run:
                 self.same_macs(row(SAME_MACS, label), 1 - shares["macs share"])
 
     def by_gfprune(self, label: str, sparsity: float) -> None:
-        """`gfprune prune` and `gfprune finetune`."""
+        """`gfprune prune` without recovery, and `gfprune finetune` for the gradients that are left."""
         form, name = self.form, row("gfprune", label)
         pruned, tuned = self.folder(f"pruned, {label}"), self.folder(name)
-        iterations = form.prune.get("iterations", 10)
-        steps = max(1, round(PRUNE_SHARE * self.gradients / (iterations * form.batch)))
         common = dict(
             data=str(self.emoji.training), images=ALL_IMAGES, seed=self.seed, device=str(self.device)
         )
-        with self.phase(f"prune {name}", steps=iterations * steps, batch=form.batch) as pruning:
-            settings = form.prune | {"steps_per_iteration": steps, "batch": form.batch, "sparsity": sparsity}
+        settings = form.prune | {"budget": "params", "sparsity": sparsity, "recover": 0}
+        with self.phase(f"prune {name}") as pruning:
             result = gfprune.prune(str(self.folder(DENSE)), out=pruned, **settings, **common)
-        recipe = json.loads((pruned / "gfprune.json").read_text())["recipe"]
-        taken = round(result.scoring_gradients * recipe["draws"]) + iterations * steps * form.batch
+        taken = math.ceil(result.scoring_gradients)
         steps = max(1, (self.gradients - taken) // form.batch)
         with self.phase(f"finetune {name}", steps=steps, batch=form.batch) as tuning:
             gfprune.finetune(
@@ -269,6 +265,8 @@ class Run:
                 budget="macs",
                 sparsity=sparsity,
                 one_shot=True,
+                refit=False,
+                recover=0,
                 data=str(self.emoji.training),
                 images=ALL_IMAGES,
                 seed=self.seed,

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
@@ -23,7 +24,7 @@ from gfprune_cli.data.draws import Draws
 CHUNK = 16
 THRESHOLD = 0.05  # of the largest loss: Diff-Pruning's default
 DIFF_PRUNING_IMAGES = 4  # that every timestep sees, one batch for all of them
-BISECTIONS = 14
+BISECTIONS = 10  # of the ratio, to a thousandth: a channel of any layer here is more
 
 
 def taylor_gradients(model: nn.Module, process: NoisingProcess, draws: Draws, count: int) -> int:
@@ -82,19 +83,13 @@ def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float, *, keep_g
     Args:
         keep_global: rank the units of all layers together instead.
     """
-    example = {
-        "sample": torch.randn(
-            1, model.config.in_channels, model.config.sample_size, model.config.sample_size
-        ),
-        "timestep": torch.ones((1,), dtype=torch.long),
-    }
     heads = {}
     for module in model.modules():
         if isinstance(module, Attention):
             heads |= dict.fromkeys((module.to_q, module.to_k, module.to_v), module.heads)
     pruner = tp.pruner.BasePruner(
         model,
-        example,
+        example_of(model),
         importance=importance,
         global_pruning=keep_global,
         pruning_ratio=ratio,
@@ -109,8 +104,27 @@ def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float, *, keep_g
             module.out_channels = module.conv.out_channels
 
 
+def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Inputs of one sample of an unconditional U-Net, dense or pruned."""
+    config: Any = model.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "sample": torch.zeros(1, config.in_channels, height, width),
+        "timestep": torch.ones((1,), dtype=torch.long),
+    }
+
+
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs_of(model: nn.Module) -> int:
+    """Multiply-accumulates of one sample, counted by PyTorch."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(**example_of(model))
+    return counter.get_total_flops() // 2
 
 
 def pruned_by(

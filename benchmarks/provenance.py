@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
+from gfprune_cli.device import device_name
 from gfprune_cli.pruning.result import installed_tools
-from gfprune_cli.structure.latency import device_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = REPOSITORY / "docs" / "benchmarks"
 
 
-def header(command: str, seed: int) -> str:
+def header(command: str, seed: int | str) -> str:
     """The first lines of a benchmark's page.
 
     Args:
         command: what repeats the run, from the root of the repository.
-        seed: of the run.
+        seed: of the run, or the range of seeds.
     """
     versions = {name: found for name, found in installed_tools().items() if found}
     lines = [
@@ -46,7 +46,10 @@ def load() -> str:
 
 
 def commit() -> str:
-    """The commit that ran, marked where the working tree differs from it in more than documents."""
+    """The commit that ran, marked where the working tree differs from it in more than documents.
+
+    New files count where they could take part: in the package and in the benchmarks.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -54,11 +57,13 @@ def commit() -> str:
         )
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs") or git(
+        "status", "--porcelain", "--", "gfprune_cli", "benchmarks"
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def write_page(path: Path, title: str, command: str, seed: int, body: str) -> Path:
+def write_page(path: Path, title: str, command: str, seed: int | str, body: str) -> Path:
     """A page of results: title, where they come from, and the rest in Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {title}\n\n{header(command, seed)}\n{body.strip()}\n", encoding="utf-8")

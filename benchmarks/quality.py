@@ -1,283 +1,188 @@
-"""gfprune against its peers: the same dense model, data, parameters kept and gradients, three seeds.
+"""gfprune against its peers at equal parameters and MACs, on three networks, at three lengths of training.
 
     python benchmarks/quality.py --quick
     python benchmarks/quality.py
+    python benchmarks/quality.py --subjects demo third --lengths 3200 16000 --seeds 0   # a part of it
+    python benchmarks/quality.py --subject FOLDER --data FILE.npz                       # your own checkpoint
 
-Every method removes the same share of parameters (within 1 %) and then spends what scoring has left of one
-budget of gradients, counted in samples, on training. Peers are those of `peers.py`, finetuned with the plain
-denoising loss as they are published; rows named "distilled" are controls. gfprune runs `gfprune prune` and
-`gfprune finetune` with their defaults. A second model, of other widths and other images, is trained first.
+Peers keep the widths that their own rule gives; gfprune has to stay within their parameters and their MACs.
+Every method then spends what scoring has left of one budget of gradients, counted in samples, on training.
+Peers run as they are published, and tuned: distilled, with the best of several optimizers and rates. gfprune
+runs `gfprune prune --budget both` and `gfprune finetune` with their defaults.
 
-Writes quality.md and its plot to docs/benchmarks/, the quick form to quick/ in it. Runs that are done are
-kept in --work and not repeated.
+Writes quality.md and its plots to docs/benchmarks/, the quick form to quick/ in it, about what has been run
+so far: parts add up. Runs that are done are kept in --work and not repeated. FILE.npz holds `x` and
+`held_out`, uint8 [N, H, W, C], as FOLDER's network takes them; that page goes to --work.
 """
 
 import argparse
-import copy
-import json
 import os
-import tempfile
-import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from peers import parameters, pruned_by
-from provenance import PAGES
+from contenders import run, yardstick
+from grid import FULL, QUICK, Cell, Form, Store, cells, collect, ready
+from provenance import PAGES, commit
 from report_quality import write_report
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from train_demo import arguments as training_arguments
-from train_demo import train as train_dense
-from yardstick import Subject, Yardstick, demo, pictures_of, subject
+from subjects import TRAININGS, Place, is_trained, places_of, train_network
 
-import gfprune_cli as gfprune
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.processes import Processes
-from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.recovery.losses import RecoveryLoss, Weights
-from gfprune_cli.recovery.trainer import Trainer
+from gfprune_cli.errors import GfpruneError, UsageError
 
-HERE = Path(__file__).parent
-SECOND = dict(categories=("Objects", "Travel & Places"), widths=(24, 40, 64, 96), lr=1.5e-3)
-SUBJECTS = ("demo", "second")
-PEERS = ("magnitude", "taylor", "random", "diff-pruning")
-BATCH = 16
-SCORING = 512  # gradients that a peer's scoring may take: as many as gfprune's own scorings take by default
-ALL_IMAGES = 10**6
+Filter = Callable[[Cell], bool]
 
 
-@dataclass(frozen=True)
-class Form:
-    """How much is run.
+@dataclass
+class Grid:
+    """Runs the wanted cells of a form over processes of one thread each.
 
     Args:
-        gradients: of every method, scoring included, counted in samples.
-        once: methods that run with the first seed only.
-        prune: settings of `gfprune prune` other than its defaults.
-        samples, sample_steps: drawn from every network.
-        second_steps: training steps of the second dense model.
+        places: the subjects, by name.
+        wanted: which cells to run.
+        made_at: the commit that entries name.
     """
 
-    gradients: int
-    seeds: int
-    sparsities: tuple[float, ...]
-    methods: tuple[str, ...]
-    once: tuple[str, ...]
-    samples: int
-    sample_steps: int
-    second_steps: int
-    prune: dict[str, Any]
+    form: Form
+    places: dict[str, Place]
+    work: Path
+    wanted: Filter
+    made_at: str
+    jobs: int
+    store: Store = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.work / "results.jsonl", self.form, {})
+
+    def cells(self) -> list[Cell]:
+        """Wanted cells of the subjects that are there, the dense networks first, then the shortest runs."""
+        listed = [cell for name in self.store.fingerprints for cell in cells(self.form, name)]
+        chosen = (cell for cell in listed if cell.method == "dense" or self.wanted(cell))
+        return sorted(chosen, key=lambda cell: cell.gradients)
+
+    def run(self) -> None:
+        with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn")) as pool:
+            try:
+                self.run_in(pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def run_in(self, pool: ProcessPoolExecutor) -> None:
+        """Networks are trained while the cells of others run; trials come before what they decide."""
+        pending: dict[Future, Cell | str] = {
+            pool.submit(prepare, place, self.form, self.work): name for name, place in self.places.items()
+        }
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                task, found = pending.pop(future), future.result()
+                if isinstance(task, str):
+                    self.store.fingerprints[task] = found
+                else:
+                    self.store.add(task, found | {"commit": self.made_at})
+                print(task if isinstance(task, str) else summary(task, found), flush=True)
+            running = set(pending.values())
+            for cell in ready(self.cells(), self.store):
+                if cell not in running:
+                    place = self.places[cell.subject]
+                    pending[pool.submit(run, cell, self.form, place, self.work)] = cell
+
+    def look(self) -> None:
+        """Take the subjects that are there as they are, and run nothing."""
+        for name, place in self.places.items():
+            if name not in self.form.training or is_trained(place, self.form.training[name]):
+                self.store.fingerprints[name] = place.open().fingerprint
 
 
-METHODS = ("gfprune", *PEERS)
-CONTROLS = ("diff-pruning, distilled", "gfprune, MACs of the peers")
-FULL = Form(
-    gradients=3200,
-    seeds=3,
-    sparsities=(0.44, 0.75),
-    methods=("gfprune", "magnitude", "diff-pruning"),
-    once=("taylor", "random", *CONTROLS),
-    samples=128,
-    sample_steps=20,
-    second_steps=3600,
-    prune={},
-)
-QUICK = replace(FULL, seeds=1, once=(), samples=64, sample_steps=10, second_steps=600)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
-
-    subject: str
-    method: str
-    sparsity: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-def second_folder(work: Path) -> Path:
-    return work / "second"
-
-
-def train_second(work: Path, steps: int) -> None:
-    """Train the second dense model, unless it is there."""
-    folder = second_folder(work)
-    record = folder / "training.json"
-    if record.exists() and json.loads(record.read_text())["steps"] >= steps:
-        return
-    options = training_arguments().parse_args(
-        ["--data", str(HERE / "data" / "noto-objects-32.npz"), "--out", str(folder), "--steps", str(steps)]
-    )
-    vars(options).update(SECOND)
-    train_dense(options)
-
-
-def open_subject(name: str, work: Path) -> Subject:
-    if name == "demo":
-        return demo()
-    folder = second_folder(work)
-    return subject(name, str(folder), folder / "images.npz")
-
-
-def macs_of(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one sample, counted by PyTorch."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops() // 2
-
-
-def train(
-    target: Subject, model: nn.Module, draws: Draws, steps: int, seed: int, *, distill: bool
-) -> nn.Module:
-    """The trainer of `gfprune finetune`, with the plain denoising loss or with its default losses."""
-    losses = {} if distill else {"denoise": 1.0, "distill": 0.0}
-    recipe = FinetuneRecipe(model=target.model, steps=steps, batch=BATCH, seed=seed, **losses)
-    weights = Weights(recipe.denoise, recipe.distill, recipe.features, recipe.jacobian, recipe.min_snr)
-    loss = RecoveryLoss(model, target.dense, target.process, weights, None, "fp32")
-    trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, Processes(None, torch.device("cpu")))
-    for step in range(steps):
-        trainer.step(step, lambda: False)
-    trainer.ema.copy_to(model.parameters())
-    return model.requires_grad_(False)
-
-
-def by_peer(target: Subject, cell: Cell, form: Form) -> tuple[nn.Module, int]:
-    """(network, gradients taken) of a peer."""
-    peer, _, control = cell.method.partition(", ")
-    draws = Draws(pictures_of(target), target.process.steps, cell.seed)
-    scoring = min(SCORING, form.gradients // 4)
-    model, taken = pruned_by(
-        peer, lambda: copy.deepcopy(target.dense), cell.sparsity, target.process, draws, scoring
-    )
-    steps = (form.gradients - taken) // BATCH
-    return train(target, model, draws, steps, cell.seed, distill=bool(control)), taken + steps * BATCH
-
-
-def by_gfprune(target: Subject, cell: Cell, form: Form) -> tuple[nn.Module, int]:
-    """(network, gradients taken) of `gfprune prune` and `gfprune finetune`."""
-    draws = Draws(pictures_of(target), target.process.steps, cell.seed)
-    uniform, _ = pruned_by(
-        "random", lambda: copy.deepcopy(target.dense), cell.sparsity, target.process, draws, 0
-    )
-    size = target.held_out.shape[-1]
-    settings: dict[str, Any] = {"sparsity": 1 - parameters(uniform) / parameters(target.dense)}
-    if cell.method.endswith("MACs of the peers"):
-        share = 1 - macs_of(uniform, size) / macs_of(target.dense, size)
-        settings = {"sparsity": share, "budget": "macs"}
-    common = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
-        settings = {**form.prune, **settings}
-        result = gfprune.prune(target.model, out=pruned, **settings, **common)
-        recipe = json.loads((pruned / "gfprune.json").read_text())["recipe"]
-        training = recipe["iterations"] * recipe["steps_per_iteration"] * recipe["batch"]
-        taken = round(result.scoring_gradients * recipe["draws"]) + training
-        steps = (form.gradients - taken) // BATCH
-        assert steps > 0, f"{taken} gradients are gone after pruning, of {form.gradients}"
-        gfprune.finetune(pruned, out=tuned, steps=steps, batch=BATCH, save_every=0, sample_every=0, **common)
-        return gfprune.load(tuned), taken + steps * BATCH
-
-
-def run(cell: Cell, form: Form, work: Path) -> dict[str, Any]:
-    """One cell, in a process of its own with one thread."""
-    warnings.filterwarnings("ignore")
+def prepare(place: Place, form: Form, work: Path) -> str:
+    """Train a network that is the benchmark's own, measure it once, and return its fingerprint."""
     torch.set_num_threads(1)
-    target = open_subject(cell.subject, work)
-    start = time.perf_counter()
-    if cell.method == "dense":
-        model, taken = target.dense, 0
-    elif cell.method.startswith("gfprune"):
-        model, taken = by_gfprune(target, cell, form)
-    else:
-        model, taken = by_peer(target, cell, form)
-    seconds = time.perf_counter() - start
-    found = yardstick(target, form, work).measure(model)
-    macs = macs_of(model, target.held_out.shape[-1])
-    return {**asdict(cell), **found, "macs": macs, "gradients": taken, "seconds": seconds}
+    if place.name in form.training:
+        train_network(place, form.training[place.name])
+    target = place.open()
+    yardstick(target, form, work)
+    return target.fingerprint
 
 
-def yardstick(target: Subject, form: Form, work: Path) -> Yardstick:
-    cache = work / f"dense-{target.name}-{form.samples}-{form.sample_steps}.safetensors"
-    return Yardstick(target, form.samples, form.sample_steps, cache=cache)
+def summary(cell: Cell, entry: dict) -> str:
+    tuning = f" {cell.optimizer} {cell.rate:g}" if cell.tuned else ""
+    return (
+        f"{cell.subject} {cell.method}{tuning} {cell.sparsity:g} {cell.gradients} seed {cell.seed}:"
+        f" loss {entry['loss']:.4f}, {entry.get('seconds', 0):.0f} s"
+    )
 
 
-def measure_dense(name: str, form: Form, work: Path) -> None:
-    """Take the dense model's numbers once, before processes that need them run side by side."""
-    yardstick(open_subject(name, work), form, work)
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one seed, the shortest length, less trained networks")
+    add("--lengths", type=int, nargs="+", metavar="N", help="run these numbers of gradients only")
+    add("--seeds", type=int, nargs="+", metavar="N", help="run these seeds only")
+    add("--subjects", nargs="+", choices=("demo", *TRAININGS), metavar="NAME", help="run these networks only")
+    add("--sparsities", type=float, nargs="+", metavar="S", help="run these only")
+    names = FULL.methods + FULL.once
+    add("--methods", nargs="+", choices=names, metavar="NAME", help="run these only: " + "; ".join(names))
+    add("--page-only", action="store_true", help="run nothing, write the page from what is done")
+    add("--subject", type=Path, help="a checkpoint to compare on in place of the three networks")
+    add("--data", type=Path, help="its images")
+    add("--work", type=Path, default=Path("build/benchmark"), help="kept between runs")
+    add("--out", type=Path, help="folder of the page (default: docs/benchmarks, or quick/ in it)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    return parser
 
 
-def grid(form: Form, name: str) -> list[Cell]:
-    """Every run about one dense model; the dense model itself is one of them."""
-    return [Cell(name, "dense", 0.0, 0)] + [
-        Cell(name, method, sparsity, seed)
-        for seed in range(form.seeds)
-        for sparsity in form.sparsities
-        for method in (form.methods if seed else form.methods + form.once)
-    ]
+def chosen_by(options: argparse.Namespace) -> Filter:
+    def wanted(cell: Cell) -> bool:
+        return (
+            cell.gradients in (options.lengths or [cell.gradients])
+            and cell.seed in (options.seeds or [cell.seed])
+            and cell.sparsity in (options.sparsities or [cell.sparsity])
+            and cell.method in (options.methods or [cell.method])
+        )
 
-
-class Store:
-    """What runs found, one JSON line each; those of a form and of the defaults of now are not repeated."""
-
-    def __init__(self, path: Path, form: Form) -> None:
-        defaults = {"prune": PruneRecipe().document(), "finetune": FinetuneRecipe(model="").document()}
-        self.path, self.form = path, json.dumps(asdict(form) | {"defaults": defaults}, sort_keys=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        self.found = {entry["key"]: entry for entry in entries if entry["form"] == self.form}
-
-    def add(self, cell: Cell, entry: dict[str, Any]) -> None:
-        self.found[cell.key] = entry | {"key": cell.key, "form": self.form}
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.found[cell.key]) + "\n")
-
-
-def run_grid(form: Form, work: Path, jobs: int) -> list[dict[str, Any]]:
-    """Every cell's numbers. The second model trains while the first one's cells run."""
-    store = Store(work / "results.jsonl", form)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        trained = pool.submit(train_second, work, form.second_steps)
-        for name in SUBJECTS:
-            if name == "second":
-                trained.result()
-            left = [cell for cell in grid(form, name) if cell.key not in store.found]
-            if left:
-                pool.submit(measure_dense, name, form, work).result()
-            futures = {pool.submit(run, cell, form, work): cell for cell in left}
-            for future in as_completed(futures):
-                store.add(futures[future], future.result())
-                print(" ".join(map(str, asdict(futures[future]).values())), flush=True)
-    return [store.found[cell.key] for name in SUBJECTS for cell in grid(form, name)]
+    return wanted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, two peers, no controls, a less trained second model"
-    )
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="kept between runs")
-    parser.add_argument("--out", type=Path, help="folder (default: docs/benchmarks, or quick/ in it)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser = arguments()
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    form = QUICK if options.quick else FULL
-    work = options.work / ("quick" if options.quick else "full")
-    work.mkdir(parents=True, exist_ok=True)
-    entries = run_grid(form, work, options.jobs)
-    command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
+    if (options.subject is None) != (options.data is None):
+        parser.error("--subject and --data go together")
+    form, work = (QUICK, options.work / "quick") if options.quick else (FULL, options.work / "full")
+    places = places_of(work.absolute())
     folder = options.out or (PAGES / "quick" if options.quick else PAGES)
-    print(write_report(entries, form, folder, command=command))
+    if options.subject:
+        name = options.subject.absolute().name
+        places = {name: Place(name, str(options.subject.absolute()), options.data.absolute())}
+        form, folder = replace(form, training={}), options.out or work / "pages" / name
+    made_at = commit()
+    if folder.absolute().is_relative_to(PAGES) and made_at.endswith("-dirty"):
+        parser.error("pages in docs/benchmarks are made from a clean commit: commit first, or give --out")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    work.mkdir(parents=True, exist_ok=True)
+    subjects = options.subjects or list(places)
+    try:
+        grid = Grid(
+            form, {name: places[name] for name in subjects}, work, chosen_by(options), made_at, options.jobs
+        )
+        if not options.page_only:
+            if options.subject:
+                places[name].open()
+            grid.run()
+        grid.places = places
+        grid.look()
+    except GfpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
+    if options.subject:
+        command += f" --subject {options.subject} --data {options.data}"
+    print(write_report(collect(form, list(places), grid.store), form, folder, command=command))
 
 
 if __name__ == "__main__":

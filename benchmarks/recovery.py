@@ -1,81 +1,176 @@
-"""What brings quality back? Losses of `gfprune finetune` at equal steps, on images that no run has seen.
+"""Where do the defaults of `gfprune finetune` come from? Its settings at equal gradients, one by one.
 
-    python benchmarks/recovery.py --seeds 3 --steps 500
+    python benchmarks/recovery.py
+    python benchmarks/recovery.py --subject FOLDER --data FILE.npz --pruned CHECKPOINT --gradients 3200
 
-Prunes the demo in one shot, so that removal leaves a gap, then trains with each set of losses. Prints a
-Markdown table: denoising loss on the demo's held-out images, the share of the gap towards the dense model
-that closed, and the seconds of each run. Jacobian matching runs a pass more on each network, so its
-equal-cost row has fewer steps.
+One pruned checkpoint is finetuned with each optimizer at several peak rates. Around the best of these, by the
+loss on images that no run has seen, batch, averaging and losses change one at a time. Gradients are counted
+in samples, so a larger batch takes fewer steps. Without --pruned the subject is pruned first, to a quarter of
+its parameters and MACs. FILE.npz holds `x` and `held_out`, uint8 [N, H, W, C].
+
+Writes docs/benchmarks/recovery.md. Runs that are done are kept in --work and not repeated.
 """
 
 import argparse
+import hashlib
+import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from yardstick import demo, losses
+import torch
+from provenance import PAGES, write_page
+from yardstick import Subject, Yardstick, demo, subject
 
 import gfprune_cli as gfprune
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 
-DRAWS = 1024
-
-
-def held_out_loss(model: nn.Module) -> float:
-    return losses(demo(), model, DRAWS)[0]
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "denoising": dict(denoise=1.0, distill=0.0),
-    "distillation": dict(denoise=0.0, distill=1.0),
-    "default": {},
-    "default + features 0.01": dict(features=0.01),
-    "default + features 0.1": dict(features=0.1),
-    "default + Jacobian 0.01": dict(jacobian=0.01),
-    "default + min-SNR 5": dict(min_snr=5.0),
-    "default, antithetic": dict(timesteps="antithetic"),
-    "default, uniform": dict(timesteps="uniform"),
+Settings = dict[str, Any]
+Numbers = dict[str, float]
+SAMPLES, SAMPLE_STEPS = 128, 20  # drawn from every network
+ALL_IMAGES = 10**6
+PRUNING: Settings = dict(sparsity=0.75, recover=0)
+RATES = {"adamw": (5e-4, 1.5e-3, 3e-3), "muon": (1e-3, 1.5e-3, 3e-3)}
+FACTORS: dict[str, list[Settings]] = {
+    "Batch": [{"batch": 4}, {"batch": 8}, {"batch": 16}, {"batch": 32}],
+    "Average of the weights": [{"ema": 0.9999}, {"ema": 0.9}, {"ema": 0.0}],
+    "Noise levels": [{"image_weight": 20.0}, {"image_weight": 5.0}, {"image_weight": 0.0}, {"min_snr": 5.0}],
+    "Losses": [
+        {"distill": 0.9, "denoise": 0.1},
+        {"distill": 1.0, "denoise": 0.0},
+        {"distill": 0.0, "denoise": 1.0},
+        {"distill": 0.9, "denoise": 0.1, "features": 0.1},
+    ],
 }
+COLUMNS = ("loss", "ssim", "fd_teacher", "seconds")
+
+
+@dataclass
+class Bench:
+    """Finetuned networks of one pruned checkpoint, measured.
+
+    Args:
+        seeds: how many runs stand behind each row.
+        store: a JSON line for every run that is done.
+    """
+
+    target: Subject
+    pruned: Path
+    yardstick: Yardstick
+    seeds: int
+    store: Path
+
+    def __post_init__(self) -> None:
+        lines = self.store.read_text().splitlines() if self.store.exists() else []
+        self.found: dict[str, Numbers] = dict(json.loads(line) for line in lines)
+        record = (self.pruned / "gfprune.json").read_bytes()  # the dense weights, the recipe, what was kept
+        self.digest = hashlib.sha256(self.target.fingerprint.encode() + record).hexdigest()
+
+    def rows(self, gradients: int, settings: Settings) -> Numbers:
+        """Means over the seeds."""
+        runs = [self.run(gradients, settings, seed) for seed in range(self.seeds)]
+        return {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+
+    def run(self, gradients: int, settings: Settings, seed: int) -> Numbers:
+        recipe = FinetuneRecipe(model="m", seed=seed, **settings)
+        chosen = settings | {"steps": gradients // recipe.batch, "seed": seed}
+        key = json.dumps([self.digest, recipe.document() | chosen], sort_keys=True)
+        if key not in self.found:
+            self.found[key] = self.measure(chosen)
+            with self.store.open("a") as file:
+                file.write(json.dumps([key, self.found[key]]) + "\n")
+            print(gradients, settings, seed, {k: f"{v:.4g}" for k, v in self.found[key].items()}, flush=True)
+        return self.found[key]
+
+    def measure(self, settings: Settings) -> Numbers:
+        with tempfile.TemporaryDirectory() as folder:
+            out, start = Path(folder) / "out", time.perf_counter()
+            data: Settings = dict(data=str(self.target.data), images=ALL_IMAGES)
+            gfprune.finetune(self.pruned, out=out, save_every=0, sample_every=0, **data, **settings)
+            seconds = time.perf_counter() - start
+            found = self.yardstick.measure(gfprune.load(out))
+        return {**{name: found[name] for name in COLUMNS if name in found}, "seconds": seconds}
+
+
+def study(bench: Bench, gradients: int) -> list[str]:
+    """All tables of one length."""
+    rates = [{"optimizer": name, "learning_rate": rate} for name, peaks in RATES.items() for rate in peaks]
+    lines = [f"## {gradients} gradients", "", *table("optimizer and peak rate", bench, gradients, {}, rates)]
+    best = min(rates, key=lambda settings: bench.rows(gradients, settings)["loss"])
+    for name, changes in FACTORS.items():
+        lines += [
+            "",
+            f"{name}, with {shown(best)}:",
+            "",
+            *table(name.lower(), bench, gradients, best, changes),
+        ]
+    return lines
+
+
+def table(head: str, bench: Bench, gradients: int, base: Settings, changes: list[Settings]) -> list[str]:
+    lines = [f"| {head} | held-out loss | SSIM | fd_teacher | seconds |", "|---" * 5 + "|"]
+    for change in changes:
+        found = bench.rows(gradients, base | change)
+        cells = [f"{found['loss']:.4f}", f"{found['ssim']:.3f}", f"{found['fd_teacher']:.1f}"]
+        lines.append(f"| {shown(change)} | {' | '.join(cells)} | {found['seconds']:.0f} |")
+    return lines
+
+
+def shown(settings: Settings) -> str:
+    """As flags of the command."""
+    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in settings.items()}
+    return "`" + " ".join(f"--{name.replace('_', '-')} {text}" for name, text in texts.items()) + "`"
+
+
+def introduction(bench: Bench) -> list[str]:
+    before = bench.yardstick.measure(gfprune.load(bench.pruned))
+    values = f"loss {before['loss']:.4f}, SSIM {before['ssim']:.3f}, fd_teacher {before['fd_teacher']:.1f}"
+    return [
+        f"{bench.target.name}, pruned to {before['params']:,} parameters, finetuned by `gfprune finetune` on",
+        f"its training images; means over {bench.seeds} seed(s). Pruned: {values}.",
+        f"Dense: loss {float(bench.yardstick.losses[0]):.4f}.",
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", default="demo", help="demo, or the folder of a dense checkpoint")
+    parser.add_argument("--data", type=Path, help="its images, .npz; not for the demo")
+    parser.add_argument("--pruned", type=Path, help="what is finetuned (default: pruned here)")
+    parser.add_argument("--gradients", type=int, nargs="+", default=[3200, 16_000])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark/recovery"))
+    parser.add_argument("--out", type=Path, default=PAGES / "recovery.md")
+    options = parser.parse_args()
+    if (options.subject == "demo") != (options.data is None):
+        parser.error("--data belongs to a --subject of your own")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--data", default="self", help="as of gfprune finetune")
-    parser.add_argument("--settings", default="", help="more recipe settings: name=number,name=number")
-    options = parser.parse_args()
-    more = {k: float(v) for k, v in (part.split("=") for part in options.settings.split(",") if part)}
-    more = {name: int(value) if value == int(value) else value for name, value in more.items()}
-    dense = held_out_loss(gfprune.load("demo"))
-    print(f"dense {dense:.5f}, {options.steps} steps, data {options.data} {options.settings}", flush=True)
-    print("| losses | seed | removed | after | gap closed | seconds |\n|---|---|---|---|---|---|", flush=True)
-    closed: dict[str, list[float]] = {name: [] for name in options.variants}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            pruned = Path(folder) / f"pruned-{seed}"
-            gfprune.prune("demo", sparsity=options.sparsity, one_shot=True, seed=seed, out=pruned)
-            removed = held_out_loss(gfprune.load(pruned))
-            for name in options.variants:
-                out, start = Path(folder) / "out", time.perf_counter()
-                settings = dict(steps=options.steps, data=options.data, seed=seed) | more | VARIANTS[name]
-                gfprune.finetune(pruned, out=out, force=True, save_every=0, sample_every=0, **settings)
-                seconds = time.perf_counter() - start
-                after = held_out_loss(gfprune.load(out))
-                share = (removed - after) / (removed - dense)
-                closed[name].append(share)
-                print(
-                    f"| {name} | {seed} | {removed:.5f} | {after:.5f} | {share:.0%} | {seconds:.0f} |",
-                    flush=True,
-                )
-    print("\n| losses | gap closed, mean | standard deviation |\n|---|---|---|")
-    for name, shares in closed.items():
-        spread = statistics.stdev(shares) if len(shares) > 1 else float("nan")
-        print(f"| {name} | {statistics.mean(shares):.0%} | {spread:.0%} |")
+    options = arguments()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    folder = Path(options.subject)
+    target = demo() if options.data is None else subject(folder.name, str(folder), options.data)
+    options.work.mkdir(parents=True, exist_ok=True)
+    pruned = options.pruned or options.work / f"pruned-{target.name}"
+    if not pruned.exists():
+        gfprune.prune(target.model, out=pruned, data=str(target.data), images=ALL_IMAGES, **PRUNING)
+    yardstick = Yardstick(target, SAMPLES, SAMPLE_STEPS)
+    bench = Bench(target, pruned, yardstick, options.seeds, options.work / f"runs-{target.name}.jsonl")
+    body = introduction(bench)
+    seeds = f"0 to {options.seeds - 1}" if options.seeds > 1 else 0
+    command = shlex.join(["python", "benchmarks/recovery.py", *sys.argv[1:]])
+    for gradients in options.gradients:
+        body += ["", *study(bench, gradients)]
+        print(write_page(options.out, "Settings of finetuning", command, seeds, "\n".join(body)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/removal_gap.py --sparsity 0.5
 
-Masks half of the demo's parameters at once (Taylor scores, no training) and prints the denoising loss of the
-masked network with either kind of norm, and of the network after removal.
+Masks half of the demo's parameters at once (Taylor scores, weights as they are) and prints the denoising loss
+of the masked network with either kind of norm, and of the network after removal.
 """
 
 import argparse
@@ -22,18 +22,19 @@ from gfprune_cli.structure.groups import select
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, default=0.5)
-    recipe = PruneRecipe(model="demo", sparsity=parser.parse_args().sparsity)
+    sparsity = parser.parse_args().sparsity
+    recipe = PruneRecipe(model="demo", sparsity=sparsity, budget="params", refit=False, recover=0)
     source = resolve("demo")
     plan = make_plan(source, recipe, silent)
     run = Run(recipe, source, plan, torch.device("cpu"), silent)
     scored = run.scored()
-    widths = allocate(plan.cost, scored.scores, recipe.sparsity, align=run.align).kept
+    widths = allocate(plan.cost, scored.scores, recipe.sparsity, budget=recipe.budget).kept
     kept = {group.name: select(group, scored.scores[group.name], widths[group.name]) for group in plan.groups}
     scored.masked.set_masks({name: support.double() for name, support in kept.items()})
     aware = run.masked_loss(scored.draws, scored.masked)
     with plain_norms(scored.masked):
         plain = run.masked_loss(scored.draws, scored.masked)
-    removed = run.loss(scored.draws, run.removed(scored.masked, kept))
+    removed = run.loss(scored.draws, run.narrow(scored.masked.model, kept))
     print("| norms while masked | masked loss | removed loss | gap |")
     print("|---|---|---|---|")
     for name, masked in (("mask-aware", aware), ("plain", plain)):

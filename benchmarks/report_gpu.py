@@ -85,9 +85,9 @@ def quality_table(labels: Sequence[str]) -> Table:
     ]
     note = (
         "All methods remove the same share of the parameters and spend the same gradients, counted in "
-        "samples. gfprune is `gfprune prune` and `gfprune finetune` with their defaults but for batch and "
-        "steps; peers are trained with the plain denoising loss, as they are published. Numbers are those of "
-        "`gfprune eval`."
+        "samples. gfprune is `gfprune prune --recover 0` and `gfprune finetune`, with their defaults but for "
+        "batch and steps; peers are trained with the plain denoising loss, as they are published. Numbers "
+        "are those of `gfprune eval`."
     )
     return Table("quality", "Quality", note, "network", rows, columns)
 

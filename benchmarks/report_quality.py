@@ -1,200 +1,221 @@
-"""Tables and plots of `quality.py`."""
+"""The page of `quality.py`: verdicts, what is missing, tables."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from compare import GAPS, Rows, Verdict, best_peer, dense_of, gap, rows_of, share, verdict
+from grid import FINETUNED, PUBLISHED, TUNED, Cell, Entry, Form, Found
+from plot_quality import plot
 from provenance import write_page
 
-Entry = dict[str, Any]
-PUBLISHED = ("magnitude", "taylor", "random", "diff-pruning")
 LABELS = {
-    "dense": "dense",
     "gfprune": "**gfprune, defaults**",
     "magnitude": "Torch-Pruning, magnitude",
     "taylor": "Torch-Pruning, Taylor",
     "random": "Torch-Pruning, random",
     "diff-pruning": "Diff-Pruning",
-    "diff-pruning, distilled": "control: Diff-Pruning, distilled",
-    "gfprune, MACs of the peers": "gfprune at the MACs of the peers (`--budget macs`)",
 }
-# metric -> what separates a network from its dense original, 0 for none
-GAPS: dict[str, Callable[[Entry, Entry], float]] = {
-    "loss": lambda entry, dense: entry["loss"] - dense["loss"],
-    "ssim": lambda entry, dense: 1 - entry["ssim"],
-    "fd_teacher": lambda entry, dense: entry["fd_teacher"],
-}
-NAMES = {"loss": "denoising loss", "ssim": "1 - SSIM", "fd_teacher": "fd_teacher"}
+NAMES = {"loss": "held-out loss", "ssim": "1 - SSIM", "fd_teacher": "fd_teacher"}
+DIGITS = {"loss": 4, "ssim": 3, "fd_teacher": 2}
 
 
-def mean_and_range(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def label(method: str) -> str:
+    for suffix in (TUNED, FINETUNED):
+        if method.endswith(suffix):
+            return LABELS[method.removesuffix(suffix)] + suffix
+    return LABELS[method]
 
 
-def rows_of(entries: Sequence[Entry], subject: str, sparsity: float) -> dict[str, list[Entry]]:
-    """Method -> its runs, one per seed."""
-    rows: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if (entry["subject"], entry["sparsity"]) == (subject, sparsity):
-            rows.setdefault(entry["method"], []).append(entry)
-    return rows
+def with_range(mean: float, values: Sequence[float], digits: int) -> str:
+    """A mean, and the lowest and highest of several values behind it."""
+    shown = f"{mean:.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def gap(runs: Sequence[Entry], dense: Entry, metric: str) -> float:
-    return statistics.mean(GAPS[metric](run, dense) for run in runs)
+def as_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
-def best_peer(rows: dict[str, list[Entry]], dense: Entry, metric: str) -> str:
-    """The published method that leaves the least gap."""
-    return min((name for name in rows if name in PUBLISHED), key=lambda name: gap(rows[name], dense, metric))
+def judged(found: Verdict | None) -> str:
+    """A share with its spread over the seeds, and whether it meets the goal."""
+    if found is None:
+        return "not run"
+    word = {None: "", True: ": pass", False: ": **miss**"}[found.passed]
+    return with_range(found.mean, found.seeds, 2) + word
 
 
-COLUMNS = (
-    "method",
-    "seeds",
-    "parameters",
-    "MACs",
-    "gradients",
-    "held-out loss",
-    "gap, of the best peer's",
-    "SSIM",
-    "gap, of the best peer's",
-    "fd_teacher",
-    "of the best peer's",
-    "seconds",
-)
+def verdicts(entries: Sequence[Entry], form: Form, subjects: Sequence[str]) -> list[str]:
+    """One row per network, sparsity and length."""
+    lines = []
+    for subject in subjects:
+        dense = dense_of(entries, subject)
+        for sparsity in form.sparsities:
+            for gradients in form.lengths:
+                rows = rows_of(entries, subject, sparsity, gradients)
+                found = [dense and verdict(rows, dense, metric, gradients) for metric in GAPS]
+                lines.append([subject, f"{sparsity:g}", f"{gradients:,}", *map(judged, found)])
+    return as_table(("network", "sparsity", "gradients", *NAMES.values()), lines)
 
 
-def table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
-    best = {metric: gap(rows[best_peer(rows, dense, metric)], dense, metric) for metric in GAPS}
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+COLUMNS = ("method", "seeds", "parameters", "MACs", "gradients", "seconds", "MACs spent")
+
+
+def table(rows: Rows, dense: Entry) -> list[str]:
+    """All methods at one sparsity and length."""
+    best = {
+        metric: gap(rows[peer], dense, metric) for metric in GAPS if (peer := best_peer(rows, dense, metric))
+    }
+    lines = []
     for name, runs in rows.items():
-        shares = {metric: percent(gap(runs, dense, metric) / best[metric]) for metric in GAPS}
-        cells = [
-            LABELS[name],
+        spent = {
+            key: statistics.mean(run[key] for run in runs) for key in ("gradients_spent", "seconds", "work")
+        }
+        line = [
+            label(name),
             str(len(runs)),
-            f"{runs[0]['params'] / dense['params']:.1%}",
-            f"{runs[0]['macs'] / dense['macs']:.1%}",
-            f"{statistics.mean(run['gradients'] for run in runs):.0f}",
-            mean_and_range([run["loss"] for run in runs], 4),
-            shares["loss"],
-            mean_and_range([run["ssim"] for run in runs], 3),
-            shares["ssim"],
-            mean_and_range([run["fd_teacher"] for run in runs], 2),
-            shares["fd_teacher"],
-            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+            f"{max(run['params'] for run in runs) / dense['params']:.1%}",
+            f"{max(run['macs'] for run in runs) / dense['macs']:.1%}",
+            f"{spent['gradients_spent']:,.0f}",
+            f"{spent['seconds']:,.0f}",
+            f"{spent['work'] / 1e12:.2f} T",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for metric in GAPS:
+            values = [run[metric] for run in runs]
+            line.append(with_range(statistics.mean(values), values, DIGITS[metric]))
+            ratio = share(gap(runs, dense, metric), best[metric]) if metric in best else None
+            line.append("" if ratio is None else f"{ratio:.2f}")
+        lines.append(line)
+    shown = [column for name in ("held-out loss", "SSIM", "fd_teacher") for column in (name, "gap")]
+    return as_table((*COLUMNS, *shown), lines)
 
 
-def percent(share: float) -> str:
-    """A share in whole percent, and never -0%."""
-    return f"{round(100 * share)}%"
-
-
-def bins_table(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
-    """Loss by fifths of the schedule, as a multiple of the dense model's."""
+def bins_table(rows: Rows, dense: Entry) -> list[str]:
+    """Loss by fifths of the schedule, as a multiple of the dense network's."""
     count = len(dense["bins"])
     edges = [f"{number / count:.1f} to {(number + 1) / count:.1f}" for number in range(count)]
-    lines = [f"| method | {' | '.join(edges)} |", "|---|" + "---|" * count]
-    lines.append(f"| dense | {' | '.join(f'{value:.5f}' for value in dense['bins'])} |")
+    lines = [["dense", *(f"{value:.5f}" for value in dense["bins"])]]
     for name, runs in rows.items():
-        means = [
-            statistics.mean(run["bins"][number] for run in runs) / dense["bins"][number]
-            for number in range(count)
-        ]
-        lines.append(f"| {LABELS[name]} | {' | '.join(f'{value:.2f}x' for value in means)} |")
-    return lines
-
-
-def verdicts(rows: dict[str, list[Entry]], dense: Entry) -> list[str]:
-    """What the table says about gfprune's defaults, computed from it."""
-    lines = []
-    for metric, name in NAMES.items():
-        peer = best_peer(rows, dense, metric)
-        ours, theirs = gap(rows["gfprune"], dense, metric), gap(rows[peer], dense, metric)
+        means = [statistics.mean(run["bins"][number] for run in runs) for number in range(count)]
         lines.append(
-            f"- {name}: gfprune leaves {ours:.4g} to the dense model, the best peer ({LABELS[peer]}) "
-            f"{theirs:.4g}: {percent(ours / theirs)} of it."
+            [label(name), *(f"{mean / own:.2f}x" for mean, own in zip(means, dense["bins"], strict=True))]
         )
-    return lines
+    return as_table(("loss by noise, least first", *edges), lines)
 
 
-def plot(entries: Sequence[Entry], path: Path) -> None:
-    """One panel per subject, sparsity and metric: the gap that each method leaves, every seed a dot."""
-    subjects = list(dict.fromkeys(entry["subject"] for entry in entries))
-    sparsities = sorted({entry["sparsity"] for entry in entries} - {0.0})
-    panels = [(name, sparsity) for name in subjects for sparsity in sparsities]
-    figure, axes = plt.subplots(
-        len(panels), len(GAPS), figsize=(12, 2.6 * len(panels)), squeeze=False, layout="constrained"
+def trials_table(tried: Sequence[Entry], form: Form) -> list[str]:
+    """Held-out loss of every optimizer and rate that tuned peers could choose from; the choice in bold."""
+    found: dict[tuple[str, ...], dict[tuple[str, float], float]] = {}
+    for entry in tried:
+        row = (entry["subject"], f"{entry['sparsity']:g}", label(entry["method"]))
+        found.setdefault(row, {})[entry["optimizer"], entry["rate"]] = entry["loss"]
+    lines = []
+    for row, losses in found.items():
+        complete = len(losses) == len(form.tunings)
+        cells = [
+            "not run" if tuning not in losses
+            else f"**{losses[tuning]:.4f}**" if complete and losses[tuning] == min(losses.values())
+            else f"{losses[tuning]:.4f}"
+            for tuning in form.tunings
+        ]  # fmt: skip
+        lines.append([*row, *cells])
+    return as_table(
+        ("network", "sparsity", "peer", *(f"{name} {rate:g}" for name, rate in form.tunings)), lines
     )
-    for row, (name, sparsity) in zip(axes, panels, strict=True):
-        dense = rows_of(entries, name, 0.0)["dense"][0]
-        rows = rows_of(entries, name, sparsity)
-        for axis, metric in zip(row, GAPS, strict=True):
-            for place, (method, runs) in enumerate(rows.items()):
-                values = [GAPS[metric](run, dense) for run in runs]
-                colour = "#c2410c" if method.startswith("gfprune") else "#64748b"
-                axis.barh(place, statistics.mean(values), color=colour, alpha=0.55)
-                axis.plot(values, [place] * len(values), ".", color=colour)
-            axis.axvline(0, color="black", linewidth=0.6)
-            axis.set_yticks(range(len(rows)), [method.replace(", ", ",\n") for method in rows], fontsize=6)
-            axis.invert_yaxis()
-            axis.set_title(f"{name}, sparsity {sparsity:g}: {NAMES[metric]}, gap to dense", fontsize=8)
-            axis.tick_params(axis="x", labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+
+
+def missing_lines(missing: Sequence[Cell]) -> list[str]:
+    """What the page does not say yet, by method, with the number of runs."""
+    lines = []
+    groups: dict[tuple[str, float, int], Counter[str]] = {}
+    for cell in missing:
+        groups.setdefault((cell.subject, cell.sparsity, cell.gradients), Counter())[cell.method] += 1
+    for (subject, sparsity, gradients), methods in groups.items():
+        place = f"{subject} at {sparsity:g}, {gradients:,} gradients" if gradients else subject
+        lines.append(f"- {place}: " + "; ".join(f"{name} ({count})" for name, count in methods.items()))
+    return lines
 
 
 INTRODUCTION = """\
-Every run may take {gradients:,} gradients, counted in samples and scoring included. Loss: denoising loss on
-images that neither a model nor a run has seen. SSIM: to the dense model's samples from the same noise.
-fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps. Means over the seeds of each
-row, lowest and highest in brackets; seconds are of one thread, on a machine that may have been busy. "Of
-the best peer's": the gap to the dense model, as a share of the gap that the best published method leaves;
-below 0 the network is better than the dense one. Rows are equal in parameters. At equal parameters gfprune
-keeps more MACs, because it takes layers whose units matter least and not the same share of each: the row at
-the MACs of the peers says what is left of the difference when that freedom is taken away. Distilled peers
-are controls, not published methods."""
+Every method removes channels from the same dense network and has the same gradients to spend, counted in
+samples, scoring included. Peers keep the widths that their own rule gives, one ratio for all layers; gfprune
+is asked for at most the smaller of their two shares, of parameters and of MACs: no row keeps more than the
+peers by over 1 % of the dense network, of either. gfprune may keep less.
+
+Goals, shares of the gap that the best peer's row of any kind leaves to the dense network: held-out loss 0.35,
+0.50 and 0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen
+anew for every number, after the fact. Ratios of means over the seeds; in brackets the lowest and highest of
+gfprune's seeds against the same seed of the peer. Below 0 the network is better than the dense one."""
+
+NOTES = """\
+- Loss: denoising loss on images that neither a network nor a run has trained on. SSIM: to the dense network's
+  samples from the same noise. fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps.
+- "gap": the row's gap to the dense network, of the best peer's. Means over the seeds of each row, lowest and
+  highest in brackets.
+- Peers as published: plain denoising loss, AdamW at {rate:g}, batches of {batch}. Tuned: the losses and all
+  other defaults of `gfprune finetune`, with the optimizer and rate of the least held-out loss at
+  {shortest:,} gradients with seed 0, kept for the other seeds and lengths of that network and sparsity. That
+  choice sees the held-out images, and its trials are not counted: both to the peers' advantage.
+- Seconds: processor time of pruning and training on one thread. MACs spent: an estimate, a backward pass as
+  two forward passes, scoring at the dense network's cost, with distillation one forward pass of the dense
+  network for each gradient.
+- gfprune: `gfprune prune --budget both --recover 0` and `gfprune finetune`, otherwise with their defaults."""
 
 
-def section(entries: Sequence[Entry], subject: str) -> list[str]:
-    """Everything about one dense model."""
-    dense = rows_of(entries, subject, 0.0)["dense"][0]
+def section(found: Found, form: Form, subject: str) -> list[str]:
+    """Everything about one dense network."""
+    dense = dense_of(found.entries, subject)
+    if dense is None:
+        return []
     lines = ["", f"## {subject}", ""]
     size, macs, loss = dense["params"], dense["macs"], dense["loss"]
     lines.append(f"Dense: {size:,} parameters, {macs:,} MACs, held-out loss {loss:.4f}.")
-    for sparsity in sorted({entry["sparsity"] for entry in entries} - {0.0}):
-        rows = rows_of(entries, subject, sparsity)
-        lines += ["", f"### {subject} at sparsity {sparsity:g}", "", *table(rows, dense), ""]
-        lines += [*verdicts(rows, dense), "", "Loss by noise, least first, over that of the dense model:", ""]
-        lines += bins_table(rows, dense)
+    for sparsity in form.sparsities:
+        tables = {length: rows_of(found.entries, subject, sparsity, length) for length in form.lengths}
+        done = {length: rows for length, rows in tables.items() if rows}
+        for length, rows in done.items():
+            lines += [
+                "",
+                f"### {subject} at sparsity {sparsity:g}, {length:,} gradients",
+                "",
+                *table(rows, dense),
+            ]
+        if done:
+            lines += ["", *bins_table(done[max(done)], dense)]
     return lines
 
 
-def write_report(entries: Sequence[Entry], form: Any, folder: Path, *, command: str) -> Path:
-    """`quality.md` and `quality.svg` in a folder.
-
-    Args:
-        entries: numbers of every run, the dense models' among them.
-        form: how much was run.
-    """
-    plot(entries, folder / "quality.svg")
-    lines = [INTRODUCTION.format(**asdict(form)), "", "![Gap to the dense model by method](quality.svg)"]
-    done = sum(entry["method"] != "dense" for entry in entries)
-    subjects = len({entry["subject"] for entry in entries})
-    planned = subjects * len(form.sparsities) * (form.seeds * len(form.methods) + len(form.once))
-    if done < planned:
-        lines[:0] = [f"**Not complete:** {done} of {planned} runs had ended when this page was written.", ""]
-    for subject in dict.fromkeys(entry["subject"] for entry in entries):
-        lines += section(entries, subject)
-    return write_page(folder / "quality.md", "Quality, side by side", command, 0, "\n".join(lines))
+def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Path:
+    """`quality.md` and `quality.svg` in a folder."""
+    subjects = list(
+        dict.fromkeys([*(e["subject"] for e in found.entries), *(c.subject for c in found.missing)])
+    )
+    done, planned = len(found.entries), len(found.entries) + len(found.missing)
+    lines = []
+    if found.missing:
+        lines += [f"**Not complete:** {done} of {planned} runs had ended ([missing](#missing)).", ""]
+    lines += [INTRODUCTION, "", "## Goals", "", *verdicts(found.entries, form, subjects), ""]
+    if plot(found.entries, form, folder / "quality.svg"):
+        lines += ["![Gap to the dense network over gradients](quality.svg)", ""]
+    rate, batch = PUBLISHED["learning_rate"], PUBLISHED["batch"]
+    notes = NOTES.format(
+        samples=form.samples, sample_steps=form.sample_steps, rate=rate, batch=batch, shortest=form.lengths[0]
+    )
+    lines += ["## How", "", notes]
+    commits = sorted({entry["commit"] for entry in found.entries})
+    lines.append(f"- Runs were made at commit {', '.join(commits) or 'none yet'}.")
+    for subject in subjects:
+        lines += section(found, form, subject)
+    if found.tried:
+        lines += ["", "## What tuned peers chose from", "", *trials_table(found.tried, form)]
+    if found.missing:
+        lines += ["", "## Missing", "", *missing_lines(found.missing)]
+    last = max(form.seeds) - 1
+    return write_page(
+        folder / "quality.md",
+        "Quality, side by side",
+        command,
+        f"0 to {last}" if last else 0,
+        "\n".join(lines),
+    )

@@ -3,7 +3,7 @@
     python benchmarks/speed.py            # all tables; --quick: fewer rows and rounds, minutes
 
 Writes `speed.md` and its plots into docs/benchmarks. Latency is that of one-shot prunes of the demo, since it
-does not depend on training; dense and pruned networks take turns, and the time is that of the process, so
+does not depend on the weights; dense and pruned networks take turns, and the time is that of the process, so
 that other work on the machine counts little. Memory and phases come from a fresh process for each row.
 """
 
@@ -43,10 +43,8 @@ from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
 
 SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]
 WANTED = 0.85  # realised latency gain over MAC gain
-ONE_SHOT: dict[str, Any] = dict(one_shot=True, images=32, sample_steps=4, draws=16)
-SMALL_RUN: dict[str, Any] = dict(
-    iterations=3, steps_per_iteration=4, draws=16, batch=8, images=32, sample_steps=2
-)
+ONE_SHOT: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=32, sample_steps=4, draws=16)
+SMALL_RUN: dict[str, Any] = dict(iterations=3, draws=16, recover=12, images=32, sample_steps=2)
 PRODUCTS = (
     "convolution",
     "conv2d",
@@ -380,7 +378,7 @@ def page(command: str, seed: int, sections: dict[str, str]) -> str:
     return f"# Speed, memory and cost\n\n{header(command, seed)}{body}"
 
 
-GAINS_TEXT = """One-shot prunes of the demo with the default `--align auto`. *Gain* is dense time over pruned
+GAINS_TEXT = """One-shot prunes of the demo with the default `--align 1`. *Gain* is dense time over pruned
 time, *share* is that over the MAC gain.
 
 ![Latency gain over MAC gain](speed-gains.svg)
@@ -392,8 +390,8 @@ concatenation. *Dispatch*: operators that compute nothing. The profiler counts t
 a busy machine read proportions, and no difference between two rows.
 
 """
-GROWTH_TEXT = """U-Nets of random weights on 16 x 16 images; 3 iterations of 4 steps at batch 8, 16 draws per
-scoring, 2 sampling steps; each in a process of its own. Memory is above what imports take.
+GROWTH_TEXT = """U-Nets of random weights on 16 x 16 images; 3 scorings of 16 draws, 12 steps of recovery,
+2 sampling steps; each in a process of its own. Memory is above what imports take.
 
 ![Growth with model size](speed-growth.svg)
 

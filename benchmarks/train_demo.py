@@ -4,7 +4,7 @@
     python benchmarks/train_demo.py --data noto-emoji-32.npz --out gfprune_cli/demo --grid docs/samples.png \
         --minutes 27 --init first --lr 6e-4 --faces 4 --noise-weight 20
 
-The data file holds `x` [N, 32, 32, 3] uint8 and `c` [N] category names. Every tenth image of the
+The data file holds `x` [N, H, W, C] uint8 and `c` [N] category names. Every tenth image of the
 chosen categories is held out: it is never trained on and ships beside the training images.
 The learning rate anneals over the steps or over `--minutes`, whichever ends first. The second stage
 draws faces more often and weighs high noise more: there the colours and the outline of a sample are decided,
@@ -30,23 +30,32 @@ EMA_DECAY = 0.9993
 HELD_OUT_EVERY = 10
 
 
-def network(widths: Sequence[int]) -> UNet2DModel:
-    """A U-Net of four stages for 32 x 32 colours, with attention at 8 x 8."""
+def network(
+    widths: Sequence[int], size: int = 32, channels: int = 3, groups: int = 8, attention: int = 8
+) -> UNet2DModel:
+    """A U-Net of one stage per width.
+
+    Args:
+        size: height and width of an image.
+        groups: of every group norm.
+        attention: the stage of this height and width has attention, as the middle has.
+    """
+    attends = [size >> stage == attention for stage in range(len(widths))]
     return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=1,
         block_out_channels=tuple(widths),
-        norm_num_groups=8,
+        norm_num_groups=groups,
         attention_head_dim=16,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=tuple("AttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
+        up_block_types=tuple("AttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
     )
 
 
 def load_split(path: Path, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images of the chosen categories as uint8 [N, 32, 32, 3]: (training, held out, training is a face)."""
+    """Images of the chosen categories as uint8 [N, H, W, C]: (training, held out, training is a face)."""
     with np.load(path) as data:
         chosen = np.isin(data["c"], categories)
         images, faces = data["x"][chosen], data["c"][chosen] == CATEGORIES[0]
@@ -59,8 +68,17 @@ def sample_weights(signal: torch.Tensor, cap: float) -> torch.Tensor:
     return 1 + ((1 - signal) / signal).clamp_max(cap)
 
 
+def target_of(
+    scheduler: DDPMScheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network has to put out: the noise, or the velocity (arXiv 2202.00512)."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    return scheduler.get_velocity(images, noise, timesteps)
+
+
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1]."""
+    """uint8 [N, H, W, C] -> float [N, C, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -80,19 +98,22 @@ def held_out_loss(model: torch.nn.Module, scheduler: DDPMScheduler, images: torc
         noise = torch.randn(images.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (len(images),), generator=generator)
         noisy = scheduler.add_noise(images, noise, timesteps)
-        total += (model(noisy, timesteps).sample - noise).square().mean().item()
+        target = target_of(scheduler, images, noise, timesteps)
+        total += (model(noisy, timesteps).sample - target).square().mean().item()
     return total / repeats
 
 
 def save_grid(folder: Path, path: Path, rows: int = 6, columns: int = 10) -> None:
     """DDIM samples, 100 steps, seed 0, none left out, as one PNG with every image enlarged three times."""
-    pipeline = DDIMPipeline.from_pretrained(folder, scheduler=DDIMScheduler())
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(rows * columns, generator=generator, num_inference_steps=100).images
-    grid = Image.new("RGB", (columns * 34 + 2, rows * 34 + 2), "white")
+    cell = images[0].width + 2
+    grid = Image.new("RGB", (columns * cell + 2, rows * cell + 2), "white")
     for index, image in enumerate(images):
-        grid.paste(image, (2 + index % columns * 34, 2 + index // columns * 34))
+        grid.paste(image, (2 + index % columns * cell, 2 + index // columns * cell))
     grid.resize((grid.width * 3, grid.height * 3), Image.Resampling.NEAREST).save(path)
 
 
@@ -103,9 +124,10 @@ def train(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out / "images.npz", x=training, held_out=held_out)
     images, probes = to_tensor(training).to(options.device), to_tensor(held_out)
-    scheduler = DDPMScheduler()
+    scheduler = DDPMScheduler(beta_schedule=options.schedule, prediction_type=options.prediction)
     weights = sample_weights(scheduler.alphas_cumprod, options.noise_weight).to(options.device)
-    model = network(options.widths)
+    size, channels = training.shape[-2:]
+    model = network(options.widths, size, channels, options.groups, options.attention)
     if options.init:
         model.load_state_dict(UNet2DModel.from_pretrained(options.init, subfolder="unet").state_dict())
     model = model.train().to(options.device, memory_format=torch.channels_last)
@@ -128,7 +150,8 @@ def train(options: argparse.Namespace) -> None:
         noise = torch.randn_like(batch)
         half = torch.randint(0, 1000, (options.batch // 2,), device=batch.device)
         timesteps = torch.cat([half, 999 - half])  # antithetic: lower variance at no cost
-        errors = (model(scheduler.add_noise(batch, noise, timesteps), timesteps).sample - noise).square()
+        target = target_of(scheduler, batch, noise, timesteps)
+        errors = (model(scheduler.add_noise(batch, noise, timesteps), timesteps).sample - target).square()
         loss = (weights[timesteps] * errors.mean((1, 2, 3))).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -163,6 +186,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--grid", type=Path, help="PNG of samples to write, such as docs/samples.png")
     parser.add_argument("--categories", nargs="+", default=CATEGORIES)
     parser.add_argument("--widths", type=int, nargs="+", default=(32, 48, 80, 72))
+    parser.add_argument("--groups", type=int, default=8, help="of every group norm")
+    parser.add_argument("--attention", type=int, default=8, help="height of the stage that has attention")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--schedule", choices=("linear", "squaredcos_cap_v2"), default="linear")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--init", type=Path, help="pipeline folder to start from")

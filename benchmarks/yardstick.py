@@ -1,5 +1,6 @@
 """How far a pruned network is from its dense original: the numbers that the benchmark compares."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from gfprune_cli.data.conditions import call
 from gfprune_cli.data.diffusion import NoisingProcess, noising_process
 from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.data.images import to_model_range
+from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.consistency import ssim, unit_range
 from gfprune_cli.evaluation.statistics import frechet_distance, gaussian
 from gfprune_cli.evaluation.teacher import teacher_features
@@ -40,28 +42,62 @@ class Subject:
     process: NoisingProcess
     dense: nn.Module
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of weights, noise schedule and images."""
+        digest = hashlib.sha256(self.data.read_bytes())
+        digest.update(repr(self.process).encode())
+        for name, tensor in sorted(self.dense.state_dict().items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 def subject(name: str, model: str, data: Path) -> Subject:
-    """A subject whose .npz holds `x` and `held_out`, uint8 [N, H, W, 3]."""
+    """A subject whose .npz holds `x` and `held_out`, uint8 [N, H, W, C] as the network takes them.
+
+    Raises:
+        UsageError: images that do not fit the network, or a network that the peers cannot prune.
+    """
+    dense = gfprune.load(model)
+    config: Any = dense.config
+    if type(dense).__name__ != "UNet2DModel" or config.num_class_embeds or config.class_embed_type:
+        raise UsageError(f"{model}: only dense, unconditional UNet2DModel checkpoints can be compared")
+    size = config.sample_size
+    wanted = (*((size, size) if isinstance(size, int) else size), config.in_channels)
+    process = noising_process(load_scheduler(inspect(resolve(model))))
+    held_out = read_images(data, wanted)["held_out"]
+    return Subject(name, model, data, pictures(held_out, process), process, dense)
+
+
+def read_images(data: Path, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """`x` and `held_out` of an .npz file, whose images have this shape."""
+    if not data.is_file():
+        raise UsageError(f"{data}: no such file; it has to hold `x` and `held_out`")
     with np.load(data) as arrays:
-        held_out = pictures(arrays["held_out"])
-    scheduler = load_scheduler(inspect(resolve(model)))
-    return Subject(name, model, data, held_out, noising_process(scheduler), gfprune.load(model))
+        found = {key: arrays[key] for key in ("x", "held_out") if key in arrays}
+    for key in ("x", "held_out"):
+        images = found.get(key, np.zeros(0))
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(images) < 2:
+            wanted = ", ".join(map(str, shape))
+            raise UsageError(f"{data}: needs an array {key!r} of the network's images, uint8 [N, {wanted}]")
+    return found
 
 
 def demo() -> Subject:
     return subject("demo", "demo", DEMO / "images.npz")
 
 
-def pictures(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1]."""
-    return to_model_range(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+def pictures(images: np.ndarray, process: NoisingProcess) -> torch.Tensor:
+    """uint8 [N, H, W, C] -> float [N, C, H, W] in the range that the process works in."""
+    low, high = process.value_range
+    scaled = to_model_range(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    return (scaled + 1) * ((high - low) / 2) + low
 
 
 def pictures_of(subject: Subject) -> torch.Tensor:
     """The images that a subject was trained on."""
     with np.load(subject.data) as arrays:
-        return pictures(arrays["x"])
+        return pictures(arrays["x"], subject.process)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from gfprune_cli.pruning.structure import find_units
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.cost import Budget, CostModel
+from gfprune_cli.structure.cost import COUNTED, Budget, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 
 SCHEMA_VERSION = 1
@@ -45,6 +45,7 @@ class PlanReport:
 
     sparsity: float
     achieved: float
+    removed: Mapping[str, float]
     params: int
     macs: int
     bytes: int
@@ -73,7 +74,7 @@ def analyze(
     model: str = "demo",
     *,
     sparsity: Sequence[float] = (),
-    budget: Budget = "params",
+    budget: Budget = "both",
     sensitivity: bool = False,
     revision: str | None = None,
     variant: str | None = None,
@@ -155,7 +156,7 @@ def describe(group: ChannelGroup, cost: CostModel, sensitivity: float | None) ->
     ]
     savings = {
         budget: cost.of_group(group.name, whole, budget) - cost.of_group(group.name, without, budget)
-        for budget in ("params", "macs")
+        for budget in COUNTED["both"]
     }
     return GroupReport(
         group.name, group.channels, group.unit_size, savings["params"], savings["macs"], members, sensitivity
@@ -168,9 +169,10 @@ def plan_for(
     """Widths for one target in the adaptive layout, with uniform scores."""
     uniform = {group.name: torch.ones(group.units) for group in groups}
     allocation = allocate(cost, uniform, target, budget=budget)
-    params = cost.params(allocation.kept)
+    params, macs = cost.params(allocation.kept), cost.macs(allocation.kept)
+    removed = {"params": 1 - params / cost.params({}), "macs": 1 - macs / cost.macs({})}
     return PlanReport(
-        target, allocation.sparsity, params, cost.macs(allocation.kept), params * width, dict(allocation.kept)
+        target, allocation.sparsity, removed, params, macs, params * width, dict(allocation.kept)
     )
 
 

@@ -1,8 +1,10 @@
 """The device of a run, and how it computes: same seed, same bytes."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -68,3 +70,21 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Passes in half precision where asked for; weights stay as they are."""
     return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name and its vector instructions, or the name of the CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def processor_name() -> str:
+    """What the operating system calls the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -10,9 +10,9 @@ class Event:
     """One thing that happened.
 
     Args:
-        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "train", "mask",
-            "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency", "export",
-            "verify", "write"), or "notice" for a sentence that the user should read.
+        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "mask", "refit",
+            "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency",
+            "export", "verify", "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.
@@ -36,18 +36,23 @@ def silent(event: Event) -> None:
 PHASES = {
     "load": "loading",
     "trace": "loading",
-    "latency": "alignment",
     "encode": "calibration",
     "calibrate": "calibration",
     "check": "check",
     "evaluate": "evaluation",
     "score": "scoring",
-    "train": "training",
-    "mask": "training",
+    "mask": "scoring",
+    "refit": "refit",
+    "refitted": "refit",
+    "finetune": "recovery",
     "remove": "removal",
     "write": "writing",
 }
-AT_THE_END = ("train", "mask")  # events that say what has been done; the others say what begins
+AT_THE_END = (
+    "mask",
+    "refitted",
+    "finetune",
+)  # events that say what has been done; the others say what begins
 
 
 class PhaseClock:

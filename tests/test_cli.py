@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -22,8 +23,10 @@ from gfprune_cli.recipes.prune import PruneRecipe
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PRUNE_KEYS = {
     "schema_version", "command", "model", "output", "component", "layout", "criterion", "seed", "sparsity",
-    "params", "macs", "bytes", "loss", "seconds",
+    "params", "macs", "bytes", "loss", "scoring_gradients", "refit", "seconds", "seconds_by_phase",
 }  # fmt: skip
+SHARES = {"target", "achieved", "of", "params", "macs"}
+LOSSES = {"before", "masked", "removed", "recovered"}
 
 
 def test_stdout_is_the_output_path_and_nothing_else(
@@ -32,10 +35,13 @@ def test_stdout_is_the_output_path_and_nothing_else(
     """`OUT=$(gfprune prune ...)` works, logs carry no escape codes, the default name says what it is."""
     done = gfprune("prune", "--model", pipeline_folder, "--sparsity", "0.4", *quick_flags(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "tiny-taylor-params40\n"
-    assert (tmp_path / "tiny-taylor-params40" / WEIGHTS).exists()
+    assert done.stdout == "tiny-taylor-both40\n"
+    assert (tmp_path / "tiny-taylor-both40" / WEIGHTS).exists()
     assert "\x1b" not in done.stderr
-    assert "denoising loss" in done.stderr
+    said = " ".join(done.stderr.split())  # the table breaks its title
+    assert re.search(r"tiny: 4\d\.\d% of parameters and 4\d\.\d% of MACs removed", said)
+    for row in ("denoising loss, masked", "after removal", "after recovery"):
+        assert row in done.stderr
 
 
 def test_json_is_one_document_with_every_promised_key(
@@ -48,6 +54,11 @@ def test_json_is_one_document_with_every_promised_key(
     assert document.keys() >= PRUNE_KEYS
     assert document["schema_version"] == 1
     assert document["params"]["after"] < document["params"]["before"]
+    assert document["sparsity"].keys() == SHARES
+    assert document["loss"].keys() == LOSSES
+    assert None not in document["loss"].values()
+    assert document["refit"].keys() == {"draws", "iterations"}
+    assert document["seconds_by_phase"].keys() >= {"scoring", "refit", "removal", "recovery", "writing"}
     assert done.stderr == ""
 
 
@@ -55,8 +66,24 @@ def test_dry_run_plans_and_writes_nothing(pipeline_folder: Path, tmp_path: Path,
     done = gfprune("prune", "--model", pipeline_folder, "--dry-run", "--json", cwd=tmp_path)
     document = json.loads(done.stdout)
     assert document["output"] is None
-    assert abs(document["sparsity"]["achieved"] - 0.5) <= 0.01
+    sparsity = document["sparsity"]
+    assert abs(sparsity["achieved"] - 0.5) <= 0.01
+    assert sparsity["achieved"] == min(sparsity["params"], sparsity["macs"])
+    assert set(document["loss"].values()) == {document["refit"]} == {None}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_out_of_reach_names_the_nearest_which_is_in_reach(pipeline_folder: Path) -> None:
+    ask = ["prune", "--model", str(pipeline_folder), "--dry-run", "--json", "--quiet", "--sparsity"]
+    refused = CliRunner().invoke(app, [*ask, "0.999"])
+    assert refused.exit_code == 2
+    found = re.search(
+        r"nearest is (0\.\d+) \(which removes (0\.\d+) of params, (0\.\d+) of macs\)", refused.stderr
+    )
+    assert found, refused.stderr
+    nearest, *shares = map(float, found.groups())
+    assert nearest <= min(shares) < 0.999
+    assert CliRunner().invoke(app, [*ask, found[1]]).exit_code == 0
 
 
 def test_analyze_prints_groups_and_plan(pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune) -> None:
@@ -66,6 +93,10 @@ def test_analyze_prints_groups_and_plan(pipeline_folder: Path, tmp_path: Path, g
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [plan["sparsity"] for plan in document["plan"]] == [0.3, 0.5]
+    for plan in document["plan"]:
+        for key in ("params", "macs"):
+            assert plan["removed"][key] == 1 - plan[key] / document[key]
+        assert plan["achieved"] == min(plan["removed"].values()) >= plan["sparsity"]
     for group in document["groups"]:
         assert group.keys() >= {"name", "channels", "params", "macs", "members"}
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
@@ -214,7 +245,7 @@ def test_no_network_is_one_line(tmp_path: Path, gfprune: Gfprune) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "model-taylor-params50").exists()
+    assert not (tmp_path / "model-taylor-both50").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +287,7 @@ def test_the_ddpm_cifar10_architecture_from_the_hub(tmp_path: Path, gfprune: Gfp
     with hub_server({"google/ddpm-cifar10-32": folder}) as hub:
         done = gfprune(
             "prune", "--model", "google/ddpm-cifar10-32", "--revision", "main", "--sparsity", "0.44",
-            "--json", "--one-shot", "--images", "4", "--sample-steps", "1", "--draws", "4",
+            "--json", "--one-shot", "--images", "4", "--sample-steps", "1", "--draws", "4", "--no-refit", "--recover", "1",
             "--out", tmp_path / "out", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, digest, sample
 import gfprune_cli
 from gfprune_cli.evaluation import run as evaluation_run
 from gfprune_cli.evaluation import teacher
+from gfprune_cli.flow import loop as pruning_loop
 from gfprune_cli.pruning import run as pruning_run
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery import run as recovery_run
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "support.md"
 SPARSITY = 0.3
 SMALL: dict[str, Any] = dict(images=4, sample_steps=2, batch=2)
-PRUNE = SMALL | dict(draws=4, iterations=3, steps_per_iteration=1, align=1)
+PRUNE: dict[str, Any] = dict(images=4, sample_steps=2, draws=4, iterations=2, recover=1)
 # pixels of drawn images where the pipeline's own default is large
 SIZES = {family: f"{call['height']}x{call['width']}" for family, call in CALLS.items() if "height" in call}
 RUNS = [(family, COMPONENTS[family]) for family in FAMILIES] + [("stable-diffusion", "vae"), ("ldm", "vqvae")]
@@ -77,7 +78,9 @@ class Journey:
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic is the same with fewer draws and repeats."""
-    monkeypatch.setattr(pruning_run, "REPORT_DRAWS", 64)
+    monkeypatch.setattr(pruning_loop, "REFIT_SAMPLES", 16)
+    monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 16)
+    monkeypatch.setattr(pruning_run.Run.loss, "__defaults__", (64,))
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 64)
     monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
     monkeypatch.setattr(evaluation_run, "REPEATS", 5)

@@ -347,14 +347,20 @@ def test_the_inputs_of_an_unknown_class_are_seen_in_its_pipeline(tmp_path: Path)
     assert result.inputs["hidden_states"]["shape"] == ["batch", 4, 8, 8]
     found = evaluated(tmp_path / "cogview", reference=str(tmp_path / "cogview"))
     assert found.metrics["psnr"]["identical"] == 2
-    few = dict(images=4, sample_steps=2, batch=2)
+    few = dict(images=4, sample_steps=2)
     pruned = gfprune_cli.prune(
-        str(tmp_path / "cogview"), out=tmp_path / "pruned", sparsity=0.1, one_shot=True, draws=4, **few
+        str(tmp_path / "cogview"),
+        out=tmp_path / "pruned",
+        sparsity=0.1,
+        one_shot=True,
+        draws=4,
+        recover=1,
+        **few,
     )
     assert abs(pruned.sparsity["achieved"] - 0.1) <= 0.01
     assert pruned.loss["removed"] == pytest.approx(pruned.loss["masked"], rel=1e-4)
     tuned = gfprune_cli.finetune(
-        tmp_path / "pruned", out=tmp_path / "tuned", steps=1, sample_every=0, features=0.1, **few
+        tmp_path / "pruned", out=tmp_path / "tuned", steps=1, sample_every=0, features=0.1, batch=2, **few
     )
     assert tuned.loss["after"] is not None
 

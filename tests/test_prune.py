@@ -1,15 +1,19 @@
 """`prune` end to end on a tiny pipeline: what is written, loads elsewhere, repeats and resumes."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
+from gfprune_cli.pruning.run import JUDGE_DRAWS
+from gfprune_cli.recipes.prune import CriterionName
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -49,6 +56,15 @@ torch.save({name: tensor.detach() for name, tensor in found.items()}, results)
 
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Name -> content: weights, record, card and code; but for where it all lies."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"OUT")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +117,25 @@ def test_the_record_names_everything_needed_to_repeat_the_run(pruned: Path, pipe
     assert record["params"]["after"] == sum(parameter.numel() for parameter in model.parameters())
     assert record["bytes"]["after"] == (pruned / WEIGHTS).stat().st_size
     assert model.conv_in.out_channels == len(record["kept"]["conv_in"])
-    assert abs(record["loss"]["removed"] - record["loss"]["masked"]) <= 1e-4 * record["loss"]["masked"]
+    loss, sparsity, refit = record["loss"], record["sparsity"], record["refit"]
+    assert abs(loss["removed"] - loss["masked"]) <= 1e-4 * loss["masked"]
+    assert loss.keys() == {"before", "masked", "removed", "recovered"}
+    assert loss["recovered"] != loss["removed"]
+    assert sparsity.keys() == {"target", "achieved", "of", "params", "macs"}
+    for key in ("params", "macs"):
+        assert sparsity[key] == 1 - record[key]["after"] / record[key]["before"]
+    assert sparsity["achieved"] == min(sparsity["params"], sparsity["macs"]) >= sparsity["target"] == 0.5
+    assert [entry["iteration"] for entry in refit["iterations"]] == [1, 2, 3], (
+        "2 scorings, and one that closes"
+    )
+    assert all(entry["layers"] and entry["after"] < entry["before"] for entry in refit["iterations"])
+
+
+def test_the_card_says_both_shares_and_the_loss_after_recovery(pruned: Path) -> None:
+    record, card = json.loads((pruned / "gfprune.json").read_text()), (pruned / "README.md").read_text()
+    shares = [f"{record['sparsity'][key]:.1%}" for key in ("params", "macs")]
+    assert f"removed {shares[0]} of the parameters and {shares[1]} of the multiply-accumulates" in card
+    assert f"| {record['loss']['before']:.4f} | {record['loss']['recovered']:.4f} |" in card
 
 
 def test_no_pickle_and_ordinary_modes(pruned: Path) -> None:
@@ -130,34 +164,56 @@ def test_the_written_recipe_reproduces_the_output(pruned: Path, tmp_path: Path, 
     assert digest(tmp_path / "again") == digest(pruned)
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 4, 6, 10])
-def test_a_stopped_run_resumes_to_the_same_bytes(
-    pruned: Path, pipeline_folder: Path, tmp_path: Path, stop_at: int
+EVENTS = [
+    ("score", 4),
+    *[(phase, step) for step in (1, 2, 3) for phase in ("mask", "refit", "refitted")],
+    *[("remove", 0), ("pass", 0), ("finetune", 1), ("finetune", 2), ("write", 0)],
+]  # phase and step, in the order of a `QUICK` run
+
+
+@pytest.mark.parametrize(("layout", "stops"), [("adaptive", EVENTS), ("native", EVENTS[5:13:3])])
+def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path, layout: str, stops: list[tuple[str, int]]
 ) -> None:
-    seen = 0
+    """Weights, record and card: each run goes on from what the one before it saved."""
+    settings: dict[str, Any] = dict(sparsity=0.5, layout=layout, out=tmp_path / "out", **QUICK)
+    whole, left = pruned, list(stops)
+    if layout == "native":
+        whole = tmp_path / "whole" / "out"
+        gfprune_cli.prune(str(pipeline_folder), **settings | {"out": whole})
 
-    def stop(event: Event) -> None:
-        nonlocal seen
-        seen += event.phase in ("score", "train")
-        if seen == stop_at:
-            raise Interrupted("stop", signal.SIGTERM)
+    def stopper() -> Callable[[Event], None]:
+        seen = Counter[tuple[str, int]]()
 
-    out = tmp_path / "out"
-    with pytest.raises(Interrupted):
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, report=stop, **QUICK)
-    assert not out.exists()
-    with pytest.raises(UsageError, match="--resume"):
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **QUICK)
-    with pytest.raises(UsageError, match="other sparsity"):
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, out=out, resume=True, **QUICK)
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, resume=True, **QUICK)
-    assert digest(out) == digest(pruned)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        def stop(event: Event) -> None:
+            here = (event.phase, event.step)
+            seen[here] += 1
+            within = event.phase != "refit" or seen[here] == 20  # with some of its layers fitted
+            if within and left and here == left[0]:
+                left.pop(0)
+                raise Interrupted("stop", signal.SIGTERM)
+
+        return stop
+
+    for run in itertools.count():
+        with contextlib.suppress(Interrupted):
+            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, report=stopper(), **settings)
+            break
+        if run == 2:
+            with pytest.raises(UsageError, match="--resume"):
+                gfprune_cli.prune(str(pipeline_folder), **settings)
+            with pytest.raises(UsageError, match="other sparsity"):
+                gfprune_cli.prune(str(pipeline_folder), resume=True, **settings | {"sparsity": 0.4})
+    assert left == []
+    assert files(tmp_path / "out") == files(whole)
+    assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGKILL, "finetune 1/2"), (signal.SIGTERM, "refit 2/3")]
+)
 def test_a_killed_process_resumes_to_the_same_bytes(
-    pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals
+    pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals, line: str
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -177,8 +233,8 @@ def test_a_killed_process_resumes_to_the_same_bytes(
         text=True,
     )
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("train 3/"):
+    for said in process.stderr:
+        if said.startswith(line):
             process.send_signal(number)
             break
     process.communicate(timeout=60)
@@ -193,7 +249,7 @@ def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_
     """A job that is killed after the output appeared, and repeated, succeeds; only on its own output."""
     data, out = tmp_path / "data.npz", tmp_path / "out"
     np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
-    settings: dict[str, Any] = dict(data=str(data), out=out, one_shot=True, draws=8, images=8)
+    settings: dict[str, Any] = dict(data=str(data), out=out, one_shot=True, draws=8, images=8, recover=1)
     first = gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, **settings)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     phases = []
@@ -206,7 +262,7 @@ def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_
     )
     times: dict[str, Any] = dict(seconds=0, seconds_by_phase={})
     assert replace(again, **times) == replace(first, **times)
-    assert not {"score", "train", "remove", "write"} & set(phases)
+    assert not {"score", "refit", "remove", "finetune", "write"} & set(phases)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(UsageError, match="another run"):
         gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, resume=True, **settings)
@@ -275,35 +331,62 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
     assert any("resized" in text for text in notices)
 
 
-def test_one_shot_and_coarse_score_less(pipeline_folder: Path, tmp_path: Path) -> None:
-    costs = {}
-    for mode, settings in (("full", {}), ("coarse", {"coarse": True}), ("one-shot", {"one_shot": True})):
-        result = gfprune_cli.prune(
-            str(pipeline_folder),
-            out=tmp_path / mode,
-            **QUICK | {"iterations": 8, "allocation": "scores"} | settings,
-        )
-        costs[mode] = result.scoring_gradients
-    assert costs["full"] > costs["coarse"] > costs["one-shot"] == 1
+def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_path: Path) -> None:
+    """On images that neither saw; what it costs is counted in gradients of single samples."""
+    settings = QUICK | {"one_shot": True, "recover": 0}
+    results = {
+        refit: gfprune_cli.prune(str(pipeline_folder), out=tmp_path / f"{refit}", refit=refit, **settings)
+        for refit in (False, True)
+    }
+    plain, mended = (results[refit].loss["removed"] for refit in (False, True))
+    assert plain is not None
+    assert mended is not None
+    assert mended < plain - 0.01
+    assert results[False].refit == {"draws": JUDGE_DRAWS, "iterations": []}
+    scored = QUICK["draws"] + COMPARED_SAMPLES
+    assert results[False].scoring_gradients == scored
+    passes = 2 * REFIT_SAMPLES + 3 * JUDGE_DRAWS  # both networks; before, after, and the dense one
+    assert results[True].scoring_gradients == pytest.approx(scored + passes / 3, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "criterion", ["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
-)
-def test_every_criterion_runs_and_they_choose_differently(
-    pipeline_folder: Path, tmp_path: Path, criterion: str
+def test_without_refit_and_recovery_the_weights_that_stay_are_the_dense_ones(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    result = gfprune_cli.prune(str(pipeline_folder), criterion=criterion, out=tmp_path / "out", **QUICK)
-    assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
-    other = "random" if criterion != "random" else "magnitude"
-    gfprune_cli.prune(str(pipeline_folder), criterion=other, out=tmp_path / "other", **QUICK)
-    kept = [json.loads((tmp_path / name / "gfprune.json").read_text())["kept"] for name in ("out", "other")]
-    assert kept[0] != kept[1]
+    """Bit for bit: every number of a tensor is one of the dense tensor; fitted ones are not."""
+    dense = dict(gfprune_cli.load(pipeline_folder).named_parameters())
+    plain = gfprune_cli.prune(
+        str(pipeline_folder), out=tmp_path / "plain", **QUICK | {"refit": False, "recover": 0}
+    )
+    assert plain.loss["recovered"] is None
+    for folder, same in ((tmp_path / "plain", True), (pruned, False)):
+        found = {
+            name: bool(torch.isin(tensor, dense[name]).all())
+            for name, tensor in gfprune_cli.load(folder).named_parameters()
+        }
+        assert len(found) == len(dense)
+        assert all(found.values()) is same
 
 
-def test_low_precision_training_runs_on_the_cpu(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path, tmp_path: Path) -> None:
+    chosen = {}
+    for criterion in get_args(CriterionName):
+        result = gfprune_cli.prune(
+            str(pipeline_folder), criterion=criterion, one_shot=True, out=tmp_path / criterion,
+            **QUICK | {"refit": False, "recover": 0},
+        )  # fmt: skip
+        assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
+        chosen[criterion] = json.loads((tmp_path / criterion / "gfprune.json").read_text())["kept"]
+    # as few draws are one chunk, of which diff-pruning leaves nothing out
+    assert chosen.pop("diff-pruning") == chosen["taylor"]
+    assert not any(one == other for one, other in itertools.combinations(chosen.values(), 2))
+
+
+def test_low_precision_recovery_runs_on_the_cpu(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """What came before it is the same."""
     result = gfprune_cli.prune(str(pipeline_folder), precision="bf16", out=tmp_path / "out", **QUICK)
-    assert result.loss["removed"] is not None
+    loss = json.loads((pruned / "gfprune.json").read_text())["loss"]
+    assert {key for key in loss if result.loss[key] == loss[key]} == {"before", "masked", "removed"}
+    assert digest(tmp_path / "out") != digest(pruned)
 
 
 def test_force_replaces_only_what_gfprune_wrote(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
@@ -341,7 +424,7 @@ def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path:
     np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
 
     def stop(event: Event) -> None:
-        if event.phase == "train" and event.step == 2:
+        if event.phase == "refitted":
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume"):

@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gfprune_cli.checkpoint.record import Origin, Record
+from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.diffusion import VariancePreserving, noising_process
 from gfprune_cli.data.draws import Batch, Draws
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.processes import Processes
+from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.optimizers import hidden_matrices, make_optimizer
+from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import correspondence
-from gfprune_cli.recovery.trainer import Stopped, Trainer, learning_rate
+from gfprune_cli.recovery.trainer import Remedies, Stopped, Trainer, learning_rate
 from gfprune_cli.recovery.watch import METRICS, Watch, grid
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
@@ -349,6 +353,178 @@ def test_a_restored_trainer_goes_on_as_if_it_had_not_stopped(precision: str) -> 
         second.step(step, never)
     assert float(second.network.factor) == float(whole.network.factor)
     assert torch.equal(second.ema.shadow_params[0], whole.ema.shadow_params[0])
+
+
+class Layers(nn.Module):
+    """A network with every kind of layer that optimisers tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv_in = nn.Conv2d(3, 8, 3)
+        self.blocks = nn.ModuleList(
+            [nn.Conv2d(8, 12, 3), nn.Linear(5, 7), nn.Conv2d(12, 6, 1), nn.Conv2d(6, 6, 3, groups=6)]
+        )
+        self.embeddings = nn.ModuleList([nn.Embedding(4, 8), nn.GroupNorm(2, 8)])
+
+
+def one_update(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seed: int) -> None:
+    """One step along gradients that depend on names and seed; convolutions may be given flattened."""
+    for number, parameter in enumerate(named.values()):
+        source = torch.Generator().manual_seed(100 * seed + number)
+        parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(torch.randn(parameter.numel(), generator=source).view(parameter.shape))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_muon_moves_matrices_as_torchs_own_does_and_adamw_the_rest(last: bool) -> None:
+    hidden = ("blocks.0.weight", "blocks.1.weight", "blocks.2.weight")
+    network = Layers()
+    flat = {
+        name: nn.Parameter(parameter.detach().clone().flatten(1) if name in hidden else parameter.clone())
+        for name, parameter in network.named_parameters()
+    }
+    start = {name: parameter.detach().clone() for name, parameter in flat.items()}
+    if last:
+        channels_last(network)
+        assert not network.blocks[0].weight.is_contiguous()
+    settings = dict(lr=0.01, weight_decay=0.1)
+    muon = torch.optim.Muon([flat[name] for name in hidden], adjust_lr_fn="match_rms_adamw", **settings)
+    adamw = torch.optim.AdamW([flat[name] for name in flat if name not in hidden], fused=True, **settings)
+    made = make_optimizer("muon", network, **settings)
+    assert list(hidden_matrices(network)) == list(hidden)
+    for step in range(3):
+        one_update(made, dict(network.named_parameters()), step)
+        one_update(muon, flat, step)
+        adamw.step()
+    for name, parameter in network.named_parameters():
+        found, expected = parameter.detach().reshape(flat[name].shape), flat[name].detach()
+        if (
+            name in hidden and channels_last
+        ):  # columns in another order: rounded in another order, in bfloat16
+            moved = expected - start[name]
+            assert float((found - expected).norm()) < 0.02 * float(moved.norm()), name
+        else:
+            assert torch.equal(found, expected), name
+
+
+def test_networks_with_convolutions_over_time_are_stored_channels_last_too() -> None:
+    network = channels_last(nn.Sequential(nn.Conv3d(3, 4, (1, 2, 2)), nn.Conv2d(4, 8, 3), nn.Linear(8, 2)))
+    contiguous = [parameter.is_contiguous() for parameter in network.parameters() if parameter.ndim > 1]
+    assert contiguous == [True, False, True]
+
+
+def test_muon_takes_the_hidden_layers_of_every_family() -> None:
+    found = hidden_matrices(tiny())
+    assert "down_blocks.0.resnets.0.conv1.weight" in found
+    assert "mid_block.attentions.0.to_q.weight" in found
+    assert not [name for name in found if name.startswith(("conv_in", "conv_out", "time_embedding"))]
+    assert all(weight.ndim in (2, 4) for weight in found.values())
+    shape = dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=8, norm_num_groups=4)
+    dit: Any = DiTTransformer2DModel(num_layers=1, num_embeds_ada_norm=10, **shape)
+    names = hidden_matrices(dit)
+    assert "transformer_blocks.0.attn1.to_q.weight" in names
+    assert not [name for name in names if name.startswith(("pos_embed", "proj_out"))]
+    assert not [name for name in names if "embedding_table" in name]
+
+
+def unet_trainer(optimizer: str, *, last: bool = False, precision: str = "fp32") -> Trainer:
+    """A tiny U-Net, taught by another one."""
+    student, teacher = tiny(1), tiny(0)
+    if last:
+        channels_last(student)
+    recipe = FinetuneRecipe(model="m", steps=4, batch=2, optimizer=optimizer, precision=precision)  # type: ignore[arg-type]
+    loss = RecoveryLoss(student, teacher.requires_grad_(False), PROCESS, Weights.of(recipe), None, precision)  # type: ignore[arg-type]
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    return Trainer(student, loss, Draws(images, 1000, 0), recipe, Processes(None, CPU))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_saved_trainer_resumes_to_the_same_bytes(optimizer: str, last: bool, tmp_path: Path) -> None:
+    whole, first, second = (unet_trainer(optimizer, last=last) for _ in range(3))
+    for step in range(4):
+        whole.step(step, never)
+    for step in range(2):
+        first.step(step, never)
+    folder = StateFolder(tmp_path / "out", {})
+    folder.save(*first.state())
+    saved = folder.load()
+    assert saved is not None
+    assert any(name.startswith("momentum_buffer/") for name in saved[0]) == (optimizer == "muon")
+    second.restore(*saved)
+    for step in range(2, 4):
+        second.step(step, never)
+    expected, found = whole.state(), second.state()
+    assert expected[1] == found[1]
+    assert expected[0].keys() == found[0].keys()
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
+
+
+def test_an_overflow_in_float16_skips_both_parts_of_muon() -> None:
+    trainer = unet_trainer("muon", precision="fp16")
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    handle = trainer.network.conv_in.bias.register_hook(lambda gradient: gradient * math.inf)
+    trainer.step(0, never)
+    assert all(torch.equal(trainer.parameters[name], tensor) for name, tensor in before.items())
+    handle.remove()
+    for step in range(1, 4):
+        trainer.step(step, never)
+    moved = [not torch.equal(trainer.parameters[name], tensor) for name, tensor in before.items()]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+class Kept:
+    """A state in memory: another command's may be as plain."""
+
+    def __init__(self) -> None:
+        self.saved: Any = None
+
+    def begin(self) -> None:
+        pass
+
+    def load(self) -> Any:
+        return self.saved
+
+    def save(self, tensors: Any, numbers: Any) -> None:
+        self.saved = copy.deepcopy((dict(tensors), dict(numbers)))
+
+
+def recovered(
+    student: nn.Module, state: Kept, *, stop_at: int = 0, remedies: Remedies | None = None, **recipe: Any
+) -> nn.Module:
+    """A student that `recover` has trained towards x -> x, told to stop after a step."""
+    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    chosen = FinetuneRecipe(model="m", **dict(steps=40, batch=4, learning_rate=0.1, denoise=0.0) | recipe)
+
+    def report(event: Event) -> None:
+        if event.phase == "finetune" and event.step == stop_at:
+            raise Interrupted("stop", 15)
+
+    recover(
+        student, Scale(1.0), PROCESS, Draws(images, 1000, 0), chosen, processes=Processes(None, CPU),
+        precision="fp32", state=state, report=report if stop_at else silent, save_every=7, remedies=remedies,
+    )  # fmt: skip
+    return student
+
+
+def test_recovery_in_memory_leaves_the_averaged_weights_and_resumes() -> None:
+    state = Kept()
+    student = recovered(Scale(2.0).requires_grad_(False), state)
+    assert abs(float(student.factor) - 1.0) < 0.3
+    assert not student.factor.requires_grad
+    assert torch.equal(student.factor, state.saved[0]["ema/factor"])
+    interrupted = Kept()
+    with pytest.raises(Interrupted, match="the state is saved"):
+        recovered(Scale(2.0), interrupted, stop_at=10)
+    assert interrupted.saved[1]["done"] == 10
+    assert torch.equal(recovered(Scale(2.0), interrupted).factor, student.factor)
+
+
+def test_a_failing_recovery_advises_what_its_command_can_do() -> None:
+    with pytest.raises(GfpruneError, match=r"not finite .*: give it up$"):
+        recovered(Scale(math.nan), Kept(), remedies=Remedies("give it up", ""))
 
 
 def test_a_state_of_another_network_is_refused() -> None:

@@ -50,7 +50,7 @@ def write_card(
         front["base_model"] = base_model
     if record.get("finetune") and base_model:
         front["base_model_relation"] = "finetune"
-    removed = f"{record['sparsity']['achieved']:.1%} of the denoiser's {record['sparsity']['of']}"
+    removed = removed_shares(record["params"], record["macs"])
     recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
     lines = [
         "---",
@@ -59,7 +59,7 @@ def write_card(
         "",
         f"# {record['source']['label'] if base_model else record['class_name']}, pruned",
         "",
-        f"{removed} removed by gfprune (criterion {recipe['criterion']}, layout {recipe['layout']}).",
+        f"gfprune removed {removed} (criterion {recipe['criterion']}, layout {recipe['layout']}).",
         "",
         "```python",
         loading,
@@ -70,13 +70,28 @@ def write_card(
         f"| parameters | {params['before']:,} | {params['after']:,} |",
         f"| multiply-accumulates | {macs['before']:,} | {macs['after']:,} |",
         f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
-        f"| denoising loss | {loss['before']:.4f} | {loss['removed']:.4f} |",
+        f"| denoising loss | {loss['before']:.4f} | {loss_left(loss):.4f} |",
         "",
         *finetune_lines(record),
         "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def removed_shares(params: Mapping[str, int], macs: Mapping[str, int]) -> str:
+    """Both shares that went, in words."""
+    shares = [1 - pair["after"] / pair["before"] for pair in (params, macs)]
+    return (
+        f"{shares[0]:.1%} of the parameters and {shares[1]:.1%} of the multiply-accumulates of the denoiser"
+    )
+
+
+def loss_left(loss: Mapping[str, float | None]) -> float:
+    """Of the network that was written: after recovery, where there was one."""
+    left = loss["removed"] if loss.get("recovered") is None else loss["recovered"]
+    assert left is not None
+    return left
 
 
 def finetune_lines(record: Mapping[str, Any]) -> list[str]:

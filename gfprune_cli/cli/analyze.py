@@ -18,7 +18,7 @@ def analyze(
         list[float] | None, typer.Option("--sparsity", help="Plan for this sparsity; may be repeated.")
     ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", help=option_help(PruneRecipe, "budget"), metavar="[params|macs]")
+        str, typer.Option("--budget", help=option_help(PruneRecipe, "budget"), metavar="[both|params|macs]")
     ] = PruneRecipe.budget,
     sensitivity: Annotated[
         bool,
@@ -66,8 +66,8 @@ def analyze(
         from gfprune_cli.cli.tables import analysis_text
         from gfprune_cli.errors import UsageError
 
-        if budget not in ("params", "macs"):
-            raise UsageError(f"--budget {budget!r}: use params or macs")
+        if budget not in ("both", "params", "macs"):
+            raise UsageError(f"--budget {budget!r}: use both, params or macs")
         if html is not None:
             check_page(html, force=force)
         found = run(

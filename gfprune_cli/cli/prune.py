@@ -35,7 +35,7 @@ def prune(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Prune a checkpoint: score, mask softly, train, remove channels, write safetensors.
+    """Prune a checkpoint: score, mask softly, refit, remove channels, recover, write safetensors.
 
     Prints the path of the result, or one JSON document with --json.
     """

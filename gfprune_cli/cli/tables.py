@@ -28,8 +28,10 @@ def change(before: float, after: float) -> str:
 
 def prune_table(result: PruneResult) -> Table:
     """Before and after: parameters, MACs, bytes, loss."""
-    achieved = f"{result.sparsity['achieved']:.1%} of {result.sparsity['of']} removed"
-    title = f"{result.model}: {achieved} ({result.criterion}, {result.layout})"
+    shares = (
+        f"{result.sparsity['params']:.1%} of parameters and {result.sparsity['macs']:.1%} of MACs removed"
+    )
+    title = f"{result.model}: {shares} ({result.criterion}, {result.layout})"
     table = Table(title=Text(title), title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
@@ -44,10 +46,12 @@ def prune_table(result: PruneResult) -> Table:
             short(pair["after"]) + unit,
             change(pair["before"], pair["after"]),
         )
-    before, masked, removed = (result.loss[key] for key in ("before", "masked", "removed"))
-    if before is not None and masked is not None and removed is not None:
-        table.add_row("denoising loss", f"{before:.4f}", f"{removed:.4f}", change(before, removed))
-        table.add_row("  masked, before removal", "", f"{masked:.4f}", change(before, masked))
+    before = result.loss["before"]
+    rows = {"masked": "denoising loss, masked", "removed": "  after removal", "recovered": "  after recovery"}
+    for key, name in rows.items():
+        after = result.loss.get(key)
+        if before is not None and after is not None:
+            table.add_row(name, f"{before:.4f}", f"{after:.4f}", change(before, after))
     return table
 
 
@@ -147,9 +151,13 @@ def analysis_text(found: Analysis) -> str:
         *aligned(rows),
     ]
     if found.plan:
-        plans: list[tuple[str, ...]] = [("sparsity", "achieved", "params", "MACs", "bytes")]
+        plans: list[tuple[str, ...]] = [("sparsity", "of params", "of MACs", "params", "MACs", "bytes")]
         plans += [
-            (f"{p.sparsity:g}", f"{p.achieved:.4f}", f"{p.params:,}", f"{p.macs:,}", f"{p.bytes:,}")
+            (
+                f"{p.sparsity:g}",
+                *(f"{p.removed[key]:.4f}" for key in ("params", "macs")),
+                *(f"{count:,}" for count in (p.params, p.macs, p.bytes)),
+            )
             for p in found.plan
         ]
         lines += ["", *aligned(plans)]

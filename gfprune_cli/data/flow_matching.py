@@ -48,6 +48,9 @@ class FlowMatching:
         ratio = ((1 - sigma) / sigma.clamp_min(1e-12)).square()
         return ratio.clamp_max(gamma) * sigma.square()
 
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        return torch.ones(len(index), device=index.device)
+
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Euler steps along the flow, from pure noise to s = 0."""
         grid = torch.linspace(self.steps - 1, 0, steps + 1).round().long()[:-1].tolist()

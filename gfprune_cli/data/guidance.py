@@ -60,6 +60,9 @@ class GuidedProcess:
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         return self.process.min_snr(index, gamma)
 
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        return self.process.image_weight(index, cap)
+
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """As without guidance, along the guided output; `denoise` returns both branches."""
         return self.process.sample(lambda x, timesteps: self.guided(denoise(x, timesteps)), noise, steps)

@@ -39,6 +39,13 @@ class NoisingProcess(Protocol):
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         """[N] min-SNR weight of each sample's denoising loss (arXiv 2303.09556)."""
 
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        """[N] factor of each sample's loss that adds the error of the image it predicts to that of the noise.
+
+        Errors e of the noise and e / snr of the image are two sides of one error. Where 1 / snr exceeds `cap`
+        it counts as `cap`. Losses on a velocity hold both as they are.
+        """
+
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """[N, ...] images from standard normal noise in a few deterministic steps."""
 

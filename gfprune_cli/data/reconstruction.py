@@ -36,6 +36,9 @@ class Reconstruction:
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         return torch.ones(len(index), device=index.device)
 
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        return torch.ones(len(index), device=index.device)
+
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """What the network makes of its input, in one pass."""
         return denoise(noise, torch.zeros(len(noise), dtype=torch.long, device=noise.device))

@@ -67,6 +67,15 @@ class VariancePreserving:
             return capped / (ratio + 1)
         return torch.where(ratio > 0, capped / ratio.clamp_min(1e-12), 1.0)  # at snr 0 the limit is 1
 
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        signal = self.signal.to(index.device)[index]
+        ratio = signal / (1 - signal).clamp_min(1e-12)
+        if self.prediction == "sample":
+            return 1 + ratio.clamp_max(cap)
+        if self.prediction in ("v_prediction", "negative_v"):
+            return torch.ones_like(ratio)
+        return 1 + (1 / ratio.clamp_min(1e-12)).clamp_max(cap)
+
     def split(
         self, output: torch.Tensor, x: torch.Tensor, signal: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +141,9 @@ class VarianceExploding:
         """As for epsilon prediction, with snr = 1 / sigma^2."""
         ratio = self.sigmas.to(index.device)[index] ** -2
         return ratio.clamp_max(gamma) / ratio
+
+    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
+        return 1 + self.sigmas.to(index.device)[index].square().clamp_max(cap)
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Euler steps along the probability-flow ODE, equally spaced in log sigma (arXiv 2206.00364)."""

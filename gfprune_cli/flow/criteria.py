@@ -76,6 +76,15 @@ def taylor(evidence: Evidence) -> Masks:
     return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
 
 
+def fisher(evidence: Evidence) -> Masks:
+    """Mean square of the first-order change over chunks of the draws: empirical Fisher (arXiv 1906.10771)."""
+    squares: Masks = {}
+    for loss in evidence.losses:
+        sums = evidence.masked.unit_sums(evidence.first_order([loss]))
+        squares = {name: squares.get(name, 0) + value.square() for name, value in sums.items()}
+    return squares
+
+
 def diff_pruning(evidence: Evidence) -> Masks:
     """Taylor over low-noise timesteps, while their loss exceeds 0.05 of the largest (arXiv 2305.10924)."""
     weights = {name: tensor.detach() for name, tensor in evidence.masked.effective().items()}
@@ -133,13 +142,27 @@ def relative(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
     }
 
 
-FUNCTIONS: dict[str, Callable[[Evidence], Masks]] = {
-    "gradient-flow": gradient_flow,
-    "gradient-flow-abs": gradient_flow_abs,
-    "taylor": taylor,
-    "diff-pruning": diff_pruning,
-    "magnitude": magnitude,
-    "random": random,
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score.
+
+    Args:
+        score: higher is more important.
+        copies: of the weights that are in memory at once: weights, masked weights, gradients, products.
+    """
+
+    score: Callable[[Evidence], Masks]
+    copies: int
+
+
+CRITERIA: dict[CriterionName, Criterion] = {
+    "gradient-flow": Criterion(gradient_flow, 6),
+    "gradient-flow-abs": Criterion(gradient_flow_abs, 6),
+    "taylor": Criterion(taylor, 4),
+    "fisher": Criterion(fisher, 4),
+    "diff-pruning": Criterion(diff_pruning, 4),
+    "magnitude": Criterion(magnitude, 3),
+    "random": Criterion(random, 2),
 }
 
 
@@ -149,11 +172,11 @@ def score(criterion: CriterionName, evidence: Evidence) -> Masks:
     Raises:
         GfpruneError: a score is not finite; names the group.
     """
-    scores = FUNCTIONS[criterion](evidence)
+    scores = CRITERIA[criterion].score(evidence)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise GfpruneError(
                 f"the {criterion} scores of channel group {name} are not finite: "
-                "use --criterion taylor, or lower --learning-rate"
+                "use --criterion magnitude, or check the checkpoint and --data"
             )
     return scores

@@ -1,27 +1,29 @@
-"""The pruning loop: score, tighten the budget, let the masks flow, train; until every mask is 0 or 1."""
+"""The pruning loop: score, tighten the budget, let the masks flow, refit; until every mask is 0 or 1."""
 
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.draws import Batch, Draws
 from gfprune_cli.errors import Interrupted
+from gfprune_cli.flow.comparison import comparable
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
+from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
-from gfprune_cli.flow.sensitivity import DRAWS, SHARE, comparable, measured_rises
-from gfprune_cli.flow.training import Trainer
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Report
 from gfprune_cli.recipes.prune import CriterionName
-from gfprune_cli.structure.groups import ChannelGroup, select
+from gfprune_cli.structure.groups import select
 
-MOMENTUM = 0.5  # of the scores from one iteration to the next
+FORWARD = 1 / 3  # of the cost of a gradient
+REFIT_SAMPLES = 64
+COMPARED_SAMPLES = 16
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
 ]  # scores, progress -> channels kept
@@ -37,20 +39,31 @@ class Store(Protocol):
         """Make a state durable."""
 
 
+@dataclass(frozen=True)
+class RefitResult:
+    """What one refit did: losses on the draws that judge it, of the dense network as well.
+
+    Args:
+        layers: how many were fitted; 0 where the whole did not help and was taken back.
+    """
+
+    iteration: int
+    dense: float
+    before: float
+    after: float
+    layers: int
+
+
 @dataclass
 class Flow:
-    """Everything that a run changes: iteration and step within it, scores, selection and speeds."""
+    """Everything that a run changes beside weights and masks."""
 
     iteration: int = 1
-    step: int = 0
-    scores: Masks = field(default_factory=dict)
+    moved: bool = False  # within the iteration: what is left is the refit
     support: Masks = field(default_factory=dict)
-    speed: Masks = field(default_factory=dict)
     way: Way | None = None
-    rises: dict[str, float] = field(default_factory=dict)
     gradients: float = 0.0
-    loss: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+    refits: list[RefitResult] = field(default_factory=list)
 
 
 @dataclass
@@ -59,17 +72,21 @@ class PruningLoop:
 
     Args:
         masked: network and masks.
-        trainer: trains it between mask steps; shares the network.
+        refit: fits the network to the dense one; None to leave every weight as it is.
+        judge: loss of the network at its present masks, or of the dense one where told so; on images that
+            nothing else sees. Its draws are `judging`.
         schedule: when what happens.
         criterion: how units are scored.
-        allocate: from scores and the sparsity wanted now to channels kept per group.
-        draws: for scoring.
+        allocate: from scores and the progress of the budget to channels kept per group.
+        draws: for scoring and refit.
         scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
-        measured: groups are compared by measured losses (`flow.sensitivity`), not by their scores.
+        fixed: the widths do not follow from scores, so that groups need not be compared.
     """
 
     masked: MaskedModel
-    trainer: Trainer
+    refit: Refit | None
+    judge: Callable[[bool], float]
+    judging: int
     process: NoisingProcess
     schedule: Schedule
     criterion: CriterionName
@@ -79,7 +96,7 @@ class PruningLoop:
     chunk: int
     store: Store
     report: Report
-    measured: bool = False
+    fixed: bool = False
     flow: Flow = field(default_factory=Flow)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -94,7 +111,7 @@ class PruningLoop:
                 self.iterate()
                 self.save()
         except Interrupted as stop:
-            if stop.within_step:  # masks may have moved without their step, weights without their moments
+            if stop.within_step:  # masks may have moved without their iteration
                 raise
             self.save()
             raise Interrupted(
@@ -105,37 +122,17 @@ class PruningLoop:
 
     def iterate(self) -> None:
         flow, schedule = self.flow, self.schedule
-        if flow.step == 0:
-            if schedule.scores(flow.iteration):
-                self.rescore()
-            self.reselect()
-        moves = max(1, schedule.steps_per_iteration)
-        while flow.step < moves:
-            self.masked.set_masks(move(self.masked.masks, flow.support, flow.speed, schedule.pace / moves))
-            if flow.step == moves - 1:
-                self.snap()
-            if schedule.steps_per_iteration:
-                flow.loss = self.train()
-            flow.step += 1
-            done = (flow.iteration - 1) * moves + flow.step
-            trained = {"loss": flow.loss} if schedule.steps_per_iteration else {}
-            phase = "train" if trained else "mask"
-            self.report(Event(phase, done, schedule.iterations * moves, values=trained | self.levels()))
-        flow.history.append({"iteration": flow.iteration, "loss": flow.loss} | self.levels())
-        flow.iteration, flow.step = flow.iteration + 1, 0
-
-    def train(self) -> float:
-        step = (self.flow.iteration - 1) * self.schedule.steps_per_iteration + self.flow.step
-        return self.trainer.step(step)
-
-    def snap(self) -> None:
-        """At the end of the run, absorb the rounding of many small mask steps."""
-        if self.flow.iteration == self.schedule.iterations:
-            near = {
-                name: (mask.round() - mask).abs().max() < 1e-4 for name, mask in self.masked.masks.items()
-            }
-            assert all(near.values()), "the schedule closes before the masks do"
-            self.masked.set_masks({name: mask.round() for name, mask in self.masked.masks.items()})
+        if not flow.moved:
+            support = self.rescore() if schedule.selects(flow.iteration) else flow.support
+            last = flow.iteration == schedule.iterations
+            masks = move(self.masked.masks, support, schedule.bound)
+            self.masked.set_masks({name: mask.round() for name, mask in masks.items()} if last else masks)
+            flow.support, flow.moved = support, True
+            self.report(Event("mask", flow.iteration, schedule.iterations, values=self.levels()))
+        refitted = None if self.refit is None else self.fit(self.refit)
+        flow.iteration, flow.moved = flow.iteration + 1, False
+        if refitted is not None:  # said when it is over: a run that stops here does not fit again
+            self.report(refitted)
 
     def levels(self) -> dict[str, float]:
         """Share of units outside the support, and mean mask."""
@@ -143,8 +140,8 @@ class PruningLoop:
         masks = torch.cat([mask.flatten() for mask in self.masked.masks.values()])
         return {"leaving": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
 
-    def rescore(self) -> None:
-        """Score at the masked network, with momentum over iterations.
+    def rescore(self) -> Masks:
+        """The support of this iteration's budget, from scores at the masked network.
 
         What changes the flow comes last: a run that stops on the way scores again.
         """
@@ -153,68 +150,63 @@ class PruningLoop:
             self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
         )
         evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
-        fresh = score(self.criterion, evidence)
+        scores = score(self.criterion, evidence)
         self.report(Event("score", self.scoring_draws, self.scoring_draws))
-        measure = self.measured and not flow.rises
-        rises, cost = self.measure(fresh) if measure else (flow.rises, 0.0)
-        flow.scores = {
-            name: MOMENTUM * flow.scores[name] + (1 - MOMENTUM) * value if flow.scores else value
-            for name, value in fresh.items()
-        }
-        flow.way, flow.rises = evidence.way, rises
-        flow.gradients += evidence.gradients + cost
+        cost, compared = evidence.gradients * self.scoring_draws, scores
+        if not self.fixed:
+            x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.chunk))
+            compared = comparable(self.masked, scores, x, timesteps, batch.condition, self.draws.seed)
+            cost += len(batch)
+        kept = self.allocate(compared, self.schedule.progress(flow.iteration))
+        flow.way, flow.gradients = evidence.way, flow.gradients + cost
+        groups = self.masked.groups
+        return {group.name: select(group, scores[group.name], kept[group.name]) for group in groups}
 
-    def measure(self, scores: Masks) -> tuple[dict[str, float], float]:
-        """Once, at the dense network: rises of the loss by group, and their cost in gradients."""
-        count = min(DRAWS, self.scoring_draws)
-        losses = scoring_losses(self.masked, self.process, self.draws, 0, count, self.chunk, silent)
+    def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+        """Noisy samples of this iteration, their timesteps, and what they were made of."""
+        batch = self.draws.batch(purpose, self.flow.iteration, count)
+        noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
+        return noisy, self.process.timesteps(batch.index), batch
 
-        @torch.no_grad()
-        def loss() -> float:
-            weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-            return torch.stack([part(weights) for part in losses]).mean().item()
-
-        rises = measured_rises(self.masked, scores, SHARE, loss, self.report)
-        forward = 1 / 3  # of the cost of a gradient
-        return rises, forward * (len(rises) + 1) * count / self.scoring_draws
-
-    def reselect(self) -> None:
-        """The support of this iteration's budget, and how fast units leave it."""
-        flow, groups = self.flow, self.masked.groups
-        if self.schedule.selects(flow.iteration):
-            scores = comparable(groups, flow.scores, flow.rises) if flow.rises else flow.scores
-            kept = self.allocate(scores, self.schedule.target(flow.iteration) / self.schedule.sparsity)
-            flow.support = {
-                group.name: select(group, flow.scores[group.name], kept[group.name]) for group in groups
-            }
-            flow.speed = {group.name: leaving_rank(group, flow.scores[group.name]) for group in groups}
-        if not self.schedule.selects(flow.iteration) or not self.schedule.closing:
-            flow.speed = {name: torch.ones_like(speed) for name, speed in flow.speed.items()}
+    def fit(self, refit: Refit) -> Event:
+        """Refit, and take it back where it does not lower the loss; returns what to say of it."""
+        flow = self.flow
+        dense = flow.refits[-1].dense if flow.refits else self.judge(True)
+        before = self.judge(False)
+        x, timesteps, batch = self.noisy("refit", REFIT_SAMPLES)
+        poll = lambda: self.report(Event("refit", flow.iteration, self.schedule.iterations))  # noqa: E731
+        changed = refit.fit(x, timesteps, batch.condition, flow.iteration, poll)
+        layers = len({name.rpartition(".")[0] for name in changed})
+        try:
+            after = self.judge(False)
+        except BaseException:
+            refit.restore(changed)
+            raise
+        if not after < before:  # true for NaN as well
+            refit.restore(changed)
+            after, layers = before, 0
+        judged = 2 + (not flow.refits)
+        flow.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
+        flow.refits.append(RefitResult(flow.iteration, dense, before, after, layers))
+        values = {"before": before, "after": after, "layers": float(layers)}
+        return Event("refitted", flow.iteration, self.schedule.iterations, values=values)
 
     def save(self) -> None:
-        flow, adam = self.flow, self.trainer.adam
+        flow = self.flow
         tensors: dict[str, torch.Tensor] = {}
         families: dict[str, Mapping[str, torch.Tensor]] = {
             "weight": self.masked.weights,
             "mask": self.masked.masks,
-            "first": adam.first,
-            "second": adam.second,
-            "score": flow.scores,
             "support": flow.support,
-            "speed": flow.speed,
         }
         for family, members in families.items():
             tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
         numbers = {
             "iteration": flow.iteration,
-            "step": flow.step,
-            "adam_steps": adam.steps,
+            "moved": flow.moved,
             "way": flow.way,
-            "rises": flow.rises,
             "gradients": flow.gradients,
-            "loss": flow.loss,
-            "micro_batch": self.trainer.micro_batch,
-            "history": flow.history,
+            "refits": [asdict(refit) for refit in flow.refits],
         }
         self.store.save(tensors, numbers)
 
@@ -231,27 +223,14 @@ class PruningLoop:
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
-        adam = self.trainer.adam
-        adam.first = self.like_weights(families.get("first", {}))
-        adam.second = self.like_weights(families.get("second", {}))
-        adam.steps, self.trainer.micro_batch = numbers["adam_steps"], numbers["micro_batch"]
         self.flow = Flow(
             numbers["iteration"],
-            numbers["step"],
-            families.get("score", {}),
+            numbers["moved"],
             families.get("support", {}),
-            families.get("speed", {}),
             numbers["way"],
-            numbers.get("rises", {}),
             numbers["gradients"],
-            numbers["loss"],
-            numbers["history"],
+            [RefitResult(**refit) for refit in numbers["refits"]],
         )
-
-    def like_weights(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Saved moments on the device and in the memory format of their weights: kernels depend on both."""
-        weights = self.masked.weights
-        return {name: torch.empty_like(weights[name]).copy_(tensor) for name, tensor in tensors.items()}
 
 
 def scoring_losses(
@@ -284,13 +263,3 @@ def scoring_losses(
         return loss
 
     return [chunk_loss(first, end) for first, end in itertools.pairwise(edges)]
-
-
-def leaving_rank(group: ChannelGroup, scores: torch.Tensor) -> torch.Tensor:
-    """[units] in [0, 1]: 1 for the unit with the lowest score, the one that the flow pushes out hardest."""
-    order = torch.sort(scores, stable=True).indices
-    rank = torch.empty(group.units, dtype=torch.float64)
-    rank[order] = (
-        torch.linspace(1, 0, group.units, dtype=torch.float64) if group.units > 1 else torch.ones(1).double()
-    )
-    return rank

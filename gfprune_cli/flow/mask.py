@@ -13,7 +13,7 @@ from torch.func import functional_call
 from gfprune_cli.data.conditions import Condition, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
 from gfprune_cli.structure.blocks import gate
-from gfprune_cli.structure.groups import ChannelGroup, Member
+from gfprune_cli.structure.groups import ChannelGroup, Member, Side
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
 from gfprune_cli.structure.removal import dimension_size
 
@@ -25,24 +25,18 @@ def full_masks(groups: tuple[ChannelGroup, ...], device: torch.device) -> Masks:
     return {group.name: torch.ones(group.units, dtype=torch.float64, device=device) for group in groups}
 
 
-def move(
-    masks: Masks, support: Mapping[str, torch.Tensor], speed: Mapping[str, torch.Tensor], bound: float
-) -> Masks:
+def move(masks: Masks, support: Mapping[str, torch.Tensor], bound: float) -> Masks:
     """One step of the mask flow on the sparse budget: no entry moves by more than `bound`.
 
-    Units inside the support recover towards 1. Units outside it leave towards 0, those with the strongest
-    flow at the full bound and those with the weakest at half of it.
+    Units inside the support recover towards 1, those outside leave towards 0.
 
     Args:
         support: group name -> bool [units], the units that the budget keeps.
-        speed: group name -> [units] in [0, 1], rank of the flow -dE/dm.
     """
-    moved = {}
-    for name, mask in masks.items():
-        inside = support[name].to(mask.device)
-        down = bound * (0.5 + 0.5 * speed[name].to(mask.device, mask.dtype))
-        moved[name] = torch.where(inside, mask + bound, mask - down).clamp(0, 1)
-    return moved
+    return {
+        name: torch.where(support[name].to(mask.device).bool(), mask + bound, mask - bound).clamp(0, 1)
+        for name, mask in masks.items()
+    }
 
 
 def settled(masks: Masks) -> bool:
@@ -76,15 +70,15 @@ class MaskedModel:
     returned: dict[str, "MaskedOutput"] = field(init=False, default_factory=dict)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     gates: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
-    sizes: dict[str, int] = field(init=False)
+    sizes: dict[tuple[str, Side], int] = field(init=False)
 
     def __post_init__(self) -> None:
         channels = [group for group in self.groups if not group.stack]
         members = {member.module for group in channels for member in group.members}
         self.sizes = {
-            member.module: dimension_size(self.model, member.module, "out")
+            (member.module, member.side): dimension_size(self.model, member.module, member.side)
             for group in channels
-            for member in group.producers
+            for member in group.members
         }
         for name, module in list(self.model.named_modules()):
             if isinstance(module, NORMS) and module.weight is not None:
@@ -140,17 +134,21 @@ class MaskedModel:
         sizes = [len(mask) for mask in masks]
         return functools.cache(lambda dtype: whole.to(dtype).split(sizes))
 
-    def member_masks(self) -> dict[tuple[str, int], torch.Tensor]:
-        """(producer, the dimension of its weights) -> mask; concatenated groups fill their own parts."""
+    def member_masks(self, side: Side = "out") -> dict[tuple[str, int], torch.Tensor]:
+        """(member, the dimension of its weights) -> mask; concatenated groups fill their own parts.
+
+        Args:
+            side: of the producers, or of what reads them ("in").
+        """
         found: dict[tuple[str, int], torch.Tensor] = {}
         for group in self.groups:
             if group.stack:
                 continue  # the mask of a block multiplies what it adds to its stream: see `gate`
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
-            for member in group.producers:
+            for member in (member for member in group.members if member.side == side):
                 key = (member.module, dimension_of(member))
                 if key not in found:
-                    found[key] = per_channel.new_ones(self.sizes[member.module])
+                    found[key] = per_channel.new_ones(self.sizes[member.module, side])
                 found[key][member.positions] = per_channel[member.channels]
         return found
 

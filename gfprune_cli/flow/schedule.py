@@ -6,46 +6,35 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Schedule(BaseModel):
-    """Iterations of scoring, mask flow and training.
+    """Iterations of scoring, mask flow and refit.
 
-    The budget tightens over the first iterations; the last `closing` ones keep the selection and let every
-    mask arrive at 0 or 1.
+    Each iteration scores and tightens the budget; the `closing` ones after them keep the selection and let
+    every mask arrive at 0 or 1.
     """
 
     model_config = ConfigDict(frozen=True)
 
     sparsity: float = Field(gt=0, lt=1)
-    iterations: int = Field(ge=1)
-    steps_per_iteration: int = Field(ge=0)
+    scorings: int = Field(ge=1)
     bound: float = Field(gt=0, le=1)
-    score_every: int = Field(ge=1)
 
     @property
     def closing(self) -> int:
-        """Iterations without selection: enough for an entry to travel from 1 to 0."""
-        return min(self.iterations - 1, math.ceil(1 / self.bound))
+        """Iterations without selection: enough for an entry to travel the rest of the way from 1 to 0."""
+        return math.ceil(1 / self.bound - 1e-9) - 1
 
     @property
-    def pace(self) -> float:
-        """How far an entry may move in one iteration: `bound`, or what a short run needs to close."""
-        return max(self.bound, 1 / max(1, self.closing))
+    def iterations(self) -> int:
+        return self.scorings + self.closing
 
-    @property
-    def selecting(self) -> int:
-        return self.iterations - self.closing
+    def progress(self, iteration: int) -> float:
+        """Share of the sparsity that is asked for after an iteration, 1 to `iterations`.
 
-    def target(self, iteration: int) -> float:
-        """Sparsity after an iteration, 1 to `iterations`: cubic, gentle at the end (arXiv 1710.01878)."""
-        share = min(1.0, iteration / self.selecting)
-        return float(self.sparsity * (1 - (1 - share) ** 3))
+        Cubic, gentle at the end (arXiv 1710.01878).
+        """
+        share = min(1.0, iteration / self.scorings)
+        return float(1 - (1 - share) ** 3)
 
     def selects(self, iteration: int) -> bool:
-        return iteration <= self.selecting
-
-    def scores(self, iteration: int) -> bool:
-        """Whether an iteration scores the units anew; otherwise it selects with the scores it has."""
-        return self.selects(iteration) and (iteration - 1) % self.score_every == 0
-
-    @property
-    def training_steps(self) -> int:
-        return self.iterations * self.steps_per_iteration
+        """Whether an iteration scores the units anew and selects; else it only moves the masks on."""
+        return iteration <= self.scorings

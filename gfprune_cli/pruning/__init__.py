@@ -16,7 +16,6 @@ from gfprune_cli.data.cache import sweep_caches
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
-from gfprune_cli.pruning.align import settle_align
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
@@ -83,7 +82,6 @@ def prune(
             return planned(plan, recipe, time.monotonic() - start)
         inputs = {"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts}
         refuse_overlaps(destination, inputs)
-        recipe = settle_align(recipe, plan, chosen, destination, report, resume=resume, force=force)
         run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
         state = StateFolder(destination, run.identity())
         if resume and not force and is_output(destination):
@@ -99,8 +97,8 @@ def prune(
                 "continue it with --resume, or discard it with --force"
             )
         with deterministic():
-            model, kept, losses, gradients = run.execute(state)
-        record = make_record(run, model, kept, losses, gradients)
+            model, outcome = run.execute(state)
+        record = make_record(run, model, outcome)
         report(Event("write", text=f"writing {destination}"))
         record = write_checkpoint(destination, model, plan.component, record, force=force)
         state.end()
@@ -143,6 +141,7 @@ def result_of(
         record["bytes"],
         record["loss"],
         record["scoring_gradients"],
+        record["refit"],
         round(time.monotonic() - start, 3),
         clock.finish(),
     )

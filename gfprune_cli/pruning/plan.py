@@ -19,7 +19,7 @@ from gfprune_cli.pruning.structure import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import Allocation, allocate
-from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.cost import COUNTED, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
 from gfprune_cli.structure.trace import Trace
@@ -35,6 +35,15 @@ class Plan:
     native: Allocation | None
     native_config: Mapping[str, Any] | None
     nearest: bool = False  # the nearest reachable sparsity serves
+
+
+def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
+    """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
+    shares: dict[str, float] = {
+        key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED["both"]
+    }
+    achieved = min(shares[key] for key in COUNTED[recipe.budget])
+    return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 
 
 def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
@@ -69,10 +78,6 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
-        )
-    if recipe.allocation:
-        raise UsageError(
-            "--allocation is for the adaptive layout: the native one has widths of its own; drop it"
         )
     allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
     if allocation.sparsity <= 0:
@@ -148,11 +153,12 @@ def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
         recipe.layout,
         recipe.criterion,
         recipe.seed,
-        {"target": recipe.sparsity, "achieved": allocation.sparsity, "of": recipe.budget},
+        sparsity_of(plan.cost, allocation.kept, recipe),
         params,
         {"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
         {"before": before, "after": round(before * params["after"] / params["before"])},
-        {"before": None, "masked": None, "removed": None},
+        {"before": None, "masked": None, "removed": None, "recovered": None},
         0.0,
+        None,
         round(seconds, 3),
     )

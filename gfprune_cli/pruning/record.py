@@ -1,26 +1,20 @@
 """The document of `gfprune.json`: enough to repeat a run and to build on it."""
 
-from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.state import run_digest
+from gfprune_cli.pruning.plan import sparsity_of
 from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
-from gfprune_cli.pruning.run import Run
+from gfprune_cli.pruning.run import JUDGE_DRAWS, Outcome, Run
 
 
-def make_record(
-    run: Run,
-    model: nn.Module,
-    kept: Mapping[str, torch.Tensor],
-    losses: Mapping[str, float],
-    gradients: float,
-) -> dict[str, Any]:
+def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
     """The document of `gfprune.json`: enough to repeat the run and to build on it."""
     plan, recipe = run.plan, run.recipe
-    channels = {group.name: group.kept_channels(kept[group.name]) for group in plan.groups}
+    channels = {group.name: group.kept_channels(outcome.kept[group.name]) for group in plan.groups}
     widths = {name: len(indices) for name, indices in channels.items()}
     params = sum(parameter.numel() for parameter in model.parameters())
     assert params == plan.cost.params(widths), "the cost model and the network disagree"
@@ -29,8 +23,6 @@ def make_record(
         "command": "prune",
         "recipe": recipe.document(),
         "resolved": {
-            "align": run.align,
-            "allocation": run.allocation,
             "precision": run.precision,
             "device": run.device.type,
         },
@@ -44,16 +36,13 @@ def make_record(
         "class_name": type(model).__name__,
         "component": plan.component.name,
         "kept": {name: indices.tolist() for name, indices in channels.items()},
-        "sparsity": {
-            "target": recipe.sparsity,
-            "achieved": 1 - plan.cost.total(widths, recipe.budget) / plan.cost.total({}, recipe.budget),
-            "of": recipe.budget,
-        },
+        "sparsity": sparsity_of(plan.cost, widths, recipe),
         "params": {"before": plan.cost.params({}), "after": params},
         "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
         "bytes": {"before": plan.component.bytes, "after": 0},
-        "loss": dict(losses),
-        "scoring_gradients": round(gradients, 2),
+        "loss": {key: outcome.losses.get(key) for key in ("before", "masked", "removed", "recovered")},
+        "refit": {"draws": JUDGE_DRAWS, "iterations": [asdict(refit) for refit in outcome.refits]},
+        "scoring_gradients": round(outcome.gradients, 2),
         "run": run_digest(run.identity()),
         "tools": installed_tools(),
     }

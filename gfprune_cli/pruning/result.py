@@ -27,6 +27,7 @@ class PruneResult:
     bytes: Mapping[str, int]
     loss: Mapping[str, float | None]
     scoring_gradients: float
+    refit: Mapping[str, Any] | None
     seconds: float
     seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,32 +24,56 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
-from gfprune_cli.data.measure import REPORT_DRAWS, Network, denoising_loss, one_sample
+from gfprune_cli.data.measure import Network, denoising_loss, one_sample
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.flow.criteria import Evidence, score
-from gfprune_cli.flow.loop import PruningLoop, scoring_losses
+from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
+from gfprune_cli.flow.loop import PruningLoop, RefitResult, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.refit import Refit
+from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
-from gfprune_cli.flow.training import Trainer
 from gfprune_cli.memory import FLOAT, Need, activations, check_memory, offload
+from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.result import as_json, installed_tools
+from gfprune_cli.pruning.state import RecoveryState
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.latency import default_align
 from gfprune_cli.structure.removal import carry_over, remove, remove_native
 from gfprune_cli.structure.verify import check_removal
 
 SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
-COARSE_EVERY = 4
-# copies of the weights that are in memory at once: weights, masked weights, gradients, products
-SCORING_COPIES = {"magnitude": 3, "random": 2, "taylor": 4, "gradient-flow": 6, "gradient-flow-abs": 6}
-TRAINING_COPIES = 4
-ADAM_COPIES = 2
-REMEDY = "use --offload-teacher, --one-shot, a smaller --batch, or a larger device"
+LOSS_DRAWS = 128  # noisy samples behind each reported loss
+JUDGE_DRAWS = 32  # of them, behind each loss that judges a refit
+SAVE_EVERY = 100  # recovery steps
+RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments, their average
+REMEDY = "use --offload-teacher, fewer --draws, or a larger device"
+RECOVERY_REMEDIES = Remedies(
+    not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
+    memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
+)
+
+
+@dataclass
+class Outcome:
+    """What a run has found so far, in the order in which it comes.
+
+    Args:
+        kept: group name -> bool [units].
+        losses: `before`, `masked`, `removed`, `recovered`, as far as they were taken.
+        gradients: spent on scoring and refits, in gradients of one sample.
+    """
+
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    refits: list[RefitResult] = field(default_factory=list)
+    gradients: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +114,7 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
-        self.allocation = None if plan.native is not None else recipe.allocation or default_allocation(recipe)
         self.precision = recipe.precision or default_precision(device)
-        self.align = recipe.align if isinstance(recipe.align, int) else default_align(device)
         check_memory(self.need(0), device, REMEDY)
 
     def identity(self) -> dict[str, Any]:
@@ -115,17 +137,14 @@ class Run:
         Args:
             kept: numbers that autograd keeps for one sample.
         """
-        copies = SCORING_COPIES.get(self.recipe.criterion, SCORING_COPIES["taylor"])
-        if self.schedule.training_steps:
-            teacher = int(self.recipe.distill > 0 and not self.offload_teacher)
-            copies = teacher + ADAM_COPIES + max(TRAINING_COPIES, copies)
-        samples = 1 if self.device.type == "cuda" else max(SCORE_CHUNK, self.recipe.batch)
-        return Need(copies * self.plan.cost.params({}) * FLOAT, samples * kept * FLOAT)
+        dense = int((self.recipe.refit or self.recipe.recover > 0) and not self.offload_teacher)
+        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.recipe.recover else 0
+        copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
+        samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
+        return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
 
-    def execute(
-        self, state: StateFolder
-    ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, float], float]:
-        """The pruned network, kept units by group, losses, and the cost of scoring in gradients."""
+    def execute(self, state: StateFolder) -> tuple[nn.Module, Outcome]:
+        """The pruned network, and what was measured on the way."""
         self.report(Event("load", text="reading weights"))
         dense = self.load()
         self.report(Event("calibrate", text="preparing calibration images"))
@@ -134,26 +153,65 @@ class Run:
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
         self.report(Event("check", text="checking that removal is exact"))
         check_removal(dense, self.plan.groups, one_sample(self.process, draws))
+        recovery = RecoveryState(state)
+        if not recovery.begun():
+            outcome, trained = self.prune(dense, draws, reports, state)
+            narrow = self.narrow(trained, outcome.kept)
+            outcome.losses["removed"] = self.loss(reports, narrow)
+            gap = outcome.losses.pop("judged", None)
+            if gap is not None:  # of two networks that should be one, on the same few draws
+                removed = self.loss(reports, narrow, JUDGE_DRAWS)
+                outcome.losses["masked"] = outcome.losses["removed"] + gap - removed
+        else:
+            outcome = recovery.outcome()
+            narrow = self.narrow(dense, outcome.kept)
+        if self.recipe.recover:
+            self.recover(narrow, dense, draws, recovery.of(outcome))
+        model = self.stored(narrow)
+        if self.recipe.recover:
+            outcome.losses["recovered"] = self.loss(
+                reports, nn.Module.to(copy.deepcopy(model), torch.float32)
+            )
+        return model, outcome
+
+    def prune(
+        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+    ) -> tuple[Outcome, nn.Module]:
+        """Let the masks flow to their end; the network after the last refit, all of its channels there."""
         before = self.loss(reports, dense)
-        teacher = None
-        if self.schedule.training_steps and self.recipe.distill:
-            teacher = copy.deepcopy(dense)
-            if self.offload_teacher:
-                offload(teacher, self.device)
-        masked = MaskedModel(dense.requires_grad_(True), self.plan.groups)
-        loop = self.loop(masked, teacher, draws, state)
+        student = copy.deepcopy(dense) if self.recipe.refit or self.recipe.recover else dense
+        if student is not dense and self.offload_teacher:
+            offload(dense, self.device)
+        masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
+        loop = self.loop(masked, dense, draws, reports, state)
         kept = loop.run()
-        losses = {"before": before, "masked": self.masked_loss(reports, masked)}
-        self.report(Event("remove", text="removing channels"))
-        model = self.removed(masked, kept)
-        losses["removed"] = self.loss(reports, nn.Module.to(copy.deepcopy(model), torch.float32))
-        return model, kept, losses, loop.flow.gradients
+        refits = loop.flow.refits
+        judged = refits[-1].after if refits else self.masked_loss(reports, masked, JUDGE_DRAWS)
+        losses = {"before": before, "judged": judged, "masked": judged}
+        return Outcome(kept, losses, refits, loop.flow.gradients), masked.model
+
+    def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
+        """Train the narrow network with the dense one as its teacher."""
+        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.recipe.recover, seed=self.recipe.seed)
+        recover(
+            channels_last(narrow),
+            channels_last(dense),
+            self.process,
+            draws,
+            recipe,
+            processes=Processes(None, self.device),
+            precision=self.precision,
+            state=state,
+            report=self.report,
+            save_every=SAVE_EVERY,
+            remedies=RECOVERY_REMEDIES,
+        )
 
     def load(self) -> nn.Module:
         """The dense network on the run's device, frozen."""
         model = load_model(self.plan.component).requires_grad_(False)
         if self.device.type == "cuda":
-            model = nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = channels_last(model)
         return nn.Module.to(model, self.device)
 
     def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
@@ -180,33 +238,35 @@ class Run:
         return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
 
     def loop(
-        self, masked: MaskedModel, teacher: nn.Module | None, draws: Draws, state: StateFolder
+        self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
     ) -> PruningLoop:
         recipe = self.recipe
-        trainer = Trainer(
-            masked,
-            None if teacher is None else partial(call, teacher),
-            self.process,
-            draws,
-            recipe.batch,
-            recipe.learning_rate,
-            self.schedule.training_steps,
-            recipe.distill,
-            self.precision,
-        )
+        refit = None
+        if recipe.refit:
+            sample = one_sample(self.process, draws)
+            residuals = find_residuals(dense, {**sample, "return_dict": False})
+            refit = Refit(masked, dense, residuals, recipe.seed)
+
+        def judge(of_dense: bool) -> float:
+            if of_dense:
+                return self.loss(reports, dense, JUDGE_DRAWS)
+            return self.masked_loss(reports, masked, JUDGE_DRAWS)
+
         return PruningLoop(
-            masked,
-            trainer,
-            self.process,
-            self.schedule,
-            recipe.criterion,
-            self.allocator(),
-            draws,
-            recipe.draws,
-            SCORE_CHUNK,
-            state,
-            self.report,
-            self.allocation == "measured",
+            masked=masked,
+            refit=refit,
+            judge=judge,
+            judging=JUDGE_DRAWS,
+            process=self.process,
+            schedule=self.schedule,
+            criterion=recipe.criterion,
+            allocate=self.allocator(),
+            draws=draws,
+            scoring_draws=recipe.draws,
+            chunk=SCORE_CHUNK,
+            store=state,
+            report=self.report,
+            fixed=self.plan.native is not None,
         )
 
     def allocator(self) -> Any:
@@ -218,7 +278,7 @@ class Run:
             try:
                 final = progress >= 1 and not plan.nearest
                 widths = allocate(
-                    plan.cost, scores, target, budget=recipe.budget, align=self.align, strict=final
+                    plan.cost, scores, target, budget=recipe.budget, align=recipe.align, strict=final
                 )
             except (
                 UsageError
@@ -247,53 +307,49 @@ class Run:
         self.process = found.process
         return found.images.to(self.device), found.conditions
 
-    def loss(self, draws: Draws, model: nn.Module) -> float:
+    def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
         """Denoising loss of a network over the fixed report draws."""
-        return self.measured(draws, partial(call, model))
+        return self.measured(draws, partial(call, model), count)
 
     @torch.no_grad()
-    def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = REPORT_DRAWS) -> float:
+    def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = LOSS_DRAWS) -> float:
         effective = {name: tensor.detach() for name, tensor in masked.effective().items()}
         return self.measured(draws, partial(masked.forward, effective), count)
 
-    def measured(self, draws: Draws, network: Network, count: int = REPORT_DRAWS) -> float:
+    def measured(self, draws: Draws, network: Network, count: int) -> float:
         return denoising_loss(network, self.process, draws, count, self.report)
 
-    def removed(self, masked: MaskedModel, kept: Mapping[str, torch.Tensor]) -> nn.Module:
-        """The narrow network, from trained weights in the stock module tree."""
-        dense = carry_over(masked.model, build_meta(self.plan.component)).requires_grad_(False)
-        trained = {name: weight.detach().cpu() for name, weight in masked.model.state_dict().items()}
-        dense.load_state_dict(trained, assign=True)
+    def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The narrow network, in float32, from the weights of one with all channels."""
+        self.report(Event("remove", text="removing channels"))
+        dense = carry_over(wide, build_meta(self.plan.component)).requires_grad_(False)
+        weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
+        dense.load_state_dict(weights, assign=True)
         if self.plan.native_config is not None:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:
             model = remove(dense, self.plan.groups, kept)
-        # what is checked, measured and written is one and the same
-        cast_model(model, stored_dtype(self.plan.component))
-        for name, tensor in model.state_dict().items():
-            if not bool(tensor.isfinite().all()):
-                raise GfpruneError(f"tensor {name} is not finite after pruning: lower --learning-rate")
+        if not self.recipe.recover:
+            cast_model(model, stored_dtype(self.plan.component))  # what is measured and written is one
+            cast_model(model, torch.float32)
         return nn.Module.to(model, self.device)
 
+    def stored(self, narrow: nn.Module) -> nn.Module:
+        """The network in the type in which it is stored.
 
-def default_allocation(recipe: PruneRecipe) -> str:
-    """Measured, but for the criterion as it was published, and for the one that knows nothing.
-
-    The absolute flow holds curvature: per parameter its sums compare groups better than measurements do, per
-    MAC they do not (docs/benchmarks/groups.md).
-    """
-    by_scores = recipe.criterion in ("gradient-flow", "random")
-    by_scores |= recipe.criterion == "gradient-flow-abs" and recipe.budget == "params"
-    return "scores" if by_scores else "measured"
+        Raises:
+            GfpruneError: a weight is not finite; names it.
+        """
+        cast_model(narrow, stored_dtype(self.plan.component))
+        for name, tensor in narrow.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise GfpruneError(
+                    f"tensor {name} is not finite after pruning: {RECOVERY_REMEDIES.not_finite}"
+                )
+        return narrow
 
 
 def schedule_of(recipe: PruneRecipe) -> Schedule:
     if recipe.one_shot:
-        return Schedule(sparsity=recipe.sparsity, iterations=1, steps_per_iteration=0, bound=1, score_every=1)
-    return Schedule(
-        sparsity=recipe.sparsity,
-        iterations=recipe.iterations,
-        steps_per_iteration=recipe.steps_per_iteration,
-        bound=recipe.bound,
-        score_every=COARSE_EVERY if recipe.coarse else 1,
-    )
+        return Schedule(sparsity=recipe.sparsity, scorings=1, bound=1)
+    return Schedule(sparsity=recipe.sparsity, scorings=recipe.iterations, bound=recipe.bound)

@@ -30,13 +30,16 @@ class FinetuneRecipe:
     ] = None
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn image.")] = 20
     steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 1000
-    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 16
+    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 8
     micro_batch: Annotated[
         int | None, Ge(1), Le(65536), Help("Samples per pass and process; gradients add up (default: all).")
     ] = None
-    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate.")] = 5e-4
+    optimizer: Annotated[
+        Literal["adamw", "muon"], Help("muon orthogonalises the steps of hidden layers; adamw does the rest.")
+    ] = "muon"
+    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate.")] = 1.5e-3
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
-    weight_decay: Annotated[float, Ge(0), Le(1), Help("Of AdamW.")] = 0.0
+    weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
     clip: Annotated[float, Gt(0), Help("Largest gradient norm.")] = 1.0
     ema: Annotated[float, Ge(0), Lt(1), Help("Largest decay of the weight average that is written.")] = 0.9999
     denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
@@ -45,14 +48,19 @@ class FinetuneRecipe:
         float, Ge(0), Help("Weight of feature distillation on the kept channels; decays to 0.")
     ] = 0.0
     jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
-    min_snr: Annotated[float | None, Gt(0), Help("Min-SNR gamma, such as 5 (default: no weighting).")] = None
+    image_weight: Annotated[
+        float, Ge(0), Help("Cap of what errors of the image count beside errors of the noise; 0: nothing.")
+    ] = 20.0
+    min_snr: Annotated[
+        float | None, Gt(0), Help("Min-SNR gamma, such as 5, in the place of --image-weight.")
+    ] = None
     timesteps: Annotated[
         Literal["stratified", "antithetic", "uniform"], Help("How noise levels are drawn.")
     ] = "stratified"
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, Help("Of the passes (default: bf16 on CUDA, else fp32).")
     ] = None
-    channels_last: Annotated[bool | None, Help("Memory format (default: on CUDA only).")] = None
+    channels_last: Annotated[bool | None, Help("Memory format (default: on CUDA and CPU).")] = None
     checkpointing: Annotated[bool, Help("Recompute activations: slower, less memory.")] = False
     compile: Annotated[bool, Help("Compile the networks with torch.compile.")] = False
     prompts: PromptsFile = None

@@ -7,7 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
-CriterionName = Literal["gradient-flow", "gradient-flow-abs", "taylor", "diff-pruning", "magnitude", "random"]
+CriterionName = Literal[
+    "gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,10 @@ class PruneRecipe:
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[float, Gt(0), Lt(1), Help("Fraction of the budget to remove, between 0 and 1.")] = 0.5
-    budget: Annotated[Literal["params", "macs"], Help("What the sparsity counts.")] = "params"
+    budget: Annotated[
+        Literal["both", "params", "macs"],
+        Help("What the sparsity counts; both: each of them."),
+    ] = "both"
     layout: Annotated[
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
@@ -31,35 +36,28 @@ class PruneRecipe:
     ] = False
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
-    allocation: Annotated[
-        Literal["measured", "scores"] | None,
-        Help("What groups are compared by: losses or scores (default: by criterion, see docs/method.md)."),
-    ] = None
-    iterations: Annotated[int, Ge(1), Le(1000), Help("Iterations in which the budget tightens.")] = 10
-    steps_per_iteration: Annotated[int, Ge(0), Le(10**6), Help("Training steps in each iteration.")] = 10
+    iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 2
     draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64
     bound: Annotated[float, Gt(0), Le(1), Help("Largest move of a mask entry in one iteration.")] = 0.5
-    one_shot: Annotated[bool, Help("Score once and remove at once: no soft masks, no training.")] = False
-    coarse: Annotated[bool, Help("Score at every fourth iteration only.")] = False
-    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per training step.")] = 16
-    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate between mask steps.")] = 5e-4
-    distill: Annotated[
-        float, Ge(0), Le(1), Help("Share of distillation from the dense model in the loss.")
-    ] = 0.9
-    align: Annotated[
-        Annotated[int, Ge(1), Le(1024)] | Literal["auto"],
-        Help("Round widths to a multiple; auto: what layers timed on the device gain most from."),
-    ] = "auto"
+    one_shot: Annotated[bool, Help("Score once and mask at once: no soft masks.")] = False
+    refit: Annotated[
+        bool, Help("Fit what reads masked units to the dense network's outputs, by least squares.")
+    ] = True
+    recover: Annotated[
+        int,
+        Ge(0),
+        Le(10**8),
+        Help("Training steps after removal, by finetune's defaults; 0 for none."),
+    ] = 50
+    align: Annotated[int, Ge(1), Le(1024), Help("Round widths to a multiple.")] = 1
     data: Annotated[
         str | None, Help("Image folder, .npz or Hugging Face dataset id (default: drawn from the model).")
     ] = None
-    images: Annotated[int, Ge(2), Le(10**7), Help("Calibration images to draw, or to take from --data.")] = (
-        256
-    )
+    images: Annotated[int, Ge(2), Le(10**7), Help("Images to draw, or to take from --data.")] = 64
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn calibration image.")] = 20
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
-        Help("Of training passes (default: bf16 on CUDA, else fp32); scores are always fp32."),
+        Help("Of recovery passes (default: bf16 on CUDA, else fp32); all else is fp32."),
     ] = None
     prompts: PromptsFile = None
     size: Size = None

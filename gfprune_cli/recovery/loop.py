@@ -1,13 +1,13 @@
 """The training loop: steps, saved states, what people see, and stopping without loss."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import generator
@@ -17,6 +17,19 @@ from gfprune_cli.recovery.trainer import Stopped, Trainer
 from gfprune_cli.recovery.watch import Watch
 
 GRID_SAMPLES = 8
+
+
+class State(Protocol):
+    """Where a run survives a kill: a `StateFolder`, or a part of another command's state."""
+
+    def begin(self) -> None:
+        """Say that the run has begun."""
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(tensors, numbers) last saved; None at the start."""
+
+    def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Keep what the next steps depend on; durable when it returns."""
 
 
 @dataclass
@@ -90,12 +103,12 @@ class Loop:
 
     trainer: Trainer
     process: NoisingProcess
-    state: StateFolder
+    state: State
     report: Report
     save_every: int
-    sample_every: int
-    samples: Samples | None
-    open_watch: Callable[[int], Watch] | None
+    sample_every: int = 0
+    samples: Samples | None = None
+    open_watch: Callable[[int], Watch] | None = None
     done: int = 0
     stop: Interrupted | None = field(default=None, init=False)
 

@@ -9,7 +9,9 @@ features   the same on the outputs of the layers, against the teacher's kept cha
 jacobian   the squared length of J v for a random direction v, a projection of J^T J (arXiv 2506.05398),
            here as the relative difference of student and teacher
 
-Min-SNR weighting (arXiv 2303.09556) applies to the first two.
+The first two are weighted by noise level: by default the error of the predicted image counts beside that of
+the noise, or it would not show where noise is high and a sample gets its colours and outline. Min-SNR
+weighting (arXiv 2303.09556) can take its place.
 """
 
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from gfprune_cli.data.diffusion import NoisingProcess, mean_square
 from gfprune_cli.data.draws import Batch
 from gfprune_cli.device import Precision, autocast
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.teacher import Correspondence
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,6 +44,24 @@ class Weights:
     features: float
     jacobian: float
     min_snr: float | None
+    image_weight: float = 0.0  # 0 for the plain losses; not beside `min_snr`
+
+    @classmethod
+    def of(cls, recipe: FinetuneRecipe) -> "Weights":
+        return cls(
+            recipe.denoise,
+            recipe.distill,
+            recipe.features,
+            recipe.jacobian,
+            recipe.min_snr,
+            recipe.image_weight,
+        )
+
+    def of_levels(self, process: NoisingProcess, index: torch.Tensor) -> torch.Tensor:
+        """[N] weight of each sample's denoising and distillation loss, by its noise level."""
+        if self.min_snr is not None:
+            return process.min_snr(index, self.min_snr)
+        return process.image_weight(index, self.image_weight)
 
 
 class FeaturePair:
@@ -155,7 +176,7 @@ class RecoveryLoss:
             if weights.distill or catch is not None:
                 with torch.no_grad():
                     reference = call(self.teacher, noisy, timesteps, batch.condition).float()
-        scale = 1.0 if weights.min_snr is None else process.min_snr(batch.index, weights.min_snr)
+        scale = weights.of_levels(process, batch.index)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
         terms = {"denoise": (weights.denoise, denoise)}
         if weights.distill:

@@ -27,10 +27,10 @@ from gfprune_cli.progress import Report
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.pruning.structure import inputs_of
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.loop import Loop, Samples, dense_samples
-from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.loop import Samples, dense_samples
+from gfprune_cli.recovery.losses import FeaturePair
+from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import Teacher, correspondence
-from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.recovery.watch import Watch
 
 DRAWN_IMAGES = 512
@@ -69,7 +69,7 @@ class Run:
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
-        self.channels_last = self.device.type == "cuda" if wanted is None else wanted
+        self.channels_last = self.device.type in ("cuda", "cpu") if wanted is None else wanted
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -105,11 +105,12 @@ class Run:
             offload(teacher, self.device)
         student = self.place(load_model(self.component))
         losses["before"] = self.loss(reports, student)
-        trainer = self.trainer(student, teacher, draws)
-        loop = Loop(trainer, self.process, state, self.report, save_every, sample_every, samples, open_watch)
-        loop.run()
-        trainer.ema.copy_to(student.parameters())
-        student.requires_grad_(False)
+        recover(
+            student, teacher, self.process, draws, self.recipe,
+            processes=self.processes, precision=self.precision, state=state, report=self.report,
+            save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
+            pair=self.features(student, teacher),
+        )  # fmt: skip
         cast_model(student, stored_dtype(self.component))
         check_finite(student)
         losses["after"] = self.loss(reports, cast_model(student, torch.float32))
@@ -117,9 +118,8 @@ class Run:
 
     def place(self, model: nn.Module) -> nn.Module:
         """A network on the run's device, frozen, in float32."""
-        if self.channels_last:
-            model = nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return nn.Module.to(model, self.device).requires_grad_(False)
+        model = nn.Module.to(model, self.device).requires_grad_(False)
+        return channels_last(model) if self.channels_last else model
 
     def draws(self, teacher: nn.Module) -> tuple[Draws, Draws]:
         """Draws for training, and for the reported losses; from different images."""
@@ -151,20 +151,12 @@ class Run:
         ]
         return parts[0], parts[1]
 
-    def trainer(self, student: nn.Module, teacher: nn.Module, draws: Draws) -> Trainer:
-        """The student in training: trained in eval mode, as dropout would blur what it is taught."""
-        recipe = self.recipe
-        pair = None
-        if recipe.features:
-            inputs = inputs_of(teacher, self.teacher.component, self.report)
-            pair = FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
-        if recipe.checkpointing:
-            student.enable_gradient_checkpointing()  # type: ignore[operator]
-        student.requires_grad_(True)
-        weights = Weights(recipe.denoise, recipe.distill, recipe.features, recipe.jacobian, recipe.min_snr)
-        called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
-        loss = RecoveryLoss(called[0], called[1], self.process, weights, pair, self.precision)  # type: ignore[arg-type]
-        return Trainer(student, loss, draws, recipe, self.processes)
+    def features(self, student: nn.Module, teacher: nn.Module) -> FeaturePair | None:
+        """The layers of both that can be compared; None if the recipe compares none."""
+        if not self.recipe.features:
+            return None
+        inputs = inputs_of(teacher, self.teacher.component, self.report)
+        return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, which are no pictures."""

@@ -15,15 +15,23 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
+from gfprune_cli.recovery.optimizers import make_optimizer
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST_SCALE = 1e-4  # of float16 gradients; below it they are not finite for another reason
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Stopped(Exception):
     """Some process was told to stop; nothing of the step was applied."""
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What to do about a failure, in the flags of the command that trains; by default those of `finetune`."""
+
+    not_finite: str = "lower --learning-rate, or use --precision fp32"
+    memory: str = "use --checkpointing, a half --precision, or a larger device"
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -36,7 +44,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
 
 @dataclass
 class Trainer:
-    """Trains a network with AdamW, and keeps the moving average of its weights.
+    """Trains a network, and keeps the moving average of its weights.
 
     Args:
         network: what is trained; its parameters are updated in place.
@@ -44,6 +52,7 @@ class Trainer:
         draws: where batches come from.
         recipe: sizes, rates and seeds.
         processes: that share each batch.
+        remedies: what errors advise.
     """
 
     network: nn.Module
@@ -51,17 +60,20 @@ class Trainer:
     draws: Draws
     recipe: FinetuneRecipe
     processes: Processes
+    remedies: Remedies = Remedies()
     micro_batch: int = 0
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     ema: EMAModel = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.parameters = dict(self.network.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        self.optimizer = make_optimizer(
+            recipe.optimizer, self.network, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
+        groups = self.optimizer.param_groups
+        self.moments = {parameter: group["moments"] for group in groups for parameter in group["params"]}
         # its decay is min(decay, (1 + s) / (10 + s)) at step s
         self.ema = EMAModel(self.parameters.values(), decay=recipe.ema, foreach=True)
         device = self.processes.device.type
@@ -159,7 +171,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             raise GfpruneError(
                 f"the training loss at step {step} is not finite (first bad gradient: {culprit}): "
-                "lower --learning-rate, or use --precision fp32"
+                f"{self.remedies.not_finite}"
             )
         return norm if math.isfinite(norm) else 0.0  # an overflow in float16: the scaler skips this step
 
@@ -169,8 +181,7 @@ class Trainer:
         size = min(self.micro_batch, len(self.processes.share(self.recipe.batch)))
         if size <= 1:
             raise GfpruneError(
-                f"out of memory with one sample per pass at training step {step}: "
-                "use --checkpointing, a half --precision, or a larger device"
+                f"out of memory with one sample per pass at training step {step}: {self.remedies.memory}"
             )
         self.micro_batch = (size + 1) // 2
         if torch.cuda.is_available():
@@ -192,10 +203,10 @@ class Trainer:
         shadows = zip(self.parameters.items(), self.ema.shadow_params, strict=True)
         for (name, parameter), shadow in shadows:
             tensors[f"weight/{name}"], tensors[f"ema/{name}"] = parameter.detach(), shadow
-            for moment in MOMENTS:
-                if parameter in self.optimizer.state:
-                    tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
-        updates = max((int(entry["step"]) for entry in self.optimizer.state.values()), default=0)
+            if parameter in self.optimizer.state:
+                entry = self.optimizer.state[parameter]
+                tensors.update({f"{moment}/{name}": entry[moment] for moment in self.moments[parameter]})
+        updates = max((int(entry.get("step", 0)) for entry in self.optimizer.state.values()), default=0)
         numbers = {
             "updates": updates,
             "averaged": self.ema.optimization_step,
@@ -213,7 +224,8 @@ class Trainer:
         """
         shadows = []
         for name, parameter in self.parameters.items():
-            families = ["weight", "ema"] + [m for m in MOMENTS if f"{MOMENTS[0]}/{name}" in tensors]
+            moments = self.moments[parameter]
+            families = ["weight", "ema", *(moments if f"{moments[0]}/{name}" in tensors else ())]
             copies = {}
             for family in families:
                 found = tensors.get(f"{family}/{name}")
@@ -224,7 +236,9 @@ class Trainer:
             parameter.copy_(copies.pop("weight"))
             shadows.append(copies.pop("ema"))
             if copies:
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(numbers["updates"])), **copies}
+                # fused optimisers count on the parameter's device
+                updates = torch.tensor(float(numbers["updates"]), device=parameter.device)
+                self.optimizer.state[parameter] = {"step": updates, **copies}
         self.ema.shadow_params = shadows
         self.ema.optimization_step = numbers["averaged"]
         self.micro_batch = numbers["micro_batch"]

@@ -11,7 +11,13 @@ from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
 from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
 
-Budget = Literal["params", "macs"]
+Counted = Literal["params", "macs"]
+Budget = Literal["both", "params", "macs"]
+COUNTED: dict[Budget, tuple[Counted, ...]] = {
+    "both": ("params", "macs"),
+    "params": ("params",),
+    "macs": ("macs",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ class CostModel:
         removed = self.removed(kept)
         return sum(layer.macs(removed) for layer in self.layers)
 
-    def total(self, kept: Mapping[str, int], budget: Budget) -> int:
-        return self.params(kept) if budget == "params" else self.macs(kept)
+    def total(self, kept: Mapping[str, int], counted: Counted) -> int:
+        return self.params(kept) if counted == "params" else self.macs(kept)
 
-    def of_group(self, group: str, removed: Mapping[str, int], budget: Budget) -> int:
+    def of_group(self, group: str, removed: Mapping[str, int], counted: Counted) -> int:
         """Cost of the layers that a group touches."""
         layers = (self.layers[index] for index in self.layers_of[group])
-        return sum(layer.params(removed) if budget == "params" else layer.macs(removed) for layer in layers)
+        return sum(layer.params(removed) if counted == "params" else layer.macs(removed) for layer in layers)
 
 
 def layer_costs(

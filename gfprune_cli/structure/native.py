@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gfprune_cli.structure.budget import Allocation
-from gfprune_cli.structure.cost import Budget, CostModel
+from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
 
@@ -24,7 +24,6 @@ def native_allocation(
     Returns:
         (channels kept by each group, the stock configuration that has them).
     """
-    dense = cost.total({}, budget)
     config = dict(model.config)
     best: tuple[float, Allocation, dict[str, Any]] | None = None
     tried: set[tuple[int, ...]] = set()
@@ -37,9 +36,12 @@ def native_allocation(
         kept = kept_by_shapes(cost, model, candidate)
         if kept is None:
             continue
-        achieved = 1 - cost.total(kept, budget) / dense
+        shares: dict[Counted, float] = {
+            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED[budget]
+        }
+        achieved = min(shares.values())
         if best is None or abs(achieved - sparsity) < best[0]:
-            best = abs(achieved - sparsity), Allocation(kept, achieved), candidate
+            best = abs(achieved - sparsity), Allocation(kept, achieved, shares), candidate
     assert best is not None  # ratio 1 is always expressible
     return best[1], best[2]
 

@@ -197,8 +197,12 @@ def warm_up() -> None:
     from PIL import Image
 
     torch.set_num_threads(1)
-    for module, constant in (("data.measure", "REPORT_DRAWS"), ("evaluation.teacher", "LOSS_DRAWS")):
-        setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, 16)  # quick losses, nothing else
+    for module, constant, value in (
+        ("data.measure", "REPORT_DRAWS", 16), ("evaluation.teacher", "LOSS_DRAWS", 16),
+        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.run", "JUDGE_DRAWS", 16),
+        ("pruning.run", "SAVE_EVERY", 1),  # recovery leaves states, too
+    ):  # fmt: skip
+        setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, value)
     for name in ("UNet2DModel", "DDPMPipeline", "DDIMScheduler", "DDPMScheduler"):
         getattr(diffusers, name)
     assert diffusers.DDPMScheduler().compatibles  # diffusers imports these when it makes a scheduler

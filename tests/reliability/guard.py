@@ -244,7 +244,9 @@ def warm(shared: Path) -> None:
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(shared / "pipeline")
     network.save_pretrained(shared / "shards", max_shard_size="100KB")
     FAMILIES["stable-diffusion"](shared / "text")
-    settings: dict[str, Any] = dict(images=2, sample_steps=1, draws=2, criterion="magnitude", one_shot=True)
+    settings: dict[str, Any] = dict(
+        images=2, sample_steps=1, draws=2, criterion="magnitude", one_shot=True, refit=False, recover=0
+    )
     prune(str(shared / "pipeline"), out=shared / "pruned", **settings)
     analyze(str(shared / "text"))
 

@@ -17,17 +17,14 @@ import gfprune_cli
 from gfprune_cli.data.draws import Draws
 from gfprune_cli.processes import Processes
 
-BRIEF = dict(
-    sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=3, steps_per_iteration=2, batch=6,
-    align=4,  # auto times layers, and times differ
-)  # fmt: skip
+BRIEF = dict(sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=2, recover=3)
 TUNE = dict(images=8, sample_steps=2, steps=4, batch=6, sample_every=0, save_every=0)
 SCRIPT = """
 import sys
 import gfprune_cli
 model, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 gfprune_cli.prune(model, out=out + "/pruned", seed=seed, sparsity=0.5, images=8, sample_steps=2, draws=12,
-                  iterations=3, steps_per_iteration=2, batch=6, align=4)
+                  iterations=2, recover=3)
 gfprune_cli.finetune(out + "/pruned", out=out + "/tuned", seed=seed, images=8, sample_steps=2, steps=4,
                      batch=6, logs=out + "-logs")
 gfprune_cli.export(out + "/tuned", out=out + "/exported", seed=seed, format="safetensors", dtype="fp16")
@@ -124,20 +121,22 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """Sums of floats depend on their order, so bytes may differ; the channels kept and the weights do not."""
-    from gfprune_cli.flow import training
+    from gfprune_cli.flow import loop
     from gfprune_cli.pruning import run as pruning
+    from gfprune_cli.recovery.trainer import Trainer
 
+    monkeypatch.setattr(loop, "COMPARED_SAMPLES", 1)  # they are one batch: a smaller one holds fewer
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "whole", **BRIEF)
     gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "whole-tuned", **TUNE)
     gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "split-tuned", micro_batch=size, **TUNE)
     monkeypatch.setattr(pruning, "SCORE_CHUNK", size)
-    made = training.Trainer.__init__
+    made = Trainer.__post_init__
 
-    def split(self: training.Trainer, *arguments: object, **named: object) -> None:
-        made(self, *arguments, **named)  # type: ignore[arg-type]
-        self.micro_batch = size
+    def split(trainer: Trainer) -> None:
+        made(trainer)
+        trainer.micro_batch = size
 
-    monkeypatch.setattr(training.Trainer, "__init__", split)
+    monkeypatch.setattr(Trainer, "__post_init__", split)
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "split", **BRIEF)
     assert kept(tmp_path / "split") == kept(tmp_path / "whole")
     for one, other in (("whole", "split"), ("whole-tuned", "split-tuned")):

@@ -41,10 +41,7 @@ SMALLEST = dict(
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
-PRUNE = (
-    "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 "
-    "--iterations 2 --steps-per-iteration 1 --batch 4 --align 4"
-)
+PRUNE = "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 --iterations 2 --recover 2"
 FINETUNE = "--steps 3 --batch 2 --images 4 --sample-steps 1 --save-every 1 --sample-every 2"
 EVAL = "--samples 4 --batch 2 --steps 2 --no-latency"
 
@@ -147,7 +144,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with Machine(scratch, base) as machine:
         for name, extra in (("pruned", []), ("old", ["--seed", "1"])):
             command = f"prune --model {base}/dense --out {base}/{name} --one-shot --sparsity 0.3".split()
-            quick = ["--images", "8", "--sample-steps", "1", "--draws", "4", "--batch", "4"]
+            quick = ["--images", "8", "--sample-steps", "1", "--draws", "4", "--recover", "0"]
             ended = machine.run([*command, *quick, *extra], cache=base / "cache")
             assert ended.code == 0, ended.err
         yield Bench(machine, base)

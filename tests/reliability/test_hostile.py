@@ -64,7 +64,7 @@ def case_folder(world: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 def commands(case: Case, good: Good, place: Path, *, thorough: bool) -> list[tuple[list[object], int]]:
     """The commands that meet a case, and the exit code that each has to end with."""
     out = ["--quiet", "--out", "out"]
-    prune = ["prune", *out, *quick_flags(), "--align", 4]
+    prune = ["prune", *out, *quick_flags()]
     if case.kind == "data":
         found = [([*prune, "--model", good.pipeline, "--data", place], case.code)]
         flags = ["--steps", 2, "--model", good.pruned, "--data", place]

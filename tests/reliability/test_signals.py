@@ -1,6 +1,7 @@
 """Told to stop: in every phase of every command, twice, in the middle of a library, with nobody listening."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import PRUNE
@@ -18,7 +20,7 @@ from forked import Outcome, Server
 import gfprune_cli
 from gfprune_cli.cli import signals
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.flow.training import Adam
+from gfprune_cli.flow.mask import MaskedModel, Masks
 
 TERM, INT, HUP = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGHUP)
 LIMIT = 10.0  # seconds that a command may take to end
@@ -119,12 +121,15 @@ def test_sigterm_in_every_phase_saves_and_exits_143(
     record(f"SIGTERM in every phase, {name}: {stops} of {len(phases)} phases, slowest end {worst:.2f} s")
 
 
-@pytest.mark.parametrize("name", ["prune", "finetune", "eval"])
+@pytest.mark.parametrize(
+    ("name", "phase", "total"),
+    [("prune", "refitted", 4), ("prune", "finetune", 4), ("finetune", "finetune", 6), ("eval", "sample", 12)],
+)
 def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
-    name: str, server: Server, cache: dict[str, str], pipeline_folder: Path, pruned: Path, tmp_path: Path
-) -> None:
+    name: str, phase: str, total: int, server: Server, cache: dict[str, str], pipeline_folder: Path,
+    pruned: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     given = commands(pipeline_folder, pruned)[name]
-    phase, total = {"prune": ("train", 6), "finetune": ("finetune", 6), "eval": ("sample", 12)}[name]
     outcome = server.run(
         *arguments(name, given, tmp_path), environment=cache, phase=phase, nth=2, signals=[INT]
     )
@@ -137,6 +142,9 @@ def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
     resumed = server.run(*arguments(name, given, tmp_path, resume=True), environment=cache)
     assert resumed.code == 0, resumed.stderr
     assert 0 < resumed.phases.count(phase) < total, "what was done is not done again"
+    if name == "prune":
+        assert resumed.phases.count(phase) == total - 3
+        assert tree(tmp_path / "out") == tree(pruned)
 
 
 def test_a_second_signal_ends_the_process_at_once(
@@ -156,7 +164,7 @@ def test_a_signal_that_is_sent_twice_is_one_signal(
     """`timeout` sends it to the process and to its group; the state is saved all the same."""
     given = commands(pipeline_folder, tmp_path)["prune"]
     outcome = server.run(
-        *arguments("prune", given, tmp_path), environment=cache, phase="train", nth=2, signals=[TERM, TERM]
+        *arguments("prune", given, tmp_path), environment=cache, phase="refit", nth=2, signals=[TERM, TERM]
     )
     check_stopped(outcome, tmp_path)
     assert "the state is saved" in outcome.error
@@ -185,7 +193,7 @@ def test_a_call_that_never_comes_back_does_not_outlast_the_patience(
     given = commands(pipeline_folder, tmp_path)["prune"]
     outcome = server.run(
         *arguments("prune", given, tmp_path),
-        environment=cache, phase="train", nth=3, signals=[TERM], block=True, constants=patience,
+        environment=cache, phase="refit", nth=60, signals=[TERM], block=True, constants=patience,
     )  # fmt: skip
     assert outcome.code == 143
     assert outcome.error.startswith("stopped by SIGTERM, nothing could be saved within a long operation")
@@ -203,20 +211,19 @@ def test_the_default_patience_is_within_the_promise() -> None:
 def test_what_is_stopped_within_a_step_is_not_saved(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal whose patience ran out between the moments and the weights must not leave that state."""
-    settings = dict(
-        sparsity=0.5, images=8, sample_steps=2, draws=8, iterations=3, steps_per_iteration=2, batch=4
+    """A signal whose patience ran out between the masks and the count of iterations must not leave that."""
+    settings: dict[str, Any] = dict(
+        sparsity=0.5, images=8, sample_steps=2, draws=8, iterations=2, recover=0, refit=False
     )
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "alone", **settings)
-    update = Adam.update
+    set_masks, calls = MaskedModel.set_masks, itertools.count()
 
-    def half_an_update(adam: Adam, weights: dict, rate: float) -> None:
-        if adam.steps == 3:
-            update(adam, weights, 0.1)
+    def half_an_iteration(masked: MaskedModel, masks: Masks) -> None:
+        set_masks(masked, masks)
+        if next(calls) == 2:  # full ones, the first iteration, the second
             raise Interrupted("stopped by SIGTERM within a long operation", TERM, within_step=True)
-        update(adam, weights, rate)
 
-    monkeypatch.setattr(Adam, "update", half_an_update)
+    monkeypatch.setattr(MaskedModel, "set_masks", half_an_iteration)
     with pytest.raises(Interrupted):
         gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **settings)
     monkeypatch.undo()

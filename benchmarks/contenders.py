@@ -1,0 +1,188 @@
+"""One run of `quality.py`: a network is pruned and trained within its gradients, and measured.
+
+entry = run(cell, form, place, work)
+"""
+
+import copy
+import math
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from grid import SCORING, Cell, Entry, Form, peer_recipe
+from peers import macs_of, parameters, pruned_by
+from subjects import Place
+from torch import nn
+from yardstick import Subject, Yardstick, pictures_of
+
+import gfprune_cli as gfprune
+from gfprune_cli.data.draws import Draws
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.processes import Processes
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.losses import RecoveryLoss, Weights
+from gfprune_cli.recovery.recover import channels_last
+from gfprune_cli.recovery.trainer import Trainer
+
+ALL_IMAGES = 10**6
+TOLERANCE = 0.01  # of the dense network: how far two rows may differ that count as equal
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, and multiply-accumulates of one sample."""
+
+    params: float
+    macs: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Size":
+        return cls(parameters(model), macs_of(model))
+
+    def share(self, dense: "Size") -> "Size":
+        return Size(self.params / dense.params, self.macs / dense.macs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained network, and what it took.
+
+    Args:
+        gradients: counted in samples.
+        work: multiply-accumulates; see `work_of`.
+    """
+
+    model: nn.Module
+    gradients: int
+    work: float
+
+
+def work_of(dense: Size, pruned: Size, scored: float, trained: int, *, distilled: bool) -> float:
+    """Multiply-accumulates of a run, estimated: a backward pass counts as two forward passes.
+
+    Args:
+        scored: gradients that were taken before training, all counted at the dense network's cost, though
+            some of them are of networks that are narrower already.
+        trained: gradients of the pruned network; with distillation the dense one runs forward for each.
+    """
+    teacher = dense.macs if distilled else 0.0
+    return 3 * dense.macs * scored + (3 * pruned.macs + teacher) * trained
+
+
+def check_equal(kept: Size, peers: Size) -> None:
+    """Both are shares of the dense network; what is measured may keep less than the peers, and never more.
+
+    Raises:
+        ValueError: the rows are not equal.
+    """
+    if max(kept.params - peers.params, kept.macs - peers.macs) > TOLERANCE:
+        raise ValueError(
+            f"rows are not equal: {kept.params:.1%} of the parameters and {kept.macs:.1%} of the MACs,"
+            f" where the peers keep {peers.params:.1%} and {peers.macs:.1%}"
+        )
+
+
+def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecipe) -> nn.Module:
+    """The trainer of `gfprune finetune`; returns the averaged weights."""
+    channels_last(model)  # as finetune does it: seconds are compared
+    channels_last(target.dense)
+    loss = RecoveryLoss(model, target.dense, target.process, Weights.of(recipe), None, "fp32")
+    trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, Processes(None, torch.device("cpu")))
+    for step in range(recipe.steps):
+        trainer.step(step, lambda: False)
+    trainer.ema.copy_to(model.parameters())
+    return model.requires_grad_(False)
+
+
+def draws_of(target: Subject, seed: int) -> Draws:
+    return Draws(pictures_of(target), target.process.steps, seed)
+
+
+def uniform_share(target: Subject, sparsity: float) -> Size:
+    """What the peers' rule keeps: one ratio for all layers, nearest to the sparsity of parameters."""
+    draws = draws_of(target, 0)
+    model, _ = pruned_by("random", lambda: copy.deepcopy(target.dense), sparsity, target.process, draws, 0)
+    return Size.of(model).share(Size.of(target.dense))
+
+
+def by_peer(target: Subject, cell: Cell) -> Outcome:
+    """A peer, as published or tuned."""
+    draws = draws_of(target, cell.seed)
+    scoring = min(SCORING, cell.gradients // 4)
+    dense = Size.of(target.dense)
+    model, scored = pruned_by(
+        cell.peer, lambda: copy.deepcopy(target.dense), cell.sparsity, target.process, draws, scoring
+    )
+    size = Size.of(model)
+    batch = peer_recipe(cell).batch
+    recipe = peer_recipe(cell, model=target.model, steps=(cell.gradients - scored) // batch)
+    trained = recipe.steps * batch
+    work = work_of(dense, size, scored, trained, distilled=recipe.distill > 0)
+    return Outcome(train(target, model, draws, recipe), scored + trained, work)
+
+
+def by_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> Outcome:
+    """`gfprune prune` and `gfprune finetune` with their defaults, within the peers' parameters and MACs."""
+    common: dict[str, Any] = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
+    sparsity = 1 - min(peers.params, peers.macs)
+    batch = FinetuneRecipe(model="").batch
+    with tempfile.TemporaryDirectory() as folder:
+        pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
+        settings = {**form.prune, "budget": "both", "recover": 0, "sparsity": sparsity}
+        result = gfprune.prune(target.model, out=pruned, **settings, **common)
+        scored = math.ceil(result.scoring_gradients)
+        steps = (cell.gradients - scored) // batch
+        if steps <= 0:
+            raise ValueError(f"{scored} gradients are gone after pruning, of {cell.gradients}")
+        gfprune.finetune(pruned, out=tuned, steps=steps, save_every=0, sample_every=0, **common)
+        model = gfprune.load(tuned)
+    trained = steps * batch
+    work = work_of(Size.of(target.dense), Size.of(model), scored, trained, distilled=True)
+    return Outcome(model, scored + trained, work)
+
+
+def timed(target: Subject, cell: Cell, form: Form) -> tuple[Outcome, float]:
+    """The network that a cell is about, and the seconds of processor time that it took.
+
+    Raises:
+        ValueError: it keeps more than the peers' widths do.
+    """
+    if cell.method == "dense":
+        return Outcome(target.dense, 0, 0.0), 0.0
+    peers = uniform_share(target, cell.sparsity)
+    start = time.process_time()
+    outcome = by_gfprune(target, cell, form, peers) if cell.method == "gfprune" else by_peer(target, cell)
+    seconds = time.process_time() - start
+    check_equal(Size.of(outcome.model).share(Size.of(target.dense)), peers)
+    return outcome, seconds
+
+
+def run(cell: Cell, form: Form, place: Place, work: Path) -> Entry:
+    """One cell, in a process of its own with one thread.
+
+    Processor time: other work on the machine stretches it less than it does the clock's. A rate at which a
+    tuned peer's loss is no longer finite counts as infinite loss.
+    """
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    target = place.open()
+    try:
+        outcome, seconds = timed(target, cell, form)
+    except GfpruneError as error:
+        if not cell.tuned or "not finite" not in str(error):
+            raise
+        return asdict(cell) | {"loss": math.inf, "failed": str(error)}
+    numbers = yardstick(target, form, work).measure(outcome.model)
+    size = Size.of(outcome.model)
+    spent = {"gradients_spent": outcome.gradients, "work": outcome.work, "seconds": seconds}
+    return asdict(cell) | numbers | asdict(size) | spent
+
+
+def yardstick(target: Subject, form: Form, work: Path) -> Yardstick:
+    """The dense network's own numbers are kept in a file from one process to the next."""
+    name = f"dense-{target.name}-{target.fingerprint[:12]}-{form.samples}-{form.sample_steps}.safetensors"
+    return Yardstick(target, form.samples, form.sample_steps, cache=work / name)

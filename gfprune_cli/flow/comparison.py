@@ -1,0 +1,197 @@
+"""What makes groups comparable: the rise of the loss if some units of a group went and a refit followed.
+
+Scores rank the units of one group well. Added up they say little about what a group can spare: first-order
+terms nearly vanish in a trained network, and what they leave out, curvature, the joint effect of many units
+and what a refit makes up for, differs much from layer to layer. All three have a closed form for the layers
+that read a group. With A the second moments of such a layer's inputs, W its weights, S the inputs that go and
+K those that stay, the best fit from K alone misses output o of the layer by
+
+    E_o(S) = W_oS (A_SS - A_SK A_KK^-1 A_KS) W_oS^T = sum over j in S of (W L)_oj ^ 2,   A = L L^T, S last
+
+(optimal brain surgery for a set of inputs, arXiv 1705.07565), and the loss rises by sum_o F_o E_o, with F_o
+its curvature along output o: the mean square of J^T u for random u, J the derivative of the network's output;
+the loss is a square, so J^T J is its Gauss-Newton matrix. One Cholesky factor gives the whole curve, from the
+weakest unit to all of them, and one pass forward and back over a few samples serves all groups.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.data.conditions import Condition
+from gfprune_cli.data.draws import generator
+from gfprune_cli.flow.layers import (
+    CONVOLUTIONS,
+    fan_in,
+    input_rows,
+    is_fittable,
+    output_shape,
+    places,
+    rows_drawn,
+)
+from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.structure.blocks import streams_of
+from gfprune_cli.structure.groups import ChannelGroup, Member
+
+RIDGE = 1e-2  # of the mean second moment, as in the refit
+ROWS_PER_INPUT = 4
+LEAST_RISE = 1e-4  # of the mean over all steps of all groups: what is smaller cannot be told from nothing
+
+
+@dataclass
+class Curves:
+    """Takes the rise of the loss as each group loses its units, weakest first.
+
+    Args:
+        masked: the network at its present masks.
+        order: group name -> [steps, units per step], weakest first.
+        seed: of positions and directions.
+    """
+
+    masked: MaskedModel
+    order: Mapping[str, torch.Tensor]
+    seed: int
+    energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
+
+    def take(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Masks:
+        """Group name -> [steps] rise of the loss after each step, up to one factor for all.
+
+        Args:
+            x: [N, ...] noisy samples, timesteps: [N].
+        """
+        readers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
+        for group in self.masked.groups:
+            for member in () if group.stack else group.members:
+                if member.side == "in":
+                    readers.setdefault(member.module, []).append((group, member))
+        blocks = {group.name for group in self.masked.groups if group.stack}
+        weights = {name: w.detach().requires_grad_() for name, w in self.masked.effective().items()}
+        with ExitStack() as stack, torch.enable_grad():
+            for name, module in self.masked.model.named_modules():
+                if name in blocks:
+                    hook: Any = module.register_forward_hook(self.block_hook(name), with_kwargs=True)
+                elif name in readers and is_fittable(module):
+                    hook = module.register_forward_hook(self.reader_hook(name, readers[name]))
+                else:
+                    continue
+                stack.callback(hook.remove)
+            output = self.masked.forward(weights, x, timesteps, condition)
+            along = torch.randn(output.shape, generator=generator(self.seed, "curves")).to(output)
+            slopes = torch.autograd.grad(
+                (output * along).sum(), list(self.outputs.values()), allow_unused=True
+            )
+        curvature = dict(zip(self.outputs, slopes, strict=True))
+        return {group.name: self.rises(group, curvature) for group in self.masked.groups}
+
+    def rises(self, group: ChannelGroup, curvature: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+        total = torch.zeros(len(self.order[group.name]), dtype=torch.float64)
+        for (source, name), energy in self.energies.items():
+            slope = curvature.get(source)
+            if name == group.name and slope is not None:
+                power = channel_rows(slope, self.axes[source]).square().sum(0)
+                total += (energy @ power).cpu()
+        return total
+
+    def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
+        def hook(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+            if name in self.outputs or not output.requires_grad:
+                return
+            self.outputs[name], self.axes[name] = output, 1 if isinstance(layer, CONVOLUTIONS) else -1
+            with torch.no_grad():
+                self.read(name, layer, inputs[0].detach(), read)
+
+        return hook
+
+    def read(self, name: str, layer: Any, x: torch.Tensor, read: list[tuple[ChannelGroup, Member]]) -> None:
+        """E_o after each step of every group that a layer reads."""
+        shape = places(layer, output_shape(layer, x))
+        source = generator(self.seed, "curve rows", name)
+        rows = input_rows(x, layer, rows_drawn(shape, ROWS_PER_INPUT * fan_in(layer), source))
+        moments = (rows.T @ rows).double() / len(rows)
+        moments.diagonal().add_(RIDGE * moments.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        weight = layer.weight.detach().flatten(1).double()
+        for group, member in read:
+            going = self.step_of_inputs(group, member, len(moments))
+            order = torch.argsort(going, descending=True, stable=True).to(weight.device)
+            factor, failed = torch.linalg.cholesky_ex(moments[order][:, order])
+            missed = (weight[:, order] @ factor).square().flip(1).cumsum(1)  # the weakest inputs first
+            gone = torch.stack([(going <= step).sum() for step in range(len(self.order[group.name]))])
+            energy = missed[:, (gone - 1).clamp_min(0)].T
+            if not int(failed):
+                self.energies[name, group.name] = energy
+
+    def step_of_inputs(self, group: ChannelGroup, member: Member, inputs: int) -> torch.Tensor:
+        """[inputs] the step at which each input of a layer goes; beyond the last for those that stay."""
+        order = self.order[group.name]
+        step = torch.empty(group.units, dtype=torch.long)
+        for number, units in enumerate(order):
+            step[units] = number
+        width = self.masked.sizes[member.module, "in"]
+        going = torch.full((width,), len(order))
+        going[member.positions] = step.repeat_interleave(group.unit_size)[member.channels]
+        return going.repeat_interleave(inputs // width)
+
+    def block_hook(self, name: str) -> Callable[..., None]:
+        """A block that goes leaves its streams as they were: they miss what it adds."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            outputs = (output,) if isinstance(output, torch.Tensor) else output
+            pairs = zip(streams_of(module, args, kwargs), outputs, strict=True)
+            for number, (before, after) in enumerate(pairs):
+                if after.requires_grad:
+                    key = f"{name} {number}"
+                    self.outputs[key], self.axes[key] = after, 1 if after.ndim > 3 else -1
+                    added = channel_rows((after - before).detach(), self.axes[key])
+                    self.energies[key, name] = added.square().mean(0, keepdim=True)
+
+        return hook
+
+
+def channel_rows(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """[positions, channels] float64 of images [N, C, ...], axis 1, or tokens [..., C], axis -1."""
+    last = values.movedim(axis, -1)
+    return last.reshape(-1, last.shape[-1]).double()
+
+
+def weakest_first(group: ChannelGroup, scores: torch.Tensor) -> torch.Tensor:
+    """[steps, units per step]: the lowest unit of every cell, then the next ones."""
+    order = scores.double().cpu()[group.cells].sort(dim=1, stable=True).indices
+    return group.cells.gather(1, order).T
+
+
+def comparable(
+    masked: MaskedModel,
+    scores: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Condition,
+    seed: int,
+) -> Masks:
+    """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
+
+    Args:
+        scores: group name -> [units]; they say in which order the units of a group go.
+        x, timesteps, condition: noisy samples to look at.
+
+    Returns:
+        group name -> [units] float64; within a group the order of the units is that of the scores.
+    """
+    order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
+    rises = Curves(masked, order, seed).take(x, timesteps, condition)
+    # a greedy search walks up convex curves: what a step adds never falls
+    steps = {
+        name: rise.diff(prepend=rise.new_zeros(1)).clamp_min(0).sort().values for name, rise in rises.items()
+    }
+    least = LEAST_RISE * torch.cat(list(steps.values())).mean()
+    found = {}
+    for group in masked.groups:
+        added = (steps[group.name] + least) / len(group.cells)
+        found[group.name] = torch.empty(group.units, dtype=torch.float64)
+        found[group.name][order[group.name]] = added.unsqueeze(1).expand(order[group.name].shape)
+    return found
