@@ -76,6 +76,11 @@ QUICK = replace(
 )
 
 
+def peer_of(method: str) -> str:
+    """A method without the way in which it is trained."""
+    return method.removesuffix(TUNED).removesuffix(FINETUNED)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid. `optimizer` and `rate` are those of a tuned peer; without them it has to wait."""
@@ -90,7 +95,7 @@ class Cell:
 
     @property
     def peer(self) -> str:
-        return self.method.removesuffix(TUNED).removesuffix(FINETUNED)
+        return peer_of(self.method)
 
     @property
     def tuned(self) -> bool:

@@ -10,12 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from compare import GAPS, OURS, dense_of, rows_of
-from grid import TUNED, Entry, Form
+from grid import FINETUNED, TUNED, Entry, Form, peer_of
 from matplotlib.ticker import NullLocator
 
 TITLES = {"loss": "held-out loss", "ssim": "1 - SSIM", "fd_teacher": "fd_teacher"}
 COLOURS = {OURS: "#c2410c", "magnitude": "#0369a1", "diff-pruning": "#4d7c0f"}
 OTHERS = "#94a3b8"
+STYLES = {TUNED: "--", FINETUNED: "-."}  # as published: dotted
 
 
 def plot(entries: Sequence[Entry], form: Form, path: Path) -> bool:
@@ -54,9 +55,9 @@ def draw(axis: Any, entries: Sequence[Entry], form: Form, subject: str, sparsity
         for method, runs in rows_of(entries, subject, sparsity, length).items():
             by_method.setdefault(method, {})[length] = [GAPS[metric](run, dense) for run in runs]
     for method, gaps in by_method.items():
-        colour = COLOURS.get(method.removesuffix(TUNED), OTHERS)
+        colour = COLOURS.get(peer_of(method), OTHERS)
         means = [statistics.mean(values) for values in gaps.values()]
-        style = "-" if method == OURS or method.endswith(TUNED) else "--"
+        style = "-" if method == OURS else next((s for end, s in STYLES.items() if method.endswith(end)), ":")
         axis.plot(list(gaps), means, style, color=colour, linewidth=1.2, marker="_", label=method)
         for length, values in gaps.items():
             axis.plot([length] * len(values), values, ".", color=colour, markersize=4)
@@ -64,5 +65,5 @@ def draw(axis: Any, entries: Sequence[Entry], form: Form, subject: str, sparsity
     axis.set_yscale("log", nonpositive="clip")
     axis.set_xticks(form.lengths, [f"{length:,}" for length in form.lengths], fontsize=7)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params(axis="y", labelsize=7)
+    axis.tick_params(axis="y", which="both", labelsize=7)
     axis.set_title(f"{subject}, sparsity {sparsity:g}: {TITLES[metric]}, gap to dense", fontsize=8)

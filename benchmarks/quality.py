@@ -7,8 +7,9 @@
 
 Peers keep the widths that their own rule gives; gfprune has to stay within their parameters and their MACs.
 Every method then spends what scoring has left of one budget of gradients, counted in samples, on training.
-Peers run as they are published, and tuned: distilled, with the best of several optimizers and rates. gfprune
-runs `gfprune prune --budget both` and `gfprune finetune` with their defaults.
+Peers run as they are published; tuned: distilled, with the best of several optimizers and rates; and
+finetuned: by `gfprune finetune` with its defaults. gfprune runs `gfprune prune --budget both` and the same
+finetuning.
 
 Writes quality.md and its plots to docs/benchmarks/, the quick form to quick/ in it, about what has been run
 so far: parts add up. Runs that are done are kept in --work and not repeated. FILE.npz holds `x` and

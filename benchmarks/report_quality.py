@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from compare import GAPS, Rows, Verdict, best_peer, dense_of, gap, rows_of, share, verdict
-from grid import FINETUNED, PUBLISHED, TUNED, Cell, Entry, Form, Found
+from grid import PUBLISHED, Cell, Entry, Form, Found, peer_of
 from plot_quality import plot
 from provenance import write_page
 
@@ -22,10 +22,7 @@ DIGITS = {"loss": 4, "ssim": 3, "fd_teacher": 2}
 
 
 def label(method: str) -> str:
-    for suffix in (TUNED, FINETUNED):
-        if method.endswith(suffix):
-            return LABELS[method.removesuffix(suffix)] + suffix
-    return LABELS[method]
+    return LABELS[peer_of(method)] + method.removeprefix(peer_of(method))
 
 
 def with_range(mean: float, values: Sequence[float], digits: int) -> str:
@@ -153,10 +150,11 @@ NOTES = """\
   samples from the same noise. fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps.
 - "gap": the row's gap to the dense network, of the best peer's. Means over the seeds of each row, lowest and
   highest in brackets.
-- Peers as published: plain denoising loss, AdamW at {rate:g}, batches of {batch}. Tuned: the losses and all
-  other defaults of `gfprune finetune`, with the optimizer and rate of the least held-out loss at
-  {shortest:,} gradients with seed 0, kept for the other seeds and lengths of that network and sparsity. That
-  choice sees the held-out images, and its trials are not counted: both to the peers' advantage.
+- Peers as published: plain denoising loss, AdamW at {rate:g}, batches of {batch}. Tuned: distilled as
+  `gfprune finetune` does it, with plain errors of the output (`--image-weight 0`), and with the optimizer and
+  rate of the least held-out loss at {shortest:,} gradients with seed 0, kept for the other seeds and lengths
+  of that network and sparsity. That choice sees the held-out images, and its trials are not counted: both to
+  the peers' advantage. Finetuned: by `gfprune finetune` with its defaults.
 - Seconds: processor time of pruning and training on one thread. MACs spent: an estimate, a backward pass as
   two forward passes, scoring at the dense network's cost, with distillation one forward pass of the dense
   network for each gradient.

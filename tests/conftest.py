@@ -135,7 +135,7 @@ def pruned(
     return out
 
 
-PRUNE = ("--images", 8, "--sample-steps", 2, "--draws", 8, "--iterations", 3, "--recover", 4)
+PRUNE = ("--images", 8, "--sample-steps", 2, "--draws", 8, "--iterations", 2, "--recover", 4)
 
 
 @pytest.fixture

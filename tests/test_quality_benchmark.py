@@ -492,24 +492,6 @@ def test_shrunk_images_are_grey_small_and_kept_once(tmp_path: Path, monkeypatch:
 # --- other scripts ---------------------------------------------------------------------------------
 
 
-def test_every_study_of_the_criterion_gives_a_loss_per_variant_and_sparsity(
-    toy: yardstick.Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import criterion
-
-    monkeypatch.setattr(criterion, "MEASURED", 16)
-    bench = criterion.Bench.open(toy, 0)
-    dense = bench.loss()
-    for name in criterion.STUDIES:
-        rows = criterion.study(name, bench, [0.3, 0.6], 32)
-        assert len(rows) >= 6
-        for losses in rows.values():
-            assert len(losses) == 2
-            assert all(np.isfinite(losses))
-            assert losses != [dense, dense]
-        assert bench.loss() == dense
-
-
 SCRIPTS = sorted(Path(quality.__file__).parent.glob("*.py"))
 
 

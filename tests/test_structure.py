@@ -547,10 +547,10 @@ def test_an_unreachable_budget_names_a_reachable_one(name: str) -> None:
     groups, _, cost = structure(name)
     scores = random_scores(groups, 0)
     with pytest.raises(UsageError, match=r"0\.999 of params") as caught:
-        allocate(cost, scores, 0.999)
+        allocate(cost, scores, 0.999, budget="params")
     numbers = [float(number) for number in re.findall(r"\d\.\d+", str(caught.value))]
     advice = next(number for number in numbers if 0.5 < number < 0.999)
-    assert abs(allocate(cost, scores, advice).sparsity - advice) <= TOLERANCE
+    assert abs(allocate(cost, scores, advice, budget="params").sparsity - advice) <= TOLERANCE
 
 
 def test_lowest_score_per_saving_goes_first() -> None:

@@ -159,20 +159,28 @@ class Search:
     def shares(self, kept: Mapping[str, int]) -> dict[Counted, float]:
         return {key: self.cost.total(kept, key) / self.dense[key] for key in self.counted}
 
+    def room(self, kept: Mapping[str, int]) -> float:
+        """How far below the budget the cost that binds is."""
+        return self.left - max(self.shares(kept).values())
+
     def landed(self, weights: Mapping[Counted, float], *, strict: bool) -> Allocation:
         """Down to the budget, then up again as far as it goes."""
         kept = self.refill(self.descend(weights))
+        if strict and self.room(kept) > TOLERANCE:
+            patient = self.refill(self.descend(weights, patient=True))
+            kept = patient if 0 <= self.room(patient) < self.room(kept) else kept
         for granularity in dict.fromkeys((self.align, 1)):  # aligned moves first: they cost no speed
-            if strict and self.left - max(self.shares(kept).values()) > TOLERANCE:
+            if strict and self.room(kept) > TOLERANCE:
                 kept = self.exchange(kept, granularity)
         shares = self.shares(kept)
         return Allocation(kept, 1 - max(shares.values()), {key: 1 - share for key, share in shares.items()})
 
-    def descend(self, weights: Mapping[Counted, float]) -> dict[str, int]:
+    def descend(self, weights: Mapping[Counted, float], *, patient: bool = False) -> dict[str, int]:
         """Remove one step at a time, cheapest score per saving first, until the budget is met.
 
         Args:
             weights: what a share of each cost is worth.
+            patient: what would take more than is wanted waits until nothing else is left.
         """
         cost, kept = self.cost, keep_all(self.groups.values())
         removed = cost.removed(kept)
@@ -182,7 +190,11 @@ class Search:
         while open_groups and max(shares.values()) > self.left:
             for name in open_groups - rates.keys():
                 rates[name] = self.rate(name, removed, self.step_down(name, kept), weights)
-            name = min(open_groups, key=lambda candidate: (rates[candidate][0], candidate))
+            waits = {one for one in open_groups if patient and self.excess(shares, rates[one][1]) > TOLERANCE}
+            if open_groups == waits:  # what takes least too much
+                name = min(waits, key=lambda one: (self.excess(shares, rates[one][1]), one))
+            else:
+                name = min(open_groups - waits, key=lambda one: (rates[one][0], one))
             step = self.step_down(name, kept)
             if kept[name] - step < self.minimum[name] or not may_go(cost, name, kept, self.depth):
                 open_groups.discard(name)
@@ -198,6 +210,10 @@ class Search:
                     open_groups.discard(other)  # it goes with the block
                     kept[other], removed[other] = self.groups[other].channels, 0
         return kept
+
+    def excess(self, shares: Mapping[Counted, float], savings: Mapping[Counted, float]) -> float:
+        """How far below the budget a step would end."""
+        return self.left - max(shares[key] - saving for key, saving in savings.items())
 
     def step_down(self, name: str, kept: Mapping[str, int]) -> int:
         return step_down(self.groups[name], kept[name], self.align)
@@ -258,7 +274,7 @@ class Search:
         Small networks have few steps, and the greedy path can end a step short of the tolerance.
         """
         best = dict(kept)
-        room = self.left - max(self.shares(best).values())
+        room = self.room(best)
         names = [name for name, group in self.groups.items() if not group.stack and not narrows_a_head(group)]
         moves = [{a: 1} for a in names] + [{a: 1, b: -1} for a in names for b in names if a != b]
         for move in moves:
@@ -268,7 +284,7 @@ class Search:
                 trial[name] += step if direction > 0 else -step_down(self.groups[name], trial[name], align)
             if any(not self.minimum[name] <= trial[name] <= self.groups[name].channels for name in move):
                 continue
-            distance = self.left - max(self.shares(trial).values())
+            distance = self.room(trial)
             if 0 <= distance < room or room < 0 <= distance:
                 best, room = trial, distance
         return best
