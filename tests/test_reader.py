@@ -26,6 +26,7 @@ from gfprune_cli.checkpoint.reader import (
     scheduler_config_path,
     sha256_of_weights,
 )
+from gfprune_cli.checkpoint.safetensors_header import read_header
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError, UsageError
 
@@ -514,6 +515,13 @@ class TestHostileWeights:
     def test_a_pickle_in_disguise(self, weights: Path) -> None:
         weights.write_bytes(pickle.dumps({"a": 1}))
         self.refused(weights, "pickled PyTorch file.*safe_serialization=True")
+
+    @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+    def test_a_header_whose_length_begins_like_a_pickle(self, tmp_path: Path, length: int) -> None:
+        entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+        header = json.dumps({"a": entry}).encode().ljust(length)
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + header + bytes(4))
+        assert read_header(tmp_path / "x.safetensors")["a"].shape == (1,)
 
     def test_a_zip_in_disguise(self, weights: Path) -> None:
         torch.save({"a": torch.zeros(1)}, weights)

@@ -91,7 +91,8 @@ def _entries(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    pickled = start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    if pickled and start[8:9] != b"{":  # a header of 640 bytes begins like a pickle of protocol 2
         raise GfpruneError(
             f"{path} is a pickled PyTorch file under a safetensors name, and gfprune reads no pickle: "
             f"convert it with {CONVERSION}"
