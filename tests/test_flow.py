@@ -36,7 +36,6 @@ from gfprune_cli.flow.energy import (
 )
 from gfprune_cli.flow.loop import (
     COMPARED_SAMPLES,
-    FORWARD,
     REFIT_SAMPLES,
     PruningLoop,
     RefitResult,
@@ -896,7 +895,7 @@ def test_the_cost_of_a_run_is_counted_in_gradients_of_one_sample(fixed: bool, re
     loop = toy_loop(MemoryStore(), silent, fixed=fixed, refit=refit)
     loop.run()
     scored = 2 * (2 + (not fixed) * min(COMPARED_SAMPLES, loop.chunk))
-    fitted = FORWARD * (3 * 2 * REFIT_SAMPLES + 7 * loop.judging) if refit else 0
+    fitted = 1 / 3 * (3 * 2 * REFIT_SAMPLES + 7 * loop.judging) if refit else 0
     assert loop.flow.gradients == pytest.approx(scored + fitted)
 
 

@@ -18,6 +18,7 @@ from gfprune_cli.structure.groups import ChannelGroup, keep_all
 HEAD_ALIGN = 8
 TOLERANCE = 0.01  # of the dense cost
 FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+ADVICES = 5  # tries to name a sparsity that can be reached
 BISECTIONS = 7  # of the weight that parameters and MACs have beside each other
 
 
@@ -72,18 +73,48 @@ def allocate(
     Raises:
         UsageError: the budget cannot be reached; names the nearest reachable sparsity.
     """
+    found, nearest = attempt(cost, scores, sparsity, budget, align, strict=strict)
+    for _ in range(ADVICES):
+        if found is not None:
+            break
+        advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
+        accepted, other = attempt(cost, scores, advised, budget, align, strict=True)
+        if accepted is not None:
+            break
+        nearest = other
+    if found is None:
+        raise UsageError(unreachable(sparsity, budget, nearest))
+    return found
+
+
+def attempt(
+    cost: CostModel,
+    scores: Mapping[str, torch.Tensor],
+    sparsity: float,
+    budget: Budget,
+    align: int,
+    *,
+    strict: bool,
+) -> tuple[Allocation | None, Allocation]:
+    """(widths that meet a budget, None if there are none; the nearest to it)."""
     best: Allocation | None = None
-    for floor in FLOORS:
-        search = Search(cost, scores, 1 - sparsity, COUNTED[budget], align, floor * math.sqrt(1 - sparsity))
-        found = search.cheapest(strict=strict)
-        if not strict or (abs(found.sparsity - sparsity) <= TOLERANCE and found.sparsity >= sparsity):
-            return found
-        if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
-            best = found
-    assert best is not None
-    if align > 1:
-        return allocate(cost, scores, sparsity, budget=budget, align=align // 2)
-    raise UsageError(unreachable(sparsity, budget, best))
+    while True:
+        for floor in FLOORS:
+            depth = floor * math.sqrt(1 - sparsity)
+            found = Search(cost, scores, 1 - sparsity, COUNTED[budget], align, depth).cheapest(strict=strict)
+            if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE:
+                return found, found
+            if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
+                best = found
+        assert best is not None
+        if align == 1:
+            return None, best
+        align //= 2
+
+
+def rounded_down(sparsity: float) -> float:
+    """To the three digits that a message shows."""
+    return math.floor(sparsity * 1000) / 1000
 
 
 def unreachable(sparsity: float, budget: Budget, nearest: Allocation) -> str:
@@ -92,7 +123,7 @@ def unreachable(sparsity: float, budget: Budget, nearest: Allocation) -> str:
     several = f" (which removes {shares})" if len(nearest.sparsities) > 1 else ""
     return (
         f"--sparsity {sparsity:g} of {budget} cannot be reached: the nearest is "
-        f"{math.floor(nearest.sparsity * 1000) / 1000:.3f}{several}. Ask for that, or use another --budget"
+        f"{rounded_down(nearest.sparsity):.3f}{several}. Ask for that, or use another --budget"
     )
 
 

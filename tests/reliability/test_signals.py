@@ -122,16 +122,21 @@ def test_sigterm_in_every_phase_saves_and_exits_143(
 
 
 @pytest.mark.parametrize(
-    ("name", "phase", "total"),
-    [("prune", "refitted", 3), ("prune", "finetune", 4), ("finetune", "finetune", 6), ("eval", "sample", 12)],
+    ("name", "phase", "nth", "total"),
+    [
+        ("prune", "refitted", 1, 3),
+        ("prune", "finetune", 2, 4),
+        ("finetune", "finetune", 2, 6),
+        ("eval", "sample", 2, 12),
+    ],
 )
 def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
-    name: str, phase: str, total: int, server: Server, cache: dict[str, str], pipeline_folder: Path,
+    name: str, phase: str, nth: int, total: int, server: Server, cache: dict[str, str], pipeline_folder: Path,
     pruned: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     given = commands(pipeline_folder, pruned)[name]
     outcome = server.run(
-        *arguments(name, given, tmp_path), environment=cache, phase=phase, nth=1, signals=[INT]
+        *arguments(name, given, tmp_path), environment=cache, phase=phase, nth=nth, signals=[INT]
     )
     check_stopped(outcome, tmp_path, INT)
     if name != "eval":
@@ -143,7 +148,7 @@ def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
     assert resumed.code == 0, resumed.stderr
     assert 0 < resumed.phases.count(phase) < total, "what was done is not done again"
     if name == "prune":
-        assert resumed.phases.count(phase) == total - 2
+        assert resumed.phases.count(phase) == total - nth - 1
         assert tree(tmp_path / "out") == tree(pruned)
 
 
