@@ -280,7 +280,7 @@ def seeds(name: str) -> list[bytes]:
         "record": [json.dumps(document).encode()],
         "recipe": [
             b"model: demo\nsparsity: 0.5\nseed: 1\none_shot: true\ndata: null\n",
-            b"{criterion: taylor, learning_rate: 5e-4, images: 0x10}\n",
+            b"{criterion: taylor, bound: 5e-1, images: 0x10}\n",
         ],
         "card": [b"---\nlicense: apache-2.0\ndatasets:\n- a\n- b\nlanguage: [en]\n---\n# Title\n"],
     }[name]
