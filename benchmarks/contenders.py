@@ -21,6 +21,7 @@ from yardstick import Subject, Yardstick, pictures_of
 
 import gfprune_cli as gfprune
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.device import device_name
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -91,7 +92,8 @@ def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecip
     channels_last(model)  # as finetune does it: seconds are compared
     channels_last(target.dense)
     loss = RecoveryLoss(model, target.dense, target.process, Weights.of(recipe), None, "fp32")
-    trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, Processes(None, torch.device("cpu")))
+    processes = Processes(None, target.held_out.device)
+    trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, processes)
     for step in range(recipe.steps):
         trainer.step(step, lambda: False)
     trainer.ema.copy_to(model.parameters())
@@ -127,7 +129,10 @@ def by_peer(target: Subject, cell: Cell) -> Outcome:
 
 def by_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> Outcome:
     """`gfprune prune` and `gfprune finetune` with their defaults, within the peers' parameters and MACs."""
-    common: dict[str, Any] = dict(data=str(target.data), images=ALL_IMAGES, seed=cell.seed)
+    device = target.held_out.device
+    common: dict[str, Any] = dict(
+        data=str(target.data), images=ALL_IMAGES, seed=cell.seed, device=str(device), precision="fp32"
+    )
     sparsity = 1 - min(peers.params, peers.macs)
     batch = FinetuneRecipe(model="").batch
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +144,7 @@ def by_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> Outcome:
         if steps <= 0:
             raise ValueError(f"{scored} gradients are gone after pruning, of {cell.gradients}")
         gfprune.finetune(pruned, out=tuned, steps=steps, save_every=0, sample_every=0, **common)
-        model = gfprune.load(tuned)
+        model = nn.Module.to(gfprune.load(tuned), device)
     trained = steps * batch
     work = work_of(Size.of(target.dense), Size.of(model), scored, trained, distilled=True)
     return Outcome(model, scored + trained, work)
@@ -161,7 +166,7 @@ def timed(target: Subject, cell: Cell, form: Form) -> tuple[Outcome, float]:
     return outcome, seconds
 
 
-def run(cell: Cell, form: Form, place: Place, work: Path) -> Entry:
+def run(cell: Cell, form: Form, place: Place, work: Path, device: str = "cpu") -> Entry:
     """One cell, in a process of its own with one thread.
 
     Processor time: other work on the machine stretches it less than it does the clock's. A rate at which a
@@ -169,7 +174,7 @@ def run(cell: Cell, form: Form, place: Place, work: Path) -> Entry:
     """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    target = place.open()
+    target = place.open().on(torch.device(device))
     try:
         outcome, seconds = timed(target, cell, form)
     except GfpruneError as error:
@@ -179,6 +184,7 @@ def run(cell: Cell, form: Form, place: Place, work: Path) -> Entry:
     numbers = yardstick(target, form, work).measure(outcome.model)
     size = Size.of(outcome.model)
     spent = {"gradients_spent": outcome.gradients, "work": outcome.work, "seconds": seconds}
+    spent["device"] = device_name(torch.device(device))
     return asdict(cell) | numbers | asdict(size) | spent
 
 

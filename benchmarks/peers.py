@@ -46,7 +46,7 @@ def diff_pruning_gradients(model: nn.Module, process: NoisingProcess, draws: Dra
     batch = draws.batch("score", 1, DIFF_PRUNING_IMAGES)
     visited = max(1, count // DIFF_PRUNING_IMAGES)
     largest, taken = 0.0, 0
-    for index in torch.linspace(0, process.steps - 1, visited).long():
+    for index in torch.linspace(0, process.steps - 1, visited, device=batch.index.device).long():
         levels = index.expand(DIFF_PRUNING_IMAGES)
         noisy = process.add_noise(batch.images, batch.noise, levels)
         loss = process.losses(
@@ -109,9 +109,10 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     config: Any = model.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
+    device = next(model.parameters()).device
     return {
-        "sample": torch.zeros(1, config.in_channels, height, width),
-        "timestep": torch.ones((1,), dtype=torch.long),
+        "sample": torch.zeros(1, config.in_channels, height, width, device=device),
+        "timestep": torch.ones((1,), dtype=torch.long, device=device),
     }
 
 

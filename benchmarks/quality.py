@@ -53,6 +53,7 @@ class Grid:
     wanted: Filter
     made_at: str
     jobs: int
+    device: str = "cpu"
     store: Store = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +76,8 @@ class Grid:
     def run_in(self, pool: ProcessPoolExecutor) -> None:
         """Networks are trained while the cells of others run; trials come before what they decide."""
         pending: dict[Future, Cell | str] = {
-            pool.submit(prepare, place, self.form, self.work): name for name, place in self.places.items()
+            pool.submit(prepare, place, self.form, self.work, self.device): name
+            for name, place in self.places.items()
         }
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -89,7 +91,7 @@ class Grid:
             for cell in ready(self.cells(), self.store):
                 if cell not in running:
                     place = self.places[cell.subject]
-                    pending[pool.submit(run, cell, self.form, place, self.work)] = cell
+                    pending[pool.submit(run, cell, self.form, place, self.work, self.device)] = cell
 
     def look(self) -> None:
         """Take the subjects that are there as they are, and run nothing."""
@@ -98,12 +100,12 @@ class Grid:
                 self.store.fingerprints[name] = place.open().fingerprint
 
 
-def prepare(place: Place, form: Form, work: Path) -> str:
+def prepare(place: Place, form: Form, work: Path, device: str) -> str:
     """Train a network that is the benchmark's own, measure it once, and return its fingerprint."""
     torch.set_num_threads(1)
     if place.name in form.training:
         train_network(place, form.training[place.name])
-    target = place.open()
+    target = place.open().on(torch.device(device))
     yardstick(target, form, work)
     return target.fingerprint
 
@@ -133,6 +135,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--data", type=Path, help="its images")
     add("--work", type=Path, default=Path("build/benchmark"), help="kept between runs")
     add("--out", type=Path, help="folder of the page (default: docs/benchmarks, or quick/ in it)")
+    add("--device", default="cpu", help="where runs train (default: cpu)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     return parser
 
@@ -169,7 +172,13 @@ def main() -> None:
     subjects = options.subjects or list(places)
     try:
         grid = Grid(
-            form, {name: places[name] for name in subjects}, work, chosen_by(options), made_at, options.jobs
+            form,
+            {name: places[name] for name in subjects},
+            work,
+            chosen_by(options),
+            made_at,
+            options.jobs,
+            options.device,
         )
         if not options.page_only:
             if options.subject:

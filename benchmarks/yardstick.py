@@ -1,7 +1,7 @@
 """How far a pruned network is from its dense original: the numbers that the benchmark compares."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,12 @@ class Subject:
         digest = hashlib.sha256(self.data.read_bytes())
         digest.update(repr(self.process).encode())
         for name, tensor in sorted(self.dense.state_dict().items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def on(self, device: torch.device) -> "Subject":
+        """The same, its network and images on a device."""
+        return replace(self, held_out=self.held_out.to(device), dense=nn.Module.to(self.dense, device))
 
 
 def subject(name: str, model: str, data: Path) -> Subject:
@@ -97,7 +101,7 @@ def pictures(images: np.ndarray, process: NoisingProcess) -> torch.Tensor:
 def pictures_of(subject: Subject) -> torch.Tensor:
     """The images that a subject was trained on."""
     with np.load(subject.data) as arrays:
-        return pictures(arrays["x"], subject.process)
+        return pictures(arrays["x"], subject.process).to(subject.held_out.device)
 
 
 @torch.no_grad()
@@ -124,7 +128,8 @@ def samples(subject: Subject, model: nn.Module, count: int, steps: int) -> torch
             torch.randn(shape, generator=generator(SEED, "sample", index))
             for index in range(first, min(count, first + CHUNK))
         ]
-        drawn.append(subject.process.sample(lambda x, t: call(model, x, t, None), torch.stack(noise), steps))
+        start = torch.stack(noise).to(subject.held_out)
+        drawn.append(subject.process.sample(lambda x, t: call(model, x, t, None), start, steps))
     return torch.cat(drawn)
 
 
@@ -143,7 +148,7 @@ class Yardstick:
         dense = load_file(cache) if cache and cache.exists() else self.of_dense()
         if cache and not cache.exists():
             write_tensors(cache, dense)
-        self.losses, self.images = dense["losses"], dense["images"]
+        self.losses, self.images = dense["losses"], dense["images"].to(subject.held_out.device)
         self.features = gaussian(dense["features"].numpy())
 
     def of_dense(self) -> dict[str, torch.Tensor]:

@@ -24,8 +24,9 @@ from gfprune_cli.flow.comparison import LEAST_RISE, RIDGE, Curves, comparable, w
 from gfprune_cli.flow.mask import MaskedModel, Masks, full_masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.structure.blocks import gate
-from gfprune_cli.structure.budget import allocate, step_scores
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import ChannelGroup, Member, select
+from gfprune_cli.structure.search import step_scores
 
 
 def random_scores(groups: tuple[ChannelGroup, ...], seed: int = 3) -> Masks:

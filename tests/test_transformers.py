@@ -27,12 +27,13 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm
 from gfprune_cli.structure.blocks import block_groups
-from gfprune_cli.structure.budget import TOLERANCE, allocate
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel
 from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
+from gfprune_cli.structure.search import TOLERANCE
 from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.width import width_group
 

@@ -18,10 +18,11 @@ from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.structure import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, can_shorten
-from gfprune_cli.structure.budget import Allocation, allocate
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import COUNTED, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.search import Allocation
 from gfprune_cli.structure.trace import Trace
 
 

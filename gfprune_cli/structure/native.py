@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.structure.budget import Allocation
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
+from gfprune_cli.structure.search import Allocation
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
 

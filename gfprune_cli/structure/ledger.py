@@ -1,0 +1,138 @@
+"""What the next step of every group would save, kept up to date while the widths of a network change."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gfprune_cli.structure.blocks import inside
+from gfprune_cli.structure.cost import CostModel, Counted
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+class Ledger:
+    """The widths of a network and what they cost, for searches that ask thousands of times.
+
+    `CostModel` counts one choice of widths; this counts what each group's step would save in each cost, all
+    groups at once. With o the outputs and i the inputs of a layer, of which one channel of the group takes a
+    and b, s channels less save o i - (o - a s)(i - b s) = (a i + b o - a b s) s products.
+
+    Args:
+        cost: counts the layers.
+        counted: the costs to keep.
+        kept: channels by group; what is not named keeps all.
+
+    Attributes:
+        names: of the groups, in alphabetical order, which is that of every array.
+        removed: [groups] channels that are gone.
+        totals: [costs].
+    """
+
+    def __init__(self, cost: CostModel, counted: Sequence[Counted], kept: Mapping[str, int]) -> None:
+        self.cost, self.counted = cost, tuple(counted)
+        self.names = sorted(cost.groups)
+        self.index = {name: number for number, name in enumerate(self.names)}
+        layers = cost.layers
+        self.weights = np.array([[self.per_product(layer, key) for layer in layers] for key in self.counted])
+        self.offsets = np.array([[self.per_output(layer, key) for layer in layers] for key in self.counted])
+        self.out, self.into = (
+            np.array([getattr(layer, side).size for layer in layers], np.int64) for side in ("out", "into")
+        )
+        self.gone = np.zeros(len(layers), np.int64)  # blocks around a layer that are gone
+        entries = [
+            (self.index[name], number, *shares)
+            for number, layer in enumerate(layers)
+            for name, shares in shares_of(layer).items()
+        ]
+        self.group, self.layer, self.a, self.b = np.array(entries, np.int64).reshape(-1, 4).T
+        self.blocks = {name: cost.layers_of[name] for name, group in cost.groups.items() if group.stack}
+        self.contents = {
+            block: [name for name, group in cost.groups.items() if inside(group, block)]
+            for block in self.blocks
+        }
+        self.removed = np.zeros(len(self.names), np.int64)
+        for name, left in kept.items():
+            self.narrow(name, cost.groups[name].channels - left)
+        start = {
+            name: cost.groups[name].channels - int(self.removed[self.index[name]]) for name in self.names
+        }
+        self.totals = np.array([cost.total(start, key) for key in self.counted], np.float64)
+
+    @staticmethod
+    def per_product(layer: Any, key: Counted) -> int:
+        if key == "params":
+            return int(layer.weight * layer.learned)
+        return int(layer.weight * layer.positions)
+
+    @staticmethod
+    def per_output(layer: Any, key: Counted) -> int:
+        return int(layer.bias * layer.learned) if key == "params" else 0
+
+    def savings(self, steps: Ints) -> Floats:
+        """[costs, groups] what each group would save by so many channels less; a block by its one.
+
+        Args:
+            steps: [groups], negative for channels that come back.
+        """
+        step, layer = steps[self.group], self.layer
+        alive = self.gone[layer] == 0
+        products = (self.a * self.into[layer] + self.b * self.out[layer] - self.a * self.b * step) * step
+        outputs = self.a * step
+        found = np.zeros((len(self.counted), len(self.names)))
+        for number, (weight, offset) in enumerate(zip(self.weights, self.offsets, strict=True)):
+            saved = (products * weight[layer] + outputs * offset[layer]) * alive
+            found[number] = np.bincount(self.group, saved, len(self.names))
+        for block, layers in self.blocks.items():
+            if self.removed[self.index[block]] == 0:
+                found[:, self.index[block]] = self.of_layers(layers)
+        return found
+
+    def of_layers(self, layers: Iterable[int]) -> Floats:
+        """[costs] of these layers as they are."""
+        chosen = [number for number in layers if not self.gone[number]]
+        out, into = self.out[chosen], self.into[chosen]
+        cost: Floats = (self.weights[:, chosen] * (out * into) + self.offsets[:, chosen] * out).sum(1)
+        return cost
+
+    def move(self, name: str, step: int, saved: Floats) -> list[str]:
+        """Take a step whose savings, [costs], are known; returns the groups that went with a block."""
+        self.totals = self.totals - saved
+        return self.narrow(name, step)
+
+    def narrow(self, name: str, step: int) -> list[str]:
+        """Channels less, without their cost."""
+        if not step:
+            return []
+        number = self.index[name]
+        self.removed[number] += step
+        if name in self.blocks:
+            self.gone[self.blocks[name]] += step
+            for other in self.contents[name]:
+                self.narrow(other, -int(self.removed[self.index[other]]))
+            return self.contents[name]
+        mine = self.group == number
+        self.out[self.layer[mine]] -= self.a[mine] * step
+        self.into[self.layer[mine]] -= self.b[mine] * step
+        return []
+
+    def kept(self) -> dict[str, int]:
+        """Channels by group, in the order of the cost model."""
+        return {
+            name: group.channels - int(self.removed[self.index[name]])
+            for name, group in self.cost.groups.items()
+        }
+
+
+def shares_of(layer: Any) -> dict[str, tuple[int, int]]:
+    """Group -> outputs and inputs of a layer that one of its channels takes."""
+    names = dict.fromkeys(name for name, _ in (*layer.out.shares, *layer.into.shares))
+    taken: dict[str, tuple[int, int]] = {}
+    for name in names:
+        a, b = (
+            sum(share for group, share in side.shares if group == name) for side in (layer.out, layer.into)
+        )
+        taken[name] = a, b
+    return taken

@@ -1,0 +1,267 @@
+"""The widths that keep at most a share of every cost that is counted, at the least loss of score."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from gfprune_cli.structure.blocks import floor_of_stack
+from gfprune_cli.structure.cost import CostModel, Counted
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.ledger import Floats, Ints, Ledger
+from gfprune_cli.structure.steps import minimum_widths, narrows_a_head, step_down, width_step
+
+TOLERANCE = 0.01  # of the dense cost
+BISECTIONS = 7  # of the weight that parameters and MACs have beside each other
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Channels kept by each group, and the share that goes of what the budget counts.
+
+    Args:
+        sparsity: of the cost that binds.
+        sparsities: cost -> share of it that goes.
+    """
+
+    kept: Mapping[str, int]
+    sparsity: float
+    sparsities: Mapping[Counted, float]
+
+
+def step_scores(group: ChannelGroup, scores: torch.Tensor) -> list[float]:
+    """Score lost at each step of a group: the lowest unit of every cell first.
+
+    Args:
+        scores: [units].
+
+    Returns:
+        One number per step, `units per cell` of them.
+    """
+    ordered = scores.double().cpu()[group.cells].sort(dim=1).values
+    losses: list[float] = ordered.sum(0).tolist()
+    return losses
+
+
+class Search:
+    """Greedy with exact costs: after each step the savings of every group are those of the network left.
+
+    Args:
+        scores: group name -> [units].
+        left: the share of every cost that may stay.
+        counted: the costs.
+        align: see `width_step`.
+        depth: share of the uniform width ratio that every group keeps, and of the blocks of a stack.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        scores: Mapping[str, torch.Tensor],
+        left: float,
+        counted: tuple[Counted, ...],
+        align: int,
+        depth: float,
+    ) -> None:
+        self.cost, self.left, self.counted, self.align, self.depth = cost, left, counted, align, depth
+        self.names = sorted(cost.groups)
+        self.groups = [cost.groups[name] for name in self.names]
+        minimum = minimum_widths(cost, depth, align)
+        self.minimum = [minimum[name] for name in self.names]
+        self.dense = np.array([cost.total({}, key) for key in counted], np.float64)
+        # score lost by a group's first steps, 0 of them first
+        self.lost_by = [
+            list(accumulate(step_scores(group, scores[group.name]), initial=0.0)) for group in self.groups
+        ]
+
+    def ledger(self, kept: Mapping[str, int]) -> Ledger:
+        return Ledger(self.cost, self.counted, kept)
+
+    def cheapest(self, *, strict: bool) -> Allocation:
+        """The best of what the weights of the costs lead to.
+
+        One that runs out before the other has too little weight.
+        """
+        if len(self.counted) == 1:
+            return self.landed({self.counted[0]: 1.0}, strict=strict)
+        first, second = self.counted
+        low, high = 0.0, 1.0
+        found: list[tuple[float, int, Allocation]] = []
+
+        def priced(weight: float) -> Allocation:
+            one = self.landed({first: weight, second: 1 - weight}, strict=strict)
+            found.append((self.lost(one.kept), len(found), one))
+            return one
+
+        for _ in range(BISECTIONS):
+            weight = (low + high) / 2
+            one = priced(weight)
+            if one.sparsities[first] > one.sparsities[second]:
+                high = weight
+            else:
+                low = weight
+        for weight in (0.0, 1.0):  # where one cost alone binds, its price alone is the best
+            priced(weight)
+        reached = [entry for entry in found if entry[2].sparsity >= 1 - self.left] or [
+            (-entry[2].sparsity, *entry[1:]) for entry in found
+        ]
+        return min(reached, key=lambda entry: entry[:2])[2]
+
+    def lost(self, kept: Mapping[str, int]) -> float:
+        """Score of all that goes."""
+        return sum(
+            lost[(group.channels - kept[group.name]) // group.step]
+            for group, lost in zip(self.groups, self.lost_by, strict=True)
+        )
+
+    def shares(self, ledger: Ledger) -> Floats:
+        found: Floats = ledger.totals / self.dense
+        return found
+
+    def room(self, ledger: Ledger) -> float:
+        """How far below the budget the cost that binds is."""
+        return float(self.left - self.shares(ledger).max())
+
+    def landed(self, weights: Mapping[Counted, float], *, strict: bool) -> Allocation:
+        """Down to the budget, then up again as far as it goes."""
+        ledger = self.refill(self.descend(weights))
+        if strict and self.room(ledger) > TOLERANCE:
+            patient = self.refill(self.descend(weights, patient=True))
+            ledger = patient if 0 <= self.room(patient) < self.room(ledger) else ledger
+        for granularity in dict.fromkeys((self.align, 1)):  # aligned moves first: they cost no speed
+            if strict and self.room(ledger) > TOLERANCE:
+                ledger = self.exchange(ledger, granularity)
+        kept = ledger.kept()
+        left = {key: self.cost.total(kept, key) / self.cost.total({}, key) for key in self.counted}
+        return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
+
+    def descend(self, weights: Mapping[Counted, float], *, patient: bool = False) -> Ledger:
+        """Remove one step at a time, cheapest score per saving first, until the budget is met.
+
+        Args:
+            weights: what a share of each cost is worth.
+            patient: what would take more than is wanted waits until nothing else is left.
+        """
+        ledger = self.ledger({})
+        prices = np.array([weights[key] for key in self.counted]) / self.dense
+        steps = np.array([self.down(number, ledger) for number in range(len(self.names))], np.int64)
+        lost = np.array([self.loses(number, 0, int(step)) for number, step in enumerate(steps)])
+        closed = np.zeros(len(self.names), bool)
+        while self.room(ledger) < 0 and not closed.all():
+            savings = ledger.savings(steps)
+            worth = prices @ savings
+            rates = np.divide(lost, worth, out=np.full(len(lost), math.inf), where=worth > 0)
+            name = self.next_step(ledger, savings, np.where(closed, math.nan, rates), patient=patient)
+            number, step = ledger.index[name], int(steps[ledger.index[name]])
+            kept = self.groups[number].channels - int(ledger.removed[number])
+            if kept - step < self.minimum[number] or not self.may_go(name, ledger):
+                closed[number] = True
+                continue
+            for other in ledger.move(name, step, savings[:, number]):
+                closed[ledger.index[other]] = True  # it goes with the block
+            if self.groups[number].stack:
+                closed[number] = True
+                continue
+            steps[number] = self.down(number, ledger)
+            lost[number] = self.loses(number, int(ledger.removed[number]), int(steps[number]))
+        return ledger
+
+    def next_step(self, ledger: Ledger, savings: Floats, rates: Floats, *, patient: bool) -> str:
+        """The group whose step costs least.
+
+        Args:
+            rates: [groups], NaN for those that take no more steps.
+            patient: see `descend`.
+        """
+        if patient:
+            excess = self.left - (self.shares(ledger)[:, None] - savings / self.dense[:, None]).max(0)
+            waits = (excess > TOLERANCE) & ~np.isnan(rates)
+            if waits.sum() == (~np.isnan(rates)).sum():  # what takes least too much
+                rates = np.where(waits, excess, math.nan)
+            else:
+                rates = np.where(waits, math.nan, rates)
+        return self.names[int(np.nanargmin(rates))]
+
+    def down(self, number: int, ledger: Ledger) -> int:
+        """Channels that a group's next step takes."""
+        group = self.groups[number]
+        return step_down(group, group.channels - int(ledger.removed[number]), self.align)
+
+    def loses(self, number: int, removed: int, step: int) -> float:
+        """Score lost by a step of a group that has lost so many channels; for a negative one, less than 0."""
+        size, lost = self.groups[number].step, self.lost_by[number]
+        after = min(len(lost) - 1, (removed + step) // size)
+        return lost[after] - lost[removed // size]
+
+    def may_go(self, name: str, ledger: Ledger) -> bool:
+        """Whether a block may go without emptying its stack; channels always may."""
+        stack = self.cost.groups[name].stack
+        if not stack:
+            return True
+        of_stack = [number for number, group in enumerate(self.groups) if group.stack == stack]
+        left = len(of_stack) - int(ledger.removed[of_stack].sum())
+        return left > floor_of_stack(len(of_stack), self.depth)
+
+    def up(self, ledger: Ledger) -> Ints:
+        """[groups] channels that a step back gives, negative; 0 where there is none to give."""
+        steps = []
+        for number, group in enumerate(self.groups):
+            step = 0 if group.stack else width_step(group, self.align)
+            steps.append(-step if step <= ledger.removed[number] else 0)
+        return np.array(steps, np.int64)
+
+    def refill(self, ledger: Ledger) -> Ledger:
+        """Give back the steps that score most, as long as the budget holds: the last step down overshoots."""
+        barred = np.zeros(len(self.names), bool)
+        while True:
+            steps = self.up(ledger)
+            savings = ledger.savings(steps)
+            after = ((ledger.totals[:, None] - savings) / self.dense[:, None]).max(0)
+            # what does not fit now never will: room shrinks, and steps only cost more
+            barred |= (steps == 0) | (after > self.left)
+            if barred.all():
+                return ledger
+            gains = [
+                -math.inf if barred[number] else -self.loses(number, int(ledger.removed[number]), int(step))
+                for number, step in enumerate(steps)
+            ]
+            number = max(range(len(gains)), key=lambda one: (gains[one], one))
+            ledger.move(self.names[number], int(steps[number]), savings[:, number])
+
+    def exchange(self, ledger: Ledger, align: int) -> Ledger:
+        """Land nearer below the budget by giving a step back to one group and taking one from another.
+
+        Small networks have few steps, and the greedy path can end a step short of the tolerance.
+        """
+        kept = ledger.kept()
+        best, room = kept, self.room(ledger)
+        free = [not group.stack and not narrows_a_head(group) for group in self.groups]
+        down = np.array(
+            [
+                step_down(group, kept[group.name], align)
+                if free[number]
+                and kept[group.name] - step_down(group, kept[group.name], align) >= self.minimum[number]
+                else 0
+                for number, group in enumerate(self.groups)
+            ],
+            np.int64,
+        )
+        for number, group in enumerate(self.groups):
+            wider = kept[group.name] + width_step(group, align)
+            if not free[number] or wider > group.channels:
+                continue
+            trial = self.ledger({**kept, group.name: wider})
+            savings = trial.savings(np.where(np.arange(len(down)) == number, 0, down))
+            rooms = self.left - ((trial.totals[:, None] - savings) / self.dense[:, None]).max(0)
+            for other in (number, *np.argsort(rooms, kind="stable")):
+                distance = self.room(trial) if other == number else float(rooms[other])
+                if other != number and not down[other]:
+                    continue
+                if 0 <= distance < room or room < 0 <= distance:
+                    best, room = {**kept, group.name: wider}, distance
+                    if other != number:
+                        best[self.names[other]] -= int(down[other])
+        return self.ledger(best)
