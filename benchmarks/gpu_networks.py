@@ -181,22 +181,20 @@ def pruned_by(
     return model, taken
 
 
-def trainer_of(model: nn.Module, teacher: nn.Module | None, draws: Draws, steps: int, batch: int) -> Trainer:
-    """The trainer of `gfprune finetune`, with its defaults; without a teacher, the plain denoising loss."""
+def trainer_of(model: nn.Module, dense: nn.Module, draws: Draws, steps: int, batch: int) -> Trainer:
+    """The trainer of `gfprune finetune`, with its defaults."""
     device = draws.images.device
-    losses = {} if teacher is not None else {"denoise": 1.0, "distill": 0.0}
-    recipe = FinetuneRecipe(model="benchmark", steps=steps, batch=batch, seed=draws.seed, **losses)
+    recipe = FinetuneRecipe(model="benchmark", steps=steps, batch=batch, seed=draws.seed)
+    teacher = nn.Module.to(copy.deepcopy(dense), device).requires_grad_(False)
     format = torch.channels_last if device.type == "cuda" else torch.preserve_format
     nn.Module.to(model, device, memory_format=format).requires_grad_(True)
-    loss = RecoveryLoss(
-        model, teacher or model, process_of(), Weights.of(recipe), None, default_precision(device)
-    )
+    loss = RecoveryLoss(model, teacher, process_of(), Weights.of(recipe), None, default_precision(device))
     return Trainer(model, loss, draws, recipe, Processes(None, device))
 
 
-def finetune(model: nn.Module, draws: Draws, steps: int, batch: int) -> nn.Module:
-    """With the plain denoising loss, as peers are published; on the CPU, its averaged weights in place."""
-    trainer = trainer_of(model, None, draws, steps, batch)
+def finetune(model: nn.Module, dense: nn.Module, draws: Draws, steps: int, batch: int) -> nn.Module:
+    """As `gfprune finetune` does with its defaults; on the CPU, its averaged weights in place."""
+    trainer = trainer_of(model, dense, draws, steps, batch)
     with deterministic():
         for step in range(steps):
             trainer.step(step, lambda: False)
@@ -207,8 +205,7 @@ def finetune(model: nn.Module, draws: Draws, steps: int, batch: int) -> nn.Modul
 def seconds_per_sample(dense: UNet2DModel, draws: Draws, steps: int, batch: int) -> float:
     """Of a step of `gfprune finetune` on the dense network; narrower ones are faster."""
     device = draws.images.device
-    teacher = nn.Module.to(copy.deepcopy(dense), device).requires_grad_(False)
-    trainer = trainer_of(copy.deepcopy(dense), teacher, draws, 2 * steps, batch)
+    trainer = trainer_of(copy.deepcopy(dense), dense, draws, 2 * steps, batch)
     with deterministic():
         for step in range(2 * steps):
             if step == steps:  # the first half warms up

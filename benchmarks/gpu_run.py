@@ -26,7 +26,6 @@ from gpu_networks import (
 from report_gpu import (
     DENSE,
     PEERS,
-    SAME_MACS,
     UNIFORM,
     Board,
     Table,
@@ -216,7 +215,7 @@ class Run:
         return False
 
     def compare(self, label: str, ratio: float) -> None:
-        """gfprune and its peers at one number of parameters: the peers', whose widths follow from `ratio`."""
+        """gfprune and its peers at the parameters and MACs that `ratio` leaves the peers."""
         narrow: dict[str, tuple[nn.Module, int]] = {}
         for peer in PEERS:
             name = row(peer, label)
@@ -229,14 +228,11 @@ class Run:
         shares = self.shares(next(iter(narrow.values()))[0])
         if self.in_time(row("gfprune", label)):
             with self.attempt(row("gfprune", label)):
-                self.by_gfprune(label, 1 - shares["params share"])
+                self.by_gfprune(label, 1 - min(shares["params share"], shares["macs share"]))
         for peer, (model, taken) in narrow.items():
             if self.in_time(row(peer, label)):
                 with self.attempt(row(peer, label)):
                     self.by_peer(row(peer, label), model, taken)
-        if self.in_time(row(SAME_MACS, label)):
-            with self.attempt(row(SAME_MACS, label)):
-                self.same_macs(row(SAME_MACS, label), 1 - shares["macs share"])
 
     def by_gfprune(self, label: str, sparsity: float) -> None:
         """`gfprune prune` without recovery, and `gfprune finetune` for the gradients that are left."""
@@ -245,7 +241,7 @@ class Run:
         common = dict(
             data=str(self.emoji.training), images=ALL_IMAGES, seed=self.seed, device=str(self.device)
         )
-        settings = form.prune | {"budget": "params", "sparsity": sparsity, "recover": 0}
+        settings = form.prune | {"budget": "both", "sparsity": sparsity, "recover": 0}
         with self.phase(f"prune {name}") as pruning:
             result = gfprune.prune(str(self.folder(DENSE)), out=pruned, **settings, **common)
         taken = math.ceil(result.scoring_gradients)
@@ -256,28 +252,11 @@ class Run:
             )
         self.evaluate(name, taken + steps * form.batch, pruning.seconds, tuning.seconds)
 
-    def same_macs(self, name: str, sparsity: float) -> None:
-        """The widths that gfprune chooses at a share of the MACs, to time."""
-        with self.phase(f"prune {name}"):
-            gfprune.prune(
-                str(self.folder(DENSE)),
-                out=self.folder(name),
-                budget="macs",
-                sparsity=sparsity,
-                one_shot=True,
-                refit=False,
-                recover=0,
-                data=str(self.emoji.training),
-                images=ALL_IMAGES,
-                seed=self.seed,
-                device=str(self.device),
-            )
-
     def by_peer(self, name: str, model: nn.Module, taken: int) -> None:
         form = self.form
         steps = max(1, (self.gradients - taken) // form.batch)
         with self.phase(f"finetune {name}", steps=steps, batch=form.batch) as tuning:
-            finetune(model, self.draws, steps, form.batch)
+            finetune(model, self.dense, self.draws, steps, form.batch)
             save(as_pruned_class(model, self.dense), self.folder(name))
         self.evaluate(name, taken + steps * form.batch, None, tuning.seconds)
 

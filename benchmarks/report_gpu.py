@@ -13,7 +13,6 @@ DENSE = "dense"
 METHODS = {"gfprune": "gfprune", "taylor": "Torch-Pruning, Taylor", "diff-pruning": "Diff-Pruning"}
 PEERS = tuple(name for name in METHODS if name != "gfprune")
 UNIFORM = "Torch-Pruning widths"  # what both peers leave, whatever their scores
-SAME_MACS = "gfprune, MACs of the peers"
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def quality_table(labels: Sequence[str]) -> Table:
         Column("finetuning, s", "finetune seconds", number(1)),
     ]
     note = (
-        "All methods remove the same share of the parameters and spend the same gradients, counted in "
-        "samples. gfprune is `gfprune prune --recover 0` and `gfprune finetune`, with their defaults but for "
-        "batch and steps; peers are trained with the plain denoising loss, as they are published. Numbers "
-        "are those of `gfprune eval`."
+        "gfprune keeps at most the parameters and the MACs that the peers keep, and all spend the same "
+        "gradients, counted in samples. gfprune is `gfprune prune --budget both --recover 0` and `gfprune "
+        "finetune`; peers are finetuned by it too: distilled, with its defaults. Numbers are those of "
+        "`gfprune eval`."
     )
     return Table("quality", "Quality", note, "network", rows, columns)
 
@@ -109,7 +108,7 @@ def scoring_table(rows: Sequence[str]) -> Table:
 
 def networks(labels: Sequence[str]) -> list[str]:
     """Rows of what does not depend on training."""
-    return [DENSE, *(row(method, label) for label in labels for method in ("gfprune", SAME_MACS, UNIFORM))]
+    return [DENSE, *(row(method, label) for label in labels for method in ("gfprune", UNIFORM))]
 
 
 def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
@@ -122,8 +121,7 @@ def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
             ]
     note = (
         "One evaluation of the network: medians of one interleaved run, the device synchronised around every "
-        "call; on CUDA bf16 by autocast and channels_last. Rows with the MACs of the peers are widths of "
-        "`gfprune prune --budget macs --one-shot`, which latency depends on and training does not change."
+        "call; on CUDA bf16 by autocast and channels_last."
     )
     return Table("latency", "Latency", note, "network", networks(labels), columns)
 
@@ -144,7 +142,6 @@ def phases_table(labels: Sequence[str]) -> Table:
         rows += [
             f"{part} {row(method, label)}" for method in METHODS for part in ("prune", "finetune", "eval")
         ]
-        rows.append(f"prune {row(SAME_MACS, label)}")
     columns = [
         Column("seconds", "seconds", number(1)),
         Column("peak memory, MiB", "peak", scaled(1 << 20, 0)),
