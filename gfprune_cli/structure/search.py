@@ -154,8 +154,8 @@ class Search:
             savings = ledger.savings(steps)
             worth = prices @ savings
             rates = np.divide(lost, worth, out=np.full(len(lost), math.inf), where=worth > 0)
-            name = self.next_step(ledger, savings, np.where(closed, math.nan, rates), patient=patient)
-            number, step = ledger.index[name], int(steps[ledger.index[name]])
+            number = self.next_step(ledger, savings, rates, np.flatnonzero(~closed), patient=patient)
+            name, step = self.names[number], int(steps[number])
             kept = self.groups[number].channels - int(ledger.removed[number])
             if kept - step < self.minimum[number] or not self.may_go(name, ledger):
                 closed[number] = True
@@ -169,21 +169,20 @@ class Search:
             lost[number] = self.loses(number, int(ledger.removed[number]), int(steps[number]))
         return ledger
 
-    def next_step(self, ledger: Ledger, savings: Floats, rates: Floats, *, patient: bool) -> str:
-        """The group whose step costs least.
+    def next_step(self, ledger: Ledger, savings: Floats, rates: Floats, free: Ints, *, patient: bool) -> int:
+        """The group whose step costs least, of those that are free to take one.
 
         Args:
-            rates: [groups], NaN for those that take no more steps.
+            rates: [groups] score lost per saving; infinite where a step saves nothing that has a price.
             patient: see `descend`.
         """
         if patient:
             excess = self.left - (self.shares(ledger)[:, None] - savings / self.dense[:, None]).max(0)
-            waits = (excess > TOLERANCE) & ~np.isnan(rates)
-            if waits.sum() == (~np.isnan(rates)).sum():  # what takes least too much
-                rates = np.where(waits, excess, math.nan)
-            else:
-                rates = np.where(waits, math.nan, rates)
-        return self.names[int(np.nanargmin(rates))]
+            small = free[excess[free] <= TOLERANCE]
+            if not len(small):  # what takes least too much
+                return int(free[np.argmin(excess[free])])
+            free = small
+        return int(free[np.argmin(rates[free])])
 
     def down(self, number: int, ledger: Ledger) -> int:
         """Channels that a group's next step takes."""
