@@ -341,6 +341,23 @@ def test_masked_norm_is_the_plain_one_at_full_mask() -> None:
     assert torch.equal(aware(x), plain(x))
 
 
+def test_the_derivatives_of_an_uneven_group_norm_are_right() -> None:
+    """Written in closed form, the first; scoring takes second ones, by way of the plain formula."""
+    torch.manual_seed(0)
+    norm = UnevenGroupNorm([2, 3, 1], 1e-5, torch.randn(6), torch.randn(6)).double()
+    inputs = (torch.randn(2, 6, 3, 2).double().requires_grad_(), norm.weight, norm.bias)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+        return found
+
+    assert torch.autograd.gradcheck(normed, inputs)
+    assert torch.autograd.gradgradcheck(normed, inputs)
+    with torch.no_grad():
+        expected = norm(inputs[0])
+    assert torch.equal(norm(inputs[0]), expected)
+
+
 def test_masked_norm_at_binary_masks_is_the_norm_that_removal_leaves() -> None:
     """With zeros, the surviving channels are normalised as if the others had never been there."""
     mask = [1.0, 0, 1, 0, 1, 1]
