@@ -104,7 +104,7 @@ def test_a_batch_brings_the_conditions_of_its_images() -> None:
 
 
 def test_guidance_loss_and_distance_by_formula() -> None:
-    plain = VariancePreserving(torch.linspace(0.99, 0.01, 10), "epsilon", False)
+    plain = VariancePreserving(torch.linspace(0.99, 0.01, 10), "epsilon")
     process = with_guidance(plain, conditions(guidance=4.0))
     assert isinstance(process, GuidedProcess)
     assert with_guidance(plain, conditions(1)) is plain
@@ -268,6 +268,12 @@ def test_the_scheduler_draws_what_a_network_knows_that_is_perfect_for_the_proces
     scale = SCHEDULERS[name].config.get("sigma_data", 1.0)  # the process counts images in its units
     made = draw_one(SCHEDULERS[name], perfect(process, images), noise, **shift) / scale
     assert float((made - images).square().mean().sqrt()) < 0.06
+
+
+@pytest.mark.parametrize(("name", "white"), [("edm", 2.0), ("edm dpm v", 1.0), ("ddpm", 1.0)])
+def test_pixels_are_scaled_as_the_network_sees_them(name: str, white: float) -> None:
+    """The EDM family divides images by sigma_data, in training and so in all that is measured and shown."""
+    assert process_of(name).value_range == (-white, white)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

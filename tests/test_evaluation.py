@@ -85,16 +85,26 @@ def test_uniform_and_quad_timesteps_are_those_of_the_ddim_code() -> None:
     assert (quad[-1], len(quad)) == (800, 100)
 
 
+LIMITS: dict[str, dict[str, Any]] = {
+    "none": dict(clip_sample=False, set_alpha_to_one=False),
+    "clip": dict(clip_sample=True),
+    "wider clip": dict(clip_sample=True, clip_sample_range=2.5),
+    "threshold": dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1.5),
+}
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize(
     ("spacing", "steps", "eta"),
     [("leading", 20, 0.0), ("trailing", 25, 0.0), ("trailing", 25, 0.6), ("linspace", 1000, 0.0)],
 )
-def test_ddim_is_that_of_diffusers(prediction: str, clip: bool, spacing: Any, steps: int, eta: float) -> None:
+def test_ddim_is_that_of_diffusers(
+    prediction: str, limits: str, spacing: Any, steps: int, eta: float
+) -> None:
     """Where diffusers' previous timestep is the next one of the list: everywhere but in coarse linspace."""
     scheduler = diffusers.DDIMScheduler(
-        prediction_type=prediction, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=clip
+        prediction_type=prediction, timestep_spacing=spacing, **LIMITS[limits]
     )
     chosen = Settings(2, steps, "ddim", spacing, eta, "clean")
     process = noising_process(scheduler)
@@ -770,3 +780,24 @@ def test_a_batch_beyond_any_memory_does_not_fit(batch: int, pipeline_folder: Pat
     assert [event.text for event in events] == [
         f"peak memory is not measured: a batch of {batch} does not fit"
     ]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "pipeline"])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_a_learned_variance_is_for_schedulers_that_ask_for_it(sampler: Any, variance: str) -> None:
+    """A network with twice the channels (arXiv 2102.09672), through diffusers' own loop."""
+    scheduler = diffusers.DDPMScheduler(clip_sample=False, variance_type=variance)
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return torch.cat([fake_denoiser(x, timesteps), 0.5 * torch.tanh(x)], 1)
+
+    chosen = Settings(2, 10, sampler, "leading", 0.0, "clean")
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    ours = make_sampling(chosen, noising_process(scheduler), scheduler)(denoise, noise, seeds()[:2])
+    again, x = seeds()[:2], noise
+    scheduler.set_timesteps(10)
+    for timestep in scheduler.timesteps:
+        output = denoise(x, timestep.expand(2))
+        output = output if variance == "learned_range" else output[:, :3]
+        x = scheduler.step(output, timestep, x, generator=again).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=2e-4)

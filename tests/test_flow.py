@@ -57,7 +57,7 @@ many = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def process(steps: int = 20) -> VariancePreserving:
-    return VariancePreserving(torch.linspace(0.99, 0.02, steps), "epsilon", False)
+    return VariancePreserving(torch.linspace(0.99, 0.02, steps), "epsilon")
 
 
 def toy_images(count: int = 6) -> torch.Tensor:

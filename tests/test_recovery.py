@@ -173,7 +173,7 @@ def test_jacobian_matching_compares_how_far_inputs_are_stretched() -> None:
 def test_min_snr_weighs_every_prediction_as_the_same_error_of_the_image(prediction: str) -> None:
     """Weight times loss is min(snr, gamma) times the squared error of the predicted image."""
     signal = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.01])
-    process = VariancePreserving(signal, prediction, clip=False)
+    process = VariancePreserving(signal, prediction)
     index = torch.arange(5)
     generator = torch.Generator().manual_seed(0)
     images, noise, error = (torch.randn(5, 3, 4, 4, generator=generator) for _ in range(3))
@@ -189,7 +189,7 @@ def test_min_snr_weighs_every_prediction_as_the_same_error_of_the_image(predicti
 
 def test_min_snr_at_zero_signal_and_for_exploding_variance_is_finite() -> None:
     for prediction in ("epsilon", "v_prediction", "sample"):
-        process = VariancePreserving(torch.tensor([0.5, 0.0]), prediction, clip=False)
+        process = VariancePreserving(torch.tensor([0.5, 0.0]), prediction)
         assert bool(process.min_snr(torch.tensor([0, 1]), 5.0).isfinite().all())
     exploding = noising_process(ScoreSdeVeScheduler())
     weights = exploding.min_snr(torch.tensor([0, 1999]), 5.0)

@@ -15,7 +15,7 @@ import torch
 from gfprune_cli.data.flow_matching import FlowMatching, shifted
 from gfprune_cli.data.noising import Denoiser, NoisingProcess, mean_part, mean_square, per_sample
 from gfprune_cli.data.reconstruction import Reconstruction
-from gfprune_cli.data.variance import VarianceExploding, VariancePreserving
+from gfprune_cli.data.variance import Limits, VarianceExploding, VariancePreserving
 from gfprune_cli.errors import GfpruneError
 
 __all__ = [
@@ -57,8 +57,17 @@ def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
     times = None
     if config.get("timestep_type") == "continuous" and prediction == "v_prediction":
         times = 0.25 * ((1 - signal) / signal).sqrt().log()  # as EulerDiscreteScheduler tells its network
-    clip = bool(config.get("clip_sample", False)) and not name.startswith("CogVideoX")  # which ignores it
-    return VariancePreserving(signal, prediction, clip, times)
+    return VariancePreserving(signal, prediction, limits_of(scheduler), times)
+
+
+def limits_of(scheduler: Any) -> Limits:
+    """How diffusers limits predicted images, for the schedulers that do it in `step`."""
+    config = scheduler.config
+    if config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
+        return Limits(quantile=config.dynamic_thresholding_ratio, most=config.sample_max_value)
+    if config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX"):  # which ignores it
+        return Limits(bound=float(config.get("clip_sample_range") or 1.0))
+    return Limits()
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -92,6 +101,5 @@ def preconditioned(scheduler: Any, prediction: str) -> VariancePreserving:
     sigmas = scheduler.sigmas[scheduler.sigmas > 0].double().unique()  # ascending
     signal = 1 / (1 + (sigmas / scheduler.config.sigma_data).square())
     kind = "v_prediction" if prediction == "v_prediction" else "negative_v"
-    return VariancePreserving(
-        signal.float(), kind, False, torch.as_tensor(scheduler.precondition_noise(sigmas)).float()
-    )
+    times = torch.as_tensor(scheduler.precondition_noise(sigmas)).float()
+    return VariancePreserving(signal.float(), kind, Limits(), times, 1 / scheduler.config.sigma_data)

@@ -1,10 +1,36 @@
 """Noise of the DDPM family: variance preserving and variance exploding."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from gfprune_cli.data.noising import Denoiser, mean_part, mean_square, per_sample
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a scheduler does to predicted images while it samples.
+
+    Args:
+        bound: they are clipped to [-bound, bound]; infinite for no clipping.
+        quantile: of the absolute values of an image: what exceeds it is clipped, and the image divided by it
+            (dynamic thresholding, arXiv 2205.11487), in place of clipping; 0 for none.
+        most: the largest such divisor; the smallest is 1.
+    """
+
+    bound: float = math.inf
+    quantile: float = 0.0
+    most: float = 1.0
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, ...] images within the limits."""
+        if self.quantile:
+            flat = images.flatten(1).float()
+            divisor = flat.abs().quantile(self.quantile, dim=1).clamp(1, max(1.0, self.most))
+            view = divisor.view(-1, *[1] * (images.ndim - 1)).to(images.dtype)
+            return torch.minimum(torch.maximum(images, -view), view) / view
+        return images if math.isinf(self.bound) else images.clamp(-self.bound, self.bound)
 
 
 @dataclass(frozen=True)
@@ -15,18 +41,20 @@ class VariancePreserving:
         signal: [T] cumulative products a_t.
         prediction: "epsilon", "v_prediction" (arXiv 2202.00512), "sample", or "negative_v", as the
             preconditioning of EDM calls for (arXiv 2206.00364, table 1).
-        clip: whether predicted images are clipped to [-1, 1] while sampling.
+        limits: of predicted images while sampling.
         times: [T] what the network is told; None: the index.
+        white: what the brightest pixel is to the network, and minus the darkest.
     """
 
     signal: torch.Tensor
     prediction: str
-    clip: bool
+    limits: Limits = Limits()
     times: torch.Tensor | None = None
+    white: float = 1.0
 
     @property
     def value_range(self) -> tuple[float, float]:
-        return -1.0, 1.0
+        return -self.white, self.white
 
     @property
     def steps(self) -> int:
@@ -88,7 +116,7 @@ class VariancePreserving:
             image = output
         else:
             image = a * x - b * (-output if self.prediction == "negative_v" else output)
-        image = image.clamp(-1, 1) if self.clip else image
+        image = self.limits.apply(image)
         return image, (x - a * image) / b
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:

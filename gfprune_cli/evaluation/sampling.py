@@ -18,9 +18,11 @@ from gfprune_cli.data.diffusion import (
     NoisingProcess,
     Reconstruction,
     VariancePreserving,
+    mean_part,
     per_sample,
 )
 from gfprune_cli.data.draws import generator
+from gfprune_cli.data.variance import Limits
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.recipes.evaluate import Spacing
@@ -77,14 +79,14 @@ def ddim(
         eta: 0 deterministic, 1 the variance of DDPM.
         final: signal level after the last step, 1 unless the scheduler says otherwise.
     """
-    plain, x = replace(process, clip=False), noise
+    plain, x = replace(process, limits=Limits()), noise
     levels = [*(float(process.signal[now]) for now in grid), final]
     for now, level, following in zip(grid, levels[:-1], levels[1:], strict=True):
         index = torch.full((len(x),), now, device=x.device)
         image, predicted = plain.split(
             denoise(x, process.timesteps(index)), x, per_sample(process.signal, index, x)
         )
-        image = image.clamp(-1, 1) if process.clip else image
+        image = process.limits.apply(image)
         variance = eta**2 * (1 - following) / (1 - level) * max(0.0, 1 - level / following)
         direction = max(0.0, 1 - following - variance) ** 0.5
         x = following**0.5 * image + direction * predicted
@@ -105,9 +107,11 @@ def scheduled(scheduler: Any, denoise: Denoiser, noise: torch.Tensor, generators
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     seeded = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generators} if seeded else {}
+    learned = "learned" in str(scheduler.config.get("variance_type"))  # it takes the variance apart itself
     for timestep in scheduler.timesteps:
         level = timestep.to(x.device).expand(len(x))
         output = denoise(scale(x, timestep), level)
+        output = output if learned else mean_part(output, x)
         x = scheduler.step(output, timestep, x, **options).prev_sample
     # the EDM family: networks, and all that is measured, see samples of unit variance
     return x / scheduler.config.sigma_data if hasattr(scheduler, "precondition_noise") else x

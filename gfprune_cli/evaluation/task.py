@@ -9,7 +9,7 @@ from torch import nn
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions, draw_labels
 from gfprune_cli.data.conditioned import asked_of, made_up, recorded, recording_fingerprint
 from gfprune_cli.data.conditions import Condition, Conditions, keywords
-from gfprune_cli.data.diffusion import Denoiser, NoisingProcess, mean_part, noising_process
+from gfprune_cli.data.diffusion import Denoiser, NoisingProcess, noising_process
 from gfprune_cli.data.drawing import refuse_options
 from gfprune_cli.data.draws import generator
 from gfprune_cli.data.guidance import GuidedProcess, with_guidance
@@ -67,13 +67,13 @@ class Task:
         return self.pool[[number % distinct for number in range(count)]] if distinct else self.pool
 
     def sampled(self, denoise: Denoiser) -> Denoiser:
-        """What a sampler follows: the guided output, without a learned variance."""
+        """What a sampler follows: the guided output."""
 
         def follow(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             output = denoise(x, timesteps)
             if isinstance(self.process, GuidedProcess):
                 output = self.process.guided(output)
-            return output if self.reconstructs else mean_part(output, x)
+            return output
 
         return follow
 
