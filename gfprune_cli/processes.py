@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gfprune_cli.device import choose_device
-from gfprune_cli.launch import launched
+from gfprune_cli.launch import check_launcher, joined, launched
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for another, which may be drawing images
 
@@ -36,14 +36,16 @@ class Processes:
         """Join the other processes, if there are any.
 
         Raises:
-            UsageError: the device is not available.
+            UsageError: the device is not available, or the others were never started.
         """
+        check_launcher()
         if not launched():
             return cls(None, choose_device(device))
         from accelerate import PartialState
 
         cpu = choose_device(device).type == "cpu"
         state = PartialState(cpu=cpu, timeout=PATIENCE)
+        joined.set()
         return cls(state, state.device)
 
     @property

@@ -283,6 +283,32 @@ def test_loop_of_links_ends(tmp_path: Path) -> None:
     assert len(load(tmp_path)) == 1
 
 
+def test_linked_folders_are_entered(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "x.png")
+    save(tmp_path / "set" / "y.png")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(load(tmp_path / "set")) == 2
+
+
+@pytest.mark.parametrize("suffix", ["tif", "TIFF", "gif", "jfif", "ppm", "bmp"])
+def test_every_usual_format_is_read(tmp_path: Path, suffix: str) -> None:
+    kind = {"tif": "TIFF", "jfif": "JPEG"}.get(suffix, suffix.upper())
+    image = Image.new("RGB", (8, 8), (250, 10, 10))
+    image.save(tmp_path / f"x.{suffix}", format=kind)
+    found = load(tmp_path)
+    assert len(found) == 1
+    assert int(found[0, 0].min()) > 240 > 30 > int(found[0, 1:].max())
+
+
+def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
+    save(tmp_path / "x.png")
+    for name in ("x.txt", "y.txt", "LICENSE", ".hidden.txt"):
+        (tmp_path / name).write_text("no image")
+    said: list[str] = []
+    load_images(str(tmp_path), size=(8, 8), channels=3, limit=9, report=lambda event: said.append(event.text))
+    assert any("2 of .txt, 1 of no suffix" in text for text in said)
+
+
 def test_unreadable_subfolder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "x.png")
     save(tmp_path / "locked" / "y.png")

@@ -108,6 +108,21 @@ def test_native_output_loads_in_the_stock_class_without_a_flag(pipeline_folder: 
     assert result.class_name == "UNet2DModel"
 
 
+@pytest.mark.parametrize("layout", ["adaptive", "native"])
+def test_keys_that_the_class_does_not_know_are_carried_along(
+    pipeline_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    """Training scripts and other versions of diffusers write them; diffusers itself ignores them."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline_folder, model)
+    config = model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_with": "a script"}))
+    settings = QUICK | dict(recover=0, refit=False)
+    gfprune_cli.prune(str(model), sparsity=0.4, layout=layout, out=tmp_path / "out", **settings)
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["trained_with"] == "a script"
+    assert gfprune_cli.load(tmp_path / "out").config["trained_with"] == "a script"
+
+
 def test_the_record_names_everything_needed_to_repeat_the_run(pruned: Path, pipeline_folder: Path) -> None:
     record = json.loads((pruned / "gfprune.json").read_text())
     assert record["recipe"]["sparsity"] == 0.5

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.launch import launched
+from gfprune_cli.launch import joined, launched
 
 PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
 LAST_CALL = 1.0  # and from there to the end of the process, whatever it is doing
@@ -37,8 +37,6 @@ class Signals:
         for number in HANDLED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.arrived)
-        if launched():  # a launcher repeats the signal that its processes got; they stop together
-            return
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
         signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
@@ -91,14 +89,20 @@ class Signals:
         while True:
             left = max(0.0, deadline - time.monotonic()) if first and not self.taken.is_set() else None
             ready, _, _ = select.select([reader], [], [], left)
-            if not ready and not self.taken.is_set():
+            if joined.is_set():  # a launcher repeats the signal that its processes got; they stop together
+                first = 0
+            elif not ready and not self.taken.is_set():
                 end(first, "nothing could be saved within a long operation")
             numbers = os.read(reader, 64) if ready else None
             if numbers == b"":
                 os.close(reader)
                 return
             for number in numbers or b"":
-                if number not in HANDLED or (number == first and time.monotonic() - since < REPEAT):
+                if (
+                    joined.is_set()
+                    or number not in HANDLED
+                    or (number == first and time.monotonic() - since < REPEAT)
+                ):
                     continue
                 if first:
                     end(number, "the second signal, without saving")

@@ -33,7 +33,10 @@ from gfprune_cli.progress import Event, Report, notice, silent
 
 _Errors = tuple[type[Exception], ...]
 _Frames = Iterator[tuple[str, Image.Image]]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 NPZ_KEYS = ("x", "images", "arr_0")
 NPZ_BYTES_LIMIT = 8 * 1024**3
 NPZ_RATIO = 200  # of an array to its compressed bytes; deflate reaches 1032, on nothing but zeros
@@ -41,7 +44,7 @@ NPZ_BYTES_FREE = 64 * 1024**2  # as much may unpack from anything
 NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 
 # Chosen by content, not by name: left open, Pillow hands a PostScript file called `a.png` to Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # What Pillow, zipfile and numpy raise on damaged bytes. MemoryError is not damage and passes through.
@@ -95,11 +98,13 @@ def image_batches(
     report: Report = silent,
 ) -> Iterator[torch.Tensor]:
     """What `load_images` returns, in pieces of at most `batch` images: for more than memory holds."""
-    frames, total = _open(source, size=size, channels=channels, limit=limit, seed=seed)
+    frames, total = _open(source, size=size, channels=channels, limit=limit, seed=seed, report=report)
     return _assemble(frames, total, size, channels, report, source, batch)
 
 
-def _open(source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int) -> tuple[_Frames, int]:
+def _open(
+    source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int, report: Report
+) -> tuple[_Frames, int]:
     """The images of a source as they are stored, and how many there are (at most)."""
     _check_request(size, channels, limit)
     # os.path and not pathlib: a name too long or with a null byte is answered, not raised.
@@ -107,7 +112,7 @@ def _open(source: str, *, size: tuple[int, int], channels: int, limit: int, seed
     if os.path.exists(place):
         path = Path(place)
         if path.is_dir():
-            files = _list_images(path)
+            files = _list_images(path, report)
             chosen = _subset(len(files), limit, seed)
             frames, total = _folder_frames([files[i] for i in chosen]), len(chosen)
         elif path.suffix.lower() == ".npz" and path.is_file():
@@ -156,21 +161,38 @@ def fingerprint(images: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _list_images(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, by relative path with `/`: the same on every system."""
-    # Names that start with a dot are caches and resource forks (`._a.png`), not images. Linked folders are
-    # not entered, so that a loop of links ends.
+def _list_images(folder: Path, report: Report) -> list[Path]:
+    """The image files of a folder and its subfolders, by relative path with `/`: the same on every system.
+
+    Linked folders are entered, each place once, so that a loop of links ends. What is left out is said.
+    """
+    # Names that start with a dot are caches and resource forks (`._a.png`), not images.
     files: list[Path] = []
+    others: Counter[str] = Counter()
+    seen: set[str] = set()
 
     def fail(error: OSError) -> None:
         raise GfpruneError(f"cannot list {str(error.filename)!r}: {error.strerror}") from error
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        wanted = (n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith("."))
-        files += [Path(parent, name) for name in wanted]
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in (name for name in names if not name.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
+                files.append(Path(parent, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
     if not files:
         raise UsageError(f"--data {str(folder)!r}: no image in it (looked for {', '.join(SUFFIXES)})")
+    if others:
+        kinds = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(others.items()))
+        notice(
+            report, f"--data {str(folder)!r}: files that are no images by their names are left out: {kinds}"
+        )
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 

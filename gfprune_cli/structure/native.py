@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
+from gfprune_cli.structure.removal import empty
 from gfprune_cli.structure.search import Allocation
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
@@ -60,11 +59,10 @@ def scaled_widths(config: Mapping[str, Any], ratio: float) -> Iterator[tuple[int
 
 def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> dict[str, int] | None:
     """Channels kept by each group in the stock network of a configuration; None if there is none."""
-    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    options = dict(config)
     options["time_embedding_dim"] = options.get("time_embedding_dim") or options["block_out_channels"][0] * 4
     try:
-        with torch.device("meta"):
-            target = type(model)(**options)
+        target = empty(type(model), options)
     except (ValueError, ZeroDivisionError):
         return None
     if target.state_dict().keys() != model.state_dict().keys():

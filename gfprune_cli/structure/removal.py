@@ -243,10 +243,25 @@ def stock_config(model: Any) -> dict[str, Any]:
 
 
 def rebuild(cls: Any, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
-    with torch.device("meta"):
-        model: nn.Module = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+    """A network of a class and a configuration, with these weights."""
+    model = empty(cls, config)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+    found: nn.Module = model.requires_grad_(False).eval()
+    return found
+
+
+def empty(cls: Any, config: Mapping[str, Any]) -> Any:
+    """A network without weights.
+
+    Keys that the class does not know, of other versions or of training scripts, are ignored as diffusers
+    ignores them when it loads, and stay in the configuration.
+    """
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    known = cls._get_init_keys(cls)
+    with torch.device("meta"):
+        model = cls(**{key: value for key, value in given.items() if key in known})
+    model.register_to_config(**{key: value for key, value in given.items() if key not in known})
+    return model
 
 
 def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
