@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "`--no-refit`": dict(refit=False),
         "`--one-shot`": dict(one_shot=True),
         "`--one-shot --no-refit`": dict(one_shot=True, refit=False),
-        "`--iterations 1`": dict(iterations=1),
+        "`--iterations 2`": dict(iterations=2),
         "`--iterations 4`": dict(iterations=4),
         "`--iterations 4 --bound 1`": dict(iterations=4, bound=1.0),
     },

@@ -36,7 +36,7 @@ class PruneRecipe:
     ] = False
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
-    iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 2
+    iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 1
     draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64
     bound: Annotated[float, Gt(0), Le(1), Help("Largest move of a mask entry in one iteration.")] = 0.5
     one_shot: Annotated[bool, Help("Score once and mask at once: no soft masks.")] = False
