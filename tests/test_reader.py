@@ -485,6 +485,14 @@ class TestHostileConfigs:
         with pytest.raises(GfpruneError, match=r"neither model_index.json nor config.json"):
             look(tmp_path)
 
+    def test_the_folder_of_a_training_run_names_the_one_to_give(self, pipeline: Path, tmp_path: Path) -> None:
+        for name in ("unet", "unet_ema"):
+            (tmp_path / "run" / name).mkdir(parents=True)
+            shutil.copy(pipeline / "unet" / "config.json", tmp_path / "run" / name)
+        (tmp_path / "run" / "optimizer.bin").touch()
+        with pytest.raises(GfpruneError, match=r"holds unet and unet_ema: give --model .*run/unet$"):
+            look(tmp_path / "run")
+
 
 class TestHostileWeights:
     @pytest.fixture

@@ -131,7 +131,8 @@ class TestFolders:
         assert looks_like_hub_id(model)
 
     @pytest.mark.parametrize(
-        "model", ["a", "a/b/c", "/a/b", "-a/b", "a/..", "a/b--c", "a b/c", "a/b.git", "a/b\n"]
+        "model",
+        ["a", "a/b/c", "/a/b", "-a/b", "a/..", "a/b--c", "a b/c", "a/b.git", "a/b\n", "a/b.safetensors"],
     )
     def test_what_is_no_hub_id(self, model: str) -> None:
         assert not looks_like_hub_id(model)

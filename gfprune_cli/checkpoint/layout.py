@@ -97,7 +97,7 @@ def locate_all(root: Path) -> list[Location]:
     if (root / "model_index.json").exists():
         return _locate_in_pipeline(root, read_json(root / "model_index.json", roots))
     if not (root / "config.json").exists():
-        hint = _pickle_hint(entry.name for entry in root.iterdir())
+        hint = _folders_hint(root, roots) or _pickle_hint(entry.name for entry in root.iterdir())
         raise GfpruneError(
             f"{root} has neither model_index.json nor config.json: it is no diffusers folder{hint}"
         )
@@ -105,6 +105,18 @@ def locate_all(root: Path) -> list[Location]:
     if not is_known(class_name):
         raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
     return [Location(root, root, "", str(class_name), None)]
+
+
+def _folders_hint(root: Path, roots: Any) -> str:
+    """The folders of a training run that hold a network: one of them is meant."""
+    found = [
+        path.parent.name
+        for path in sorted(root.glob("*/config.json"))
+        if is_known(read_config(path, roots).get("_class_name"))
+    ]
+    if not found:
+        return ""
+    return f", but holds {' and '.join(found[:4])}: give --model {root / found[0]}"
 
 
 def _locate_in_pipeline(root: Path, pipeline: dict[str, Any]) -> list[Location]:

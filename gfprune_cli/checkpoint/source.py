@@ -17,6 +17,8 @@ from gfprune_cli.progress import Event, Report, silent
 
 DEMO = Path(__file__).parent.parent / "demo"
 
+# how no repository of a model is called: a file that is not there is no Hub id
+NO_REPOSITORY = (".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json", ".onnx")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -93,7 +95,7 @@ def looks_like_hub_id(model: str) -> bool:
         bool(_HUB_ID.fullmatch(model))
         and "--" not in model
         and ".." not in model
-        and not model.endswith(".git")
+        and not model.lower().endswith(NO_REPOSITORY)
     )
 
 
