@@ -203,6 +203,8 @@ def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Pat
     lines += ["## How", "", notes]
     commits = sorted({entry["commit"] for entry in found.entries})
     lines.append(f"- Runs were made at commit {', '.join(commits) or 'none yet'}.")
+    devices = Counter(entry.get("device", "a CPU") for entry in found.entries)
+    lines.append(f"- Devices: {'; '.join(f'{name} ({count} runs)' for name, count in devices.items())}.")
     for subject in subjects:
         lines += section(found, form, subject)
     if found.tried:
