@@ -33,6 +33,7 @@ RIDGE = 1e-2  # of the mean square of an input, towards the weights that are the
 OFFSET_RIDGE = 1e-6  # of a bias: nothing holds it where it is
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
+PIECE = 4096  # rows that are held at once
 SAME = 1e-5  # relative error of a layer's outputs below which there is nothing to mend
 Weights = dict[str, torch.Tensor]
 
@@ -94,7 +95,7 @@ class Refit:
             shape = output_shape(layer, inputs)
             index = self.positions(name, layer, shape, number)
             problem = Problem(
-                input_rows(inputs, layer, index),
+                lambda first, end: input_rows(inputs, layer, index[first:end]),
                 self.with_stream(name, target, shape, index, -1),
                 softness(inside.get(name), fan_in(layer)),
                 judged_from(index, places(layer, shape)),
@@ -206,40 +207,47 @@ def judged_from(index: torch.Tensor, shape: Sequence[int]) -> int:
 class Problem:
     """Least squares for one layer.
 
+    Inputs are read a piece at a time: for a wide convolution all of them would take many times its weights.
+
     Args:
-        x: [R, n] inputs, y: [R, o] outputs wanted.
+        read: (first, end) -> inputs [end - first, n] of these rows.
+        y: [R, o] outputs wanted.
         soft: [n] weight of the penalty on what each input gives.
         known: rows that are fitted to; those after them only judge.
     """
 
-    x: torch.Tensor
+    read: Callable[[int, int], torch.Tensor]
     y: torch.Tensor
     soft: torch.Tensor | None
     known: int
 
+    def pieces(self, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows first ... end - 1 in order: inputs and outputs wanted."""
+        for start in range(first, end, PIECE):
+            stop = min(end, start + PIECE)
+            yield self.read(start, stop), self.y[start:stop]
+
     def of_outputs(self, outputs: torch.Tensor) -> "Problem":
-        return Problem(self.x, self.y[:, outputs], self.soft, self.known)
+        return Problem(self.read, self.y[:, outputs], self.soft, self.known)
 
     def solve(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """New (weight [o, n], bias [o]); None where those that are there do as well on rows not fitted to."""
-        error = self.y - nn.functional.linear(self.x, weight, bias)
-        if not float(error.square().sum()) > SAME**2 * float(self.y.square().sum()):
+        gram, right, sums, wanted, missed = self.moments(weight, bias)
+        if not missed > SAME**2 * float(self.y.square().sum()):
             return None
-        x, wanted = self.x[: self.known], error[: self.known]
-        gram = x.T @ x
         live = torch.nonzero(gram.diagonal() > 0).flatten()
         power = gram.diagonal()[live].double()
         penalty = None if self.soft is None else self.soft.to(power)[live] * power
-        right = (x.T @ wanted)[live].double()
+        right = right[live].double()
         normal = gram[live][:, live].double()
         normal.diagonal().add_(RIDGE * power.mean() if len(live) else 0)
         if penalty is not None:
             normal.diagonal().add_(penalty)
             right -= penalty.unsqueeze(1) * weight[:, live].T.double()
         if bias is not None:
-            normal, right = with_offset(normal, right, x.sum(0)[live], wanted.sum(0), len(x))
+            normal, right = with_offset(normal, right, sums[live], wanted, self.known)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if int(failed):
             return None
@@ -251,6 +259,28 @@ class Problem:
             return None
         return new, offset
 
+    def moments(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """What the normal equations are made of, and the squared error of the weights that are there.
+
+        With x the inputs and e the error on the rows that are fitted to: x^T x [n, n], x^T e [n, o], the sums
+        of x [n] and of e [o]; the error is that on all rows.
+        """
+        inputs, outputs = weight.shape[1], weight.shape[0]
+        gram, right = weight.new_zeros(inputs, inputs), weight.new_zeros(inputs, outputs)
+        sums, wanted, missed = weight.new_zeros(inputs), weight.new_zeros(outputs), weight.new_zeros(())
+        for x, y in self.pieces(0, self.known):
+            error = y - nn.functional.linear(x, weight, bias)
+            gram.addmm_(x.T, x)
+            right.addmm_(x.T, error)
+            sums += x.sum(0)
+            wanted += error.sum(0)
+            missed += error.square().sum()
+        for x, y in self.pieces(self.known, len(self.y)):
+            missed += (y - nn.functional.linear(x, weight, bias)).square().sum()
+        return gram, right, sums, wanted, float(missed)
+
     def is_better(
         self,
         weight: torch.Tensor,
@@ -259,15 +289,18 @@ class Problem:
         offset: torch.Tensor | None,
     ) -> bool:
         """Whether the fit lowers its own objective, less the ridge, on the rows that judge."""
-        x, y = self.x[self.known :], self.y[self.known :]
 
-        def objective(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def objective(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
             error = (y - nn.functional.linear(x, weight, bias)).square().sum()
             if self.soft is None:
                 return error
             return error + (weight.square() @ (self.soft.to(x) * x.square().sum(0))).sum()
 
-        return bool(objective(new, offset) < objective(weight, bias))
+        gains = [
+            objective(x, y, weight, bias) - objective(x, y, new, offset)
+            for x, y in self.pieces(self.known, len(self.y))
+        ]
+        return bool(gains) and bool(torch.stack(gains).sum() > 0)
 
 
 def with_offset(
