@@ -98,27 +98,21 @@ class _GroupNorm(torch.autograd.Function):
     """`group_norm_from_moments` with its derivative in closed form: half of the passes over memory."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        averaging: torch.Tensor,
-        membership: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
-        scale, shift, mean, inverse = _scale_and_shift(x, averaging, membership, weight, bias, eps)
-        ctx.save_for_backward(x, averaging, membership, weight, bias, scale, mean, inverse)
-        ctx.eps = eps
-        return _scaled(x, scale, shift)
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        scale, shift, mean, inverse = _scale_and_shift(*given)
+        *tensors, ctx.eps = given
+        ctx.save_for_backward(*tensors, scale, mean, inverse)
+        return _scaled(tensors[0], scale, shift)
 
     @staticmethod
     def backward(ctx: Any, along: torch.Tensor) -> Any:
         x, averaging, membership, weight, bias, scale, mean, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted, of everything
-            inputs = (x, weight, bias)
             again = group_norm_from_moments(x, averaging, membership, weight, bias, ctx.eps)
-            return _spread(torch.autograd.grad(again, inputs, along, create_graph=True))
+            wanted = [tensor if tensor.requires_grad else None for tensor in (x, weight, bias)]
+            inputs = [tensor for tensor in wanted if tensor is not None]
+            found = iter(torch.autograd.grad(again, inputs, along, create_graph=True))
+            return _spread([None if tensor is None else next(found) for tensor in wanted])
         sums = along.flatten(2).sum(2)
         products = (along * x).flatten(2).sum(2)
         towards = products - (mean @ membership.T) * sums
@@ -126,9 +120,9 @@ class _GroupNorm(torch.autograd.Function):
         to_mean = -(scale * sums) @ membership - 2 * mean * to_variance
         count = x[0, 0].numel()
         constant, linear = (to_mean @ averaging.T) / count, (to_variance @ averaging.T) * (2 / count)
-        found = _scaled(x, linear, constant)
-        found.addcmul_(along, scale.view(*scale.shape, *[1] * (x.ndim - 2)))
-        return _spread((found, ((inverse @ membership.T) * towards).sum(0), sums.sum(0)))
+        by_x = _scaled(x, linear, constant)
+        by_x.addcmul_(along, scale.view(*scale.shape, *[1] * (x.ndim - 2)))
+        return _spread((by_x, ((inverse @ membership.T) * towards).sum(0), sums.sum(0)))
 
 
 def _spread(found: Any) -> Any:
