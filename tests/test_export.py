@@ -27,8 +27,8 @@ import gfprune_cli
 from gfprune_cli.checkpoint import shards
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 from gfprune_cli.deploy import onnx as onnx_model
-from gfprune_cli.deploy import plan
 from gfprune_cli.deploy import safetensors as weights
+from gfprune_cli.deploy.format import DTYPES
 from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
@@ -42,7 +42,7 @@ JSON_KEYS = {
     "shards", "bytes", "parity", "seconds",
 }  # fmt: skip
 NEEDS_ONNX = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES["onnx"]),
+    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES),
     reason="the extra onnx is not installed",
 )
 
@@ -597,7 +597,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
     from gfprune_cli.deploy.parity import TOLERANCES
 
     names = set(get_args(get_type_hints(ExportRecipe)["dtype"]))
-    assert names == set(TOLERANCES) == set(plan.DTYPES)
+    assert names == set(TOLERANCES) == set(DTYPES)
 
 
 @pytest.mark.slow
