@@ -80,7 +80,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic is the same with fewer draws and repeats."""
     monkeypatch.setattr(pruning_loop, "REFIT_SAMPLES", 16)
     monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 16)
-    monkeypatch.setattr(pruning_run.Run.loss, "__defaults__", (64,))
+    monkeypatch.setattr(pruning_run.PruneJob.loss, "__defaults__", (64,))
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 64)
     monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
     monkeypatch.setattr(evaluation_run, "REPEATS", 5)
