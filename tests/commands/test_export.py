@@ -605,7 +605,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
 def test_the_examples_of_the_documentation_run_as_written(tmp_path: Path) -> None:
     """The commands, then a sampling loop per format; only the single file may use gfprune."""
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
     for script in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
