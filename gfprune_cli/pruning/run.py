@@ -24,11 +24,12 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.conditions import Condition, call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.finite import NotFinite
 from gfprune_cli.data.measure import Network, denoising_loss, one_sample
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
-from gfprune_cli.flow.loop import PruningLoop, RefitResult, scoring_losses
+from gfprune_cli.flow.loop import PruningLoop, RefitResult, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
@@ -234,8 +235,14 @@ class Run:
         dense = self.load()
         draws, reports = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
-        losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
-        return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
+        count = self.recipe.draws
+        losses = scoring_losses(masked, self.process, draws, 1, count, SCORE_CHUNK, self.report)
+        try:
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
+        except NotFinite:
+            look_for_timesteps(masked, self.process, draws, 1, count, SCORE_CHUNK)
+            raise
+        return Scored(masked, reports, scores)
 
     def loop(
         self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder

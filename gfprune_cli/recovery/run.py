@@ -17,13 +17,14 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.conditions import call
 from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.draws import Draws
+from gfprune_cli.data.finite import ZERO_SNR, zero_levels
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.data.measure import REPORT_DRAWS, denoising_loss
 from gfprune_cli.device import default_precision
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.memory import offload
 from gfprune_cli.processes import Processes
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.pruning.structure import inputs_of
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -159,10 +160,13 @@ class Run:
         return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
-        """The dense row of the sample grids; None for latents, which are no pictures."""
+        """The dense row of the sample grids; None for latents, or where none can be drawn."""
         config: Any = teacher.config
         pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
         if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
+            return None
+        if self.process.steps - 1 in zero_levels(self.process):
+            notice(self.report, f"no grids of samples are drawn: {ZERO_SNR}")
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
