@@ -13,7 +13,7 @@ import torch
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.flow.mask import plain_norms
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning import Run, make_plan
+from gfprune_cli.pruning.command import Run, make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import select

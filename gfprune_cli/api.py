@@ -4,24 +4,24 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.analysis import analyze
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.single_file import SUFFIX, load_single_file
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.deploy import ExportResult
-from gfprune_cli.deploy import export as run_export
-from gfprune_cli.evaluation import EvalResult
-from gfprune_cli.evaluation import evaluate as run_evaluation
+from gfprune_cli.deploy.command import ExportResult
+from gfprune_cli.deploy.command import export as run_export
+from gfprune_cli.evaluation.command import EvalResult
+from gfprune_cli.evaluation.command import evaluate as run_evaluation
 from gfprune_cli.progress import Report, silent
-from gfprune_cli.pruning import PruneResult
-from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.pruning.analyze import analyze
+from gfprune_cli.pruning.command import PruneResult
+from gfprune_cli.pruning.command import prune as run_recipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.recovery import FinetuneResult
-from gfprune_cli.recovery import finetune as run_finetune
+from gfprune_cli.recovery.command import FinetuneResult
+from gfprune_cli.recovery.command import finetune as run_finetune
 
 if TYPE_CHECKING:
     import torch

@@ -23,11 +23,11 @@ import gfprune_cli
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.mask import MaskedModel, full_masks
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import Budget, CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import keep_all
 from gfprune_cli.structure.removal import remove

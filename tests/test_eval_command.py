@@ -23,11 +23,11 @@ from conftest import QUICK, Gfprune
 from PIL import Image
 
 import gfprune_cli
-from gfprune_cli.checkpoint.durable import write_tensors
-from gfprune_cli.checkpoint.locks import exclusive
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.evaluation import EvalResult
-from gfprune_cli.evaluation import evaluate as run_evaluation
+from gfprune_cli.evaluation.command import EvalResult
+from gfprune_cli.evaluation.command import evaluate as run_evaluation
+from gfprune_cli.outputs.durable import write_tensors
+from gfprune_cli.outputs.locks import exclusive
 from gfprune_cli.progress import Event
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
@@ -468,7 +468,7 @@ def test_latent_pipelines_are_compared_in_latents(pipeline_folder: Path, tmp_pat
 
 def test_samples_that_are_not_finite_stop_the_run(pipeline_folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(
-        "gfprune_cli.evaluation.run.call", lambda network, x, timesteps, labels: x * float("nan")
+        "gfprune_cli.evaluation.job.call", lambda network, x, timesteps, labels: x * float("nan")
     )
     with pytest.raises(GfpruneError, match="not finite"):
         evaluate(pipeline_folder, seed=77)
@@ -514,7 +514,7 @@ def test_samples_survive_a_report_that_cannot_be_written(pruned: Path, tmp_path:
 
 
 def test_lack_of_memory_draws_a_chunk_in_parts(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gfprune_cli.evaluation import run
+    from gfprune_cli.evaluation import job as run
 
     whole = evaluate(pruned, no_latency=True)
     draw = run.draw

@@ -13,13 +13,13 @@ from pipelines import FAMILIES, conditional_unet, filled
 
 import gfprune_cli
 from gfprune_cli.errors import UsageError
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.pruning.verify import masked_by, masked_outcome, noisy, relative_gap
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import select
 from gfprune_cli.structure.native import native_allocation
 from gfprune_cli.structure.removal import remove_native
-from gfprune_cli.structure.verify import masked_by, masked_outcome, noisy, relative_gap
 
 SIMPLE = dict(
     down_block_types=("SimpleCrossAttnDownBlock2D", "DownBlock2D"),

@@ -14,12 +14,12 @@ from conftest import TINY
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import gfprune_cli
-from gfprune_cli.data.diffusion import noising_process
-from gfprune_cli.data.finite import zero_levels
-from gfprune_cli.data.variance import VariancePreserving
+from gfprune_cli.diffusion.finite import zero_levels
+from gfprune_cli.diffusion.schedulers import noising_process
+from gfprune_cli.diffusion.variance import VariancePreserving
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.evaluation import run as evaluation_run
-from gfprune_cli.recovery import run as recovery_run
+from gfprune_cli.evaluation import job as evaluation_run
+from gfprune_cli.recovery import job as recovery_run
 
 LEVELS = 16  # of the schedule: stratified draws meet every one of them
 BRIEF: dict[str, Any] = dict(images=8, sample_steps=2)
@@ -67,7 +67,7 @@ def test_training_names_the_timestep_of_the_dense_model(
     fourier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the learning rate. The reported losses are over one draw, which does not meet timestep 0."""
-    from gfprune_cli.pruning import run as pruning_run
+    from gfprune_cli.pruning import job as pruning_run
 
     monkeypatch.setattr(pruning_run.Run.loss, "__defaults__", (1,))
     monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 1)

@@ -24,9 +24,9 @@ from torch import nn
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.budget import FLOORS, allocate
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.native import native_allocation

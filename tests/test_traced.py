@@ -17,15 +17,15 @@ from torch import nn
 import gfprune_cli
 from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure import verify
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.pruning import verify
+from gfprune_cli.pruning.verify import check_removal, half_of, masked_by, masked_outcome, noisy
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
 from gfprune_cli.structure.tracing import first_output
-from gfprune_cli.structure.verify import check_removal, half_of, masked_by, masked_outcome, noisy
 
 EXACT = 1e-9
 

@@ -26,10 +26,10 @@ from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import COUNTED, Budget, CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove

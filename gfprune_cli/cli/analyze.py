@@ -62,9 +62,9 @@ def analyze(
     Reads only configuration and safetensors headers, unless --sensitivity is given.
     """
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
-        from gfprune_cli.analysis import analyze as run
         from gfprune_cli.cli.tables import analysis_text
         from gfprune_cli.errors import UsageError
+        from gfprune_cli.pruning.analyze import analyze as run
 
         if budget not in ("both", "params", "macs"):
             raise UsageError(f"--budget {budget!r}: use both, params or macs")
@@ -89,7 +89,7 @@ def analyze(
             report=session.report,
         )
         if html is not None:
-            from gfprune_cli.report.analysis_page import render
+            from gfprune_cli.pages.analysis_page import render
 
             write_page(html, render(found.document()))
             session.note(f"wrote {html}")

@@ -18,8 +18,8 @@ from gfprune_cli.cli.options import (
 )
 from gfprune_cli.cli.pages import check_page, write_page
 from gfprune_cli.cli.session import Session
-from gfprune_cli.launch import main_process
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.runtime.launch import main_process
 
 
 @with_recipe_options(EvalRecipe)
@@ -49,11 +49,11 @@ def evaluate(
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import eval_table
         from gfprune_cli.errors import GateMissed, UsageError
-        from gfprune_cli.evaluation import EvalResult, continues
-        from gfprune_cli.evaluation import evaluate as run
+        from gfprune_cli.evaluation.command import EvalResult, continues
+        from gfprune_cli.evaluation.command import evaluate as run
+        from gfprune_cli.pages.evaluation_page import markdown as as_markdown
+        from gfprune_cli.pages.evaluation_page import render
         from gfprune_cli.recipes.options import resolve_recipe
-        from gfprune_cli.report.evaluation_page import markdown as as_markdown
-        from gfprune_cli.report.evaluation_page import render
 
         recipe = resolve_recipe(EvalRecipe, config, flags)
         beside = html or markdown or save_stats

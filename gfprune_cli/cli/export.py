@@ -36,7 +36,7 @@ def export(
     """
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import export_table
-        from gfprune_cli.deploy import export as run
+        from gfprune_cli.deploy.command import export as run
         from gfprune_cli.recipes.options import resolve_recipe
 
         recipe = resolve_recipe(ExportRecipe, config, flags)

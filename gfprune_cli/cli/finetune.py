@@ -58,7 +58,7 @@ def finetune(
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import finetune_table
         from gfprune_cli.recipes.options import resolve_recipe
-        from gfprune_cli.recovery import finetune as run
+        from gfprune_cli.recovery.command import finetune as run
 
         recipe = resolve_recipe(FinetuneRecipe, config, flags)
         result = run(

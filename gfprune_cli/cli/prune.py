@@ -41,7 +41,7 @@ def prune(
     """
     with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
         from gfprune_cli.cli.tables import prune_table
-        from gfprune_cli.pruning import prune as run
+        from gfprune_cli.pruning.command import prune as run
         from gfprune_cli.recipes.options import resolve_recipe
 
         recipe = resolve_recipe(PruneRecipe, config, flags)

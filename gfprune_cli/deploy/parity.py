@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import generator
 from gfprune_cli.deploy.recorded import RecordedNetwork
 from gfprune_cli.deploy.signature import MASK, TIME_FACTORS, TIMESTEP, Signature, larger, signature_of
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.errors import GateMissed, GfpruneError
 from gfprune_cli.progress import Event, Report
 

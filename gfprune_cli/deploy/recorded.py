@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import Component
-from gfprune_cli.data.passed import passed_inputs
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.inputs.unknown_classes import passed_inputs
 from gfprune_cli.progress import Report
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.deploy.recorded import RecordedNetwork
-from gfprune_cli.structure.examples import Sizes, example_inputs
+from gfprune_cli.inputs.examples import Sizes, example_inputs
 
 TIMESTEP = "timestep"
 MASK = "encoder_attention_mask"

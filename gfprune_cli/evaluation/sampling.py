@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfprune_cli.data.diffusion import (
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import cause, refuse_zero_snr, zero_levels
+from gfprune_cli.diffusion.schedulers import (
     Denoiser,
     NoisingProcess,
     Reconstruction,
@@ -21,13 +23,11 @@ from gfprune_cli.data.diffusion import (
     mean_part,
     per_sample,
 )
-from gfprune_cli.data.draws import generator
-from gfprune_cli.data.finite import cause, refuse_zero_snr, zero_levels
-from gfprune_cli.data.variance import Limits
-from gfprune_cli.device import Precision
+from gfprune_cli.diffusion.variance import Limits
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.recipes.evaluate import Spacing
+from gfprune_cli.runtime.device import Precision
 
 LEADING = "sample with --timestep-spacing leading"
 QUAD_SHARE = 0.8  # of the schedule, as in the DDIM code

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gfprune_cli.data.draws import generator
-from gfprune_cli.data.finite import NotFinite
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.recipes.prune import CriterionName

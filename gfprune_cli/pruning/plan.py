@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.checkpoint.reader import (
-    Component,
-    inspect,
-)
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.pruning.structure import find_units
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import allocate

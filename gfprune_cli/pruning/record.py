@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from gfprune_cli.checkpoint.state import run_digest
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools
+from gfprune_cli.outputs.state import run_digest
+from gfprune_cli.pruning.job import JUDGE_DRAWS, Run
 from gfprune_cli.pruning.plan import sparsity_of
-from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
-from gfprune_cli.pruning.run import JUDGE_DRAWS, Outcome, Run
+from gfprune_cli.pruning.state import Outcome
 
 
 def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
