@@ -22,8 +22,8 @@ from gfprune_cli.flow.energy import Loss, Way, exact_product, finite_difference_
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning.command import make_plan
 from gfprune_cli.pruning.job import SCORE_CHUNK
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import Precision, deterministic
 

@@ -39,7 +39,7 @@ from gfprune_cli.flow.energy import gradient
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning.command import make_plan
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
 
 SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]

@@ -69,7 +69,7 @@ def test_training_names_the_timestep_of_the_dense_model(
     """Not the learning rate. The reported losses are over one draw, which does not meet timestep 0."""
     from gfprune_cli.pruning import job as pruning_run
 
-    monkeypatch.setattr(pruning_run.Run.loss, "__defaults__", (1,))
+    monkeypatch.setattr(pruning_run.PruneJob.loss, "__defaults__", (1,))
     monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 1)
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 1)
     pruned = gfprune_cli.prune(str(fourier), out=tmp_path / "out", **PRUNE | dict(criterion="magnitude"))

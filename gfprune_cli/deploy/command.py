@@ -1,45 +1,22 @@
 """`export`: from a checkpoint to an artefact that runs without gfprune, verified before it is published."""
 
 import time
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
 
 from gfprune_cli.checkpoint.single_file import check_file_destination
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.deploy.job import ExportRun
-from gfprune_cli.deploy.parity import Parity
+from gfprune_cli.deploy.job import ExportJob
 from gfprune_cli.deploy.plan import check_settings, default_output
 from gfprune_cli.deploy.result import ExportResult
-from gfprune_cli.outputs.durable import check_destination, check_space, refuse_overlaps
-from gfprune_cli.outputs.locks import claimed
+from gfprune_cli.outputs.claim import claim
+from gfprune_cli.outputs.durable import check_destination, check_space
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.recipes.export import ExportRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import deterministic
 
-__all__ = ["ExportResult", "Parity", "export"]
 
-
-def export(
-    recipe: ExportRecipe,
-    *,
-    out: Path | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    report: Report = silent,
-) -> ExportResult:
+def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -> ExportResult:
     """Export the denoiser of a checkpoint, dense or pruned.
-
-    Args:
-        recipe: what to do; decides the bytes of the output.
-        out: destination folder (with `single_file`: file); by default named after model and settings.
-        force: replace a destination that gfprune wrote.
-        dry_run: say what would be written; nothing is written and no weights are read.
-        offline: never use the network.
-
-    Returns:
-        Files, sizes and the error against the source.
 
     Raises:
         UsageError: wrong settings, or an optional library is missing. GateMissed: the error is above the
@@ -47,32 +24,23 @@ def export(
     """
     start = time.monotonic()
     check_settings(recipe)
-    destination = Path(out).expanduser() if out is not None else default_output(recipe)
-    check = partial(check_out, recipe, destination, force=force)
-    with nullcontext() if dry_run else claimed(destination, check):
+    destination = options.out or default_output(recipe)
+    check = check_file_destination if recipe.single_file else check_destination
+    with claim(destination, options, check=check) as output:
         source = resolve(
             recipe.model,
             revision=recipe.revision,
             variant=recipe.variant,
-            offline=offline,
-            config_only=dry_run,
+            offline=options.offline,
+            config_only=options.dry_run,
             report=report,
         )
-        run = ExportRun(
-            recipe, source, destination, report, weights_required=not dry_run or source.kind != "hub"
-        )
-        if dry_run:
-            return run.planned(time.monotonic() - start)
-        refuse_overlaps(destination, {"--model": source.folder})
-        check_space(destination, run.needed)
+        required = not options.dry_run or source.kind != "hub"
+        job = ExportJob(recipe, source, destination, report, weights_required=required)
+        if options.dry_run:
+            return job.planned(time.monotonic() - start)
+        output.refuse_inputs({"--model": source.folder})
+        check_space(destination, job.needed)
         with deterministic():
-            artefact, files, parity = run.single_file(force) if recipe.single_file else run.folder(force)
-    return run.result(artefact, files, parity, time.monotonic() - start)
-
-
-def check_out(recipe: ExportRecipe, destination: Path, *, force: bool) -> None:
-    """Refuse, before any work, a destination that cannot be written or is not ours to replace."""
-    if recipe.single_file:
-        check_file_destination(destination, force=force)
-    else:
-        check_destination(destination, force=force)
+            made = job.single_file(options.force) if recipe.single_file else job.folder(options.force)
+    return job.result(*made, time.monotonic() - start)

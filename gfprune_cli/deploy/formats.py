@@ -18,8 +18,8 @@ from gfprune_cli.deploy import torch_export as torch_program
 from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.plan import DTYPES, opset_of, shard_limit, variant_of
-from gfprune_cli.deploy.recorded import with_inputs
 from gfprune_cli.deploy.signature import Signature, workable
+from gfprune_cli.inputs.unknown_classes import with_inputs
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.export import ExportRecipe
 

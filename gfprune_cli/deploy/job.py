@@ -24,7 +24,7 @@ from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.export import ExportRecipe
 
 
-class ExportRun:
+class ExportJob:
     """One export: what it works on, and its steps.
 
     Args:
@@ -70,19 +70,19 @@ class ExportRun:
     ) -> ExportResult:
         shards = len(files) if self.recipe.format == "safetensors" else None
         return ExportResult(
-            self.recipe.model,
-            output,
-            self.component.name,
-            self.component.class_name,
-            self.recipe.format,
-            self.recipe.dtype,
-            opset_of(self.recipe),
-            shards,
-            sum(files.values()),
-            files,
-            inputs,
-            parity,
-            round(seconds, 3),
+            model=self.recipe.model,
+            output=output,
+            component=self.component.name,
+            class_name=self.component.class_name,
+            format=self.recipe.format,
+            dtype=self.recipe.dtype,
+            opset=opset_of(self.recipe),
+            shards=shards,
+            bytes=sum(files.values()),
+            files=files,
+            inputs=inputs,
+            parity=parity,
+            seconds=round(seconds, 3),
         )
 
     def folder(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:

@@ -8,7 +8,7 @@ from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 from gfprune_cli.deploy.parity import Parity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportResult:
     """What an export run did; `document()` is the JSON of the command.
 

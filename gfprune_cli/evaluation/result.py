@@ -22,7 +22,7 @@ class Gate:
     passed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """What an evaluation found; `document()` is the JSON of the command, `grid` PNG pairs for the page."""
 

@@ -9,8 +9,8 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.diffusion.conditions import keywords
+from gfprune_cli.families.table import is_known
 from gfprune_cli.inputs.conditioning import asked_of, recorded
-from gfprune_cli.inputs.examples import EXAMPLES
 from gfprune_cli.inputs.recording import PipelineOptions
 from gfprune_cli.progress import Report
 
@@ -26,11 +26,6 @@ class Passed:
 
     inputs: dict[str, Any]
     time_factor: float
-
-
-def is_known(model: nn.Module) -> bool:
-    """Whether the inputs of a network follow from its configuration."""
-    return any(cls.__name__ in EXAMPLES for cls in type(model).__mro__)
 
 
 def passed_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> Passed | None:
@@ -59,3 +54,31 @@ def pipeline_inputs(network: nn.Module, component: Component, report: Report) ->
     """What `discover` needs to run a network: None where its class is known."""
     passed = passed_inputs(network, component, load_scheduler(component), report)
     return None if passed is None else passed.inputs
+
+
+class RecordedNetwork(nn.Module):
+    """A network with the inputs that its pipeline was seen to pass.
+
+    Args:
+        inputs: keyword arguments for one sample.
+        time_factor: what timesteps of the scheduler are multiplied by.
+    """
+
+    def __init__(self, network: Any, inputs: dict[str, Any], time_factor: float) -> None:
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.inputs, self.time_factor = inputs, time_factor
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the network returns."""
+        return self.network(**inputs)
+
+
+def with_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> nn.Module:
+    """`model`, or if its class is unknown and there is a pipeline around it, with inputs from there.
+
+    Raises:
+        GfpruneError: the pipeline cannot be run.
+    """
+    found = passed_inputs(model, component, scheduler, report)
+    return model if found is None else RecordedNetwork(model, found.inputs, found.time_factor)

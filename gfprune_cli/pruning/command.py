@@ -2,28 +2,23 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gfprune_cli.checkpoint.record import finished_record
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import write_checkpoint
-from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.cache import sweep_caches
-from gfprune_cli.outputs.durable import check_destination, is_output, refuse_overlaps
-from gfprune_cli.outputs.locks import claimed
-from gfprune_cli.outputs.state import StateFolder, not_finished, run_digest
+from gfprune_cli.outputs.claim import claim
+from gfprune_cli.outputs.state import not_finished, run_digest
 from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
-from gfprune_cli.pruning.job import Run
-from gfprune_cli.pruning.plan import Plan, make_plan, planned
+from gfprune_cli.pruning.job import PruneJob
+from gfprune_cli.pruning.plan import make_plan, planned
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import choose_device, deterministic
-
-__all__ = ["Plan", "PruneResult", "Run", "make_plan", "prune"]
 
 
 def default_output(recipe: PruneRecipe) -> Path:
@@ -33,32 +28,8 @@ def default_output(recipe: PruneRecipe) -> Path:
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
 
-def prune(
-    recipe: PruneRecipe,
-    *,
-    out: Path | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    device: str | None = None,
-    offload_teacher: bool = False,
-    report: Report = silent,
-) -> PruneResult:
-    """Prune a checkpoint and write the result.
-
-    Args:
-        recipe: what to do; decides the bytes of the output.
-        out: destination folder; by default named after the model and the settings.
-        force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one; nothing to do if it finished.
-        dry_run: plan only; nothing is written and no weights are read.
-        offline: never use the network.
-        device: torch device; by default CUDA if there is one.
-        offload_teacher: keep the dense network in main memory while training on another device.
-
-    Returns:
-        The numbers before and after.
+def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> PruneResult:
+    """Prune a checkpoint and write the result; what is told to `recipe` decides its bytes.
 
     Raises:
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
@@ -66,61 +37,53 @@ def prune(
     """
     start = time.monotonic()
     report = clock = PhaseClock(report)
-    destination = Path(out).expanduser() if out is not None else default_output(recipe)
-    chosen = choose_device(device)
-    check = partial(check_destination, destination, force=force, resume=resume)
-    with nullcontext() if dry_run else claimed(destination, check):
+    destination = options.out or default_output(recipe)
+    device = choose_device(options.device)
+    with claim(destination, options) as output:
         source = resolve(
             recipe.model,
             revision=recipe.revision,
             variant=recipe.variant,
-            offline=offline,
-            config_only=dry_run,
+            offline=options.offline,
+            config_only=options.dry_run,
             report=report,
         )
-        plan = make_plan(source, recipe, report, weights_required=not dry_run or source.kind != "hub")
-        if dry_run:
+        plan = make_plan(source, recipe, report, weights_required=not options.dry_run or source.kind != "hub")
+        if options.dry_run:
             return planned(plan, recipe, time.monotonic() - start)
-        inputs = {"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts}
-        refuse_overlaps(destination, inputs)
-        run = Run(recipe, source, plan, chosen, report, offload_teacher=offload_teacher)
-        state = StateFolder(destination, run.identity())
-        if resume and not force and is_output(destination):
-            record = finished_run(run, destination)
+        output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
+        job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
+        state = output.state(job.identity())
+        if output.finished:
+            record = finished_run(job, destination)
             if not state.foreign():  # killed after the output was published
                 state.end()
-            return result_of(recipe, destination, record, start, clock)
-        if force and not resume:
-            state.clear()
-        if state.exists() and not resume:
-            raise UsageError(
-                f"an interrupted run left its state in {state.folder}: "
-                "continue it with --resume, or discard it with --force"
-            )
-        with deterministic():
-            model, outcome = run.execute(state)
-        record = make_record(run, model, outcome)
-        report(Event("write", text=f"writing {destination}"))
-        record = write_checkpoint(destination, model, plan.component, record, force=force)
-        state.end()
+        else:
+            output.prepare(state)
+            with deterministic():
+                model, outcome = job.execute(state)
+            report(Event("write", text=f"writing {destination}"))
+            record = make_record(job, model, outcome)
+            record = write_checkpoint(destination, model, plan.component, record, force=options.force)
+            state.end()
     return result_of(recipe, destination, record, start, clock)
 
 
-def finished_run(run: Run, destination: Path) -> dict[str, Any]:
+def finished_run(job: PruneJob, destination: Path) -> dict[str, Any]:
     """The record of an output that this run wrote before it was killed, or long ago.
 
     Raises:
         UsageError: another run did.
     """
-    record = finished_record(destination, run_digest(run.identity()))
+    record = finished_record(destination, run_digest(job.identity()))
     if record is None:
         raise not_finished(destination)
     if record["source"]["data"] is not None:  # the digest is of the settings, not of what --data holds
-        run.draws(run.load())
-        if record["source"]["data"] != run.data_fingerprint:
+        job.draws(job.load())
+        if record["source"]["data"] != job.data_fingerprint:
             raise not_finished(destination)
     sweep_caches()
-    notice(run.report, f"{destination} is finished: there is nothing left to do")
+    notice(job.report, f"{destination} is finished: there is nothing left to do")
     return record
 
 
@@ -128,21 +91,16 @@ def result_of(
     recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float, clock: PhaseClock
 ) -> PruneResult:
     """The numbers of a finished run; `start` and `clock` are this one's."""
+    shared = (
+        "component", "class_name", "sparsity", "params", "macs", "bytes", "loss", "scoring_gradients", "refit"
+    )  # fmt: skip
     return PruneResult(
-        recipe.model,
-        str(destination),
-        record["component"],
-        record["class_name"],
-        recipe.layout,
-        recipe.criterion,
-        recipe.seed,
-        record["sparsity"],
-        record["params"],
-        record["macs"],
-        record["bytes"],
-        record["loss"],
-        record["scoring_gradients"],
-        record["refit"],
-        round(time.monotonic() - start, 3),
-        clock.finish(),
+        model=recipe.model,
+        output=str(destination),
+        layout=recipe.layout,
+        criterion=recipe.criterion,
+        seed=recipe.seed,
+        seconds=round(time.monotonic() - start, 3),
+        seconds_by_phase=clock.finish(),
+        **{name: record[name] for name in shared},
     )

@@ -64,7 +64,7 @@ class Scored:
     scores: Mapping[str, torch.Tensor]
 
 
-class Run:
+class PruneJob:
     """One prune run: its inputs, and the steps from dense to pruned network."""
 
     def __init__(

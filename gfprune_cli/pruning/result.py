@@ -7,7 +7,7 @@ from typing import Any
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneResult:
     """What a prune run did; `document()` is the JSON of the command."""
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, load_model
-from gfprune_cli.inputs.unknown_classes import is_known, pipeline_inputs
+from gfprune_cli.families.table import is_known
+from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Report
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover

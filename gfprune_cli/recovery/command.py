@@ -3,8 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from gfprune_cli.checkpoint.component import Component
@@ -14,140 +12,108 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
 from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.cache import sweep_caches
-from gfprune_cli.outputs.durable import check_destination, is_output, refuse_overlaps
-from gfprune_cli.outputs.locks import claimed
-from gfprune_cli.outputs.state import StateFolder, not_finished, run_digest
+from gfprune_cli.outputs.claim import Claim, claim
+from gfprune_cli.outputs.state import not_finished, run_digest
 from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.job import Run, default_output
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.recovery.job import FinetuneJob, default_output
 from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_folder, make_tracker, sweep_logs
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
 from gfprune_cli.runtime.processes import Processes
 
-__all__ = ["FinetuneResult", "finetune"]
 
-
-def finetune(
-    recipe: FinetuneRecipe,
-    *,
-    out: Path | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    save_every: int = 100,
-    sample_every: int = 100,
-    logs: Path | None = None,
-    logger: str | None = None,
-    offline: bool = False,
-    device: str | None = None,
-    offload_teacher: bool = False,
-    report: Report = silent,
-) -> FinetuneResult:
+def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silent) -> FinetuneResult:
     """Train a pruned checkpoint, with the dense model as teacher, and write the result.
-
-    Args:
-        recipe: what to do; decides the bytes of the output.
-        out: destination folder; by default named after the model.
-        force: replace a destination that is not empty, and discard the state of an interrupted run.
-        resume: go on from the state of an interrupted run, if there is one; nothing to do if it finished.
-        dry_run: check the inputs only; nothing is written.
-        save_every, sample_every: steps between saved states, and between sample grids; 0 for none.
-        logs: folder of metrics and samples; by default `OUT-logs`.
-        logger: "tensorboard" or "trackio", if installed.
-        offline: never use the network.
-        device: torch device; by default CUDA if there is one.
-
-    Returns:
-        The numbers before and after.
 
     Raises:
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
-    destination = Path(out).expanduser() if out is not None else default_output(recipe)
-    folder = logs_folder(destination, Path(logs).expanduser() if logs is not None else None)
+    destination = options.out or default_output(recipe)
+    logs = logs_folder(destination, options.logs)
     check_recipe(recipe)
-    check_logger(logger)
-    processes = Processes.start(device)
+    check_logger(options.logger)
+    processes = Processes.start(options.device)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
-    check = partial(check_destination, destination, force=force, resume=resume)
-    if not processes.main and not dry_run:
-        check()  # refused by one, refused by all: none waits for another
-    with claimed(destination, check) if processes.main and not dry_run else nullcontext():
-        component, record = pruned_checkpoint(recipe, offline=offline, report=report)
-        teacher = find_teacher(component, record, recipe, offline=offline, report=report)
-        run = Run(recipe, component, record, teacher, processes, report, offload_teacher=offload_teacher)
-        if dry_run:
-            return summary(run, {}, None, None, time.monotonic() - start)
-        refuse_folders(destination, folder, recipe, component, teacher.component)
-        state = StateFolder(destination, run.identity())
-        if processes.told(resume and not force and is_output(destination)):
-            losses = finished_run(run, destination)
+    with claim(destination, options, main=processes.main) as output:
+        component, record = pruned_checkpoint(recipe, offline=options.offline, report=report)
+        teacher = find_teacher(component, record, recipe, offline=options.offline, report=report)
+        job = FinetuneJob(
+            recipe, component, record, teacher, processes, report, offload_teacher=options.offload_teacher
+        )
+        if options.dry_run:
+            return summary(job, {}, None, None, time.monotonic() - start)
+        refuse_folders(output, logs, recipe, component, teacher.component)
+        state = output.state(job.identity())
+        if processes.told(output.finished):
+            losses = finished_run(job, destination)
             if processes.main:
-                sweep_logs(folder)
+                sweep_logs(logs)
                 if not state.foreign():  # killed after the output was published
                     state.end()
-            return summary(run, losses, destination, folder, time.monotonic() - start)
+            return summary(job, losses, destination, logs, time.monotonic() - start)
         if processes.main:
-            prepare(state, folder, force=force, resume=resume)
+            output.prepare(state)
+            check_logs(logs, may_replace=options.force or state.begun())
         processes.wait()
-        tracker = make_tracker(logger, folder, destination.name) if processes.main else None
+        tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
         with deterministic():
-            model, losses = run.execute(
+            model, losses = job.execute(
                 state,
-                save_every=save_every,
-                sample_every=sample_every,
-                open_watch=(lambda done: Watch(folder, done, tracker)) if processes.main else None,
+                save_every=options.save_every,
+                sample_every=options.sample_every,
+                open_watch=(lambda done: Watch(logs, done, tracker)) if processes.main else None,
             )
         if processes.main:
             report(Event("write", text=f"writing {destination}"))
-            write_checkpoint(destination, model, component, run.make_record(losses), force=force)
+            write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
             state.end()
     processes.wait()
-    return summary(run, losses, destination, folder, time.monotonic() - start)
+    return summary(job, losses, destination, logs, time.monotonic() - start)
 
 
-def finished_run(run: Run, destination: Path) -> Mapping[str, float]:
+def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
     """The losses of an output that this run wrote before it was killed, or long ago.
 
     Raises:
         UsageError: another run did.
     """
-    record = finished_record(destination, run_digest(run.identity()))
+    record = finished_record(destination, run_digest(job.identity()))
     if record is None or not record.get("finetune"):
         raise not_finished(destination)
     entry = record["finetune"][-1]
     if entry["data"] is not None:  # the digest is of the settings, not of what --data holds
-        run.draws(run.place(load_model(run.teacher.component)))
-        if entry["data"] != run.fingerprint:
+        job.draws(job.place(load_model(job.teacher.component)))
+        if entry["data"] != job.fingerprint:
             raise not_finished(destination)
     sweep_caches()
-    notice(run.report, f"{destination} is finished: there is nothing left to do")
+    notice(job.report, f"{destination} is finished: there is nothing left to do")
     losses: Mapping[str, float] = entry["loss"]
     return losses
 
 
 def summary(
-    run: Run, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
+    job: FinetuneJob, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
 ) -> FinetuneResult:
     """The numbers of a run; no losses in a dry one."""
     return FinetuneResult(
-        run.recipe.model,
-        run.teacher.source.label,
-        str(output) if output else None,
-        str(logs) if logs else None,
-        run.component.name,
-        run.component.class_name,
-        sum(math.prod(info.shape) for info in run.component.tensors.values()),
-        run.recipe.steps,
-        run.processes.count,
-        run.recipe.seed,
-        {key: losses.get(key) for key in ("before", "after", "teacher")},
-        round(seconds, 3),
+        model=job.recipe.model,
+        teacher=job.teacher.source.label,
+        output=str(output) if output else None,
+        logs=str(logs) if logs else None,
+        component=job.component.name,
+        class_name=job.component.class_name,
+        params=sum(math.prod(info.shape) for info in job.component.tensors.values()),
+        steps=job.recipe.steps,
+        processes=job.processes.count,
+        seed=job.recipe.seed,
+        loss={key: losses.get(key) for key in ("before", "after", "teacher")},
+        seconds=round(seconds, 3),
     )
 
 
@@ -183,7 +149,7 @@ def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) 
 
 
 def refuse_folders(
-    destination: Path, logs: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
+    output: Claim, logs: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
 ) -> None:
     """Refuse an output that would replace an input, and logs that would lie in either.
 
@@ -197,21 +163,9 @@ def refuse_folders(
         "--data": data,
         "--prompts": recipe.prompts,
     }
-    refuse_overlaps(destination, inputs)
+    output.refuse_inputs(inputs)
     for flag, used in inputs.items():
         if used and logs.resolve().is_relative_to(Path(used).resolve()):
             raise UsageError(f"the logs {logs} would lie in {flag} {used}: name another folder with --logs")
-    if logs.resolve().is_relative_to(destination.resolve()):
+    if logs.resolve().is_relative_to(output.destination.resolve()):
         raise UsageError(f"--logs {logs} lies in --out, which appears only at the end: name another folder")
-
-
-def prepare(state: StateFolder, logs: Path, *, force: bool, resume: bool) -> None:
-    """Discard or refuse state and logs of an earlier run, unless it is to be continued."""
-    if force and not resume:
-        state.clear()
-    if state.exists() and not resume:
-        raise UsageError(
-            f"an interrupted run left its state in {state.folder}: "
-            "continue it with --resume, or discard it with --force"
-        )
-    check_logs(logs, may_replace=force or state.begun())

@@ -41,7 +41,7 @@ ALL_IMAGES = 10**7
 
 
 @dataclass
-class Run:
+class FinetuneJob:
     """The inputs of one run, checked.
 
     Args:

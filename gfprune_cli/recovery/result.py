@@ -7,7 +7,7 @@ from typing import Any
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What a finetune run did; `document()` is the JSON of the command.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
+from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.groups import select
 from gfprune_cli.structure.removal import cuts_of, empty, slice_state
 from gfprune_cli.structure.search import Allocation
@@ -41,7 +41,7 @@ class Stage:
 
 
 def native_allocation(
-    model: Any, cost: CostModel, sparsity: float, budget: Budget
+    model: Any, cost: CostModel, sparsity: float, budget: str
 ) -> tuple[Allocation, dict[str, Any]]:
     """The stock configuration nearest to the target.
 
@@ -59,8 +59,8 @@ def native_allocation(
         config, kept = next(((config, kept) for config, kept in tried if kept is not None), ({}, None))
         if kept is None:
             continue
-        shares: dict[Counted, float] = {
-            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED[budget]
+        shares: dict[str, float] = {
+            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in counted(budget)
         }
         achieved = min(shares.values())
         if not best.sparsities or abs(achieved - sparsity) < abs(best.sparsity - sparsity):
