@@ -100,6 +100,8 @@ class ImageRequest:
         if is_autoencoder(kind):
             if self.data is None and component.pipeline is None:
                 raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
+            if self.data is not None and self.options.size is None:
+                image_size(component, config)
             return
         process = noising_process(scheduler)
         if kind == "UNet2DModel" or component.pipeline is None:
