@@ -4,6 +4,7 @@ pytest tests/test_dry_run.py
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def interrupted(folder: Path) -> None:
 
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+NOT_UTF8 = os.fsdecode(b"caf\xe9")  # as old archives leave names
 ZERO_SNR = dict(rescale_betas_zero_snr=True, clip_sample=False, _class_name="DDIMScheduler")
 CASES = {
     "no sample size": Case("has no sample_size", 1, configured(UNET, sample_size=None)),
@@ -136,6 +138,7 @@ CASES = {
         "is not empty", 2, lambda folder: (folder.parent / "out" / "mine").mkdir(parents=True)
     ),
     "output is the input": Case("would replace --model", 2, flags=("--out", "model", "--force")),
+    "output that is no text": Case("not text in UTF-8", 2, flags=("--out", NOT_UTF8)),
     "interrupted run": Case("left its state", 2, interrupted),
 }
 
@@ -174,6 +177,18 @@ def test_the_dry_run_refuses_what_the_run_refuses(
     assert case.said in dry[0]
     assert dry == line("prune", "--model", model, *flags)
     assert dry[1] == case.code
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_in_a_folder_that_is_no_text(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipeline_folder, NOT_UTF8)
+    arguments = ("prune", "--model", NOT_UTF8, "--out", "out", *quick_flags())
+    dry = line(*arguments, "--dry-run")
+    assert "rename the folder" in dry[0]
+    assert dry == line(*arguments)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -142,8 +142,16 @@ def check_weights(component: Component, model: "nn.Module") -> None:
         model: from `build_meta`.
 
     Raises:
-        GfpruneError: a tensor is missing, unknown, of the wrong shape or not floating point.
+        GfpruneError: a tensor is missing, unknown, of the wrong shape or not floating point; or the files
+            lie where safetensors cannot read them.
     """
+    for path in component.weights:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GfpruneError(
+                f"{str(path)!a}: safetensors reads paths of UTF-8 text only: rename the folder"
+            ) from error
     if component.weights:
         stored = _stored_names(model, component)
         _check_tensors(model, component, stored)
