@@ -21,7 +21,8 @@ from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.outputs.durable import default_mode, staged, write_json
+from gfprune_cli.outputs.durable import staged, write_json
+from gfprune_cli.outputs.filesystem import give_default_mode
 
 COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the components that stay as they are
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|Extractor|Scheduler")  # classes that have no weights
@@ -67,7 +68,7 @@ def write_checkpoint(
         )
         for path in staging.rglob("*"):
             if path.is_file():
-                path.chmod(default_mode())
+                give_default_mode(path)
     return complete
 
 

@@ -49,10 +49,11 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
             report=report,
         )
         plan = make_plan(source, recipe, report, weights_required=not options.dry_run or source.kind != "hub")
-        if options.dry_run:
-            return planned(plan, recipe, time.monotonic() - start)
         output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
         job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
+        if options.dry_run:
+            output.refuse_state()
+            return planned(plan, recipe, time.monotonic() - start)
         state = output.state(job.identity())
         if output.finished:
             record = finished_run(job, destination)
