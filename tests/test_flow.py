@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from networks import build, structure
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.data.diffusion import VariancePreserving
 from gfprune_cli.data.draws import Draws, generator

@@ -11,7 +11,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.durable import write_json, write_tensors
 from gfprune_cli.checkpoint.layout import STEM
-from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
+from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 
 SHARD_BYTES = 10 * 10**9  # diffusers' own default
 

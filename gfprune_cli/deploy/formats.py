@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PrunedModel
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import PrunedModel
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.deploy import onnx_model, openvino_model, torch_program, weights
 from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced

@@ -210,7 +210,7 @@ def warm_up() -> None:
     matplotlib.figure.Figure().savefig(io.BytesIO(), format="svg")
     for name in (
         "cli.main", "pruning", "recovery", "recovery.teacher", "evaluation", "evaluation.cost", "deploy",
-        "checkpoint.modeling.gfprune_models_v1", "report.evaluation_page", "recipes.options", "cli.tables",
+        "checkpoint.modeling.gfprune_models_v2", "report.evaluation_page", "recipes.options", "cli.tables",
     ):  # fmt: skip
         importlib.import_module(f"gfprune_cli.{name}")
     for name in ("rich.console", "rich.markup", "pydantic.dataclasses"):
