@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfprune_cli.analysis import analyze
+from gfprune_cli.carrying import CarryResult
+from gfprune_cli.carrying import carry as run_carry
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.single_file import SUFFIX, load_single_file
 from gfprune_cli.checkpoint.source import resolve
@@ -15,6 +17,7 @@ from gfprune_cli.evaluation import evaluate as run_evaluation
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.pruning import PruneResult
 from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["analyze", "evaluate", "export", "finetune", "load", "prune"]
+__all__ = ["analyze", "carry", "evaluate", "export", "finetune", "load", "prune"]
 
 
 def prune(
@@ -234,6 +237,56 @@ def export(
         ExportRecipe, Path(config) if config is not None else None, {"model": model, **settings}
     )
     return run_export(
+        recipe,
+        out=Path(out) if out is not None else None,
+        force=force,
+        dry_run=dry_run,
+        offline=offline,
+        report=report,
+    )
+
+
+def carry(
+    adapter: str | PathLike[str] | None = None,
+    model: str | PathLike[str] | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    config: str | PathLike[str] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    report: Report = silent,
+    **settings: Any,
+) -> CarryResult:
+    """Make an adapter of the dense model fit the pruned one, as `gfprune carry` does.
+
+    Args:
+        adapter: a .safetensors file, or the folder that holds one (unless `config` names it).
+        model: the pruned model: a folder that `prune` or `finetune` wrote, or a Hub id.
+        out: destination folder; by default named after adapter and model.
+        config: a YAML recipe; `settings` override it.
+        force: replace a destination that gfprune wrote.
+        dry_run: count only.
+        offline: never use the network.
+        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
+        **settings: any field of `gfprune_cli.recipes.carry.CarryRecipe`, such as `dense="sd"`.
+
+    Returns:
+        What became of the adapter's layers; `.output` is the folder, `.document()` the command's JSON.
+
+    Raises:
+        UsageError: wrong settings, or the model was not pruned. GfpruneError: anything else, in one line.
+
+    Example:
+        >>> carry("style.safetensors", "sd-half", out="style-half").layers
+        {'total': 128, 'narrowed': 96, 'moved': 0, 'dropped': 0}
+    """
+    given = {
+        name: None if value is None else str(value)
+        for name, value in (("adapter", adapter), ("model", model))
+    }
+    recipe = resolve_recipe(CarryRecipe, Path(config) if config is not None else None, {**given, **settings})
+    return run_carry(
         recipe,
         out=Path(out) if out is not None else None,
         force=force,

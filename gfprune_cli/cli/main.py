@@ -6,6 +6,7 @@ import typer
 
 from gfprune_cli import __version__
 from gfprune_cli.cli.analyze import analyze
+from gfprune_cli.cli.carry import carry
 from gfprune_cli.cli.evaluate import evaluate
 from gfprune_cli.cli.export import export
 from gfprune_cli.cli.finetune import finetune
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (analyze, prune, finetune, export):
+for command in (analyze, prune, finetune, export, carry):
     app.command()(command)
 app.command("eval")(evaluate)
 

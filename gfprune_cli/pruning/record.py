@@ -5,10 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from gfprune_cli.checkpoint.correspondence import MAP
+from gfprune_cli.checkpoint.reader import build_meta
 from gfprune_cli.checkpoint.state import run_digest
 from gfprune_cli.pruning.plan import sparsity_of
 from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
 from gfprune_cli.pruning.run import JUDGE_DRAWS, Outcome, Run
+from gfprune_cli.structure.correspondence import correspondence
 
 
 def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
         "class_name": type(model).__name__,
         "component": plan.component.name,
         "kept": {name: indices.tolist() for name, indices in channels.items()},
+        MAP: correspondence(build_meta(plan.component), plan.groups, outcome.kept).document(),
         "sparsity": sparsity_of(plan.cost, widths, recipe),
         "params": {"before": plan.cost.params({}), "after": params},
         "macs": {"before": plan.cost.macs({}), "after": plan.cost.macs(widths)},
