@@ -11,7 +11,7 @@ from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning.structure import find_units
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.structure.correspondence import correspondence
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import gfprune_cli
 from gfprune_cli.cli.main import app
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.removal import remove
 
 Tensors = dict[str, torch.Tensor]

@@ -26,7 +26,9 @@ from safetensors import SafetensorError
 import gfprune_cli
 from gfprune_cli.checkpoint import shards
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
-from gfprune_cli.deploy import onnx_model, plan, weights
+from gfprune_cli.deploy import onnx as onnx_model
+from gfprune_cli.deploy import safetensors as weights
+from gfprune_cli.deploy.format import DTYPES
 from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
@@ -40,7 +42,7 @@ JSON_KEYS = {
     "shards", "bytes", "parity", "seconds",
 }  # fmt: skip
 NEEDS_ONNX = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES["onnx"]),
+    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES),
     reason="the extra onnx is not installed",
 )
 
@@ -521,7 +523,7 @@ def test_a_run_that_fails_leaves_nothing(
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     if when == "safetensors":
-        monkeypatch.setattr("gfprune_cli.checkpoint.durable.save_file", full)
+        monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
     if when == "graph":
         monkeypatch.setattr(Path, "write_bytes", full_too)
     error, words = (Interrupted, "stopped") if when == "stopped" else (GfpruneError, "no space left")
@@ -595,7 +597,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
     from gfprune_cli.deploy.parity import TOLERANCES
 
     names = set(get_args(get_type_hints(ExportRecipe)["dtype"]))
-    assert names == set(TOLERANCES) == set(plan.DTYPES)
+    assert names == set(TOLERANCES) == set(DTYPES)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning.run import JUDGE_DRAWS
-from gfprune_cli.recipes.prune import CriterionName
+from gfprune_cli.pruning.job import JUDGE_DRAWS
+from gfprune_cli.recipes.prune import CRITERIA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -384,7 +384,7 @@ def test_without_refit_and_recovery_the_weights_that_stay_are_the_dense_ones(
 
 def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path, tmp_path: Path) -> None:
     chosen = {}
-    for criterion in get_args(CriterionName):
+    for criterion in CRITERIA:
         result = gfprune_cli.prune(
             str(pipeline_folder), criterion=criterion, one_shot=True, out=tmp_path / criterion,
             **QUICK | {"refit": False, "recover": 0},
@@ -427,7 +427,7 @@ def test_a_full_disk_is_said_and_changes_nothing(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("gfprune_cli.checkpoint.durable.save_file", full)
+    monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
     with pytest.raises(GfpruneError, match="no space left"):
         gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()

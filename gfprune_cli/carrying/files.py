@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gfprune_cli.checkpoint.files import checked_file, parse_json, quoted, read_json, sha256_of, trusted_roots
+from gfprune_cli.checkpoint.files import checked_file, parse_json, quoted, read_json, trusted_roots
 from gfprune_cli.checkpoint.layout import PICKLES
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, read_header, read_metadata
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.digests import sha256_of
 
 SUFFIX = ".safetensors"
 NAMES = ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")  # that libraries give

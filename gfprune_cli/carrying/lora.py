@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from gfprune_cli.carrying.spelling import Tensors
 from gfprune_cli.carrying.target import Target, layer_sizes
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Layer, Stays
 from gfprune_cli.checkpoint.files import quoted
-from gfprune_cli.checkpoint.reader import Component
 from gfprune_cli.errors import GfpruneError
 
 LEAF = re.compile(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gfprune_cli.pruning.result import SCHEMA_VERSION
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Correspondence, read_correspondence
 from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.checkpoint.reader import Component, build_meta, inspect
+from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
 from gfprune_cli.checkpoint.source import Source, resolve, said_of
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report
-from gfprune_cli.pruning.structure import find_units
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.structure.blocks import LENGTHS
 from gfprune_cli.structure.correspondence import correspondence, kept_units
