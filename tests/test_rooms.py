@@ -17,7 +17,7 @@ ROOMS = (
     ("inputs",),
     ("structure", "data"),
     ("flow",),
-    ("recovery", "deploy", "evaluation"),
+    ("recovery", "deploy", "evaluation", "carrying"),
     ("pruning",),
     ("pages",),
     ("api",),
