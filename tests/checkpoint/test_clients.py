@@ -13,7 +13,7 @@ from pipelines import stable_diffusion_1
 import gfprune_cli
 from gfprune_cli.checkpoint import writer
 
-CALLS = Path(__file__).parent / "client_calls.py"
+CALLS = Path(__file__).parents[1] / "support" / "client_calls.py"
 
 
 @pytest.fixture(scope="module")
