@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from gfprune_cli.errors import in_words_of_the_caller
+
 
 @dataclass(frozen=True)
 class Event:
@@ -87,4 +89,4 @@ class PhaseClock:
 
 def notice(report: Report, text: str) -> None:
     """Tell the user one thing they should know, without stopping."""
-    report(Event("notice", text=text))
+    report(Event("notice", text=in_words_of_the_caller(text)))

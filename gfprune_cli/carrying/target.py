@@ -12,8 +12,8 @@ from gfprune_cli.checkpoint.correspondence import Correspondence, read_correspon
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, UsageError, named
 from gfprune_cli.progress import Report
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
@@ -97,18 +97,14 @@ class Target:
         Raises:
             GfpruneError: it is not there, or has other weights than those that were pruned.
         """
-        label = self.recipe.dense or self.record.dense_label("--dense")
-        revision = None if self.recipe.dense else self.record.source.commit
-        try:
+        with named(model="dense", teacher="dense"):
             source = resolve(
-                label,
-                revision=revision,
+                self.recipe.dense or self.record.dense_label(),
+                revision=None if self.recipe.dense else self.record.source.commit,
                 variant=self.record.variant,
                 offline=self.offline,
                 report=self.report,
             )
-        except UsageError as error:
-            raise said_of(error, "--dense") from error
         return inspect(source, component=self.record.component or None, variant=self.record.variant)
 
 

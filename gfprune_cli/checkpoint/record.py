@@ -57,11 +57,8 @@ class Record:
         variant = settings.get("variant") if isinstance(settings, dict) else None
         return variant if isinstance(variant, str) else None
 
-    def dense_label(self, flag: str = "--teacher") -> str:
+    def dense_label(self) -> str:
         """Where the dense model is. A folder that is gone is never looked for on the Hub.
-
-        Args:
-            flag: that names another place, for the message.
 
         Raises:
             GfpruneError: it is not there.
@@ -71,7 +68,7 @@ class Record:
         if self.source.kind == "local" and not os.path.isdir(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
-                f"name it with {flag}"
+                "name it with --teacher"
             )
         return "demo" if self.source.kind == "demo" else label
 

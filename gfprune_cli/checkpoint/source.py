@@ -120,9 +120,3 @@ def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
             "DiffusionPipeline.from_single_file(...).save_pretrained(...)"
         )
     return Source(label, folder, kind, None)
-
-
-def said_of(error: GfpruneError, flag: str) -> GfpruneError:
-    """What `resolve` raised about `--model`, in terms of the flag that named the checkpoint."""
-    text = str(error).replace("--model", flag, 1).replace("--revision", f"{flag}-revision", 1)
-    return type(error)(text)

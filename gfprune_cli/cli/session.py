@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from gfprune_cli.cli.signals import Signals
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, flags
 from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
 from gfprune_cli.runtime.launch import main_process
@@ -33,6 +33,7 @@ class Session:
     def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
         self.signals = Signals()
+        self.words = flags()
         self.bar: Any = None
         self.phase, self.shown = "", -1
         self.warnings, self.warned = warnings.catch_warnings(), set[str]()
@@ -41,6 +42,7 @@ class Session:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
+        self.words.__enter__()
         self.signals.listen()
         self.warnings.__enter__()
         quiet_libraries()
@@ -152,6 +154,15 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.end(kind, error, trace)
+        finally:
+            self.words.__exit__(None, None, None)
+
+    def end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say what went wrong, and end the process with its code."""
         self.signals.close()
         self.close_bar()
         self.warnings.__exit__(kind, error, trace)

@@ -14,11 +14,11 @@ from gfprune_cli.checkpoint.layout import is_autoencoder, stock_name
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, read_record
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.data.calibration import image_size, training_process
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
@@ -110,7 +110,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
         UsageError: the two networks do not denoise the same thing.
     """
     if recipe.reference is not None:
-        try:
+        with named(model="reference", revision="reference_revision", variant="reference_variant"):
             source = resolve(
                 recipe.reference,
                 revision=recipe.reference_revision,
@@ -118,10 +118,6 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
                 offline=offline,
                 report=report,
             )
-        except Interrupted:
-            raise
-        except GfpruneError as error:
-            raise said_of(error, "--reference") from error
         pipeline = (source.folder / "model_index.json").exists()
         name = model.component.name if pipeline and model.component.name else None
         component = inspect(source, component=name, variant=recipe.reference_variant)
@@ -153,13 +149,14 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
         record = read_record(root)
         if record is None:
             raise NoReference(f"{model.label} has no {RECORD} that names a dense model it was pruned from")
-        source = resolve(
-            record.dense_label(),
-            revision=record.source.commit,
-            variant=record.variant,
-            offline=offline,
-            report=report,
-        )
+        with named(teacher="reference", model="reference"):
+            source = resolve(
+                record.dense_label(),
+                revision=record.source.commit,
+                variant=record.variant,
+                offline=offline,
+                report=report,
+            )
         component = inspect(source, component=model.component.name or None, variant=record.variant)
         found = Subject(record.source.label, source, component)
     except Interrupted:
@@ -167,7 +164,7 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
     except GfpruneError as error:
         if failing_disk(error):
             raise
-        raise NoReference(str(error).replace("--teacher", "--reference")) from error
+        raise NoReference(str(error)) from error
     if source.kind != record.source.kind or found.hashes != record.source.weights:
         raise NoReference(f"the weights of {found.label} are not those that {root / RECORD} names")
     return found

@@ -12,8 +12,8 @@ from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import build_meta, inspect, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.scheduler import load_scheduler
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
@@ -55,12 +55,13 @@ def find_teacher(
     revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
     variant = recipe.variant or (None if recipe.teacher else record.variant)
     try:
-        source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
+        with named(model="teacher", revision="teacher_revision"):
+            source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
     except Interrupted:
         raise
     except GfpruneError as error:
         if recipe.teacher is not None or (isinstance(error, UsageError) and revision):
-            raise said_of(error, "--teacher") from error
+            raise
         raise GfpruneError(
             f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
             f"({error}): name it with --teacher"
