@@ -79,7 +79,7 @@ def environment_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def words_of_the_command_line() -> Iterator[None]:
-    """Messages are tested as the command line shows them; `test_errors.py` has those of the Python functions."""
+    """Messages are tested as the command line shows them; `test_errors.py` has those of Python."""
     from gfprune_cli.errors import flags
 
     with flags():
