@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from pipelines import COMPONENTS, FAMILIES
+from pipelines import COMPONENTS, FAMILIES, conditional_unet
 from safetensors import safe_open
 from torch import nn
 
@@ -254,9 +254,47 @@ def test_options_that_a_pipeline_does_not_have_are_refused(
     assert word in refused(UsageError, folder(family), COMPONENTS[family], PipelineOptions(**options))
 
 
+def as_pipeline(root: Path, target: Path, class_name: str, **changes: Any) -> Path:
+    """A copy of a pipeline that says it is of another class, its U-Net changed."""
+    shutil.copytree(root, target)
+    index = json.loads((target / "model_index.json").read_text())
+    (target / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))
+    if changes:
+        conditional_unet(**changes).save_pretrained(target / "unet")
+    return target
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_pipeline_that_changes_images_is_run_as_the_one_that_draws_them(
+    class_name: str, folder: Folder, tmp_path: Path
+) -> None:
+    """Its network is the same: checkpoints are published under either name."""
+    plain, _, _ = recording_of(folder("stable-diffusion"), "stable-diffusion")
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name)
+    found, _, _ = recording_of(root, "stable-diffusion")
+    assert found.conditions.tensors.keys() == plain.conditions.tensors.keys()
+    for name, tensor in plain.conditions.tensors.items():
+        assert torch.equal(found.conditions.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "channels", "lacking"),
+    [
+        ("StableDiffusionInpaintPipeline", 9, "image and mask_image"),
+        ("StableDiffusionInstructPix2PixPipeline", 8, "image"),
+    ],
+)
+def test_a_network_that_needs_images_is_refused_by_what_it_needs(
+    class_name: str, channels: int, lacking: str, folder: Folder, tmp_path: Path
+) -> None:
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
+    message = refused(GfpruneError, root, "unet", PipelineOptions())
+    assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
+
+
 def test_a_size_that_the_pipeline_cannot_draw_is_one_line(folder: Folder) -> None:
-    message = refused(GfpruneError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
-    assert "StableDiffusionPipeline cannot be run" in message
+    message = refused(UsageError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
+    assert "--size: ValueError: `height` and `width` have to be divisible by 8" in message
 
 
 @pytest.mark.parametrize("damage", ["absent", "no weights", "foreign class", "foreign pipeline"])

@@ -16,6 +16,7 @@ EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel"}  # module files of earlier 
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 FAMILIES = "U-Nets and diffusion transformers of diffusers, AutoencoderKL, VQModel, and what it pruned itself"
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines do without
 PREFERRED = ("unet", "transformer")
 
 STEM = "diffusion_pytorch_model"

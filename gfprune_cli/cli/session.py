@@ -10,7 +10,9 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from gfprune_cli.cli.environment import broken_import, check_interpreter
 from gfprune_cli.cli.signals import Signals
+from gfprune_cli.cli.streams import ResultStream
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.launch import main_process
 from gfprune_cli.progress import Event
@@ -30,7 +32,7 @@ class Session:
 
     def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
-        self.signals = Signals()
+        self.signals, self.output = Signals(), ResultStream()
         self.bar: Any = None
         self.phase, self.shown = "", -1
         self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
@@ -39,7 +41,12 @@ class Session:
 
     def __enter__(self) -> Self:
         self.signals.listen()
+        self.output.divert()
         quiet_libraries()
+        try:
+            check_interpreter()
+        except GfpruneError as error:
+            self.__exit__(type(error), error, error.__traceback__)
         return self
 
     def report(self, event: Event) -> None:
@@ -111,6 +118,7 @@ class Session:
         self.close_bar()
         if not main_process():
             return
+        self.output.restore()
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
@@ -135,6 +143,7 @@ class Session:
     ) -> None:
         self.signals.close()
         self.close_bar()
+        self.output.restore()
         if error is None or isinstance(error, SystemExit):
             return
         if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
@@ -189,6 +198,8 @@ def one_line(error: BaseException) -> str:
         return f"out of device memory: {text}; use --device cpu"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # PyTorch's own, a RuntimeError
         return "out of memory: ask for a smaller --batch or fewer images, or use a machine with more"
+    if (broken := broken_import(error)) is not None:
+        return broken
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 

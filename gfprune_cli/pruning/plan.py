@@ -11,7 +11,7 @@ from gfprune_cli.checkpoint.reader import (
     inspect,
 )
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import check_pipeline
+from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
@@ -63,6 +63,8 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
+        if absent := absent_parts(component):
+            notice(report, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
     meta, groups, trace = find_units(component, report, width=recipe.prune_width, blocks=recipe.blocks)
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
