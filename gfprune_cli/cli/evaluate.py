@@ -18,7 +18,7 @@ from gfprune_cli.cli.options import (
 )
 from gfprune_cli.cli.pages import check_page, write_page
 from gfprune_cli.cli.session import Session
-from gfprune_cli.launch import main_process
+from gfprune_cli.launch import check_launcher, main_process
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 
@@ -46,7 +46,7 @@ def evaluate(
 
     Prints a Markdown report, or one JSON document with --json. Exits with 3 if a gate is missed.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline, check=check_launcher) as session:
         from gfprune_cli.cli.tables import eval_table
         from gfprune_cli.errors import GateMissed, UsageError
         from gfprune_cli.evaluation import EvalResult, continues

@@ -1,5 +1,6 @@
 """`gfprune export`."""
 
+from functools import partial
 from typing import Any
 
 from gfprune_cli.cli.options import (
@@ -14,6 +15,7 @@ from gfprune_cli.cli.options import (
     with_recipe_options,
 )
 from gfprune_cli.cli.session import Session
+from gfprune_cli.launch import check_alone
 from gfprune_cli.recipes.export import ExportRecipe
 
 
@@ -34,7 +36,8 @@ def export(
     Prints the path of the result, or one JSON document with --json. Exit code 3: the error is above
     --tolerance, and nothing was written.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
+    check = partial(check_alone, "export")
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline, check=check) as session:
         from gfprune_cli.cli.tables import export_table
         from gfprune_cli.deploy import export as run
         from gfprune_cli.recipes.options import resolve_recipe

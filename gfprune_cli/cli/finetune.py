@@ -20,6 +20,7 @@ from gfprune_cli.cli.options import (
     with_recipe_options,
 )  # fmt: skip
 from gfprune_cli.cli.session import Session
+from gfprune_cli.launch import check_launcher
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 
 
@@ -55,7 +56,7 @@ def finetune(
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline, check=check_launcher) as session:
         from gfprune_cli.cli.tables import finetune_table
         from gfprune_cli.recipes.options import resolve_recipe
         from gfprune_cli.recovery import finetune as run

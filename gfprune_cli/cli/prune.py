@@ -1,5 +1,6 @@
 """`gfprune prune`."""
 
+from functools import partial
 from typing import Any
 
 from gfprune_cli.cli.options import (
@@ -17,6 +18,7 @@ from gfprune_cli.cli.options import (
     with_recipe_options,
 )
 from gfprune_cli.cli.session import Session
+from gfprune_cli.launch import check_alone
 from gfprune_cli.recipes.prune import PruneRecipe
 
 
@@ -39,7 +41,8 @@ def prune(
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with Session(quiet=quiet, debug=debug, json=json, offline=offline) as session:
+    check = partial(check_alone, "prune")
+    with Session(quiet=quiet, debug=debug, json=json, offline=offline, check=check) as session:
         from gfprune_cli.cli.tables import prune_table
         from gfprune_cli.pruning import prune as run
         from gfprune_cli.recipes.options import resolve_recipe

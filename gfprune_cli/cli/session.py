@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -28,9 +29,13 @@ class Session:
         debug: tracebacks with errors.
         json: the result is a JSON document.
         offline: tell every library in this process to stay off the network.
+        check: refuses what the command cannot do in this environment, before anything heavy is imported.
     """
 
-    def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
+    def __init__(
+        self, *, quiet: bool, debug: bool, json: bool, offline: bool, check: Callable[[], None] | None = None
+    ) -> None:
+        self.check = check
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
         self.signals, self.output = Signals(), ResultStream()
         self.bar: Any = None
@@ -45,7 +50,11 @@ class Session:
         quiet_libraries()
         try:
             check_interpreter()
-        except GfpruneError as error:
+            if self.check is not None:
+                self.check()
+        except UsageError as error:
+            if not main_process():  # in peace: launchers stop the first process when another one fails
+                raise SystemExit(0) from None
             self.__exit__(type(error), error, error.__traceback__)
         return self
 

@@ -14,6 +14,7 @@ from gfprune_cli.deploy.plan import check_settings, default_output
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.run import ExportRun
 from gfprune_cli.device import deterministic
+from gfprune_cli.launch import check_alone
 from gfprune_cli.progress import Report, silent
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -46,6 +47,7 @@ def export(
         tolerance; nothing was written. GfpruneError: anything else that went wrong at run time.
     """
     start = time.monotonic()
+    check_alone("export")
     check_settings(recipe)
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     check = partial(check_out, recipe, destination, force=force)

@@ -35,8 +35,9 @@ from gfprune_cli.evaluation.quality import statistics_bytes
 from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
 from gfprune_cli.evaluation.sampling import draw, make_sampling, one_at_a_time
 from gfprune_cli.evaluation.store import SampleStore
+from gfprune_cli.launch import unused_settings
 from gfprune_cli.processes import Processes
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.pruning.result import SCHEMA_VERSION
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
@@ -78,6 +79,8 @@ def evaluate(
     """
     start = time.monotonic()
     processes = Processes.start(device)
+    for unused in unused_settings():
+        notice(report, unused)
     if out is not None:
         check_destination(out, force=force, resume=resume)
         check_samples(out)

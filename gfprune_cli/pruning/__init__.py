@@ -15,6 +15,7 @@ from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.data.cache import sweep_caches
 from gfprune_cli.device import choose_device, deterministic
 from gfprune_cli.errors import UsageError
+from gfprune_cli.launch import check_alone
 from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
 from gfprune_cli.pruning.plan import Plan, make_plan, planned
 from gfprune_cli.pruning.record import make_record
@@ -64,6 +65,7 @@ def prune(
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
+    check_alone("prune")
     report = clock = PhaseClock(report)
     destination = Path(out).expanduser() if out is not None else default_output(recipe)
     chosen = choose_device(device)

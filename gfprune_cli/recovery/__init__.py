@@ -17,6 +17,7 @@ from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
 from gfprune_cli.data.cache import sweep_caches
 from gfprune_cli.device import deterministic
 from gfprune_cli.errors import UsageError
+from gfprune_cli.launch import unused_settings
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -71,6 +72,8 @@ def finetune(
     check_recipe(recipe)
     check_logger(logger)
     processes = Processes.start(device)
+    for unused in unused_settings():
+        notice(report, unused)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
     check = partial(check_destination, destination, force=force, resume=resume)
