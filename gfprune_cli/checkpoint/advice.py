@@ -4,6 +4,7 @@ Nothing is loaded: names of files, and at most one header or record. Every sente
 today, with methods that exist.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SINGLE_FILE = (
     "load it with from_single_file of its pipeline's class (StableDiffusionPipeline.from_single_file, "
     "StableDiffusionXLPipeline.from_single_file, ...), then save_pretrained, and give that folder"
 )
+SHARDED = "from_pretrained(..., use_safetensors=False) and save_pretrained of its class"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 STATE = (
     "the state of a training run, which does not say what network it is of: give what the script saved at "
     "its end, or load the state in the script and call save_pretrained of the network"
@@ -76,6 +79,10 @@ def pickle_hint(names: Sequence[str]) -> str:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if not pickles:
         return ""
+    if any(_SHARD.search(name) for name in pickles):  # which a plain from_pretrained does not find
+        return (
+            f", only {quoted(pickles[0])}, and gfprune reads no pickle: convert the component with {SHARDED}"
+        )
     return f", only {quoted(pickles[0])}, and gfprune reads no pickle: convert it with {CONVERSION}"
 
 

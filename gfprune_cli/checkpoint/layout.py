@@ -224,6 +224,7 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
     wanted = (
         f"{STEM}.safetensors.index{middle}.json",
         f"{STEM}{middle}.safetensors.index.json",
+        f"{STEM}.safetensors{middle}.index.json",  # of early diffusers with shards
         f"{STEM}{middle}.safetensors",
     )
     for name in wanted:
@@ -231,10 +232,10 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
             return name
     parsed = [found for found in map(weights_variant, sorted(names)) if found and found[0] == STEM]
     variants = list(dict.fromkeys(found[1] for found in parsed))
-    if variant and None in variants:
+    if variant and None in variants and variant not in variants:
         choice = "".join(f", or pass --variant {name}" for name in variants if name)
         raise UsageError(f"{where} has no {variant!r} weights: drop --variant{choice}")
-    if variants and variants != [variant]:
+    if variants and variant not in variants:
         raise UsageError(f"{where} has no {wanted[-1]}: pass --variant {_list(variants)}")
     if parsed:
         raise GfpruneError(

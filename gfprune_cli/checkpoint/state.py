@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from gfprune_cli.checkpoint.durable import (
     free_space_error,
@@ -24,6 +23,7 @@ from gfprune_cli.checkpoint.durable import (
 from gfprune_cli.checkpoint.files import read_json, sha256_of, trusted_roots
 from gfprune_cli.checkpoint.locks import discard, state_folder
 from gfprune_cli.checkpoint.record import RECORD_BYTES
+from gfprune_cli.checkpoint.tensor_files import load_tensors
 from gfprune_cli.errors import GfpruneError, UsageError
 
 KEPT_STATES = 2
@@ -77,7 +77,7 @@ class StateFolder:
                 numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
                 intact = numbers["sha256"] == sha256_of(state / "state.safetensors")
                 identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
-                tensors = load_file(state / "state.safetensors") if intact else {}
+                tensors = load_tensors(state / "state.safetensors") if intact else {}
             except (GfpruneError, OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
                 continue  # RuntimeError: PyTorch's own when a file cannot be mapped
             if not intact:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from gfprune_cli.checkpoint.durable import replacing, write_tensors
 from gfprune_cli.checkpoint.files import checked_file, sha256_of, trusted_roots
 from gfprune_cli.checkpoint.locks import sweep_folder
+from gfprune_cli.checkpoint.safetensors_header import read_metadata
+from gfprune_cli.checkpoint.tensor_files import load_tensors
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -54,9 +55,8 @@ def cached(
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     path = cache_room("calibration") / f"{digest}.safetensors"
     try:
-        with safe_open(path, framework="pt") as reader:
-            document = json.loads(reader.metadata()[DOCUMENT])
-            return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
+        document = json.loads(read_metadata(path)[DOCUMENT])
+        return load_tensors(path), document
     except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()

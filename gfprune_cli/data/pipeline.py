@@ -20,6 +20,7 @@ from gfprune_cli.checkpoint.layout import OPTIONAL, pipeline_components, weights
 from gfprune_cli.checkpoint.reader import Component, load_model
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.tensor_files import cannot_map
 from gfprune_cli.data.component_files import check_folder, check_size
 from gfprune_cli.errors import GfpruneError
 
@@ -191,8 +192,9 @@ def _load(
     except GfpruneError:
         raise
     except Exception as error:
+        remedy = "; copy the checkpoint to a disk that can map files into memory" * cannot_map(error)
         raise GfpruneError(
-            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
+            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}{remedy}"
         ) from error
     return _usable(loaded, device)
 
