@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from gfprune_cli.checkpoint import advice
-from gfprune_cli.checkpoint.layout import locate_all
+from gfprune_cli.checkpoint.layout import locate_all, pick_weights
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError, UsageError
 
@@ -25,7 +25,7 @@ def made(root: Path, *files: str, **texts: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     for name, text in texts.items():
-        path = root / name.replace("__", "/").replace("_json", ".json")
+        path = root / re.sub(r"(?<!-)__", "/", name).replace("_json", ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
@@ -69,6 +69,17 @@ def test_a_lora_is_merged_first(tmp_path: Path, name: str) -> None:
     assert "fuse_lora" in told(tmp_path)
     with pytest.raises(UsageError, match="fuse_lora"):
         resolve(str(tmp_path / name))
+
+
+def test_the_hubs_cache_is_answered_by_its_id(tmp_path: Path) -> None:
+    made(tmp_path, **{"models--google--tiny__snapshots__0123__config_json": NETWORK})
+    root = tmp_path / "models--google--tiny"
+    assert told(root).endswith(f"cache of one: give --model google/tiny, or {root / 'snapshots' / '0123'}")
+
+
+def test_weights_under_the_name_of_another_library_are_named() -> None:
+    with pytest.raises(GfpruneError, match=r"only 'model.safetensors': .* rename it to diffusion_"):
+        pick_weights(["config.json", "model.safetensors"], None, "unet")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])

@@ -22,7 +22,7 @@ from gfprune_cli.data.diffusion import Reconstruction
 from gfprune_cli.data.drawing import self_images
 from gfprune_cli.data.guidance import GuidedProcess
 from gfprune_cli.data.latents import pictures
-from gfprune_cli.data.pipeline import open_pipeline
+from gfprune_cli.data.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.data.recording import Recording, call_arguments, record
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, silent
@@ -290,6 +290,26 @@ def test_a_network_that_needs_images_is_refused_by_what_it_needs(
     root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
     message = refused(GfpruneError, root, "unet", PipelineOptions())
     assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
+
+
+def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, tmp_path: Path) -> None:
+    root = as_pipeline(
+        folder("stable-diffusion"), tmp_path / "copy", "StableDiffusionPipeline", sample_size=None
+    )
+    message = refused(UsageError, root, "unet", PipelineOptions())
+    assert "has no sample_size" in message
+    assert "--size" in message
+    assert answer(root, "unet", PipelineOptions(size="16")).images.shape[2:] == (8, 8)
+
+
+def test_a_refiner_is_no_pipeline_that_draws_from_noise(folder: Folder, tmp_path: Path) -> None:
+    """What its class alone can be told would be lost."""
+    root = as_pipeline(folder("sdxl"), tmp_path / "copy", "StableDiffusionXLImg2ImgPipeline")
+    component = component_of(root, "unet")
+    assert pipeline_class(component).__name__ == "StableDiffusionXLPipeline"
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "requires_aesthetics_score": True}))
+    assert pipeline_class(component_of(root, "unet")).__name__ == "StableDiffusionXLImg2ImgPipeline"
 
 
 def test_a_size_that_the_pipeline_cannot_draw_is_one_line(folder: Folder) -> None:

@@ -59,6 +59,8 @@ def instead_of_folder(root: Path, networks: Sequence[str], roots: tuple[Path, ..
     names = sorted(entry.name for entry in root.iterdir())
     if (root / RECORD).is_file() and (found := _own_output(root, roots)):
         return found
+    if found := _of_the_cache(root):
+        return found
     if networks:
         others = f", or {root / networks[1]}" if len(networks) > 1 else ""
         return f", but holds {' and '.join(networks[:4])}: give --model {root / networks[0]}{others}"
@@ -74,6 +76,15 @@ def instead_of_folder(root: Path, networks: Sequence[str], roots: tuple[Path, ..
     return pickle_hint(names)
 
 
+def _of_the_cache(root: Path) -> str:
+    """What to give for the folder that the Hub's client keeps a repository in; "" if it is none."""
+    owner, _, name = root.resolve().name.removeprefix("models--").partition("--")
+    snapshots = sorted(path for path in root.glob("snapshots/*") if path.is_dir())
+    if not snapshots or not root.resolve().name.startswith("models--"):
+        return ""
+    return f", but the Hub's cache of one: give --model {owner}/{name}, or {snapshots[-1]}"
+
+
 def pickle_hint(names: Sequence[str]) -> str:
     """That a folder holds pickles alone, if it does."""
     pickles = sorted(name for name in names if name.endswith(PICKLES))
@@ -84,6 +95,12 @@ def pickle_hint(names: Sequence[str]) -> str:
             f", only {quoted(pickles[0])}, and gfprune reads no pickle: convert the component with {SHARDED}"
         )
     return f", only {quoted(pickles[0])}, and gfprune reads no pickle: convert it with {CONVERSION}"
+
+
+def other_weights_hint(names: Sequence[str], wanted: str) -> str:
+    """That weights lie there under another name, if they do; `names` in order."""
+    others = [name for name in names if name.endswith(".safetensors")]
+    return f", only {quoted(others[0])}: if these are its weights, rename it to {wanted}" if others else ""
 
 
 def refuse_export(root: Path, roots: tuple[Path, ...]) -> None:

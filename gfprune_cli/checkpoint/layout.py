@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.advice import instead_of_folder, pickle_hint, refuse_export
+from gfprune_cli.checkpoint.advice import instead_of_folder, other_weights_hint, pickle_hint, refuse_export
 from gfprune_cli.checkpoint.files import quoted, read_config, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError, UsageError
 
@@ -241,7 +241,8 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
         raise GfpruneError(
             f"{where} has shards but no {wanted[0]}: the checkpoint is incomplete, fetch it again"
         )
-    raise GfpruneError(f"{where} has no {wanted[-1]}{pickle_hint(sorted(names))}")
+    hint = other_weights_hint(sorted(names), wanted[-1]) or pickle_hint(sorted(names))
+    raise GfpruneError(f"{where} has no {wanted[-1]}{hint}")
 
 
 def check_variant(variant: str | None) -> None:

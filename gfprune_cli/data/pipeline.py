@@ -113,7 +113,12 @@ def pipeline_class(component: Component) -> Any:
     whole = (component.config.get("out_channels") or channels) == channels  # no mask or image comes along
     if from_noise == found.__name__ or not whole or is_autoencoder(component.class_name):
         return found
-    return _pipeline_named(from_noise) or found
+    plain = _pipeline_named(from_noise)
+    if plain is None:
+        return found
+    known = inspect.signature(plain.__init__).parameters  # of the SDXL refiner not all
+    asked = {key for key, value in (component.pipeline or {}).items() if value is True}
+    return plain if asked <= known.keys() else found
 
 
 def _pipeline_named(name: str) -> Any:

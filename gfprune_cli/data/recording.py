@@ -199,7 +199,7 @@ def run(
     except GfpruneError:
         raise
     except Exception as error:  # another library's pipeline: anything
-        raise _not_run(pipeline, made, error) from error
+        raise _not_run(pipeline, observer.network, made, error) from error
     if not observer.calls:
         raise GfpruneError(
             f"{type(pipeline).__name__} never calls its {type(observer.network).__name__}:"
@@ -207,7 +207,7 @@ def run(
         )
 
 
-def _not_run(pipeline: Any, made: dict[str, Any], error: Exception) -> GfpruneError:
+def _not_run(pipeline: Any, network: Any, made: dict[str, Any], error: Exception) -> GfpruneError:
     """Why a pipeline failed: for want of images, for the size asked for, or for reasons of its own."""
     name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     lacking = [key for key in IMAGES if key in parameters]
@@ -216,6 +216,8 @@ def _not_run(pipeline: Any, made: dict[str, Any], error: Exception) -> GfpruneEr
             f"{name} cannot be run with a prompt alone: it takes {' and '.join(lacking)}, which gfprune does "
             f"not have ({first_line(error)})"
         )
+    if "height" in parameters and "height" not in made and network.config.get("sample_size", 0) is None:
+        return UsageError(f"the network's config.json has no sample_size ({name}): add it, or give --size")
     if "height" in made and "divisible" in str(error):
         return UsageError(f"--size: {first_line(error)}")
     return GfpruneError(f"{name} cannot be run: {first_line(error)}")
