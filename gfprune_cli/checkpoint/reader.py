@@ -7,68 +7,27 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, sha256_of, trusted_roots
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
 from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
-from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo
-from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
+from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.tensor_files import opened
 from gfprune_cli.checkpoint.tensor_names import has_adapter, stored_names, tied
 from gfprune_cli.checkpoint.weights import NoWeights, read_weights
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.digests import sha256_of
+from gfprune_cli.outputs.tensor_files import opened
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = [
-    "Component", "TensorInfo", "build_meta", "cast_model", "empty_weights", "inspect", "load_model",
-    "load_scheduler", "model_class", "scheduler_config_path", "sha256_of_weights",
-]  # fmt: skip
-
 BUFFER_BYTES = 4 << 30  # position tables that a config may ask for beside its weights
 BEFORE_QUANTIZATION = (
     "gfprune prunes floating-point weights, so start from the checkpoint before it was quantized"
 )
-
-
-@dataclass(frozen=True)
-class Component:
-    """A denoiser on disk, described without its weights.
-
-    Args:
-        folder: where its config.json and weights lie.
-        name: its name in the pipeline ("unet"), or "" for a bare model folder.
-        class_name: see `layout.is_denoiser`.
-        config: the parsed config.json.
-        weights: the safetensors files; empty if they were not required and are not there.
-        tensors: what the files' headers say, by tensor name as stored.
-        pipeline: the parsed model_index.json, None for a bare model folder.
-        root: the checkpoint's folder.
-    """
-
-    folder: Path
-    name: str
-    class_name: str
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-    tensors: dict[str, TensorInfo]
-    pipeline: dict[str, Any] | None
-    root: Path
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(path.stat().st_size for path in self.weights)
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether this is a network of non-uniform widths that gfprune wrote."""
-        return self.class_name.startswith(PRUNED)
 
 
 def inspect(
@@ -165,7 +124,7 @@ def model_class(class_name: str) -> Any:
         raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
     import diffusers
 
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     try:
         pruned = pruned_class(stock_name(class_name))
@@ -175,6 +134,37 @@ def model_class(class_name: str) -> Any:
             "is the installed version older than the checkpoint?"
         ) from None
     return pruned if class_name.startswith(PRUNED) else pruned.stock_class
+
+
+def check_weights(component: Component, model: "nn.Module") -> None:
+    """Compare the headers of the weight files with the class, as `load_model` does before it reads any.
+
+    Where there are no files, as for a Hub model of which only the configuration was fetched, there is nothing
+    to compare.
+
+    Args:
+        model: from `build_meta`.
+
+    Raises:
+        GfpruneError: a tensor is missing, unknown, of the wrong shape or not floating point; or the files
+            lie where safetensors cannot read them.
+    """
+    for path in component.weights:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GfpruneError(
+                f"{str(path)!a}: safetensors reads paths of UTF-8 text only: rename the folder"
+            ) from error
+    if component.weights:
+        stored = stored_names(model, component.tensors, component.weights)
+        _check_tensors(model, component, stored)
+        _check_buffers(component, sum(buffer.nbytes for buffer in _unsaved(model, stored)))
+
+
+def _unsaved(model: "nn.Module", stored: dict[str, str]) -> "list[torch.Tensor]":
+    """Tables that are computed and not read."""
+    return [buffer for name, buffer in model.named_buffers() if name not in stored]
 
 
 def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
@@ -196,11 +186,9 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     if not component.weights:
         raise GfpruneError(f"{component.folder} has no weights that gfprune can read")
     model = build_meta(component)
+    check_weights(component, model)
     stored = stored_names(model, component.tensors, component.weights)
-    _check_tensors(model, component, stored)
-    unsaved = [buffer for name, buffer in model.named_buffers() if name not in stored]
-    if unsaved:
-        _check_buffers(component, sum(buffer.nbytes for buffer in unsaved))
+    if _unsaved(model, stored):
         model = _build(component, empty_weights(dtype))
     model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
     return model.eval()
@@ -237,7 +225,8 @@ def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
 def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
     expected = model.state_dict()
-    if isinstance(settings := component.config.get("quantization_config"), dict):
+    settings = component.config.get("quantization_config")
+    if isinstance(settings, dict) and not component.is_pruned:  # where it tells diffusers what class to load
         method = quoted(settings.get("quant_method"))
         raise GfpruneError(f"{config} says that the weights are quantized ({method}): {BEFORE_QUANTIZATION}")
     for name, tensor in expected.items():

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -15,8 +16,9 @@ from gfprune_cli.cli.environment import broken_import, check_interpreter
 from gfprune_cli.cli.signals import Signals
 from gfprune_cli.cli.streams import ResultStream
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.launch import main_process
+from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
+from gfprune_cli.runtime.launch import main_process
 
 LINES_PER_PHASE = 10  # of progress, where there is no terminal to draw a bar on
 
@@ -40,6 +42,7 @@ class Session:
         self.signals, self.output = Signals(), ResultStream()
         self.bar: Any = None
         self.phase, self.shown = "", -1
+        self.warnings, self.warned = warnings.catch_warnings(), set[str]()
         self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,7 +50,9 @@ class Session:
     def __enter__(self) -> Self:
         self.signals.listen()
         self.output.divert()
+        self.warnings.__enter__()
         quiet_libraries()
+        self.show_warnings()
         try:
             check_interpreter()
             if self.check is not None:
@@ -57,6 +62,20 @@ class Session:
                 raise SystemExit(0) from None
             self.__exit__(type(error), error, error.__traceback__)
         return self
+
+    def show_warnings(self) -> None:
+        """What the file system cannot do is a notice, and said once."""
+        plain = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, WeakerWrites):
+                plain(message, category, *place, **more)
+            elif str(message) not in self.warned:
+                self.warned.add(str(message))
+                self.note(f"note: {message}")
+
+        warnings.simplefilter("always", WeakerWrites)
+        warnings.showwarning = show
 
     def report(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
@@ -131,7 +150,7 @@ class Session:
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
-                print(output, flush=True)
+                put(output)
         except BrokenPipeError:  # the reader has what it wanted
             silence(sys.stdout)
         except OSError as error:
@@ -153,6 +172,7 @@ class Session:
         self.signals.close()
         self.close_bar()
         self.output.restore()
+        self.warnings.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit):
             return
         if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
@@ -162,6 +182,15 @@ class Session:
         if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
             say(f"error: {one_line(error)}")
         raise SystemExit(exit_code(error)) from None
+
+
+def put(text: str) -> None:
+    """A line on stdout; in the bytes that the file system knows it by where stdout has no such characters."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+        sys.stdout.flush()
 
 
 def say(text: str) -> None:
@@ -214,8 +243,6 @@ def one_line(error: BaseException) -> str:
 
 def quiet_libraries() -> None:
     """Libraries log through their own channels; only warnings that name a problem may pass."""
-    import warnings
-
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|torch_pruning|huggingface_hub)\b")
     # diffusers reads it once, at import: no configuration can then switch remote code on
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")

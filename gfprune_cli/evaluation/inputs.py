@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.images import load_images, to_model_range
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.consistency import WINDOW
 from gfprune_cli.evaluation.inception import Extractor, Unavailable, find_extractor
 from gfprune_cli.evaluation.protocols import Settings, settings_of
 from gfprune_cli.evaluation.quality import is_statistics, read_statistics
 from gfprune_cli.evaluation.result import check_gates
+from gfprune_cli.evaluation.sampling import make_sampling
 from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
 from gfprune_cli.evaluation.task import Task, task_of
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
-from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.runtime.processes import Processes
 
 NOT_EMA = "google/ddpm-cifar10-32"
 
@@ -131,6 +132,7 @@ def gather(
         remarks.add(f"no reference: {reason}; name one with --reference to compare with")
     with processes.main_first():
         task = task_of(recipe, settings, model, processes.device, report)
+    make_sampling(settings, task.plain, model.scheduler, task.mu)  # refuses what cannot be sampled
     if task.reconstructs and task.given is not None:
         settings = replace(settings, samples=len(task.given.images))
     if recipe.no_latency:

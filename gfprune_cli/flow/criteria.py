@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gfprune_cli.data.draws import generator
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.blocks import inside
 from gfprune_cli.structure.groups import ChannelGroup
 
@@ -155,7 +154,7 @@ class Criterion:
     copies: int
 
 
-CRITERIA: dict[CriterionName, Criterion] = {
+CRITERIA: dict[str, Criterion] = {
     "gradient-flow": Criterion(gradient_flow, 6),
     "gradient-flow-abs": Criterion(gradient_flow_abs, 6),
     "taylor": Criterion(taylor, 4),
@@ -166,16 +165,16 @@ CRITERIA: dict[CriterionName, Criterion] = {
 }
 
 
-def score(criterion: CriterionName, evidence: Evidence) -> Masks:
+def score(criterion: str, evidence: Evidence) -> Masks:
     """Scores by group name, [units] float64 on the CPU.
 
     Raises:
-        GfpruneError: a score is not finite; names the group.
+        NotFinite: a score is not finite; names the group.
     """
     scores = CRITERIA[criterion].score(evidence)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
-            raise GfpruneError(
+            raise NotFinite(
                 f"the {criterion} scores of channel group {name} are not finite: "
                 "use --criterion magnitude, or check the checkpoint and --data"
             )

@@ -5,10 +5,13 @@ override them. The resolved recipe travels in the output's `gfprune.json`, and r
 the output.
 """
 
+import difflib
 import stat
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Le
 
@@ -19,11 +22,29 @@ VALUE_CHARACTERS = 4096  # of one value
 RecipeT = TypeVar("RecipeT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Help:
-    """What `--help` says of an option."""
+    """What `--help` says of an option; `of` holds what it says of it in single commands."""
 
     text: str
+    of: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The words that an option takes, where each stands for a row of a table.
+
+    Args:
+        known: those that the help names: told without importing the table.
+        table: "module:attribute"; whatever else has a row there serves, too.
+    """
+
+    known: tuple[str, ...]
+    table: str
+
+    def all(self) -> tuple[str, ...]:
+        module, _, attribute = self.table.partition(":")
+        return tuple(dict.fromkeys((*self.known, *getattr(import_module(module), attribute))))
 
 
 PromptsFile = Annotated[
@@ -41,10 +62,11 @@ GuidanceScale = Annotated[
 ]
 
 
-def option_help(recipe: type, name: str) -> str:
-    """What `--help` says of a recipe key."""
-    hints = get_type_hints(recipe, include_extras=True)
-    return next(part.text for part in hints[name].__metadata__ if isinstance(part, Help))
+def option_help(options: type, name: str, command: str = "") -> str:
+    """What `--help` says of an option."""
+    hints = get_type_hints(options, include_extras=True)
+    found = next(part for part in hints[name].__metadata__ if isinstance(part, Help))
+    return found.of.get(command, found.text)
 
 
 def option_names(recipe: Any) -> list[str]:
@@ -105,32 +127,75 @@ def shown(value: object) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: dict[str, Any]) -> RecipeT:
+def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: Mapping[str, Any]) -> RecipeT:
     """Defaults, then the recipe file, then the flags that were given (those that are not None).
 
     Raises:
         UsageError: an unknown key or a value out of range, named as the flag that sets it.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     given = {name: value for name, value in flags.items() if value is not None}
     values = (read_recipe(config) if config else {}) | given
+    unknown = next((key for key in values if key not in option_names(recipe)), None)
+    if unknown is not None:
+        where = "unknown setting" if unknown in given else f"--config {config}: unknown recipe key"
+        known = sorted(option_names(recipe))
+        raise UsageError(f"{where} {shown(unknown)}{meant(unknown, known)}; known keys: {', '.join(known)}")
+    return validated(
+        recipe, values, lambda name: flag(name) if name in given else f"--config {config}: {name}"
+    )
+
+
+def validated(options: type[RecipeT], values: Mapping[str, Any], named: Callable[[str], str]) -> RecipeT:
+    """The options with these values, each checked against its type and range.
+
+    Args:
+        named: how a message calls an option.
+
+    Raises:
+        UsageError: a value is missing or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(recipe).validate_python(values)
+        found = TypeAdapter(options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "recipe"
         if first["type"] in ("missing", "missing_argument"):
-            raise UsageError(f"{flag(name)} is missing: {option_help(recipe, name)}") from error
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            where = "unknown setting" if name in given else f"--config {config}: unknown recipe key"
-            raise UsageError(
-                f"{where} {shown(name)}; known keys: {', '.join(sorted(option_names(recipe)))}"
-            ) from error
-        where = flag(name) if name in given else f"--config {config}: {name}"
+            raise UsageError(f"{flag(name)} is missing: {option_help(options, name)}") from error
+        hint = meant(first["input"], choices_of(options, name))
         raise UsageError(
-            f"{where} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            f"{named(name)} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
         ) from error
+    for name, names in tables_of(options).items():
+        value = getattr(found, name)
+        if value not in names.known and value not in names.all():
+            one, last = names.known[:-1], names.known[-1]
+            words = f"{', '.join(map(repr, one))} or {last!r}"
+            hint = meant(value, names.known)
+            raise UsageError(f"{named(name)} {shown(value)}: input should be {words}{hint}")
+    return found
+
+
+def tables_of(options: type) -> dict[str, Names]:
+    """Option -> the words that it takes, where a table has them."""
+    hints = get_type_hints(options, include_extras=True)
+    parts = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: part for name, found in parts.items() for part in found if isinstance(part, Names)}
+
+
+def choices_of(options: type, name: str) -> tuple[str, ...]:
+    """The words that an option takes; none where it takes any, or numbers."""
+    names = tables_of(options).get(name)
+    kind = get_type_hints(options)[name]
+    parts = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+    return names.known if names else tuple(word for part in parts for word in get_args(part))
+
+
+def meant(given: object, choices: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: which one it resembles, if any."""
+    close = difflib.get_close_matches(str(given)[:80], list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flag(name: str) -> str:

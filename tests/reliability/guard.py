@@ -230,14 +230,15 @@ def warm(shared: Path) -> None:
 
     Without a backward pass: the threads that it starts do not survive a fork.
     """
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    tests = Path(__file__).parent.parent
+    sys.path[:0] = [str(tests), str(tests / "support")]
     import torch
     from conftest import TINY
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from pipelines import FAMILIES
 
     from gfprune_cli.api import analyze, prune
-    from gfprune_cli.data.pipeline import pipeline_class  # noqa: F401
+    from gfprune_cli.inputs.pipeline import pipeline_class  # noqa: F401
 
     torch.manual_seed(0)
     network = UNet2DModel(**TINY)

@@ -1,0 +1,54 @@
+"""The denoising loss of a network over fixed draws: the number that every command reports."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gfprune_cli.diffusion.conditions import Condition, inputs_of
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import lost_at
+from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.progress import Event, Report
+
+REPORT_DRAWS = 512  # noisy samples behind each reported loss
+CHUNK = 32
+REMEDY = "check the checkpoint and --data; what was trained needs a lower --learning-rate"
+Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+
+
+def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
+    """Keyword arguments of a network for one noisy sample, its branches included."""
+    batch = draws.batch("one sample", 0, 1)
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    inputs = inputs_of(noisy, process.timesteps(batch.index), batch.condition)
+    return {name: value for name, value in inputs.items() if name != "return_dict"}
+
+
+@torch.no_grad()
+def denoising_loss(
+    network: Network, process: NoisingProcess, draws: Draws, count: int, report: Report
+) -> float:
+    """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
+
+    Args:
+        network: (noisy images [N, ...], timesteps [N], their condition) -> output.
+        draws: where images and noise come from; equal draws at every call.
+
+    Raises:
+        GfpruneError: the loss is not finite; names the timesteps.
+    """
+    total, taken, levels = 0.0, [], []
+    for first in range(0, count, CHUNK):
+        report(Event("evaluate", first, count))
+        batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        output = network(noisy, process.timesteps(batch.index), batch.condition)
+        losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
+        total += float(losses.double().sum())
+        taken.append(losses)
+        levels.append(process.timesteps(batch.index))
+    if not math.isfinite(total):
+        raise lost_at("a reported loss", ~torch.cat(taken).isfinite(), torch.cat(levels), REMEDY)
+    return total / count

@@ -1,0 +1,68 @@
+"""The ledger that a search keeps says what the cost model counts, and searches end."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_blocks import random_network
+
+from gfprune_cli.structure.blocks import block_groups
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.ledger import Ledger
+from gfprune_cli.structure.search import Search
+
+BOTH: tuple[str, ...] = ("params", "macs")
+
+
+def cost_of(name: str) -> CostModel:
+    """Channels and blocks of a small network."""
+    network = random_network(name)
+    channels, trace = discover(network)
+    return CostModel(network, channels + block_groups(network), trace)
+
+
+@pytest.mark.parametrize("name", ["unet", "text-unet", "dit", "flux"])
+def test_savings_are_what_the_cost_model_counts_wherever_a_walk_has_led(name: str) -> None:
+    """Down and up again, through blocks that go and take their channels along."""
+    cost, choice = cost_of(name), random.Random(name)
+    ledger = Ledger(cost, BOTH, {})
+    for _ in range(40):
+        kept = ledger.kept()
+        assert ledger.totals.tolist() == [cost.total(kept, key) for key in BOTH]
+        steps = np.array([cost.groups[one].step for one in ledger.names])
+        steps *= np.array([choice.choice((1, -1)) if kept[one] else -1 for one in ledger.names])
+        steps = np.array(
+            [
+                -step if not 0 <= kept[one] - step <= cost.groups[one].channels else step
+                for one, step in zip(ledger.names, steps, strict=True)
+            ]
+        )
+        savings = ledger.savings(steps)
+        for number, one in enumerate(ledger.names):
+            gone_with = any(not kept[block] and one in ledger.contents[block] for block in ledger.blocks)
+            if gone_with or (cost.groups[one].stack and steps[number] < 0):
+                continue  # nothing to save; blocks do not come back
+            after = {**kept, one: kept[one] - int(steps[number])}
+            for inner in ledger.contents.get(one, ()):
+                after[inner] = cost.groups[inner].channels
+            for row, key in enumerate(BOTH):
+                assert savings[row, number] == cost.total(kept, key) - cost.total(after, key), (one, key)
+        movable = [
+            number
+            for number, one in enumerate(ledger.names)
+            if not any(not kept[block] and one in ledger.contents[block] for block in ledger.blocks)
+            and not (cost.groups[one].stack and (steps[number] < 0 or choice.random() < 0.8))
+            and kept[one] - steps[number] > 0
+        ]
+        number = choice.choice(movable)
+        ledger.move(ledger.names[number], int(steps[number]), savings[:, number])
+
+
+def test_a_search_ends_where_steps_save_nothing_that_has_a_price() -> None:
+    cost = cost_of("unet")
+    scores = {name: torch.ones(group.units) for name, group in cost.groups.items()}
+    search = Search(cost, scores, 0.5, BOTH, 1, 0.25)
+    found = search.landed({"params": -1.0, "macs": 0.5}, strict=True)
+    assert found.sparsity >= 0.5
