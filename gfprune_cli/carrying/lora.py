@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
 
 from gfprune_cli.carrying.spelling import Tensors
 from gfprune_cli.carrying.target import Target, layer_sizes
@@ -17,6 +16,7 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Layer, Stays
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.tensor_files import opened
 
 LEAF = re.compile(
     r"(?P<layer>.+)\.(?P<leaf>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
@@ -147,7 +147,7 @@ def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.
     name = f"{layer}.weight"
     if name not in component.tensors:
         raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
-    with safe_open(component.tensors[name].file, framework="pt") as reader:
+    with opened(component.tensors[name].file) as reader:
         weight = reader.get_tensor(name).float()
     product = up.float().flatten(1) @ down.float().flatten(1)
     lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)

@@ -49,6 +49,11 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
     if config.get("lambda_min_clipped") == float("-inf"):
         del config["lambda_min_clipped"]  # the multistep solvers' default, which diffusers writes out
     check_config(config, path)
+    if config.get("predict_epsilon") is False and "prediction_type" not in config:
+        raise GfpruneError(  # diffusers ignores the key since 0.13, and would take the images for noise
+            f'{path} is of an early diffusers: write "prediction_type": "sample" for its '
+            '"predict_epsilon": false'
+        )
     scheduler_class = _scheduler_class(path, config.get("_class_name"))
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if betas is not None and not (isinstance(betas, list) and len(betas) == steps):

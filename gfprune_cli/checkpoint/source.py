@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gfprune_cli.checkpoint.advice import instead_of_file
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -18,7 +19,10 @@ from gfprune_cli.progress import Event, Report, silent
 DEMO = Path(__file__).parent.parent / "demo"
 
 # how no repository of a model is called: a file that is not there is no Hub id
-NO_REPOSITORY = (".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json", ".onnx")
+NO_REPOSITORY = (
+    *(".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".msgpack", ".h5", ".npz"),
+    *(".json", ".yaml", ".yml", ".txt", ".onnx", ".pt2", ".xml", ".engine", ".zip", ".tar", ".gz"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -115,8 +119,5 @@ def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
             f"the demo checkpoint is missing from this installation ({folder}): reinstall gfprune"
         )
     if not folder.is_dir():
-        raise UsageError(
-            f"--model {folder} is a file, and gfprune reads diffusers folders: convert it with "
-            "DiffusionPipeline.from_single_file(...).save_pretrained(...)"
-        )
+        raise UsageError(f"--model {folder} {instead_of_file(folder)}")
     return Source(label, folder, kind, None)

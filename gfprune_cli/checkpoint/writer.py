@@ -14,7 +14,7 @@ from gfprune_cli.checkpoint.card import write_card
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.components import check_entries
 from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
-from gfprune_cli.checkpoint.layout import PRUNED, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.layout import OPTIONAL, PRUNED, pipeline_components, weights_variant
 from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import model_class
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
@@ -103,6 +103,12 @@ def check_pipeline(component: Component) -> None:
             )
 
 
+def absent_parts(component: Component) -> list[str]:
+    """Parts that model_index.json names, that are not there, and that pipelines do without."""
+    named = pipeline_components(component.pipeline or {})
+    return [name for name in OPTIONAL if name in named and not (component.root / name).is_dir()]
+
+
 def library_entry(model: nn.Module) -> list[str]:
     """What model_index.json says of the model: library or module file, and class."""
     if isinstance(model, modeling.PrunedModel):
@@ -115,6 +121,10 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
     assert component.pipeline is not None
     roots = trusted_roots(component.root)
     index = {**component.pipeline, name: entry}
+    for absent in absent_parts(component):  # what diffusers writes for a part that is not there
+        index[absent] = [None, None]
+    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
     for other, (library, class_name) in pipeline_components(component.pipeline).items():
         if other != name and (component.root / other).is_dir():
             copy_component(component.root / other, staging / other, variant_of(component), roots)

@@ -25,8 +25,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from gfprune_cli.data.dataset_names import check_dataset, looks_like_dataset, missing_offline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Event, Report, notice, silent
 
@@ -45,7 +46,6 @@ NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 # Chosen by content, not by name: left open, Pillow hands a PostScript file called `a.png` to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
-_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # What Pillow, zipfile and numpy raise on damaged bytes. MemoryError is not damage and passes through.
 _DAMAGE: _Errors = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError),
@@ -122,7 +122,7 @@ def _open(
             raise UsageError(
                 f"--data {source!r} is neither a folder nor an .npz file; for an image, give its folder"
             )
-    elif _DATASET_ID.fullmatch(source) and not source.lower().endswith(".npz"):
+    elif looks_like_dataset(source):
         frames, total = _dataset_frames(source, limit), limit
     else:
         raise UsageError(f"--data {source!r}: no such folder or .npz file, and not a dataset id (owner/name)")
@@ -196,6 +196,8 @@ def _subset(count: int, limit: int, seed: int) -> list[int]:
 
 def _reason(error: BaseException) -> str:
     """One line on a foreign error, without the query strings of URLs: those of storage hosts are signed."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the object that it read from
+        return f"empty, or no {', '.join(_FORMATS)} file"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", lines[0])
 
@@ -300,12 +302,15 @@ def _dataset_frames(source: str, limit: int) -> _Frames:
     except ImportError as error:
         hint = "no such folder or file; for a Hugging Face dataset, pip install gfprune[data]"
         raise UsageError(f"--data {source!r}: {hint}") from error
+    check_dataset(source)
     # Builders, HTTP clients and Arrow readers raise types of their own: every Exception is translated.
     try:
         stream = datasets.load_dataset(source, split="train", streaming=True)
     except GfpruneError:  # a signal may arrive in here
         raise
     except Exception as error:
+        if (absent := missing_offline(source)) is not None:
+            raise absent from error
         what = "no such folder or file, and no Hugging Face dataset with a train split could be opened"
         raise GfpruneError(f"--data {source!r}: {what} ({_reason(error)})") from error
     features = stream.features or {}

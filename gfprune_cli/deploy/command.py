@@ -13,6 +13,7 @@ from gfprune_cli.progress import Report, silent
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import check_alone
 
 
 def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -> ExportResult:
@@ -23,6 +24,7 @@ def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -
         tolerance; nothing was written. GfpruneError: anything else that went wrong at run time.
     """
     start = time.monotonic()
+    check_alone("export")
     check_settings(recipe)
     destination = options.out or default_output(recipe)
     check = check_file_destination if recipe.single_file else check_destination

@@ -32,10 +32,11 @@ from gfprune_cli.outputs.durable import (
 from gfprune_cli.outputs.locks import claimed, exclusive, lock_of, state_folder
 from gfprune_cli.outputs.samples import SampleStore
 from gfprune_cli.outputs.state import not_finished
-from gfprune_cli.progress import Report, silent
+from gfprune_cli.progress import Report, notice, silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import unused_settings
 from gfprune_cli.runtime.processes import Processes
 
 
@@ -59,6 +60,8 @@ def evaluate(
     """
     start = time.monotonic()
     processes = Processes.start(options.device)
+    for unused in unused_settings():
+        notice(report, unused)
     inputs = checked_inputs(recipe, options, processes, report)
     report, out = inputs.remarks.report, options.out
     store = sample_store(inputs, processes.device, out or written_beside(options))

@@ -6,6 +6,7 @@ Autoencoders come without weights where nothing is decoded: pipelines read their
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,17 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
+from gfprune_cli.checkpoint.layout import OPTIONAL, pipeline_components, weights_variant
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.component_files import check_folder, check_size
+from gfprune_cli.outputs.tensor_files import cannot_map
 
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
+LEFT_OUT = OPTIONAL  # they judge images, or read them
 AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
 
 def is_autoencoder(class_name: str) -> bool:
@@ -93,22 +96,44 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
 
 
 def pipeline_class(component: Component) -> Any:
-    """The diffusers class that model_index.json names."""
-    import diffusers
+    """The diffusers class that model_index.json names.
 
+    Where that one changes images and its network is one that draws from noise alone, the class that does.
+
+    Raises:
+        GfpruneError: it is no pipeline of diffusers.
+    """
     name = (component.pipeline or {}).get("_class_name")
-    with quiet():  # importing a pipeline imports what it may use of transformers
-        known = isinstance(name, str) and name.endswith("Pipeline")
-        found = getattr(diffusers, str(name), None) if known else None
-    if not (
-        isinstance(found, type)
-        and found.__module__.startswith("diffusers.pipelines.")
-        and issubclass(found, diffusers.DiffusionPipeline)
-    ):
+    found = _pipeline_named(name) if isinstance(name, str) else None
+    if found is None:
         raise GfpruneError(
             f"{component.root / 'model_index.json'} names {quoted(name)}, which is no pipeline of diffusers"
         )
-    return found
+    from_noise = CHANGES_IMAGES.sub("", found.__name__)
+    channels = component.config.get("in_channels")
+    whole = (component.config.get("out_channels") or channels) == channels  # no mask or image comes along
+    if from_noise == found.__name__ or not whole or is_autoencoder(component.class_name):
+        return found
+    plain = _pipeline_named(from_noise)
+    if plain is None:
+        return found
+    known = inspect.signature(plain.__init__).parameters  # of the SDXL refiner not all
+    asked = {key for key, value in (component.pipeline or {}).items() if value is True}
+    return plain if asked <= known.keys() else found
+
+
+def _pipeline_named(name: str) -> Any:
+    """A pipeline of diffusers; None for anything else."""
+    import diffusers
+
+    with quiet():  # importing a pipeline imports what it may use of transformers
+        found = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    known = (
+        isinstance(found, type)
+        and found.__module__.startswith("diffusers.pipelines.")
+        and issubclass(found, diffusers.DiffusionPipeline)
+    )
+    return found if known else None
 
 
 def _on_device(found: type, device: torch.device) -> Any:
@@ -173,8 +198,9 @@ def _load(
     except GfpruneError:
         raise
     except Exception as error:
+        remedy = "; copy the checkpoint to a disk that can map files into memory" * cannot_map(error)
         raise GfpruneError(
-            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
+            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}{remedy}"
         ) from error
     return _usable(loaded, device)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from gfprune_cli.outputs.durable import replacing, write_tensors
 from gfprune_cli.outputs.locks import sweep_folder
+from gfprune_cli.outputs.tensor_files import read_whole
 from gfprune_cli.progress import Report, notice
 
 DOCUMENT = "document"
@@ -53,9 +53,8 @@ def cached(
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     path = cache_room("calibration") / f"{digest}.safetensors"
     try:
-        with safe_open(path, framework="pt") as reader:
-            document = json.loads(reader.metadata()[DOCUMENT])
-            return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
+        found, metadata = read_whole(path)
+        return found, json.loads(metadata[DOCUMENT])
     except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()

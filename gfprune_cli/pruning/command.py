@@ -19,6 +19,7 @@ from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import choose_device, deterministic
+from gfprune_cli.runtime.launch import check_alone
 
 
 def default_output(recipe: PruneRecipe) -> Path:
@@ -36,6 +37,7 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
         Interrupted: raised by `report`; the state is durable by then.
     """
     start = time.monotonic()
+    check_alone("prune")
     report = clock = PhaseClock(report)
     destination = options.out or default_output(recipe)
     device = choose_device(options.device)

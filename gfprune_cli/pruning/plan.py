@@ -9,7 +9,7 @@ import torch
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import check_pipeline
+from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
@@ -60,6 +60,8 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
+        if absent := absent_parts(component):
+            notice(report, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
     width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
     meta, groups, trace = find_units(component, report, width=width, blocks=recipe.blocks)
     if recipe.layout == "native" and component.is_pruned:

@@ -22,6 +22,7 @@ from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_fold
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import unused_settings
 from gfprune_cli.runtime.processes import Processes
 
 
@@ -38,6 +39,8 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
     check_recipe(recipe)
     check_logger(options.logger)
     processes = Processes.start(options.device)
+    for unused in unused_settings():
+        notice(report, unused)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
     with claim(destination, options, main=processes.main) as output:

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from pipelines import COMPONENTS, FAMILIES
+from pipelines import COMPONENTS, FAMILIES, conditional_unet
 from safetensors import safe_open
 from torch import nn
 
@@ -24,7 +24,7 @@ from gfprune_cli.diffusion.guidance import GuidedProcess
 from gfprune_cli.diffusion.schedulers import Reconstruction
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.conditioning import as_recording, as_tensors
-from gfprune_cli.inputs.pipeline import open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.recording import Recording, call_arguments, record
 from gfprune_cli.progress import Event, silent
 
@@ -255,9 +255,67 @@ def test_options_that_a_pipeline_does_not_have_are_refused(
     assert word in refused(UsageError, folder(family), COMPONENTS[family], PipelineOptions(**options))
 
 
+def as_pipeline(root: Path, target: Path, class_name: str, **changes: Any) -> Path:
+    """A copy of a pipeline that says it is of another class, its U-Net changed."""
+    shutil.copytree(root, target)
+    index = json.loads((target / "model_index.json").read_text())
+    (target / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))
+    if changes:
+        conditional_unet(**changes).save_pretrained(target / "unet")
+    return target
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_pipeline_that_changes_images_is_run_as_the_one_that_draws_them(
+    class_name: str, folder: Folder, tmp_path: Path
+) -> None:
+    """Its network is the same: checkpoints are published under either name."""
+    plain, _, _ = recording_of(folder("stable-diffusion"), "stable-diffusion")
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name)
+    found, _, _ = recording_of(root, "stable-diffusion")
+    assert found.conditions.tensors.keys() == plain.conditions.tensors.keys()
+    for name, tensor in plain.conditions.tensors.items():
+        assert torch.equal(found.conditions.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "channels", "lacking"),
+    [
+        ("StableDiffusionInpaintPipeline", 9, "image and mask_image"),
+        ("StableDiffusionInstructPix2PixPipeline", 8, "image"),
+    ],
+)
+def test_a_network_that_needs_images_is_refused_by_what_it_needs(
+    class_name: str, channels: int, lacking: str, folder: Folder, tmp_path: Path
+) -> None:
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
+    message = refused(GfpruneError, root, "unet", PipelineOptions())
+    assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
+
+
+def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, tmp_path: Path) -> None:
+    root = as_pipeline(
+        folder("stable-diffusion"), tmp_path / "copy", "StableDiffusionPipeline", sample_size=None
+    )
+    message = refused(UsageError, root, "unet", PipelineOptions())
+    assert "has no sample_size" in message
+    assert "--size" in message
+    assert answer(root, "unet", PipelineOptions(size="16")).images.shape[2:] == (8, 8)
+
+
+def test_a_refiner_is_no_pipeline_that_draws_from_noise(folder: Folder, tmp_path: Path) -> None:
+    """What its class alone can be told would be lost."""
+    root = as_pipeline(folder("sdxl"), tmp_path / "copy", "StableDiffusionXLImg2ImgPipeline")
+    component = component_of(root, "unet")
+    assert pipeline_class(component).__name__ == "StableDiffusionXLPipeline"
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "requires_aesthetics_score": True}))
+    assert pipeline_class(component_of(root, "unet")).__name__ == "StableDiffusionXLImg2ImgPipeline"
+
+
 def test_a_size_that_the_pipeline_cannot_draw_is_one_line(folder: Folder) -> None:
-    message = refused(GfpruneError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
-    assert "StableDiffusionPipeline cannot be run" in message
+    message = refused(UsageError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
+    assert "--size: ValueError: `height` and `width` have to be divisible by 8" in message
 
 
 @pytest.mark.parametrize("damage", ["absent", "no weights", "foreign class", "foreign pipeline"])
