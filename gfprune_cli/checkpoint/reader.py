@@ -120,7 +120,7 @@ def model_class(class_name: str) -> Any:
         raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
     import diffusers
 
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     try:
         pruned = pruned_class(stock_name(class_name))

@@ -38,7 +38,8 @@ class Plan:
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
-    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.total({}, key) for key in BOTH}
+    names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
+    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.total({}, key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
     return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 

@@ -210,7 +210,7 @@ def warm_up() -> None:
     matplotlib.figure.Figure().savefig(io.BytesIO(), format="svg")
     for name in (
         "cli.main", "pruning.command", "recovery.command", "evaluation.command", "evaluation.latency",
-        "deploy.command", "checkpoint.modeling.gfprune_models_v1", "pages.evaluation_page", "cli.tables",
+        "deploy.command", "checkpoint.modeling.gfprune_models_v2", "pages.evaluation_page", "cli.tables",
     ):  # fmt: skip
         importlib.import_module(f"gfprune_cli.{name}")
     for name in ("rich.console", "rich.markup", "pydantic.dataclasses"):

@@ -1,0 +1,614 @@
+"""A diffusers model whose layers may each have their own width: the output of `gfprune prune`.
+
+This one file travels inside the checkpoint and needs only torch and diffusers:
+
+    DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
+
+`Pruned<Class>` exists for every model class of diffusers and is made when it is asked for. The stock network
+is built from the stock configuration, then the modules named in the configuration key `gfprune` are narrowed
+to the shapes written there:
+
+    {"out": 48, "in": 40}              a convolution or linear layer; "conv_groups" for a grouped convolution
+    {"out": 40}                        an embedding
+    {"groups": [5, 5, 5, 4]}           a group norm: channels in each of its groups
+    {"norm": 40}                       a layer norm or RMS norm: features
+    {"heads": 3, "kv_heads": 1}        an attention layer: heads left
+    {"rotary_heads": [0, 2, 3]}        beside "heads", where rotary angles differ by head: which ones are left
+    {"channels": [0, 3], "of": 4}      a patch embedding: channels of its position table that are left
+    {"parameter": [1, 40]}             a parameter or buffer of its own, named by its full name
+    {"attributes": {"inner_dim": 40}}  numbers that a module's forward reads
+    {"identity": true}                 a residual block that is skipped; or the names of what it hands on
+"""
+
+import functools
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
+from diffusers.utils import convert_unet_state_dict_to_peft
+from torch import nn
+
+STEM = "gfprune_models_v2"
+
+# What this process has defined so far: diffusers runs the file anew with each model that it loads.
+DEFINED = dict(vars(sys.modules[STEM])) if STEM in sys.modules else {}
+MADE: list[Any] = []  # classes
+
+# Read by the stock classes alone, which would load the weights that fit and make up the others: with this
+# key they stop before any weight is read, and say this.
+STOP = (
+    "gfprune (the network is not quantized but pruned, and its stock class cannot hold it: call "
+    "AutoModel.from_pretrained or DiffusionPipeline.from_pretrained, both with trust_remote_code=True)"
+)
+
+ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
+
+ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a tensor of a LoRA and its kin
+SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
+PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
+
+# What blocks with two streams return. Every other block returns its first argument.
+PAIRS = {
+    "FluxTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "FluxSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "JointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "CogVideoXBlock": ("hidden_states", "encoder_hidden_states"),
+}
+
+
+def group_norm_from_moments(
+    x: torch.Tensor,
+    averaging: torch.Tensor,
+    membership: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Group norm with free group sizes and channel weights, from per-channel moments.
+
+    Args:
+        x: [N, C, ...].
+        averaging: [C, G], the share of each channel in the statistics of each group; columns sum to 1.
+        membership: [C, G], 1 where the channel belongs to the group.
+        weight, bias: [C].
+    """
+    # autocast would take the products in half precision, where mean(x^2) - mean(x)^2 cancels
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale, shift = _scale_and_shift(x, averaging, membership, weight, bias, eps)[:2]
+        return _scaled(x, scale, shift)
+
+
+def _scale_and_shift(
+    x: torch.Tensor,
+    averaging: torch.Tensor,
+    membership: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scale, shift) [N, C] that normalise x, and (mean, 1 / deviation) [N, G] of its groups."""
+    flat = x.flatten(2)
+    mean = flat.mean(2)
+    square = flat.square().mean(2)
+    group_mean = mean @ averaging
+    group_variance = (square @ averaging - group_mean.square()).clamp_min(0)
+    inverse = torch.rsqrt(group_variance + eps)
+    scale = (inverse @ membership.T) * weight
+    return scale, bias - (group_mean @ membership.T) * scale, group_mean, inverse
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """scale * x + shift, channel by channel: [N, C] each."""
+    view = (*scale.shape, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.view(view), x, scale.view(view))
+
+
+class _GroupNorm(torch.autograd.Function):
+    """`group_norm_from_moments` with its derivative in closed form: half of the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        scale, shift, mean, inverse = _scale_and_shift(*given)
+        *tensors, ctx.eps = given
+        ctx.save_for_backward(*tensors, scale, mean, inverse)
+        return _scaled(tensors[0], scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, along: torch.Tensor) -> Any:
+        x, averaging, membership, weight, bias, scale, mean, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted, of everything
+            again = group_norm_from_moments(x, averaging, membership, weight, bias, ctx.eps)
+            wanted = [tensor if tensor.requires_grad else None for tensor in (x, weight, bias)]
+            inputs = [tensor for tensor in wanted if tensor is not None]
+            found = iter(torch.autograd.grad(again, inputs, along, create_graph=True))
+            return _spread([None if tensor is None else next(found) for tensor in wanted])
+        sums = along.flatten(2).sum(2)
+        products = (along * x).flatten(2).sum(2)
+        towards = products - (mean @ membership.T) * sums
+        to_variance = -0.5 * inverse**3 * ((weight * towards) @ membership)
+        to_mean = -(scale * sums) @ membership - 2 * mean * to_variance
+        count = x[0, 0].numel()
+        constant, linear = (to_mean @ averaging.T) / count, (to_variance @ averaging.T) * (2 / count)
+        by_x = _scaled(x, linear, constant)
+        by_x.addcmul_(along, scale.view(*scale.shape, *[1] * (x.ndim - 2)))
+        return _spread((by_x, ((inverse @ membership.T) * towards).sum(0), sums.sum(0)))
+
+
+def _spread(found: Any) -> Any:
+    """Derivatives by x, weight and bias, in the places of the arguments of `_GroupNorm`."""
+    by_x, by_weight, by_bias = found
+    return by_x, None, None, by_weight, by_bias, None
+
+
+class UnevenGroupNorm(nn.Module):
+    """Group norm whose groups differ in size. Statistics are taken in float32 or better.
+
+    A skip connection puts two tensors under one norm, and its groups may straddle the seam. When the
+    two sides lose different numbers of channels, no `nn.GroupNorm` computes the same function.
+    """
+
+    def __init__(self, group_sizes: list[int], eps: float, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.group_sizes = list(group_sizes)
+        self.num_channels = sum(group_sizes)
+        self.eps = eps
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self._matrices: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
+        if (device, dtype) not in self._matrices:
+            sizes = torch.tensor(self.group_sizes, device=device)
+            groups = torch.repeat_interleave(torch.arange(len(self.group_sizes), device=device), sizes)
+            membership = nn.functional.one_hot(groups, len(self.group_sizes)).to(dtype)
+            self._matrices[device, dtype] = membership / sizes, membership
+        return self._matrices[device, dtype]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        averaging, membership = self.matrices(x.device, dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        given = (x.to(dtype), averaging, membership, weight, bias, self.eps)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers fuse it better
+            return group_norm_from_moments(*given).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            normed: torch.Tensor = _GroupNorm.apply(*given)
+        return normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels} channels in {len(self.group_sizes)} groups, eps={self.eps}"
+
+
+def _narrow(tensor: torch.Tensor | None, *sizes: int) -> Any:
+    if tensor is None:
+        return None
+    narrow = tensor.detach()[tuple(slice(size) for size in sizes)].clone()
+    return nn.Parameter(narrow) if isinstance(tensor, nn.Parameter) else narrow
+
+
+class SkippedBlock(nn.Module):
+    """Stands where a residual block was, and hands on what it was given.
+
+    Args:
+        arguments: names of the block's arguments, in order.
+        returned: those it hands on; a single one is returned by itself.
+    """
+
+    def __init__(self, arguments: list[str], returned: tuple[str, ...]) -> None:
+        super().__init__()
+        self.arguments, self.returned = arguments, returned
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        given = dict(zip(self.arguments, inputs, strict=False)) | named
+        found = tuple(given.get(name) for name in self.returned)
+        return found if len(found) > 1 else found[0]
+
+
+def skipped(block: nn.Module, returned: Any) -> SkippedBlock:
+    """What takes the place of a block; `returned` is True or a list of argument names."""
+    arguments = list(inspect.signature(block.forward).parameters)
+    if returned is True:
+        returned = PAIRS.get(type(block).__name__, arguments[:1])
+    return SkippedBlock(arguments, tuple(returned))
+
+
+def resize_norm(model: nn.Module, name: str, module: Any, sizes: list[int]) -> None:
+    """A group norm whose groups have these sizes, even or not."""
+    weight, bias = _narrow(module.weight, sum(sizes)), _narrow(module.bias, sum(sizes))
+    norm: Any
+    if len(set(sizes)) > 1:
+        norm = UnevenGroupNorm(sizes, module.eps, weight, bias)
+    else:
+        norm = nn.GroupNorm(len(sizes), sum(sizes), module.eps, device="meta")
+        norm.weight, norm.bias = weight, bias
+    model.set_submodule(name, norm)
+
+
+def resize_features(module: Any, features: int) -> None:
+    """A layer norm or RMS norm over this many features."""
+    for leaf in ("weight", "bias"):
+        if getattr(module, leaf, None) is not None:
+            setattr(module, leaf, _narrow(getattr(module, leaf), features))
+    shape = "normalized_shape" if hasattr(module, "normalized_shape") else "dim"
+    setattr(module, shape, torch.Size((features,)))
+
+
+def resize_weight(module: Any, out: int, into: int, groups: int) -> None:
+    """A convolution (transposed ones too) or linear layer from `into` to `out` channels."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.weight = _narrow(module.weight, into, out // groups)
+    else:
+        module.weight = _narrow(module.weight, out, into // groups)
+    module.bias = _narrow(module.bias, out)
+    sizes = {"out_channels": out, "out_features": out, "in_channels": into, "in_features": into}
+    for attribute, size in {**sizes, "groups": groups}.items():
+        if hasattr(module, attribute):
+            setattr(module, attribute, size)
+
+
+def resize_heads(module: Any, heads: int, kv_heads: int | None) -> None:
+    """An attention layer with fewer heads; its projections have been narrowed before."""
+    module.heads = heads
+    if hasattr(module, "sliceable_head_dim"):
+        module.sliceable_head_dim = heads
+    for attribute, projection in (("inner_dim", "to_q"), ("inner_kv_dim", "to_k"), ("kv_inner_dim", "to_k")):
+        layer = getattr(module, projection, None)
+        if hasattr(module, attribute) and layer is not None:
+            setattr(module, attribute, layer.out_features)
+    if kv_heads is not None:
+        for attribute in ("kv_heads", "num_kv_heads"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, kv_heads)
+
+
+class NarrowPatchEmbed(PatchEmbed):
+    """A patch embedding that keeps some channels of its position table, for pictures of every size."""
+
+    channels: list[int]
+    dense_width: int
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        size = latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size
+        if size == (self.height, self.width):
+            return super().forward(latent)
+        table = get_2d_sincos_pos_embed(
+            embed_dim=self.dense_width,
+            grid_size=size,
+            base_size=self.base_size,
+            interpolation_scale=self.interpolation_scale,
+            device=latent.device,
+            output_type="pt",
+        )
+        latent = self.proj(latent).flatten(2).transpose(1, 2)
+        return (latent + table.float()[:, self.channels].unsqueeze(0)).to(latent.dtype)
+
+
+def angles_of_heads(module: Any, args: Any, kwargs: Any) -> Any:
+    """Before an attention layer: the rotary embedding [..., heads x head] of the heads that are left."""
+    head = module.to_q.out_features // module.heads
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(-1, (-1, head))[..., module.rotary_heads, :].flatten(-2)
+
+    for name, value in kwargs.items():
+        if "rotary" in name and value is not None:
+            kwargs[name] = tuple(map(kept, value)) if isinstance(value, tuple | list) else kept(value)
+    return args, kwargs
+
+
+def resize_parameter(model: nn.Module, name: str, sizes: list[int]) -> None:
+    """A parameter of its own; a buffer that used to be computed is now saved with the weights."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    narrow = _narrow(getattr(owner, leaf), *sizes)
+    if leaf in owner._buffers:
+        owner.register_buffer(leaf, narrow, persistent=True)
+    else:
+        setattr(owner, leaf, narrow)
+
+
+def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
+    """Give one module of a stock network the shape that the configuration asks for."""
+    if "parameter" in shape:
+        return resize_parameter(model, name, shape["parameter"])
+    module: Any = model.get_submodule(name)
+    if shape.get("identity"):
+        model.set_submodule(name, skipped(module, shape["identity"]))
+    elif "groups" in shape:
+        resize_norm(model, name, module, shape["groups"])
+    elif "norm" in shape:
+        resize_features(module, shape["norm"])
+    elif isinstance(module, nn.Embedding):
+        module.weight = _narrow(module.weight, module.num_embeddings, shape["out"])
+        module.embedding_dim = shape["out"]
+    elif "out" in shape:
+        resize_weight(module, shape["out"], shape["in"], shape.get("conv_groups", 1))
+    if "heads" in shape:
+        resize_heads(module, shape["heads"], shape.get("kv_heads"))
+    if "channels" in shape:
+        module.__class__ = NarrowPatchEmbed
+        module.channels, module.dense_width = shape["channels"], shape["of"]
+    if "rotary_heads" in shape:
+        module.rotary_heads = shape["rotary_heads"]
+        module.register_forward_pre_hook(angles_of_heads, with_kwargs=True)
+    for attribute, value in shape.get("attributes", {}).items():
+        setattr(module, attribute, value)
+    return None
+
+
+def refresh_attributes(model: nn.Module) -> None:
+    """Update the widths that diffusers keeps beside its weights."""
+    module: Any
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in SAMPLERS and isinstance(getattr(module, "conv", None), (nn.Conv1d, nn.Conv2d)):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+        elif kind == "ResnetBlock2D":
+            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+            for sampler in (module.upsample, module.downsample):
+                if hasattr(sampler, "channels"):  # resampling without weights of its own
+                    sampler.channels = sampler.out_channels = module.in_channels
+        elif kind == "Attention" and module.to_q is not None:
+            module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
+            if getattr(module, "to_out", None) is not None:
+                module.out_dim = module.to_out[0].out_features
+            if module.scale_qk:  # read by unfused processors
+                module.scale = (module.to_q.out_features // module.heads) ** -0.5
+
+
+class PrunedModel(ModelMixin, ConfigMixin):
+    """A stock class plus one configuration key, `gfprune`: module name -> shape. See `pruned_class`."""
+
+    stock_class: Any = None
+
+    def __init__(self, gfprune: dict[str, Any] | None = None, **stock: Any) -> None:
+        self.stock_class.__init__(self, **stock)
+        modules = (gfprune or {}).get("modules", {})
+        # heads follow from the linears they sit on, and what lies in a skipped block goes with it
+        for name, shape in sorted(modules.items(), key=lambda item: [key in item[1] for key in ORDER]):
+            resize_module(self, name, shape)
+        refresh_attributes(self)
+        self.register_to_config(gfprune=gfprune)
+
+    @staticmethod
+    def _get_init_keys(input_class: Any) -> set[str]:
+        keys = set(inspect.signature(input_class.__init__).parameters)
+        stock = getattr(input_class, "stock_class", None)
+        return keys | set(inspect.signature(stock.__init__).parameters) if stock else keys
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        # `auto_map` and `STOP` are for loaders, not for the constructor
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        without_stop(config_dict)
+        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        init.pop("stock", None)
+        return init, unused, hidden
+
+    # Transformer2DModel looks up its successor by its own name, and would not find ours.
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        return ConfigMixin.from_config.__func__(cls, config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        # AutoModel takes the class from model_index.json, which names one for all components
+        places = {key: kwargs[key] for key in PLACES if key in kwargs}
+        named = cls.load_config(pretrained_model_name_or_path, **places).get("_class_name", cls.__name__)
+        if named != cls.__name__ and named.startswith("Pruned"):
+            cls = pruned_class(named.removeprefix("Pruned"))
+        elif named not in (cls.__name__, cls.stock_class.__name__):
+            return getattr(diffusers, named).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return ModelMixin.from_pretrained.__func__(cls, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        found = super().load_config(*args, **kwargs)
+        without_stop(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def to_json_string(self) -> str:
+        document = json.loads(super().to_json_string())
+        document.setdefault("quantization_config", {"quant_method": STOP})
+        return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+    def load_lora_adapter(self, given: Any, prefix: Any = "transformer", **kwargs: Any) -> None:
+        """As the stock class does; a LoRA that does not fit is refused and not spread over what does."""
+        if isinstance(given, dict):
+            refuse_misfits(self, given, prefix)
+        super().load_lora_adapter(given, prefix=prefix, **kwargs)
+
+    def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+        for adapter in given if isinstance(given, list) else [given]:
+            refuse_image_prompts(self, adapter.get("ip_adapter", adapter))
+        return super()._convert_ip_adapter_attn_to_diffusers(given, *args, **kwargs)
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, and beside it this file, so that the copy loads like the original."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        target = os.path.join(save_directory, f"{STEM}.py")
+        if not (os.path.exists(target) and os.path.samefile(__file__, target)):
+            shutil.copyfile(__file__, target)
+
+
+def refuse(misfits: list[str]) -> None:
+    """Raise if an adapter has parts that do not fit, and say what makes one that does."""
+    if misfits:
+        raise ValueError(
+            f"this adapter was not made for this pruned network: {len(misfits)} of its layers do not fit, as "
+            f"{misfits[0]}; carry it over with `gfprune carry --adapter FILE --model PRUNED --out DIR`"
+        )
+
+
+def refuse_misfits(model: Any, state: dict[str, Any], prefix: str | None) -> None:
+    """Refuse a LoRA with layers that went, or of other sizes than those that were narrowed.
+
+    Args:
+        state: its tensors, in any of the spellings that diffusers takes from a model of its own.
+        prefix: of the names that are meant for this network; None for all.
+    """
+    if prefix is not None:
+        begin = f"{prefix}."
+        state = {key.removeprefix(begin): value for key, value in state.items() if key.startswith(begin)}
+    narrowed = (model.config.get("gfprune") or {}).get("modules", {})
+    modules = dict(model.named_modules())
+    misfits = {}
+    for key, tensor in convert_unet_state_dict_to_peft(state).items():
+        found = ADAPTED.match(key)
+        if found is None:
+            continue
+        name, side = found["layer"], found["side"]
+        if name not in modules:
+            misfits[name] = name
+        elif name in narrowed and side in SIDES and tensor.ndim > 1:
+            given, has = tensor.shape[SIDES.index(side)], width_of(modules[name], side)
+            if has not in (given, None):
+                misfits[name] = f"{name}: {given} channels instead of {has}"
+    refuse(list(misfits.values()))
+
+
+def width_of(layer: Any, side: str) -> int | None:
+    """What a layer puts out ("B") or reads ("A"); None where it does not say."""
+    names = ("out_features", "out_channels") if side == "B" else ("in_features", "in_channels")
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+
+
+def refuse_image_prompts(model: Any, state: dict[str, Any]) -> None:
+    """Refuse an IP-Adapter for other heads or other layers: diffusers would read its channels as tokens.
+
+    Args:
+        state: its tensors, named by the number of a layer: "1.to_k_ip.weight".
+    """
+    found = {int(key.split(".")[0]): value.shape[0] for key, value in state.items() if "to_k_ip.w" in key}
+    wanted = {number: model.get_submodule(name).to_k.out_features for number, name in receivers(model)}
+    misfits = [
+        f"layer {number}: {found.get(number, 0)} channels instead of {wanted.get(number, 0)}"
+        for number in sorted(found.keys() | wanted.keys())
+        if found.get(number) != wanted.get(number)
+    ]
+    refuse(misfits)
+
+
+def receivers(model: Any) -> list[tuple[int, str]]:
+    """The attention layers that read image prompts, under the numbers that IP-Adapters give them."""
+    names = [name.removesuffix(".processor") for name in model.attn_processors]
+    if hasattr(model, "encoder_hid_proj"):  # U-Nets: every other layer reads the prompt
+        crossing = [name for name in names if name.endswith("attn2") and "motion_modules" not in name]
+        return [(2 * index + 1, name) for index, name in enumerate(crossing)]
+    return list(enumerate(name for name in names if not name.startswith("single_transformer_blocks")))
+
+
+def without_stop(config: dict[str, Any]) -> None:
+    """Take `STOP` out of a configuration."""
+    given = config.get("quantization_config")
+    if isinstance(given, dict) and str(given.get("quant_method")).startswith("gfprune"):
+        del config["quantization_config"]
+
+
+@functools.cache
+def pruned_class(name: str) -> Any:
+    """The class of a pruned network.
+
+    Args:
+        name: a model class of diffusers, such as "UNet2DModel".
+
+    Returns:
+        `Pruned<name>`, a subclass of it.
+
+    Raises:
+        AttributeError: diffusers has no such model.
+    """
+    stock = getattr(diffusers, name, None) if name.isidentifier() and name[0].isupper() else None
+    if not (
+        isinstance(stock, type)
+        and issubclass(stock, ModelMixin)
+        and issubclass(stock, ConfigMixin)
+        and stock.__module__.startswith("diffusers.models.")
+    ):
+        raise AttributeError(f"diffusers has no model {name!r}")
+    # diffusers names the module in model_index.json by `__module__`: it must be the stem of this file.
+    body = {"__module__": STEM, "__doc__": f"`{name}` with widths of its own.", "stock_class": stock}
+    cls: Any = type(f"Pruned{name}", (PrunedModel, stock), body)
+    cls.register_for_auto_class("AutoModel")
+    introduce(cls)
+    return cls
+
+
+def introduce(cls: Any) -> None:
+    """Enter a class in what diffusers looks up by the name of a class, or by the class itself.
+
+    Scales of a LoRA by block (`set_adapters`), and components that one pipeline takes over from another
+    (`from_pipe`). The first table is private: where it is not found, nothing happens.
+    """
+    MADE.append(cls)
+    scales = getattr(sys.modules.get("diffusers.loaders.peft"), "_SET_ADAPTER_SCALE_FN_MAPPING", {})
+    if cls.stock_class.__name__ in scales:
+        scales[cls.__name__] = scales[cls.stock_class.__name__]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("Pruned"):
+        return pruned_class(name.removeprefix("Pruned"))
+    raise AttributeError(f"module {STEM!r} has no attribute {name!r}")
+
+
+def widen_signatures() -> None:
+    """Let `from_pipe` take over a pruned network: it asks for the very class that a pipeline names."""
+    stock = DiffusionPipeline._get_signature_types.__func__
+
+    @functools.wraps(stock)
+    def signature_types(cls: Any) -> dict[str, tuple[Any, ...]]:
+        return {
+            name: (*types, *(made for made in MADE if made.stock_class in types))
+            for name, types in stock(cls).items()
+        }
+
+    DiffusionPipeline._get_signature_types = classmethod(signature_types)
+
+
+def guard_expansion() -> None:
+    """Keep the pipelines of Flux from widening narrow layers to the size of a LoRA of the dense network."""
+    stock = FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_.__func__
+
+    @functools.wraps(stock)
+    def expand(cls: Any, transformer: Any, lora_state_dict: Any = None, *rest: Any, **named: Any) -> Any:
+        if isinstance(transformer, PrunedModel):
+            refuse_misfits(transformer, lora_state_dict or {}, named.get("prefix") or cls.transformer_name)
+        return stock(cls, transformer, lora_state_dict, *rest, **named)
+
+    FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(expand)
+
+
+def settle() -> None:
+    """Make the definitions of this file those of the process, importable under its name.
+
+    Pickles, processes that are spawned, and pipelines that are given a network name the module by its stem.
+    A second run of the file, from this folder or another, keeps the definitions of the first.
+    """
+    sys.modules.setdefault(STEM, sys.modules[__name__])
+    own, first = globals(), not DEFINED
+    own.update({name: value for name, value in DEFINED.items() if not name.startswith("__")})
+    for value in list(own.values()):
+        if getattr(value, "__module__", None) == __name__:
+            value.__module__ = STEM
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if folder not in sys.path:
+        sys.path.append(folder)  # for processes that begin anew
+    if first:
+        widen_signatures()
+        guard_expansion()
+
+
+settle()
