@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
 
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
@@ -61,6 +61,12 @@ class PruneRecipe:
     frames: Frames = None
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.one_shot:
+            refuse_idle(self, "--one-shot", "iterations", "bound")
+        if self.layout == "native":
+            refuse_idle(self, "--layout native", "align")
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, Gfprune
+from conftest import ONE_SHOT, Gfprune
 from PIL import Image
 
 import gfprune_cli
@@ -52,7 +52,7 @@ def few_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline, half of its parameters gone; its record names the dense one."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, one_shot=True, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **ONE_SHOT)
     return out
 
 

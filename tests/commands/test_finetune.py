@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, TINY, Gfprune
+from conftest import ONE_SHOT, TINY, Gfprune
 from PIL import Image
 from torch import nn
 
@@ -38,13 +38,8 @@ def flags(**settings: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, one_shot=True, out=out, **QUICK_ONE_SHOT)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **ONE_SHOT)
     return out
-
-
-QUICK_ONE_SHOT = {
-    key: value for key, value in QUICK.items() if key not in ("iterations", "steps_per_iteration")
-}
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +261,8 @@ def test_other_predictions_and_native_layout(tmp_path: Path, prediction: str) ->
     DDPMPipeline(
         UNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler(prediction_type=prediction)
     ).save_pretrained(dense)
-    options: dict[str, Any] = dict(sparsity=0.4, one_shot=True, layout="native")
-    gfprune_cli.prune(str(dense), out=tmp_path / "pruned", **options, **QUICK_ONE_SHOT)
+    options: dict[str, Any] = dict(sparsity=0.4, layout="native")
+    gfprune_cli.prune(str(dense), out=tmp_path / "pruned", **options, **ONE_SHOT)
     settings: dict[str, Any] = BRIEF | dict(features=0.1, min_snr=5.0, steps=4)
     result = gfprune_cli.finetune(tmp_path / "pruned", out=tmp_path / "tuned", **settings)
     assert result.class_name == "UNet2DModel"
@@ -502,7 +497,7 @@ def test_a_bare_model_keeps_its_schedule(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     UNet2DModel(**TINY).save_pretrained(bare)
     DDIMScheduler(prediction_type="v_prediction").save_pretrained(bare)
-    gfprune_cli.prune(str(bare), one_shot=True, sparsity=0.4, out=tmp_path / "pruned", **QUICK_ONE_SHOT)
+    gfprune_cli.prune(str(bare), sparsity=0.4, out=tmp_path / "pruned", **ONE_SHOT)
     gfprune_cli.finetune(tmp_path / "pruned", out=tmp_path / "tuned", sample_every=0, **BRIEF | dict(steps=2))
     schedule = json.loads((tmp_path / "tuned" / "scheduler_config.json").read_text())
     assert schedule["prediction_type"] == "v_prediction"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, TINY, Gfprune, quick_flags
+from conftest import ONE_SHOT, QUICK, TINY, Gfprune, quick_flags
 from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
@@ -348,7 +348,7 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
 
 def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_path: Path) -> None:
     """On images that neither saw; what it costs is counted in gradients of single samples."""
-    settings = QUICK | {"one_shot": True, "recover": 0}
+    settings = ONE_SHOT | {"recover": 0}
     results = {
         refit: gfprune_cli.prune(str(pipeline_folder), out=tmp_path / f"{refit}", refit=refit, **settings)
         for refit in (False, True)
@@ -386,8 +386,8 @@ def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path,
     chosen = {}
     for criterion in CRITERIA:
         result = gfprune_cli.prune(
-            str(pipeline_folder), criterion=criterion, one_shot=True, out=tmp_path / criterion,
-            **QUICK | {"refit": False, "recover": 0},
+            str(pipeline_folder), criterion=criterion, out=tmp_path / criterion,
+            **ONE_SHOT | {"refit": False, "recover": 0},
         )  # fmt: skip
         assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
         chosen[criterion] = json.loads((tmp_path / criterion / "gfprune.json").read_text())["kept"]
