@@ -105,6 +105,7 @@ class Target:
                 label,
                 revision=revision,
                 variant=self.record.variant,
+                config_from=None if self.recipe.dense else self.record.config_from,
                 offline=self.offline,
                 report=self.report,
             )

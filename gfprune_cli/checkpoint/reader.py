@@ -218,6 +218,12 @@ def _tied(model: "nn.Module") -> list[list[str]]:
 
 def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
+    attached = next((name for name in stored if ".base_layer." in name or ".lora_A." in name), None)
+    if attached is not None:
+        raise GfpruneError(
+            f"{_files(component)} was saved with a PEFT adapter attached (tensor {quoted(attached)}): fuse it "
+            "(pipeline.fuse_lora(), then pipeline.unload_lora_weights()) or delete it, and save again"
+        )
     expected = model.state_dict()
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
