@@ -221,7 +221,7 @@ def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, s
     attached = next((name for name in stored if ".base_layer." in name or ".lora_A." in name), None)
     if attached is not None:
         raise GfpruneError(
-            f"{_files(component)} was saved with a PEFT adapter attached (tensor {quoted(attached)}): fuse it "
+            f"{_files(component)} was saved with a PEFT adapter attached ({quoted(attached)}): fuse it "
             "(pipeline.fuse_lora(), then pipeline.unload_lora_weights()) or delete it, and save again"
         )
     expected = model.state_dict()
