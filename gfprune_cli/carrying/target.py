@@ -51,7 +51,8 @@ class Target:
     def dense_network(self) -> Any:
         """The dense one, likewise, from the configuration of the pruned one; in the native layout its names
         and their order alone are right."""
-        config = {key: value for key, value in self.component.config.items() if key != "gfprune"}
+        own = ("gfprune", "auto_map", "quantization_config")
+        config = {key: value for key, value in self.component.config.items() if key not in own}
         for stack, count in Counter(block.rpartition(".")[0] for block in self.map.gone).items():
             if stack in LENGTHS and not self.skips(stack):
                 config[LENGTHS[stack]] += count
@@ -102,6 +103,7 @@ class Target:
                 self.recipe.dense or self.record.dense_label(),
                 revision=None if self.recipe.dense else self.record.source.commit,
                 variant=self.record.variant,
+                config_from=None if self.recipe.dense else self.record.config_from,
                 offline=self.offline,
                 report=self.report,
             )

@@ -224,6 +224,12 @@ def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
 
 def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
+    attached = next((name for name in stored if ".base_layer." in name or ".lora_A." in name), None)
+    if attached is not None:
+        raise GfpruneError(
+            f"{_files(component)} was saved with a PEFT adapter attached ({quoted(attached)}): fuse it "
+            "(pipeline.fuse_lora(), then pipeline.unload_lora_weights()) or delete it, and save again"
+        )
     expected = model.state_dict()
     settings = component.config.get("quantization_config")
     if isinstance(settings, dict) and not component.is_pruned:  # where it tells diffusers what class to load

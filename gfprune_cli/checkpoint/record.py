@@ -57,6 +57,13 @@ class Record:
         variant = settings.get("variant") if isinstance(settings, dict) else None
         return variant if isinstance(variant, str) else None
 
+    @property
+    def config_from(self) -> str | None:
+        """Whose configuration a dense model in one file was read with."""
+        settings = self.document.get("recipe")
+        found = settings.get("config_from") if isinstance(settings, dict) else None
+        return found if isinstance(found, str) else None
+
     def dense_label(self) -> str:
         """Where the dense model is. A folder that is gone is never looked for on the Hub.
 
@@ -65,7 +72,7 @@ class Record:
         """
         label = self.source.label
         # os.path and not pathlib: a name too long, or of no user, is answered, not raised
-        if self.source.kind == "local" and not os.path.isdir(os.path.expanduser(label)):
+        if self.source.kind == "local" and not os.path.exists(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
                 "name it with --teacher"

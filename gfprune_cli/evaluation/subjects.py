@@ -154,6 +154,7 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
                 record.dense_label(),
                 revision=record.source.commit,
                 variant=record.variant,
+                config_from=record.config_from,
                 offline=offline,
                 report=report,
             )

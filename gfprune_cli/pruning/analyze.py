@@ -86,6 +86,7 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent)
         recipe.model,
         revision=recipe.revision,
         variant=recipe.variant,
+        config_from=recipe.config_from,
         offline=options.offline,
         config_only=not recipe.sensitivity,
         report=report,
@@ -102,7 +103,10 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent)
     if recipe.sensitivity:
         if not groups:
             raise GfpruneError(f"{found.folder}: no channel group can be measured")
-        shared = {name: getattr(recipe, name) for name in ("model", "revision", "variant", "component")}
+        shared = {
+            name: getattr(recipe, name)
+            for name in ("model", "revision", "variant", "config_from", "component")
+        }
         plan = Plan(found, groups, cost, None, None)
         job = PruneJob(PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), report)
         rises = measure_sensitivity(job, report)

@@ -46,6 +46,7 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
             recipe.model,
             revision=recipe.revision,
             variant=recipe.variant,
+            config_from=recipe.config_from,
             offline=options.offline,
             config_only=options.dry_run,
             report=report,

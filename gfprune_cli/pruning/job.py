@@ -113,7 +113,12 @@ class PruneJob:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
-        addresses = ("model", "revision", "variant")  # the hashes below say what they stood for
+        addresses = (
+            "model",
+            "revision",
+            "variant",
+            "config_from",
+        )  # the hashes below say what they stood for
         settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
         inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
         return {

@@ -18,9 +18,15 @@ class PruneRecipe:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
-    model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
+    model: Annotated[
+        str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
+    ] = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
+    config_from: Annotated[
+        str | None,
+        Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
+    ] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[float, Gt(0), Lt(1), Help("Fraction of the budget to remove, between 0 and 1.")] = 0.5
     budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"

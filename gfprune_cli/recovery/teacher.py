@@ -55,8 +55,11 @@ def find_teacher(
     revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
     variant = recipe.variant or (None if recipe.teacher else record.variant)
     try:
+        config = None if recipe.teacher else record.config_from
         with named(model="teacher", revision="teacher_revision"):
-            source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
+            source = resolve(
+                label, revision=revision, variant=variant, config_from=config, offline=offline, report=report
+            )
     except Interrupted:
         raise
     except GfpruneError as error:
