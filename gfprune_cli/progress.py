@@ -10,9 +10,9 @@ class Event:
     """One thing that happened.
 
     Args:
-        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "mask", "refit",
-            "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency",
-            "export", "verify", "write"), or "notice" for a sentence that the user should read.
+        phase: what the run is doing ("load", "trace", "encode", "calibrate", "fold", "score", "mask",
+            "refit", "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss",
+            "latency", "export", "verify", "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.
@@ -38,6 +38,7 @@ PHASES = {
     "trace": "loading",
     "encode": "calibration",
     "calibrate": "calibration",
+    "fold": "folding",
     "check": "check",
     "evaluate": "evaluation",
     "score": "scoring",

@@ -28,6 +28,8 @@ __all__ = ["Plan", "PruneResult", "Run", "make_plan", "prune"]
 def default_output(recipe: PruneRecipe) -> Path:
     """A name derived from the model and the settings."""
     stem = Path(recipe.model).name or "model"
+    if not recipe.sparsity:
+        return Path(f"{stem}-fold")
     parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
@@ -144,4 +146,5 @@ def result_of(
         record["refit"],
         round(time.monotonic() - start, 3),
         clock.finish(),
+        record.get("fold"),
     )

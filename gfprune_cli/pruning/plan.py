@@ -1,10 +1,11 @@
 """The structure of a checkpoint, and the widths that a recipe asks for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from gfprune_cli.checkpoint.reader import (
     Component,
@@ -40,9 +41,7 @@ class Plan:
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
-    shares: dict[str, float] = {
-        key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED["both"]
-    }
+    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.dense[key] for key in COUNTED["both"]}
     achieved = min(shares[key] for key in COUNTED[recipe.budget])
     return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 
@@ -68,6 +67,10 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"
         )
+    if recipe.layout == "native" and recipe.fold:
+        raise UsageError("--layout native: the stock classes know no factors; drop --fold, or use adaptive")
+    if not recipe.sparsity and not recipe.fold:
+        raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
         return plan_depth(component, meta, groups, trace, recipe, report)
     if not groups:
@@ -130,6 +133,20 @@ def plan_depth(
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
+
+
+def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, report: Report) -> Plan:
+    """The plan of the same budget for what the network has become by folding.
+
+    Raises:
+        UsageError: the budget is out of reach.
+    """
+    meta, groups, trace = find_units(
+        plan.component, report, width=recipe.prune_width, blocks=recipe.blocks, folded=network
+    )
+    cost = CostModel(meta, groups, trace, plan.cost.dense)
+    allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+    return replace(plan, groups=groups, cost=cost)
 
 
 def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.reader import (
-    build_meta,
     cast_model,
     load_model,
     load_scheduler,
@@ -36,7 +35,9 @@ from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.memory import FLOAT, Need, activations, check_memory, offload
 from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice
-from gfprune_cli.pruning.plan import Plan, uniform_scores
+from gfprune_cli.pruning.fold import Folder, Folding
+from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
+from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.result import as_json, installed_tools
 from gfprune_cli.pruning.state import RecoveryState
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -44,7 +45,7 @@ from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.removal import carry_over, remove, remove_native
+from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 from gfprune_cli.structure.verify import check_removal
 
 SCORE_CHUNK = 16
@@ -114,6 +115,8 @@ class Run:
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         self.schedule = schedule_of(recipe)
+        self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
+        self.folding: Folding | None = None
         self.precision = recipe.precision or default_precision(device)
         check_memory(self.need(0), device, REMEDY)
 
@@ -137,8 +140,8 @@ class Run:
         Args:
             kept: numbers that autograd keeps for one sample.
         """
-        dense = int((self.recipe.refit or self.recipe.recover > 0) and not self.offload_teacher)
-        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.recipe.recover else 0
+        dense = int((self.recipe.refit or self.steps > 0) and not self.offload_teacher)
+        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.steps else 0
         copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
         samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
         return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
@@ -151,11 +154,14 @@ class Run:
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
+        before = self.loss(reports, dense)
+        dense = self.fold(dense, draws, reports) if self.recipe.fold else dense
         self.report(Event("check", text="checking that removal is exact"))
-        check_removal(dense, self.plan.groups, one_sample(self.process, draws))
+        if self.plan.groups:
+            check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         recovery = RecoveryState(state)
         if not recovery.begun():
-            outcome, trained = self.prune(dense, draws, reports, state)
+            outcome, trained = self.prune(dense, draws, reports, state, before)
             narrow = self.narrow(trained, outcome.kept)
             outcome.losses["removed"] = self.loss(reports, narrow)
             gap = outcome.losses.pop("judged", None)
@@ -165,21 +171,43 @@ class Run:
         else:
             outcome = recovery.outcome()
             narrow = self.narrow(dense, outcome.kept)
-        if self.recipe.recover:
-            self.recover(narrow, dense, draws, recovery.of(outcome))
+        if self.steps:
+            teacher = dense if self.folding is None else self.load()
+            self.recover(narrow, teacher, draws, recovery.of(outcome))
         model = self.stored(narrow)
-        if self.recipe.recover:
+        if self.steps:
             outcome.losses["recovered"] = self.loss(
                 reports, nn.Module.to(copy.deepcopy(model), torch.float32)
             )
         return model, outcome
 
+    def fold(self, dense: nn.Module, draws: Draws, held_out: Draws) -> nn.Module:
+        """The dense network with layers that see few inputs as two; the plan is then for that."""
+        shape = tuple(draws.images.shape[1:])
+        probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
+        dtype = stored_dtype(self.plan.component)
+        found = Folder(dense, probes, self.recipe.fold, dtype, self.report).fold(self.process, held_out)
+        if found is None:
+            notice(self.report, "--fold: no layer would save anything within the tolerance")
+            return dense
+        network, self.folding = found
+        self.plan = folded_plan(self.plan, network, self.recipe, self.report)
+        if self.device.type == "cuda":
+            network = channels_last(network)
+        return nn.Module.to(network, self.device)
+
     def prune(
-        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder, before: float
     ) -> tuple[Outcome, nn.Module]:
-        """Let the masks flow to their end; the network after the last refit, all of its channels there."""
-        before = self.loss(reports, dense)
-        student = copy.deepcopy(dense) if self.recipe.refit or self.recipe.recover else dense
+        """Let the masks flow to their end; the network after the last refit, all of its channels there.
+
+        Args:
+            before: loss of the network as it was given.
+        """
+        if not self.recipe.sparsity:
+            kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.plan.groups}
+            return Outcome(kept, {"before": before}), dense
+        student = copy.deepcopy(dense) if self.recipe.refit or self.steps else dense
         if student is not dense and self.offload_teacher:
             offload(dense, self.device)
         masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
@@ -192,7 +220,7 @@ class Run:
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.recipe.recover, seed=self.recipe.seed)
+        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.steps, seed=self.recipe.seed)
         recover(
             channels_last(narrow),
             channels_last(dense),
@@ -304,7 +332,7 @@ class Run:
         request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
         found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
-        self.process = found.process
+        self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions
 
     def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
@@ -322,14 +350,14 @@ class Run:
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""
         self.report(Event("remove", text="removing channels"))
-        dense = carry_over(wide, build_meta(self.plan.component)).requires_grad_(False)
+        dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
         weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
         dense.load_state_dict(weights, assign=True)
         if self.plan.native_config is not None:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:
             model = remove(dense, self.plan.groups, kept)
-        if not self.recipe.recover:
+        if not self.steps:
             cast_model(model, stored_dtype(self.plan.component))  # what is measured and written is one
             cast_model(model, torch.float32)
         return nn.Module.to(model, self.device)

@@ -22,7 +22,9 @@ class PruneRecipe:
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
-    sparsity: Annotated[float, Gt(0), Lt(1), Help("Fraction of the budget to remove, between 0 and 1.")] = 0.5
+    sparsity: Annotated[
+        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 with --fold: fold alone.")
+    ] = 0.5
     budget: Annotated[
         Literal["both", "params", "macs"],
         Help("What the sparsity counts; both: each of them."),
@@ -34,6 +36,12 @@ class PruneRecipe:
     blocks: Annotated[
         bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
     ] = False
+    fold: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Help("Factor layers that see timestep and pooled conditions alone, to this relative error; 0: none."),
+    ] = 0.0
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 1

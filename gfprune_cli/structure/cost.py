@@ -66,7 +66,14 @@ class CostModel:
     (queries x keys and weights x values). Norms, activations and resampling are not counted.
     """
 
-    def __init__(self, model: nn.Module, groups: tuple[ChannelGroup, ...], trace: Trace) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: tuple[ChannelGroup, ...],
+        trace: Trace,
+        dense: Mapping[Counted, int] | None = None,
+    ) -> None:
+        """Args: dense: what shares are shares of, where something was saved before; None: the model."""
         self.groups = {group.name: group for group in groups}
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
@@ -90,6 +97,7 @@ class CostModel:
         self.place_in_blocks(model)
         counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
+        self.dense: Mapping[Counted, int] = dense or {key: self.total({}, key) for key in COUNTED["both"]}
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.feedforward import kind_of, units_of
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
@@ -82,7 +83,12 @@ class Stream:
     def layer(self, name: str, role: str) -> None:
         """A linear layer or convolution, or the last one of a sequence, that reads or writes the stream."""
         layer: Any = self.model.get_submodule(name)
-        if isinstance(layer, nn.Sequential):
+        if isinstance(layer, FactoredLinear) and role == "both":
+            self.layer(f"{name}.0", "in")
+            role = "out"
+        if isinstance(layer, FactoredLinear) and role == "in":
+            name, layer = f"{name}.0", layer[0]
+        elif isinstance(layer, nn.Sequential):
             name, layer = f"{name}.{len(layer) - 1}", layer[-1]
         weight = getattr(layer, "weight", None)
         if weight is None or weight.ndim < 2:
@@ -229,6 +235,7 @@ def shared_modulation(stream: Stream, name: str, module: Any) -> None:
         embedder = getattr(module.emb, leaf, None)
         if embedder is not None:
             path = f"{name}.emb.{leaf}.linear_2"
+            path += ".1" if isinstance(embedder.linear_2, FactoredLinear) else ""
             size = embedder.linear_2.out_features
             positions = torch.arange(size)
             stream.members.append(Member(path, "out", "linear", positions, positions % stream.period))
