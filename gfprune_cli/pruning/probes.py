@@ -177,7 +177,7 @@ def varied(numbers: torch.Tensor, source: torch.Generator) -> torch.Tensor:
 
 
 def pool_of(condition: Conditions, purpose: str) -> list[int]:
-    """Rows for one purpose: a quarter for the check, a quarter of the rest for choosing ranks, the rest to fit.
+    """Rows for one purpose: a quarter for the check, of the rest a quarter to choose ranks on, others to fit.
 
     All of them for each, where there are too few.
     """
