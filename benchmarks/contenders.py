@@ -20,14 +20,14 @@ from torch import nn
 from yardstick import Subject, Yardstick, pictures_of
 
 import gfprune_cli as gfprune
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.device import device_name
+from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.recovery.trainer import Trainer
+from gfprune_cli.runtime.device import device_name
+from gfprune_cli.runtime.processes import Processes
 
 ALL_IMAGES = 10**6
 TOLERANCE = 0.01  # of the dense network: how far two rows may differ that count as equal

@@ -18,11 +18,12 @@ import time
 import numpy as np
 import torch
 
-from gfprune_cli.checkpoint.reader import inspect, load_model, load_scheduler
+from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import DEMO, resolve
-from gfprune_cli.data.diffusion import noising_process
-from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import to_model_range
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.flow.energy import Loss, Weights, exact_product, finite_difference_product, gradient, norm
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel

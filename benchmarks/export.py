@@ -23,8 +23,8 @@ import torch
 
 import gfprune_cli
 from gfprune_cli.deploy.network import Denoiser
-from gfprune_cli.deploy.onnx_model import run_onnx
-from gfprune_cli.deploy.torch_program import run_program
+from gfprune_cli.deploy.onnx import run_onnx
+from gfprune_cli.deploy.torch_export import run_program
 
 QUICK: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=32, sample_steps=4, draws=16)
 PRUNED: dict[str, dict[str, Any]] = {

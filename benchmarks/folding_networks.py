@@ -1,7 +1,7 @@
 """The networks that `folding.py` folds alone: how they are made, trained for a while, folded and sampled.
 
-Transformers have the widths of DiT-XL/2, Stable Diffusion 3 medium and FLUX.1 dev, but two blocks, and work on
-16 x 16 images. Each image has a class of its own (DiT), or one of the built-in prompts, for which random
+Transformers have the widths of DiT-XL/2, Stable Diffusion 3 medium and FLUX.1 dev, but two blocks, and
+work on 16 x 16 images. Each image has a class of its own (DiT), or one of the built-in prompts, for which random
 vectors stand in: a token is that of its word, the pooled vector their mean.
 """
 
@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gfprune_cli as gfprune
-from gfprune_cli.checkpoint.reader import inspect, load_scheduler
+from gfprune_cli.checkpoint.reader import inspect
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import DEMO, resolve
-from gfprune_cli.data.conditions import Condition, Conditions, call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.data.images import to_model_range
-from gfprune_cli.data.prompts import read_prompts
+from gfprune_cli.diffusion.conditions import Condition, Conditions, call
+from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.evaluation.consistency import ssim, unit_range
+from gfprune_cli.inputs.prompts import read_prompts
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.fold import Folder
 from gfprune_cli.pruning.probes import Probes
@@ -209,7 +210,7 @@ def trained(name: str, family: Family, process: NoisingProcess, draws: Draws, wo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        print(name, step, f"{float(loss):.4f}", flush=True)
+        print(name, step, f"{loss.item():.4f}", flush=True)
     save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, path)
     return network.requires_grad_(False).eval()
 

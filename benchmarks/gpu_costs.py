@@ -14,18 +14,18 @@ from torch import nn
 
 import gfprune_cli as gfprune
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.device import Precision, deterministic
-from gfprune_cli.evaluation.cost import ROW_SECONDS, Stopwatch, macs, peak_memory
-from gfprune_cli.evaluation.deployed import batch_inputs, computing_in, default_kernels, prepare
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.evaluation.deployment import batch_inputs, computing_in, default_kernels, prepare
+from gfprune_cli.evaluation.latency import ROW_SECONDS, Stopwatch, macs, peak_memory
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way, exact_product, finite_difference_product, gradient, norm
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning import make_plan
-from gfprune_cli.pruning.run import SCORE_CHUNK
+from gfprune_cli.pruning.job import SCORE_CHUNK
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.device import Precision, deterministic
 
 REPEATS = 20  # timed calls of each network
 FIRST_COMPILATION = 40.0  # seconds that the first one may well take

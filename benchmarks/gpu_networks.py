@@ -17,14 +17,14 @@ from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
 from gfprune_cli.checkpoint.source import DEMO
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import to_model_range
-from gfprune_cli.device import autocast, default_precision, deterministic
-from gfprune_cli.processes import Processes
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.trainer import Trainer
+from gfprune_cli.runtime.device import autocast, default_precision, deterministic
+from gfprune_cli.runtime.processes import Processes
 
 OBJECTS = Path(__file__).parent / "data" / "noto-objects-32.npz"
 HELD_OUT_EVERY = 10  # of the objects; the demo's images are split already

@@ -39,8 +39,8 @@ from report_gpu import (
 from torch import nn
 
 import gfprune_cli as gfprune
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.device import default_precision
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.runtime.device import default_precision
 
 DENSE_SHARE, RECOVERY_SHARE = 0.25, 0.28  # of the time; evaluation, timing and fixed costs take the rest
 FIXED = 20.0  # seconds of a method besides its gradients: reading, graph, evaluation

@@ -18,8 +18,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Draws
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 
 CHUNK = 16
 THRESHOLD = 0.05  # of the largest loss: Diff-Pruning's default

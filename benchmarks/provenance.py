@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from gfprune_cli.device import device_name
-from gfprune_cli.pruning.result import installed_tools
+from gfprune_cli.checkpoint.record import installed_tools
+from gfprune_cli.runtime.device import device_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = REPOSITORY / "docs" / "benchmarks"

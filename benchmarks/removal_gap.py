@@ -13,7 +13,8 @@ import torch
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.flow.mask import plain_norms
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning import Run, make_plan
+from gfprune_cli.pruning.job import PruneJob
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import select
@@ -26,7 +27,7 @@ def main() -> None:
     recipe = PruneRecipe(model="demo", sparsity=sparsity, budget="params", refit=False, recover=0)
     source = resolve("demo")
     plan = make_plan(source, recipe, silent)
-    run = Run(recipe, source, plan, torch.device("cpu"), silent)
+    run = PruneJob(recipe, source, plan, torch.device("cpu"), silent)
     scored = run.scored()
     widths = allocate(plan.cost, scored.scores, recipe.sparsity, budget=recipe.budget).kept
     kept = {group.name: select(group, scored.scores[group.name], widths[group.name]) for group in plan.groups}

@@ -28,17 +28,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gfprune_cli
-from gfprune_cli.checkpoint.reader import inspect, load_model, load_scheduler
+from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.data.diffusion import noising_process
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.deploy.onnx_model import run_onnx
+from gfprune_cli.deploy.onnx import run_onnx
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import gradient
 from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning import make_plan
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
 
 SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gfprune_cli as gfprune
-from gfprune_cli.checkpoint.durable import write_tensors
-from gfprune_cli.checkpoint.reader import inspect, load_scheduler
+from gfprune_cli.checkpoint.reader import inspect
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import DEMO, resolve
-from gfprune_cli.data.conditions import call
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import Draws, generator
 from gfprune_cli.data.images import to_model_range
+from gfprune_cli.diffusion.conditions import call
+from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.consistency import ssim, unit_range
 from gfprune_cli.evaluation.statistics import frechet_distance, gaussian
 from gfprune_cli.evaluation.teacher import teacher_features
+from gfprune_cli.outputs.durable import write_tensors
 from gfprune_cli.progress import silent
 
 LOSS_DRAWS = 1024

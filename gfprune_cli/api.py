@@ -1,27 +1,36 @@
-"""The commands as Python functions. Nothing is printed; progress goes to a callback."""
+"""The commands as Python functions. Nothing is printed; progress goes to a callback.
+
+Their arguments are the fields of the command's recipe (`gfprune_cli.recipes`), and those of `RunOptions` that
+the command has: `out`, `force`, `resume`, `dry_run`, `offline`, `device` and the like. `config` names a YAML
+recipe, which the arguments override; `report` is called with every `gfprune_cli.progress.Event`, and what it
+raises stops the run. All raise `UsageError` for wrong settings and `GfpruneError` for anything else, in one
+line.
+"""
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gfprune_cli.analysis import analyze
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.single_file import SUFFIX, load_single_file
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.deploy import ExportResult
-from gfprune_cli.deploy import export as run_export
-from gfprune_cli.evaluation import EvalResult
-from gfprune_cli.evaluation import evaluate as run_evaluation
+from gfprune_cli.deploy import command as deploy
+from gfprune_cli.deploy.result import ExportResult
+from gfprune_cli.evaluation import command as evaluation
+from gfprune_cli.evaluation.result import EvalResult
 from gfprune_cli.progress import Report, silent
-from gfprune_cli.pruning import PruneResult
-from gfprune_cli.pruning import prune as run_recipe
+from gfprune_cli.pruning import analyze as analysis
+from gfprune_cli.pruning import command as pruning
+from gfprune_cli.pruning.result import PruneResult
+from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.recovery import FinetuneResult
-from gfprune_cli.recovery import finetune as run_finetune
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.recovery import command as recovery
+from gfprune_cli.recovery.result import FinetuneResult
 
 if TYPE_CHECKING:
     import torch
@@ -29,218 +38,113 @@ if TYPE_CHECKING:
 
 __all__ = ["analyze", "evaluate", "export", "finetune", "load", "prune"]
 
+Name = str | PathLike[str] | None
+RecipeT = TypeVar("RecipeT")
+
+
+def asked(
+    command: str, recipe: type[RecipeT], model: Name, config: Name, settings: dict[str, Any]
+) -> tuple[RecipeT, RunOptions]:
+    """What the arguments of a function say: what to do, and how to run."""
+    names = RunOptions.names(command, cli=False)
+    given = {name: value for name, value in settings.items() if name not in names}
+    path = Path(config) if config is not None else None
+    chosen = resolve_recipe(recipe, path, {"model": None if model is None else str(model), **given})
+    return chosen, RunOptions.resolve(**{name: settings[name] for name in names if name in settings})
+
+
+def analyze(model: Name = None, *, report: Report = silent, **settings: Any) -> analysis.Analysis:
+    """Describe a checkpoint, as `gfprune analyze` does.
+
+    Args:
+        model: "demo" (the default), a local diffusers folder (its weights may be absent), or a Hub id.
+        **settings: such as `sparsity=[0.3, 0.5]`.
+
+    Returns:
+        The analysis; `.document()` is the command's JSON.
+    """
+    return analysis.analyze(*asked("analyze", AnalyzeRecipe, model, None, settings), report)
+
 
 def prune(
-    model: str | None = None,
-    *,
-    out: str | PathLike[str] | None = None,
-    config: str | PathLike[str] | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    device: str | None = None,
-    offload_teacher: bool = False,
-    report: Report = silent,
-    **settings: Any,
+    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
 ) -> PruneResult:
     """Prune a checkpoint and write the result, as `gfprune prune` does.
 
     Args:
         model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
-        out: destination folder; by default named after the model and the settings.
-        config: a YAML recipe; `settings` override it.
-        force: replace a destination that is not empty.
-        resume: go on from the state of an interrupted run, if there is one.
-        dry_run: plan only.
-        offline: never use the network.
-        device: torch device; by default CUDA if there is one.
-        offload_teacher: keep the dense model in main memory while another device trains.
-        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
-        **settings: any field of `gfprune_cli.recipes.prune.PruneRecipe`, such as `sparsity=0.5`.
+        **settings: such as `sparsity=0.5` and `out="demo-pruned"`.
 
     Returns:
         The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
-
-    Raises:
-        UsageError: wrong settings. GfpruneError: anything else, in one line.
 
     Example:
         >>> prune("demo", sparsity=0.5, out="demo-pruned").params
         {'before': 1740323, 'after': ...}
     """
-    recipe = resolve_recipe(
-        PruneRecipe, Path(config) if config is not None else None, {"model": model, **settings}
-    )
-    return run_recipe(
-        recipe,
-        out=Path(out) if out is not None else None,
-        force=force,
-        resume=resume,
-        dry_run=dry_run,
-        offline=offline,
-        device=device,
-        offload_teacher=offload_teacher,
-        report=report,
-    )
+    return pruning.prune(*asked("prune", PruneRecipe, model, config, settings), report)
 
 
 def finetune(
-    model: str | PathLike[str] | None = None,
-    *,
-    out: str | PathLike[str] | None = None,
-    config: str | PathLike[str] | None = None,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    save_every: int = 100,
-    sample_every: int = 100,
-    logs: str | PathLike[str] | None = None,
-    logger: str | None = None,
-    offline: bool = False,
-    device: str | None = None,
-    offload_teacher: bool = False,
-    report: Report = silent,
-    **settings: Any,
+    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
 ) -> FinetuneResult:
     """Train a pruned checkpoint with the dense model as teacher, as `gfprune finetune` does.
 
     Args:
         model: a folder that `prune` wrote, or a Hub id (unless `config` names one).
-        out: destination folder; by default named after the model.
-        save_every, sample_every: steps between saved states, and between sample grids; 0 for none.
-        logs: folder of metrics and samples; by default `OUT-logs`.
-        logger: "tensorboard" or "trackio", if installed.
-        **settings: any field of `gfprune_cli.recipes.finetune.FinetuneRecipe`, such as `steps=500`.
-            The other arguments are those of `prune`.
+        **settings: such as `steps=500` and `logs="logs"`.
 
     Returns:
         The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
-
-    Raises:
-        UsageError: wrong settings. GfpruneError: anything else, in one line.
 
     Example:
         >>> finetune("demo-pruned", steps=500, out="demo-finetuned").loss
         {'before': ..., 'after': ..., 'teacher': ...}
     """
-    given = {"model": None if model is None else str(model), **settings}
-    recipe = resolve_recipe(FinetuneRecipe, Path(config) if config is not None else None, given)
-    return run_finetune(
-        recipe,
-        out=Path(out) if out is not None else None,
-        force=force,
-        resume=resume,
-        dry_run=dry_run,
-        save_every=save_every,
-        sample_every=sample_every,
-        logs=Path(logs) if logs is not None else None,
-        logger=logger,
-        offline=offline,
-        device=device,
-        offload_teacher=offload_teacher,
-        report=report,
-    )
+    return recovery.finetune(*asked("finetune", FinetuneRecipe, model, config, settings), report)
 
 
 def evaluate(
-    model: str | None = None,
-    *,
-    out: str | PathLike[str] | None = None,
-    save_stats: str | PathLike[str] | None = None,
-    config: str | PathLike[str] | None = None,
-    force: bool = False,
-    resume: bool = False,
-    offline: bool = False,
-    device: str | None = None,
-    report: Report = silent,
-    **settings: Any,
+    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
 ) -> EvalResult | None:
     """Measure a model, against its dense original if there is one, as `gfprune eval` does.
 
     Args:
         model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
-        out: also write the samples as PNG files in this folder.
-        save_stats: also write the statistics of the images in `data` to this .npz file.
-        config: a YAML recipe; `settings` override it.
-        force: replace what exists at `out`, and discard the samples of an interrupted run.
-        resume: go on from the samples of an interrupted run, if there are any.
-        offline: never use the network.
-        device: torch device; by default CUDA if there is one.
-        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
-        **settings: any field of `gfprune_cli.recipes.evaluate.EvalRecipe`, such as `samples=64`.
+        **settings: such as `samples=64`; `out` also writes the samples, `save_stats` the
+            statistics of `data`.
 
     Returns:
         The numbers; `.document()` is the command's JSON, `.missed` the gates that were not passed. None in
         every process but the first of those that `accelerate launch` started.
 
-    Raises:
-        UsageError: wrong settings. GfpruneError: anything else, in one line.
-
     Example:
         >>> evaluate("demo-pruned", samples=64, steps=20).metrics["ssim"]["value"]
         0...
     """
-    recipe = resolve_recipe(
-        EvalRecipe, Path(config) if config is not None else None, {"model": model, **settings}
-    )
-    return run_evaluation(
-        recipe,
-        out=Path(out) if out is not None else None,
-        save_stats=Path(save_stats) if save_stats is not None else None,
-        force=force,
-        resume=resume,
-        offline=offline,
-        device=device,
-        report=report,
-    )
+    return evaluation.evaluate(*asked("eval", EvalRecipe, model, config, settings), report)
 
 
 def export(
-    model: str | None = None,
-    *,
-    out: str | PathLike[str] | None = None,
-    config: str | PathLike[str] | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    offline: bool = False,
-    report: Report = silent,
-    **settings: Any,
+    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
 ) -> ExportResult:
     """Write a checkpoint, dense or pruned, as a deployable artefact, as `gfprune export` does.
 
     Args:
         model: "demo" (the default, unless `config` names one), a local diffusers folder, or a Hub id.
-        out: destination folder, or file with `single_file`; by default named after model and settings.
-        config: a YAML recipe; `settings` override it.
-        force: replace a destination that gfprune wrote.
-        dry_run: say what would be written.
-        offline: never use the network.
-        report: called with every `gfprune_cli.progress.Event`; what it raises stops the run.
-        **settings: any field of `gfprune_cli.recipes.export.ExportRecipe`, such as `format="onnx"`.
+        **settings: such as `format="onnx"`; `out` is a file with `single_file`, else a folder.
 
     Returns:
         Files, sizes and the error against the source; `.document()` is the command's JSON.
 
     Raises:
-        UsageError: wrong settings. GateMissed: the error is above the tolerance, nothing was written.
-        GfpruneError: anything else, in one line.
+        GateMissed: the error is above the tolerance, nothing was written.
 
     Example:
         >>> export("demo", format="onnx", out="demo-onnx").parity.inputs
         9
     """
-    recipe = resolve_recipe(
-        ExportRecipe, Path(config) if config is not None else None, {"model": model, **settings}
-    )
-    return run_export(
-        recipe,
-        out=Path(out) if out is not None else None,
-        force=force,
-        dry_run=dry_run,
-        offline=offline,
-        report=report,
-    )
+    return deploy.export(*asked("export", ExportRecipe, model, config, settings), report)
 
 
 def load(

@@ -10,8 +10,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.trace import Trace

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gfprune_cli.report.analysis_page import render, section, shorten
+from gfprune_cli.pages.analysis_page import render, section, shorten
 
 HOSTILE = "</title></svg><script>alert(1)</script>\"'><img src=x onerror=alert(1)>$\\frac$&amp;\x00\ud800é"
 VOID = {"meta", "rect", "br", "img", "link"}
@@ -219,5 +219,5 @@ def test_short_names() -> None:
 
 
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import sys, gfprune_cli.report.analysis_page; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, gfprune_cli.pages.analysis_page; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,11 +23,11 @@ import gfprune_cli
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.mask import MaskedModel, full_masks
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.cost import Budget, CostModel
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import keep_all
 from gfprune_cli.structure.removal import remove
@@ -195,7 +195,7 @@ def test_a_transformer_that_lost_blocks_alone_is_of_the_stock_class(name: str) -
 @pytest.mark.parametrize("name", ["unet", "text-unet", "dit"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
 @pytest.mark.parametrize("budget", ["both", "params", "macs"])
-def test_channels_and_blocks_share_one_budget(name: str, sparsity: float, budget: Budget) -> None:
+def test_channels_and_blocks_share_one_budget(name: str, sparsity: float, budget: str) -> None:
     network = random_network(name)
     channels, trace = discover(network)
     groups = channels + block_groups(network)

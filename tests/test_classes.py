@@ -24,9 +24,9 @@ from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import check_pipeline, copy_component, stored_dtype
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.pruning.verify import half_of
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import remove
-from gfprune_cli.structure.verify import half_of
 
 CONDITIONAL: dict[str, Any] = dict(
     sample_size=8,

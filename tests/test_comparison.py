@@ -19,7 +19,7 @@ from test_refit_layers import patches
 from test_structure import toy_group
 from torch import nn
 
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.comparison import LEAST_RISE, RIDGE, Curves, comparable, weakest_first
 from gfprune_cli.flow.mask import MaskedModel, Masks, full_masks
 from gfprune_cli.flow.refit import Refit

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gfprune_cli.data.component_files import check_folder
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.inputs.component_files import check_folder
 
 
 def check(folder: Path, **config: object) -> None:

@@ -9,19 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfprune_cli.data.conditions import Conditions, call
-from gfprune_cli.data.diffusion import (
+from gfprune_cli.diffusion.conditions import Conditions, call
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.guidance import GuidedProcess, with_guidance
+from gfprune_cli.diffusion.schedulers import (
     FlowMatching,
     NoisingProcess,
     Reconstruction,
     VariancePreserving,
     noising_process,
 )
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.data.fit import fit_guidance, fit_time
-from gfprune_cli.data.guidance import GuidedProcess, with_guidance
-from gfprune_cli.data.prompts import BUILT_IN, prompts_fingerprint, read_prompts
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.guidance_fit import fit_guidance, fit_time
+from gfprune_cli.inputs.prompts import BUILT_IN, prompts_fingerprint, read_prompts
 
 COUNT = 3
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gfprune_cli.device import deterministic
 from gfprune_cli.flow.energy import Loss, Weights, gradient, norm
+from gfprune_cli.runtime.device import deterministic
 
 
 class Looks(TorchDispatchMode):

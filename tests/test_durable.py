@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfprune_cli.checkpoint import durable
-from gfprune_cli.checkpoint.durable import staged, write_file, write_tensors
-from gfprune_cli.checkpoint.locks import own_folder, recover, sweep
-from gfprune_cli.checkpoint.state import StateFolder
-from gfprune_cli.data.cache import cached
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs import durable
+from gfprune_cli.outputs.cache import cached
+from gfprune_cli.outputs.durable import staged, write_file, write_tensors
+from gfprune_cli.outputs.locks import own_folder, recover, sweep
+from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import silent
 
 

@@ -23,13 +23,14 @@ from conftest import QUICK, Gfprune
 from PIL import Image
 
 import gfprune_cli
-from gfprune_cli.checkpoint.durable import write_tensors
-from gfprune_cli.checkpoint.locks import exclusive
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.evaluation import EvalResult
-from gfprune_cli.evaluation import evaluate as run_evaluation
+from gfprune_cli.evaluation.command import evaluate as run_evaluation
+from gfprune_cli.evaluation.result import EvalResult
+from gfprune_cli.outputs.durable import write_tensors
+from gfprune_cli.outputs.locks import exclusive
 from gfprune_cli.progress import Event
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 
 KEYS = {
     "schema_version", "command", "model", "reference", "component", "class_name", "samples", "metrics",
@@ -241,7 +242,7 @@ def test_force_replaces_no_input_and_no_checkpoint_by_samples(
     says = f"would replace {flag}|an output to keep" if flag else "an output to keep"
     for out in (folder, outer) if flag else (folder,):
         with pytest.raises(UsageError, match=says) as error:
-            run_evaluation(recipe, out=out, force=True)
+            run_evaluation(recipe, RunOptions(out=out, force=True))
         assert "--out" in str(error.value)
         assert contents(outer) == before
 
@@ -280,7 +281,7 @@ def test_pages_are_known_again(pruned: Path, tmp_path: Path, gfprune: Gfprune) -
 
 def test_a_reference_that_is_not_there_is_named_by_its_flag(pruned: Path) -> None:
     with pytest.raises(UsageError, match="--reference 'nothere'"):
-        run_evaluation(EvalRecipe(model=str(pruned), reference="nothere", **FAST), offline=True)
+        run_evaluation(EvalRecipe(model=str(pruned), reference="nothere", **FAST), RunOptions(offline=True))
 
 
 def test_a_missed_gate_exits_with_3_and_still_prints(pruned: Path, gfprune: Gfprune) -> None:
@@ -468,7 +469,7 @@ def test_latent_pipelines_are_compared_in_latents(pipeline_folder: Path, tmp_pat
 
 def test_samples_that_are_not_finite_stop_the_run(pipeline_folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(
-        "gfprune_cli.evaluation.run.call", lambda network, x, timesteps, labels: x * float("nan")
+        "gfprune_cli.evaluation.job.call", lambda network, x, timesteps, labels: x * float("nan")
     )
     with pytest.raises(GfpruneError, match="not finite"):
         evaluate(pipeline_folder, seed=77)
@@ -514,7 +515,7 @@ def test_samples_survive_a_report_that_cannot_be_written(pruned: Path, tmp_path:
 
 
 def test_lack_of_memory_draws_a_chunk_in_parts(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gfprune_cli.evaluation import run
+    from gfprune_cli.evaluation import job as run
 
     whole = evaluate(pruned, no_latency=True)
     draw = run.draw

@@ -25,8 +25,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from gfprune_cli.data.diffusion import noising_process
-from gfprune_cli.data.draws import Draws
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.consistency import Consistency, psnr, quantised, ssim
 from gfprune_cli.evaluation.footprint import peak_memory
@@ -48,8 +48,8 @@ from gfprune_cli.evaluation.statistics import (
     kernel_distance,
     squared_mmd,
 )
-from gfprune_cli.evaluation.store import SampleStore
 from gfprune_cli.evaluation.teacher import denoising_losses
+from gfprune_cli.outputs.samples import SampleStore
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gfprune_cli.report.evaluation_page import markdown, render
-from gfprune_cli.report.evaluation_tables import literal, number
+from gfprune_cli.pages.evaluation_page import markdown, render
+from gfprune_cli.pages.evaluation_tables import literal, number
 
 HOSTILE = (
     "</title></svg><script>alert(1)</script>\"'><img src=x onerror=alert(1)>$x$&amp;\x00\ud800é|`a`\n\n# b"

@@ -26,7 +26,9 @@ from safetensors import SafetensorError
 import gfprune_cli
 from gfprune_cli.checkpoint import shards
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
-from gfprune_cli.deploy import onnx_model, plan, weights
+from gfprune_cli.deploy import onnx as onnx_model
+from gfprune_cli.deploy import plan
+from gfprune_cli.deploy import safetensors as weights
 from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
@@ -521,7 +523,7 @@ def test_a_run_that_fails_leaves_nothing(
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     if when == "safetensors":
-        monkeypatch.setattr("gfprune_cli.checkpoint.durable.save_file", full)
+        monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
     if when == "graph":
         monkeypatch.setattr(Path, "write_bytes", full_too)
     error, words = (Interrupted, "stopped") if when == "stopped" else (GfpruneError, "no space left")

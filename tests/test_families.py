@@ -18,12 +18,12 @@ import torch
 from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, digest, sample
 
 import gfprune_cli
-from gfprune_cli.evaluation import run as evaluation_run
+from gfprune_cli.evaluation import job as evaluation_run
 from gfprune_cli.evaluation import teacher
 from gfprune_cli.flow import loop as pruning_loop
-from gfprune_cli.pruning import run as pruning_run
+from gfprune_cli.pruning import job as pruning_run
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.recovery import run as recovery_run
+from gfprune_cli.recovery import job as recovery_run
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "support.md"

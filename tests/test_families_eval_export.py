@@ -16,23 +16,24 @@ from text_encoders import t5
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.data.diffusion import Reconstruction, noising_process
-from gfprune_cli.data.draws import generator
-from gfprune_cli.deploy import onnx_model
+from gfprune_cli.deploy import onnx as onnx_model
 from gfprune_cli.deploy.network import FloorLinearAttention, replace_modules
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.schedulers import Reconstruction, noising_process
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.evaluation import run, teacher
+from gfprune_cli.evaluation import job as run
+from gfprune_cli.evaluation import teacher
 from gfprune_cli.evaluation.consistency import Consistency, ssim
 from gfprune_cli.evaluation.deepcache import DeepCache
+from gfprune_cli.evaluation.job import denoiser
 from gfprune_cli.evaluation.protocols import settings_of
-from gfprune_cli.evaluation.run import denoiser
 from gfprune_cli.evaluation.sampling import draw, make_sampling
 from gfprune_cli.evaluation.subjects import Subject
 from gfprune_cli.evaluation.task import Task, task_of
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.pages.evaluation_page import markdown, render
 from gfprune_cli.progress import silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
-from gfprune_cli.report.evaluation_page import markdown, render
-from gfprune_cli.structure.examples import example_inputs
 
 CPU = torch.device("cpu")
 DRAWS = 20

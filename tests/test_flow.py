@@ -18,10 +18,9 @@ from networks import build, structure
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
-from gfprune_cli.checkpoint.state import StateFolder
-from gfprune_cli.data.diffusion import VariancePreserving
-from gfprune_cli.data.draws import Draws, generator
-from gfprune_cli.data.measure import one_sample
+from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.loss import one_sample
+from gfprune_cli.diffusion.schedulers import VariancePreserving
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
 from gfprune_cli.flow.energy import (
@@ -46,9 +45,9 @@ from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
-from gfprune_cli.pruning.run import Outcome
-from gfprune_cli.pruning.state import RecoveryState
+from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import ChannelGroup, select
 

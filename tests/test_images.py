@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gfprune_cli.data import images as images_module
-from gfprune_cli.data.images import fingerprint, load_images, to_model_range
+from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Event
 
 SIZE = (8, 6)  # height, width

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gfprune_cli.errors import UsageError
-from gfprune_cli.launch import announced, check_launcher, launched, main_process
+from gfprune_cli.runtime.launch import announced, check_launcher, launched, main_process
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
@@ -55,7 +55,7 @@ def test_a_signal_ends_what_waits_for_the_others_and_is_shared_once_they_are_the
     script = (
         "import sys, threading\n"
         "from gfprune_cli.cli import signals\n"
-        "from gfprune_cli.launch import joined\n"
+        "from gfprune_cli.runtime.launch import joined\n"
         "signals.PATIENCE = signals.LAST_CALL = 0.1\n"
         f"{'joined.set()' if there else ''}\n"
         "heard = signals.Signals()\n"

@@ -9,10 +9,11 @@ from networks import PLAIN
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gfprune_cli import memory
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.memory import Need, check_memory, kept_for_backward, offload
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.pruning import memory
+from gfprune_cli.pruning.memory import Need, check_memory, kept_for_backward
+from gfprune_cli.runtime.device import offload
 
 TEXT = dict(
     sample_size=16,

@@ -25,7 +25,7 @@ import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning.run import JUDGE_DRAWS
+from gfprune_cli.pruning.job import JUDGE_DRAWS
 from gfprune_cli.recipes.prune import CriterionName
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -427,7 +427,7 @@ def test_a_full_disk_is_said_and_changes_nothing(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("gfprune_cli.checkpoint.durable.save_file", full)
+    monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
     with pytest.raises(GfpruneError, match="no space left"):
         gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()

@@ -17,16 +17,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from gfprune_cli.checkpoint.reader import (
-    Component,
-    build_meta,
-    inspect,
-    load_model,
-    load_scheduler,
-    scheduler_config_path,
-    sha256_of_weights,
-)
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import build_meta, inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.safetensors_header import read_header
+from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError, UsageError
 

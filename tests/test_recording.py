@@ -14,17 +14,18 @@ from pipelines import COMPONENTS, FAMILIES
 from safetensors import safe_open
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import Component, load_scheduler
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions
-from gfprune_cli.data.conditioned import as_recording, as_tensors
-from gfprune_cli.data.conditions import Conditions, call
-from gfprune_cli.data.diffusion import Reconstruction
 from gfprune_cli.data.drawing import self_images
-from gfprune_cli.data.guidance import GuidedProcess
 from gfprune_cli.data.latents import pictures
-from gfprune_cli.data.pipeline import open_pipeline
-from gfprune_cli.data.recording import Recording, call_arguments, record
+from gfprune_cli.diffusion.conditions import Conditions, call
+from gfprune_cli.diffusion.guidance import GuidedProcess
+from gfprune_cli.diffusion.schedulers import Reconstruction
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.inputs.conditioning import as_recording, as_tensors
+from gfprune_cli.inputs.pipeline import open_pipeline
+from gfprune_cli.inputs.recording import Recording, call_arguments, record
 from gfprune_cli.progress import Event, silent
 
 CONDITIONED = [family for family in FAMILIES if family != "ldm"]

@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gfprune_cli.checkpoint.record import Origin, Record
-from gfprune_cli.checkpoint.state import StateFolder
-from gfprune_cli.data.diffusion import VariancePreserving, noising_process
-from gfprune_cli.data.draws import Batch, Draws
+from gfprune_cli.diffusion.draws import Batch, Draws
+from gfprune_cli.diffusion.schedulers import VariancePreserving, noising_process
 from gfprune_cli.errors import GfpruneError, Interrupted
-from gfprune_cli.processes import Processes
+from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.logs import METRICS, Watch, grid
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.optimizers import hidden_matrices, make_optimizer
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import correspondence
 from gfprune_cli.recovery.trainer import Remedies, Stopped, Trainer, learning_rate
-from gfprune_cli.recovery.watch import METRICS, Watch, grid
+from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import remove

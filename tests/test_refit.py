@@ -14,12 +14,12 @@ import torch
 import transformers_zoo as zoo
 from torch.utils._pytree import tree_map
 
-from gfprune_cli.data.conditions import Condition, Conditions, call
+from gfprune_cli.diffusion.conditions import Condition, Conditions, call
 from gfprune_cli.flow.mask import MaskedModel, Masks, full_masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.blocks import block_groups
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import remove

@@ -13,7 +13,7 @@ import torch
 from test_refit import Pair, batch_for, pair, same
 from torch import nn
 
-from gfprune_cli.data.conditions import Conditions
+from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.flow.refit import JUDGES, OFFSET_RIDGE, RIDGE, Refit
 from gfprune_cli.structure.groups import ChannelGroup, Member
 

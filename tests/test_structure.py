@@ -24,9 +24,9 @@ from torch import nn
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.budget import FLOORS, allocate
-from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.native import native_allocation
@@ -51,7 +51,7 @@ def meta(name: str) -> Any:
         return UNet2DModel(**NETWORKS[name])
 
 
-def choose(name: str, seed: int, sparsity: float, budget: Budget = "params") -> Kept:
+def choose(name: str, seed: int, sparsity: float, budget: str = "params") -> Kept:
     """Units kept at random scores, by group name: the nearest reachable to a sparsity."""
     groups, _, cost = structure(name)
     scores = random_scores(groups, seed)
@@ -63,9 +63,9 @@ def channels_kept(groups: tuple[ChannelGroup, ...], kept: Kept) -> dict[str, int
     return {group.name: int(kept[group.name].sum()) * group.unit_size for group in groups}
 
 
-def shares_removed(cost: CostModel, kept: Mapping[str, int], budget: Budget) -> dict[Counted, float]:
+def shares_removed(cost: CostModel, kept: Mapping[str, int], budget: str) -> dict[str, float]:
     """Of everything that a budget counts, the share that goes."""
-    return {key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED[budget]}
+    return {key: 1 - cost.total(kept, key) / cost.total({}, key) for key in counted(budget)}
 
 
 def pruned_meta(name: str, kept: Kept) -> Any:
@@ -140,7 +140,7 @@ def test_dense_costs_are_the_real_ones(name: str) -> None:
 @few
 @any_pruning
 def test_predicted_costs_are_those_of_the_pruned_network(
-    name: str, seed: int, sparsity: float, budget: Budget
+    name: str, seed: int, sparsity: float, budget: str
 ) -> None:
     """Parameters and MACs that the plan promises are those of the network that removal builds."""
     groups, _, cost = structure(name)
@@ -157,7 +157,7 @@ def test_predicted_costs_are_those_of_the_pruned_network(
 def test_cost_of_a_group_is_what_its_layers_cost(name: str) -> None:
     """Narrowing one group changes the total by exactly the change of the layers that it touches."""
     groups, _, cost = structure(name)
-    counted: tuple[Counted, ...] = ("params", "macs")
+    counted: tuple[str, ...] = ("params", "macs")
     for group in groups:
         widths = {group.name: group.channels - group.step}
         for key in counted:
@@ -174,7 +174,7 @@ def test_cost_of_a_group_is_what_its_layers_cost(name: str) -> None:
 @few
 @any_pruning
 def test_every_width_kept_beside_the_weights_is_right(
-    name: str, seed: int, sparsity: float, budget: Budget
+    name: str, seed: int, sparsity: float, budget: str
 ) -> None:
     """Sizes that torch and diffusers store as attributes follow the weights."""
     pruned = pruned_meta(name, choose(name, seed, sparsity, budget))
@@ -217,7 +217,7 @@ def check_attention(attention: Any) -> None:
 @each_network
 @few
 @any_pruning
-def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float, budget: str) -> None:
     """Input channels, output channels, time features and class vectors keep their width and weights."""
     dense, pruned = meta(name), pruned_meta(name, choose(name, seed, sparsity, budget))
     assert pruned.conv_in.in_channels == dense.conv_in.in_channels
@@ -242,7 +242,7 @@ def test_the_outside_of_the_network_stays(name: str, seed: int, sparsity: float,
 @each_network
 @few
 @any_pruning
-def test_removal_is_exact(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+def test_removal_is_exact(name: str, seed: int, sparsity: float, budget: str) -> None:
     """The narrow network computes what the masked one computes, to float64 rounding, for any selection."""
     groups, _, _ = structure(name)
     kept = choose(name, seed, sparsity, budget)
@@ -376,7 +376,7 @@ def test_structure_is_the_same_in_every_process() -> None:
 @each_network
 @few
 @any_pruning
-def test_cells_keep_equal_counts(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+def test_cells_keep_equal_counts(name: str, seed: int, sparsity: float, budget: str) -> None:
     """Every cell of a group keeps the same number of units, and at least one."""
     groups, _, _ = structure(name)
     kept = choose(name, seed, sparsity, budget)
@@ -390,7 +390,7 @@ def test_cells_keep_equal_counts(name: str, seed: int, sparsity: float, budget: 
 @each_network
 @few
 @any_pruning
-def test_norms_stay_plain_except_at_seams(name: str, seed: int, sparsity: float, budget: Budget) -> None:
+def test_norms_stay_plain_except_at_seams(name: str, seed: int, sparsity: float, budget: str) -> None:
     """`UnevenGroupNorm` appears only under a skip connection, where two tensors meet in one norm."""
     groups, _, _ = structure(name)
     kept = choose(name, seed, sparsity, budget)
@@ -442,7 +442,7 @@ def test_uneven_norm_normalises_each_group_by_itself(data: st.DataObject, sizes:
 
 @each_network
 @pytest.mark.parametrize("budget", ["both", "params", "macs"])
-def test_native_results_load_in_the_stock_class(name: str, budget: Budget) -> None:
+def test_native_results_load_in_the_stock_class(name: str, budget: str) -> None:
     """The native layout is a plain `UNet2DModel` of the promised size, with the norm groups of its config."""
     groups, _, cost = structure(name)
     model = build(name)
@@ -501,7 +501,7 @@ def middling() -> CostModel:
 @pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.44, 0.5, 0.7])
 @pytest.mark.parametrize("align", [1, 8])
 def test_sparsity_is_met_within_one_point(
-    middling: CostModel, sparsity: float, budget: Budget, align: int
+    middling: CostModel, sparsity: float, budget: str, align: int
 ) -> None:
     """At least what was asked for goes of everything that is counted, of one cost at most 0.01 more."""
     scores = random_scores(tuple(middling.groups.values()), 7)
@@ -524,7 +524,7 @@ def test_sparsity_is_met_within_one_point(
     skewed=st.booleans(),
 )
 def test_a_budget_is_met_or_the_nearest_is_named(
-    name: str, seed: int, sparsity: float, budget: Budget, align: int, skewed: bool
+    name: str, seed: int, sparsity: float, budget: str, align: int, skewed: bool
 ) -> None:
     """Whatever the scores, also where groups differ by orders of magnitude; following the advice works."""
     groups, _, cost = structure(name)
@@ -544,12 +544,12 @@ def test_a_budget_is_met_or_the_nearest_is_named(
 
 
 @pytest.mark.parametrize("binding", ["params", "macs"])
-def test_a_budget_of_both_holds_where_one_cost_alone_binds(middling: CostModel, binding: Counted) -> None:
+def test_a_budget_of_both_holds_where_one_cost_alone_binds(middling: CostModel, binding: str) -> None:
     """What spares little of one cost is worthless, so that the other has long been met."""
-    other: Counted = "macs" if binding == "params" else "params"
+    other: str = "macs" if binding == "params" else "params"
     removed = middling.removed({})
 
-    def saves(name: str, key: Counted) -> float:
+    def saves(name: str, key: str) -> float:
         narrow = removed | {name: middling.groups[name].step}
         saved = middling.of_group(name, removed, key) - middling.of_group(name, narrow, key)
         return saved / middling.total({}, key)
@@ -573,7 +573,7 @@ def test_both_costs_at_once_lose_no_more_than_the_price_of_one(name: str, sparsi
     lost: list[float] = []
     for seed in range(4):
         scores = {key: values**3 for key, values in random_scores(groups, seed).items()}
-        search = Search(cost, scores, 1 - sparsity, COUNTED["both"], 1, FLOORS[0] * (1 - sparsity) ** 0.5)
+        search = Search(cost, scores, 1 - sparsity, BOTH, 1, FLOORS[0] * (1 - sparsity) ** 0.5)
         found = search.cheapest(strict=True)
         singles = [search.landed({"params": end, "macs": 1 - end}, strict=True) for end in (0.0, 1.0)]
         reached = [search.lost(single.kept) for single in singles if single.sparsity >= sparsity]
@@ -630,7 +630,7 @@ def advised(error: UsageError) -> float:
 
 @each_network
 @pytest.mark.parametrize("budget", ["both", "params", "macs"])
-def test_an_unreachable_budget_names_a_reachable_one(name: str, budget: Budget) -> None:
+def test_an_unreachable_budget_names_a_reachable_one(name: str, budget: str) -> None:
     """The error is a usage error, says what goes of each cost, and following its advice works."""
     groups, _, cost = structure(name)
     scores = random_scores(groups, 0)

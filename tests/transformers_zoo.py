@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_with_path
 
-from gfprune_cli.structure.examples import Sizes, example_inputs
+from gfprune_cli.inputs.examples import Sizes, example_inputs
 
 SMALL = Sizes(frames=2, height=4, width=4, text=5)
 

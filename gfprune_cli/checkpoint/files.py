@@ -1,14 +1,14 @@
 """Reading files that somebody else wrote: where they may lie, how large they may be, what JSON may say."""
 
-import hashlib
 import json
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.digests import sha256_of
 
 CONVERSION = "DiffusionPipeline.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
 
@@ -100,17 +100,16 @@ def checked_file(path: Path, roots: tuple[Path, ...]) -> Path:
     return path
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of what a file holds.
+def sha256_of_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
+    """Path -> SHA-256 of what the file holds.
 
     Raises:
-        GfpruneError: it cannot be read.
+        GfpruneError: a file leads out of the checkpoint's folder `root`, or cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise GfpruneError(f"{path} cannot be read: {error}") from error
+    found, roots = {}, trusted_roots(root)
+    for path in sorted(paths):
+        found[f"{path.parent.name}/{path.name}"] = sha256_of(checked_file(path, roots))
+    return found
 
 
 def read_json(

@@ -8,63 +8,22 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, sha256_of, trusted_roots
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
 from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
-from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo
-from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
+from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.weights import NoWeights, read_weights
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.digests import sha256_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = [
-    "Component", "TensorInfo", "build_meta", "cast_model", "empty_weights", "inspect", "load_model",
-    "load_scheduler", "model_class", "scheduler_config_path", "sha256_of_weights",
-]  # fmt: skip
-
 BUFFER_BYTES = 4 << 30  # position tables that a config may ask for beside its weights
-
-
-@dataclass(frozen=True)
-class Component:
-    """A denoiser on disk, described without its weights.
-
-    Args:
-        folder: where its config.json and weights lie.
-        name: its name in the pipeline ("unet"), or "" for a bare model folder.
-        class_name: see `layout.is_denoiser`.
-        config: the parsed config.json.
-        weights: the safetensors files; empty if they were not required and are not there.
-        tensors: what the files' headers say, by tensor name as stored.
-        pipeline: the parsed model_index.json, None for a bare model folder.
-        root: the checkpoint's folder.
-    """
-
-    folder: Path
-    name: str
-    class_name: str
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-    tensors: dict[str, TensorInfo]
-    pipeline: dict[str, Any] | None
-    root: Path
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(path.stat().st_size for path in self.weights)
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether this is a network of non-uniform widths that gfprune wrote."""
-        return self.class_name.startswith(PRUNED)
 
 
 def inspect(

@@ -1,9 +1,11 @@
 """The record that travels in a checkpoint, `gfprune.json`: what it was pruned from, and what was kept."""
 
 import itertools
+import json
 import os
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +16,8 @@ from gfprune_cli.errors import GfpruneError
 
 RECORD = "gfprune.json"
 RECORD_BYTES = 64 << 20
+SCHEMA_VERSION = 1
+TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -159,3 +163,32 @@ def read_record(root: Path) -> Record | None:
         if not _DIGEST.fullmatch(digest):
             raise GfpruneError(f"{path} is damaged: the hash of {name[:80]!r} is no SHA-256; restore it")
     return Record(document, known.source, known.kept, known.component)
+
+
+def finished_record(destination: Path, digest: str) -> dict[str, Any] | None:
+    """The record of an output, if the run with that digest wrote it: the last one in its record.
+
+    Raises:
+        GfpruneError: the record cannot be read.
+    """
+    record = read_json(destination / "gfprune.json", trusted_roots(destination), limit=RECORD_BYTES)
+    runs = [entry for entry in record.get("finetune") or [] if isinstance(entry, dict)]
+    last = runs[-1] if runs else record
+    return record if last.get("run") == digest else None
+
+
+def as_json(value: Any) -> Any:
+    """A configuration as JSON keeps it: tuples as lists, and what is no JSON as text (-Infinity, too)."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
+
+
+def installed_tools() -> dict[str, str | None]:
+    """Versions of what decides the bytes of an output."""
+    return {tool: installed_version(tool) for tool in TOOLS}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -10,7 +10,7 @@ from gfprune_cli.errors import GfpruneError
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from gfprune_cli.checkpoint.reader import Component
+    from gfprune_cli.checkpoint.component import Component
 
 
 def scheduler_config_path(component: "Component") -> Path | None:

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.durable import check_writable, staging_folder, sync, sync_tree, write_tensors
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import check_config, checked_file, parse_json
 from gfprune_cli.checkpoint.layout import is_known
-from gfprune_cli.checkpoint.reader import Component, load_model
+from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.safetensors_header import read_header, read_metadata
 from gfprune_cli.checkpoint.shards import saved_tensors
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.durable import check_writable, staging_folder, sync, sync_tree, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.card import write_card
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.components import check_entries
-from gfprune_cli.checkpoint.durable import default_mode, staged, write_json
 from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
 from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
 from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
-from gfprune_cli.checkpoint.reader import Component, model_class, scheduler_config_path
+from gfprune_cli.checkpoint.reader import model_class
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
+from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.durable import default_mode, staged, write_json
 
 COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the components that stay as they are
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|Extractor|Scheduler")  # classes that have no weights

@@ -5,11 +5,7 @@ from typing import Annotated
 import typer
 
 from gfprune_cli import __version__
-from gfprune_cli.cli.analyze import analyze
-from gfprune_cli.cli.evaluate import evaluate
-from gfprune_cli.cli.export import export
-from gfprune_cli.cli.finetune import finetune
-from gfprune_cli.cli.prune import prune
+from gfprune_cli.cli.commands import COMMANDS
 
 app = typer.Typer(
     name="gfprune",
@@ -17,11 +13,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-for command in (analyze, prune, finetune, export):
-    app.command()(command)
-app.command("eval")(evaluate)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def show_version(value: bool) -> None:

@@ -1,4 +1,4 @@
-"""Options that commands share, and the one way in which a recipe's fields become flags."""
+"""Flags: made from the fields of a command's recipe and of `RunOptions`, which are the one place for them."""
 
 import inspect
 from collections.abc import Callable
@@ -7,60 +7,62 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from gfprune_cli.recipes.options import flag, option_help, option_names
+from gfprune_cli.recipes.options import flag, literals, option_help, option_names
+from gfprune_cli.recipes.run_options import RunOptions
 
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Output folder (default: named after model and settings).")
-]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, if there is one.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace an output that exists, and discard saved state.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, tables or notices; errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-Device = Annotated[str | None, typer.Option("--device", help="Torch device (default: CUDA if there is one).")]
-OffloadTeacher = Annotated[
-    bool,
-    typer.Option("--offload-teacher", help="Keep the dense model in main memory while the device trains."),
-]
 
 
-def recipe_option(recipe: type, name: str) -> Any:
-    """The Typer option of one recipe field: its name, type, help and default come from the recipe."""
-    kind = get_type_hints(recipe)[name]
-    parts = (
-        [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) is not Literal else []
-    )
-    bare = parts[0] if parts else kind
-    metavar = None
+def option_of(options: type, name: str, command: str) -> Any:
+    """The Typer option of one field: its name, type, help and default are the field's."""
+    kind = get_type_hints(options)[name]
+    parts = [kind]
+    if get_origin(kind) not in (Literal, tuple) and get_args(kind):
+        parts = [part for part in get_args(kind) if part is not type(None)]
+    bare, metavar, choices = parts[0], None, literals(parts[0])
     if len(parts) > 1:  # a number or a word: the recipe tells them apart
         bare = str
-    elif get_origin(bare) is Literal:
-        metavar, bare = "[" + "|".join(get_args(bare)) + "]", str
-    default = getattr(recipe, name, None)
-    shown = "" if default is None or isinstance(default, bool) else f" [default: {default}]"
-    names = f"{flag(name)}/--no-{flag(name)[2:]}" if bare is bool else flag(name)
-    option = typer.Option(names, help=option_help(recipe, name) + shown, metavar=metavar, show_default=False)
+    elif choices:
+        metavar, bare = "[" + "|".join(choices) + "]", str
+    elif get_origin(bare) is tuple:
+        single = get_args(bare)[0]
+        metavar, bare = f"<{single.__name__}>", list[single]  # type: ignore[valid-type]
+    default = getattr(options, name, None)
+    silent = default is None or isinstance(default, bool | tuple)
+    names = flag(name)
+    if bare is bool and options is not RunOptions:  # a recipe file may have set it
+        names = f"{names}/--{names[5:]}" if name.startswith("no_") else f"{names}/--no-{names[2:]}"
+    text = option_help(options, name, command) + ("" if silent else f" [default: {default}]")
+    option = typer.Option(
+        names,
+        help=text,
+        metavar=metavar,
+        show_default=False,
+        autocompletion=(lambda: list(choices)) if choices else None,
+    )
     return Annotated[bare | None, option]
 
 
-def with_recipe_options(recipe: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put the fields of a recipe in front of a command's own options."""
+def with_options(recipe: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of its recipe, of how it runs, and of what it prints."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        name = command.__name__.removeprefix("run_")
+        fields = [(recipe, field) for field in option_names(recipe)]
+        fields += [(RunOptions, field) for field in RunOptions.names(name)]
         keyword = inspect.Parameter.KEYWORD_ONLY
-        options = [
-            inspect.Parameter(name, keyword, default=None, annotation=recipe_option(recipe, name))
-            for name in option_names(recipe)
+        parameters = [
+            inspect.Parameter(field, keyword, default=None, annotation=option_of(options, field, name))
+            for options, field in fields
         ]
-        parameters = [*options, *(parameter.replace(kind=keyword) for parameter in own)]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        if name != "analyze":
+            parameters.append(inspect.Parameter("config", keyword, default=None, annotation=Config))
+        for flag_name, kind in (("json", Json), ("quiet", Quiet), ("debug", Debug)):
+            parameters.append(inspect.Parameter(flag_name, keyword, default=False, annotation=kind))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
         return command
 

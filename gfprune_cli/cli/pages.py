@@ -42,6 +42,6 @@ def replaceable(path: Path, beginning: bytes) -> bool:
 
 def write_page(path: Path, page: str) -> None:
     """The page appears whole or not at all."""
-    from gfprune_cli.checkpoint.durable import write_file
+    from gfprune_cli.outputs.durable import write_file
 
     write_file(path, page.encode())

@@ -12,8 +12,8 @@ from typing import Any, Self, TextIO
 
 from gfprune_cli.cli.signals import Signals
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.launch import main_process
 from gfprune_cli.progress import Event
+from gfprune_cli.runtime.launch import main_process
 
 LINES_PER_PHASE = 10  # of progress, where there is no terminal to draw a bar on
 

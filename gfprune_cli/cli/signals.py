@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.launch import joined, launched
+from gfprune_cli.runtime.launch import joined, launched
 
 PATIENCE = 8.0  # seconds from a signal to the next event, before the run is stopped where it is
 LAST_CALL = 1.0  # and from there to the end of the process, whatever it is doing

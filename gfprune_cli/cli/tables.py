@@ -6,10 +6,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gfprune_cli.analysis import Analysis
-from gfprune_cli.deploy import ExportResult
-from gfprune_cli.pruning import PruneResult
-from gfprune_cli.recovery import FinetuneResult
+from gfprune_cli.deploy.result import ExportResult
+from gfprune_cli.pruning.analyze import Analysis
+from gfprune_cli.pruning.result import PruneResult
+from gfprune_cli.recovery.result import FinetuneResult
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -8,18 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import Component
-from gfprune_cli.data.cache import cache_folder, cached, sha256_of_files
-from gfprune_cli.data.conditioned import (
-    Asked,
-    asked_of,
-    batch_size,
-    made_up,
-    recorded,
-    recording_fingerprint,
-)
-from gfprune_cli.data.conditions import Condition, Conditions
-from gfprune_cli.data.diffusion import NoisingProcess, Reconstruction, noising_process
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.files import sha256_of_files
 from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
@@ -30,13 +20,25 @@ from gfprune_cli.data.drawing import (
     self_images,
     upscaling,
 )
-from gfprune_cli.data.guidance import with_guidance
-from gfprune_cli.data.images import fingerprint, load_images, to_model_range
+from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
-from gfprune_cli.data.pipeline import is_autoencoder, open_pipeline
-from gfprune_cli.data.prompts import prompts_fingerprint
-from gfprune_cli.data.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.diffusion.conditions import Condition, Conditions
+from gfprune_cli.diffusion.guidance import with_guidance
+from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noising_process
 from gfprune_cli.errors import UsageError
+from gfprune_cli.inputs.conditioning import (
+    Asked,
+    asked_of,
+    batch_size,
+    made_up,
+    recorded,
+    recording_fingerprint,
+)
+from gfprune_cli.inputs.pipeline import is_autoencoder, open_pipeline
+from gfprune_cli.inputs.prompts import prompts_fingerprint
+from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.outputs.cache import cache_folder, cached
+from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Report, notice
 
 __all__ = [

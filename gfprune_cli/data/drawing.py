@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import read_config, trusted_roots
-from gfprune_cli.checkpoint.reader import Component
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.draws import generator
 from gfprune_cli.data.latents import decoder_name
-from gfprune_cli.data.noising import NoisingProcess
-from gfprune_cli.data.recording import PipelineOptions
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.recording import PipelineOptions
 from gfprune_cli.progress import Event, Report
 
 SAMPLE_BATCH = 32

@@ -5,7 +5,6 @@ Example:
     clean = to_model_range(load_images("photos/", size=(32, 32), channels=3, limit=256))
 """
 
-import hashlib
 import importlib
 import io
 import lzma
@@ -145,20 +144,6 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
     if images.dtype != torch.uint8:
         raise GfpruneError(f"images must be uint8 to be scaled to [-1, 1], not {images.dtype}")
     return images.to(torch.float32) / 127.5 - 1
-
-
-def fingerprint(images: torch.Tensor) -> str:
-    """Name a set of images by its content, for recipes and caches.
-
-    Args:
-        images: a tensor of any shape, on any device.
-
-    Returns:
-        The SHA-256 of its shape and bytes, 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
-    digest.update(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _list_images(folder: Path, report: Report) -> list[Path]:

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.layout import pipeline_components
-from gfprune_cli.checkpoint.reader import Component
-from gfprune_cli.data.draws import generator
 from gfprune_cli.data.images import to_model_range
-from gfprune_cli.data.pipeline import load_component, quiet
-from gfprune_cli.data.recording import PipelineOptions, call_arguments
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.pipeline import load_component, quiet
+from gfprune_cli.inputs.recording import PipelineOptions, call_arguments
 from gfprune_cli.progress import Event, Report
 
 DECODERS = ("vae", "vqvae")

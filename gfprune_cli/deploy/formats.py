@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PrunedModel
-from gfprune_cli.checkpoint.reader import Component, load_model
-from gfprune_cli.deploy import onnx_model, openvino_model, torch_program, weights
+from gfprune_cli.checkpoint.reader import load_model
+from gfprune_cli.deploy import onnx as onnx_model
+from gfprune_cli.deploy import openvino as openvino_model
+from gfprune_cli.deploy import safetensors as weights
+from gfprune_cli.deploy import torch_export as torch_program
 from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.plan import DTYPES, opset_of, shard_limit, variant_of
-from gfprune_cli.deploy.recorded import with_inputs
 from gfprune_cli.deploy.signature import Signature, workable
+from gfprune_cli.inputs.unknown_classes import with_inputs
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.export import ExportRecipe
 

@@ -22,10 +22,10 @@ from torch import nn
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
-from gfprune_cli.data.draws import generator
 from gfprune_cli.deploy.signature import AREA, LatentDecoder, Signature, compact, larger, signature_of
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.examples import Sizes
+from gfprune_cli.inputs.examples import Sizes
 
 OUTPUT = "output"
 FLOOR = 1e-15

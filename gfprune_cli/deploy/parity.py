@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.data.diffusion import NoisingProcess, noising_process
-from gfprune_cli.data.draws import generator
-from gfprune_cli.deploy.recorded import RecordedNetwork
-from gfprune_cli.deploy.signature import MASK, TIME_FACTORS, TIMESTEP, Signature, larger, signature_of
+from gfprune_cli.deploy.signature import MASK, TIMESTEP, Signature, larger, signature_of
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.errors import GateMissed, GfpruneError
+from gfprune_cli.families.table import family_of
+from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 from gfprune_cli.progress import Event, Report
 
 Inputs = dict[str, torch.Tensor]
@@ -90,7 +90,8 @@ def one_batch(
         images = smooth_images(noise, process, source)
         noise, times = process.add_noise(images, noise, index), process.timesteps(index)
     known = isinstance(network, RecordedNetwork)
-    factor = network.time_factor if known else TIME_FACTORS.get(stock_name(type(network).__name__), 1)
+    family = family_of(network)
+    factor = network.time_factor if known else 1 if family is None else family.time_factor
     times = times if factor == 1 else times * factor
     found = {}
     for name, tensor in signature.inputs.items():

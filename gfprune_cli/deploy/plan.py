@@ -4,11 +4,14 @@ from pathlib import Path
 
 import torch
 
-from gfprune_cli.checkpoint.reader import Component, build_meta
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import build_meta
 from gfprune_cli.checkpoint.writer import check_pipeline
-from gfprune_cli.deploy import onnx_model, openvino_model, torch_program
+from gfprune_cli.deploy import onnx as onnx_model
+from gfprune_cli.deploy import openvino as openvino_model
+from gfprune_cli.deploy import torch_export as torch_program
 from gfprune_cli.deploy.network import deployed
-from gfprune_cli.deploy.weights import parse_size, split
+from gfprune_cli.deploy.safetensors import parse_size, split
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
 

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from gfprune_cli.checkpoint.card import inherited
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import read_json, trusted_roots
-from gfprune_cli.checkpoint.reader import Component
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.recipes.export import ExportRecipe
 
 RECORD = "gfprune.json"

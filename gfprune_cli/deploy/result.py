@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 from gfprune_cli.deploy.parity import Parity
-from gfprune_cli.pruning.result import SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportResult:
     """What an export run did; `document()` is the JSON of the command.
 

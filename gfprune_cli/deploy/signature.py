@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.deploy.recorded import RecordedNetwork
-from gfprune_cli.structure.examples import Sizes, example_inputs
+from gfprune_cli.families.table import family_of
+from gfprune_cli.inputs.examples import Sizes, example_inputs
+from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 
 TIMESTEP = "timestep"
 MASK = "encoder_attention_mask"
 TEXT = "encoder_hidden_states"
 # Their pipelines mask the padding of a text.
-MASKED = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
-# What the network is told of a timestep that its scheduler counts.
-TIME_FACTORS = {"FluxTransformer2DModel": 1e-3}
 AREA = ("frames", "height", "width")
 LETTERS = {"frames": "f", "height": "h", "width": "w", "text": "text"}
 
@@ -163,7 +160,8 @@ def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
     if isinstance(network, RecordedNetwork):
         return network.inputs
     found = example_inputs(network, sizes)
-    if stock_name(type(network).__name__) in MASKED:
+    family = family_of(network)
+    if family is not None and family.masked:
         found[MASK] = torch.ones_like(found[TEXT][..., 0])
     return found
 
@@ -226,10 +224,10 @@ def workable(network: nn.Module, scheduler: Any, dtype: torch.dtype = torch.floa
 
 def counts_steps(network: Any, scheduler: Any) -> bool:
     """Whether the network is told whole numbers."""
-    name, kind = stock_name(type(network).__name__), network.config.get("time_embedding_type")
+    family, kind = family_of(network), network.config.get("time_embedding_type")
     if kind == "learned":
         return True
-    if kind == "fourier" or name in TIME_FACTORS:
+    if kind == "fourier" or (family is not None and family.time_factor != 1):
         return False
     steps = getattr(scheduler, "timesteps", None)
     return not (isinstance(steps, torch.Tensor) and steps.is_floating_point())

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.device import Precision
 from gfprune_cli.evaluation.deepcache import DeepCache
-from gfprune_cli.evaluation.deployed import NetworkInputs, batch_inputs, computing_in, out_of_memory, prepare
+from gfprune_cli.evaluation.deployment import (
+    NetworkInputs,
+    batch_inputs,
+    computing_in,
+    out_of_memory,
+    prepare,
+)
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Report, notice
+from gfprune_cli.runtime.device import Precision
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.examples import example_inputs
 from gfprune_cli.structure.trace import Trace, observe
 
 Call = Callable[[], object]

@@ -24,10 +24,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from gfprune_cli.checkpoint.durable import write_file
-from gfprune_cli.data.cache import cache_room
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.statistics import Features
+from gfprune_cli.outputs.cache import cache_room
+from gfprune_cli.outputs.durable import write_file
 from gfprune_cli.progress import Event, Report
 from gfprune_cli.recipes.evaluate import FidMode
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.images import load_images, to_model_range
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.consistency import WINDOW
 from gfprune_cli.evaluation.inception import Extractor, Unavailable, find_extractor
@@ -18,9 +18,9 @@ from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
 from gfprune_cli.evaluation.task import Task, task_of
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
-from gfprune_cli.processes import Processes
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.runtime.processes import Processes
 
 NOT_EMA = "google/ddpm-cifar10-32"
 

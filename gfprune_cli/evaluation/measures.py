@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition
-from gfprune_cli.data.draws import Draws
 from gfprune_cli.data.images import image_batches
+from gfprune_cli.diffusion.conditions import Condition
+from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.evaluation.consistency import Consistency, unit_range
 from gfprune_cli.evaluation.inputs import Inputs
 from gfprune_cli.evaluation.quality import Real, distances, real_features, sample_features
 from gfprune_cli.evaluation.statistics import Gaussian, frechet_distance, gaussian
-from gfprune_cli.evaluation.store import SampleStore
 from gfprune_cli.evaluation.teacher import (
     LOSS_DRAWS,
     Losses,
@@ -25,6 +24,7 @@ from gfprune_cli.evaluation.teacher import (
     feature_layer,
     teacher_features,
 )
+from gfprune_cli.outputs.samples import SampleStore
 from gfprune_cli.progress import Report
 
 GRID = 16  # pairs of pictures

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gfprune_cli.data.diffusion import (
+from gfprune_cli.diffusion.schedulers import (
     NoisingProcess,
     Reconstruction,
     VarianceExploding,

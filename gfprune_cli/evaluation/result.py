@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.errors import UsageError
-from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 Png = bytes  # `bytes` is a field of the result
@@ -22,7 +22,7 @@ class Gate:
     passed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """What an evaluation found; `document()` is the JSON of the command, `grid` PNG pairs for the page."""
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfprune_cli.data.diffusion import (
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.schedulers import (
     Denoiser,
     NoisingProcess,
     Reconstruction,
@@ -21,8 +22,7 @@ from gfprune_cli.data.diffusion import (
     mean_part,
     per_sample,
 )
-from gfprune_cli.data.draws import generator
-from gfprune_cli.data.variance import Limits
+from gfprune_cli.diffusion.variance import Limits
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.recipes.evaluate import Spacing

@@ -9,20 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.layout import is_autoencoder, stock_name
-from gfprune_cli.checkpoint.reader import (
-    Component,
-    inspect,
-    load_model,
-    load_scheduler,
-    scheduler_config_path,
-    sha256_of_weights,
-)
+from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, read_record
+from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source, resolve, said_of
 from gfprune_cli.data.calibration import image_size, training_process
-from gfprune_cli.data.diffusion import NoisingProcess
 from gfprune_cli.data.latents import decoder_name
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.evaluate import EvalRecipe

@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions, draw_labels
-from gfprune_cli.data.conditioned import asked_of, made_up, recorded, recording_fingerprint
-from gfprune_cli.data.conditions import Condition, Conditions, keywords
-from gfprune_cli.data.diffusion import Denoiser, NoisingProcess, noising_process
 from gfprune_cli.data.drawing import refuse_options
-from gfprune_cli.data.draws import generator
-from gfprune_cli.data.guidance import GuidedProcess, with_guidance
-from gfprune_cli.evaluation.deployed import batch_inputs
+from gfprune_cli.diffusion.conditions import Condition, Conditions, keywords
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.guidance import GuidedProcess, with_guidance
+from gfprune_cli.diffusion.schedulers import Denoiser, NoisingProcess, noising_process
+from gfprune_cli.evaluation.deployment import batch_inputs
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.evaluation.quality import is_statistics
 from gfprune_cli.evaluation.subjects import Subject
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
+from gfprune_cli.inputs.conditioning import asked_of, made_up, recorded, recording_fingerprint
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
-from gfprune_cli.structure.examples import example_inputs
 
 
 @dataclass(frozen=True)

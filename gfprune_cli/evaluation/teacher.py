@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Draws, generator
-from gfprune_cli.device import Precision, autocast
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.evaluation.statistics import Features, mean_with_interval
 from gfprune_cli.progress import Event, Report
+from gfprune_cli.runtime.device import Precision, autocast
 
 FEATURE_NOISE = 0.05  # of the schedule: images are little disturbed and the input is one the network knows
 LOSS_DRAWS = 512

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.conditions import Condition
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.layers import (
     CONVOLUTIONS,
     fan_in,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Batch, Draws
+from gfprune_cli.diffusion.draws import Batch, Draws
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.comparison import comparable
 from gfprune_cli.flow.criteria import Evidence, score

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from gfprune_cli.data.conditions import Condition, call_with
+from gfprune_cli.diffusion.conditions import Condition, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member, Side

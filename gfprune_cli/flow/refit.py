@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.layers import fan_in, input_rows, is_fittable, output_shape, places, rows_drawn, rows_of
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.residuals import Carrier, as_rows

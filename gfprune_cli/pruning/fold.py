@@ -16,9 +16,9 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.data.conditions import call
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Draws, generator
+from gfprune_cli.diffusion.conditions import call
+from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
 from gfprune_cli.progress import Event, Report

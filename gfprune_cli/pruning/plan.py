@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import (
-    Component,
-    inspect,
-)
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.progress import Report, notice
 from gfprune_cli.pruning.result import PruneResult
-from gfprune_cli.pruning.structure import find_units
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.cost import COUNTED, CostModel
+from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
 from gfprune_cli.structure.search import Allocation
@@ -41,8 +39,8 @@ class Plan:
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
-    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.dense[key] for key in COUNTED["both"]}
-    achieved = min(shares[key] for key in COUNTED[recipe.budget])
+    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.dense[key] for key in BOTH}
+    achieved = min(shares[key] for key in counted(recipe.budget))
     return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 
 
@@ -164,19 +162,19 @@ def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(
-        recipe.model,
-        None,
-        plan.component.name,
-        plan.component.class_name,
-        recipe.layout,
-        recipe.criterion,
-        recipe.seed,
-        sparsity_of(plan.cost, allocation.kept, recipe),
-        params,
-        {"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
-        {"before": before, "after": round(before * params["after"] / params["before"])},
-        {"before": None, "masked": None, "removed": None, "recovered": None},
-        0.0,
-        None,
-        round(seconds, 3),
+        model=recipe.model,
+        output=None,
+        component=plan.component.name,
+        class_name=plan.component.class_name,
+        layout=recipe.layout,
+        criterion=recipe.criterion,
+        seed=recipe.seed,
+        sparsity=sparsity_of(plan.cost, allocation.kept, recipe),
+        params=params,
+        macs={"before": plan.cost.macs({}), "after": plan.cost.macs(allocation.kept)},
+        bytes={"before": before, "after": round(before * params["after"] / params["before"])},
+        loss=dict.fromkeys(("before", "masked", "removed", "recovered")),
+        scoring_gradients=0.0,
+        refit=None,
+        seconds=round(seconds, 3),
     )

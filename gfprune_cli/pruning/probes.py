@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.data.conditions import Condition, Conditions
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.conditions import Condition, Conditions
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.structure.modulation import Hide, Table
 
 NUMBERS = 8  # entries up to which a condition is a few numbers, not a vector of features

@@ -5,15 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from gfprune_cli.checkpoint.state import run_digest
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools
+from gfprune_cli.outputs.state import run_digest
+from gfprune_cli.pruning.job import JUDGE_DRAWS, PruneJob
 from gfprune_cli.pruning.plan import sparsity_of
-from gfprune_cli.pruning.result import SCHEMA_VERSION, installed_tools
-from gfprune_cli.pruning.run import JUDGE_DRAWS, Outcome, Run
+from gfprune_cli.pruning.state import Outcome
 
 
-def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
+def make_record(job: PruneJob, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
     """The document of `gfprune.json`: enough to repeat the run and to build on it."""
-    plan, recipe = run.plan, run.recipe
+    plan, recipe = job.plan, job.recipe
     channels = {group.name: group.kept_channels(outcome.kept[group.name]) for group in plan.groups}
     widths = {name: len(indices) for name, indices in channels.items()}
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -23,15 +24,15 @@ def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
         "command": "prune",
         "recipe": recipe.document(),
         "resolved": {
-            "precision": run.precision,
-            "device": run.device.type,
+            "precision": job.precision,
+            "device": job.device.type,
         },
         "source": {
-            "label": run.source.label,
-            "kind": run.source.kind,
-            "commit": run.source.commit,
-            "weights": run.hashes,
-            "data": run.data_fingerprint,
+            "label": job.source.label,
+            "kind": job.source.kind,
+            "commit": job.source.commit,
+            "weights": job.hashes,
+            "data": job.data_fingerprint,
         },
         "class_name": type(model).__name__,
         "component": plan.component.name,
@@ -42,8 +43,8 @@ def make_record(run: Run, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
         "bytes": {"before": plan.component.bytes, "after": 0},
         "loss": {key: outcome.losses.get(key) for key in ("before", "masked", "removed", "recovered")},
         "refit": {"draws": JUDGE_DRAWS, "iterations": [asdict(refit) for refit in outcome.refits]},
-        "fold": None if run.folding is None else run.folding.document(),
+        "fold": None if job.folding is None else job.folding.document(),
         "scoring_gradients": round(outcome.gradients, 2),
-        "run": run_digest(run.identity()),
+        "run": run_digest(job.identity()),
         "tools": installed_tools(),
     }

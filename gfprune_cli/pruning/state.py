@@ -1,18 +1,31 @@
 """The second half of a prune run's state: the narrow network in recovery, and what was found before it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import torch
 
-from gfprune_cli.checkpoint.state import StateFolder
 from gfprune_cli.flow.loop import RefitResult
-
-if TYPE_CHECKING:
-    from gfprune_cli.pruning.run import Outcome
+from gfprune_cli.outputs.state import StateFolder
 
 PHASE = "recovery"
+
+
+@dataclass
+class Outcome:
+    """What a run has found so far, in the order in which it comes.
+
+    Args:
+        kept: group name -> bool [units].
+        losses: `before`, `masked`, `removed`, `recovered`, as far as they were taken.
+        gradients: spent on scoring and refits, in gradients of one sample.
+    """
+
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    refits: list[RefitResult] = field(default_factory=list)
+    gradients: float = 0.0
 
 
 class RecoveryState:
@@ -31,10 +44,8 @@ class RecoveryState:
         saved = self.state.load() if self.state.exists() else None
         return saved is not None and saved[1].get("phase") == PHASE
 
-    def outcome(self) -> "Outcome":
+    def outcome(self) -> Outcome:
         """What the run had found before it was stopped in its recovery."""
-        from gfprune_cli.pruning.run import Outcome
-
         saved = self.state.load()
         assert saved is not None
         tensors, numbers = saved
@@ -42,7 +53,7 @@ class RecoveryState:
         refits = [RefitResult(**refit) for refit in numbers["refits"]]
         return Outcome(kept, numbers["losses"], refits, numbers["gradients"])
 
-    def of(self, outcome: "Outcome") -> "RecoveryState":
+    def of(self, outcome: Outcome) -> Self:
         """The same, for a run that has found this."""
         self.found = outcome
         return self

@@ -5,10 +5,12 @@ override them. The resolved recipe travels in the output's `gfprune.json`, and r
 the output.
 """
 
+import difflib
 import stat
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Le
 
@@ -19,11 +21,12 @@ VALUE_CHARACTERS = 4096  # of one value
 RecipeT = TypeVar("RecipeT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Help:
-    """What `--help` says of an option."""
+    """What `--help` says of an option; `of` holds what it says of it in single commands."""
 
     text: str
+    of: Mapping[str, str] = field(default_factory=dict)
 
 
 PromptsFile = Annotated[
@@ -41,10 +44,11 @@ GuidanceScale = Annotated[
 ]
 
 
-def option_help(recipe: type, name: str) -> str:
-    """What `--help` says of a recipe key."""
-    hints = get_type_hints(recipe, include_extras=True)
-    return next(part.text for part in hints[name].__metadata__ if isinstance(part, Help))
+def option_help(options: type, name: str, command: str = "") -> str:
+    """What `--help` says of an option."""
+    hints = get_type_hints(options, include_extras=True)
+    found = next(part for part in hints[name].__metadata__ if isinstance(part, Help))
+    return found.of.get(command, found.text)
 
 
 def option_names(recipe: Any) -> list[str]:
@@ -105,32 +109,59 @@ def shown(value: object) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: dict[str, Any]) -> RecipeT:
+def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: Mapping[str, Any]) -> RecipeT:
     """Defaults, then the recipe file, then the flags that were given (those that are not None).
 
     Raises:
         UsageError: an unknown key or a value out of range, named as the flag that sets it.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     given = {name: value for name, value in flags.items() if value is not None}
     values = (read_recipe(config) if config else {}) | given
+    unknown = next((key for key in values if key not in option_names(recipe)), None)
+    if unknown is not None:
+        where = "unknown setting" if unknown in given else f"--config {config}: unknown recipe key"
+        known = sorted(option_names(recipe))
+        raise UsageError(f"{where} {shown(unknown)}{meant(unknown, known)}; known keys: {', '.join(known)}")
+    return validated(
+        recipe, values, lambda name: flag(name) if name in given else f"--config {config}: {name}"
+    )
+
+
+def validated(options: type[RecipeT], values: Mapping[str, Any], named: Callable[[str], str]) -> RecipeT:
+    """The options with these values, each checked against its type and range.
+
+    Args:
+        named: how a message calls an option.
+
+    Raises:
+        UsageError: a value is missing or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(recipe).validate_python(values)
+        return TypeAdapter(options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "recipe"
         if first["type"] in ("missing", "missing_argument"):
-            raise UsageError(f"{flag(name)} is missing: {option_help(recipe, name)}") from error
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            where = "unknown setting" if name in given else f"--config {config}: unknown recipe key"
-            raise UsageError(
-                f"{where} {shown(name)}; known keys: {', '.join(sorted(option_names(recipe)))}"
-            ) from error
-        where = flag(name) if name in given else f"--config {config}: {name}"
+            raise UsageError(f"{flag(name)} is missing: {option_help(options, name)}") from error
+        kind = get_type_hints(options)[name]
+        choices = [choice for part in (kind, *get_args(kind)) for choice in literals(part)]
+        hint = meant(first["input"], choices)
         raise UsageError(
-            f"{where} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            f"{named(name)} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
         ) from error
+
+
+def literals(kind: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`; none of any other type."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def meant(given: object, choices: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: which one it resembles, if any."""
+    close = difflib.get_close_matches(str(given)[:80], list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flag(name: str) -> str:

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import generator
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.trainer import Stopped, Trainer
-from gfprune_cli.recovery.watch import Watch
 
 GRID_SAMPLES = 8
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.data.conditions import Condition, call
-from gfprune_cli.data.diffusion import NoisingProcess, mean_square
-from gfprune_cli.data.draws import Batch
-from gfprune_cli.device import Precision, autocast
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import Batch
+from gfprune_cli.diffusion.schedulers import NoisingProcess, mean_square
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.teacher import Correspondence
+from gfprune_cli.runtime.device import Precision, autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gfprune_cli.data.diffusion import NoisingProcess
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.device import Precision
-from gfprune_cli.processes import Processes
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.progress import Report
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Loop, Samples, State
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.trainer import Remedies, Trainer
-from gfprune_cli.recovery.watch import Watch
+from gfprune_cli.runtime.device import Precision
+from gfprune_cli.runtime.processes import Processes
 
 
 def recover(

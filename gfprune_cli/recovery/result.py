@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gfprune_cli.pruning.result import SCHEMA_VERSION
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What a finetune run did; `document()` is the JSON of the command.
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import quoted
-from gfprune_cli.checkpoint.reader import Component, build_meta, inspect, load_scheduler, sha256_of_weights
+from gfprune_cli.checkpoint.reader import build_meta, inspect, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import Source, resolve, said_of
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event, Report, notice

@@ -10,12 +10,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from gfprune_cli.data.draws import Draws
+from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.processes import Processes
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
+from gfprune_cli.runtime.processes import Processes
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
 SMALLEST_SCALE = 1e-4  # of float16 gradients; below it they are not finite for another reason

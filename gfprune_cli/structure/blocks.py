@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PAIRS
+from gfprune_cli.families.table import carriers
 from gfprune_cli.structure.groups import ChannelGroup, Member
 
 # stack of blocks -> the key of the stock configuration that says how many there are
@@ -20,11 +21,6 @@ LENGTHS = {
     "transformer_blocks": "num_layers",
     "single_transformer_blocks": "num_single_layers",
     "blocks": "num_layers",
-}
-# blocks that carry one stream; PAIRS has those that carry two
-SINGLE = {
-    *("BasicTransformerBlock", "SanaTransformerBlock", "WanTransformerBlock"),
-    *("LTXVideoTransformerBlock", "StableAudioDiTBlock"),
 }
 # keys that name blocks by number: with one of them set, the numbers must stay
 BY_NUMBER = ("dual_attention_layers", "layer_types")
@@ -54,7 +50,7 @@ def is_plain_resnet(module: Any) -> bool:
 def is_stack(blocks: nn.ModuleList) -> bool:
     """Several transformer blocks of one kind, whose streams are known."""
     kinds = {type(block).__name__ for block in blocks}
-    return len(blocks) > 1 and len(kinds) == 1 and (kinds <= SINGLE or kinds <= PAIRS.keys())
+    return len(blocks) > 1 and len(kinds) == 1 and kinds <= carriers()
 
 
 def is_needed(block: Any, first: bool) -> bool:

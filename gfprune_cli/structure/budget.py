@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from gfprune_cli.errors import UsageError
-from gfprune_cli.structure.cost import COUNTED, Budget, CostModel
+from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
 
 FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
@@ -22,7 +22,7 @@ def allocate(
     scores: Mapping[str, torch.Tensor],
     sparsity: float,
     *,
-    budget: Budget = "both",
+    budget: str = "both",
     align: int = 1,
     strict: bool = True,
 ) -> Allocation:
@@ -58,7 +58,7 @@ def attempt(
     cost: CostModel,
     scores: Mapping[str, torch.Tensor],
     sparsity: float,
-    budget: Budget,
+    budget: str,
     align: int,
     *,
     strict: bool,
@@ -68,7 +68,7 @@ def attempt(
     while True:
         for floor in FLOORS:
             depth = floor * math.sqrt(1 - sparsity)
-            found = Search(cost, scores, 1 - sparsity, COUNTED[budget], align, depth).cheapest(strict=strict)
+            found = Search(cost, scores, 1 - sparsity, counted(budget), align, depth).cheapest(strict=strict)
             if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE or spared(cost, found, sparsity):
                 return found, found
             if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
@@ -89,7 +89,7 @@ def rounded_down(sparsity: float) -> float:
     return math.floor(sparsity * 1000) / 1000
 
 
-def unreachable(sparsity: float, budget: Budget, nearest: Allocation) -> str:
+def unreachable(sparsity: float, budget: str, nearest: Allocation) -> str:
     """What to say of a budget that no widths meet."""
     shares = ", ".join(f"{share:.3f} of {key}" for key, share in nearest.sparsities.items())
     several = f" (which removes {shares})" if len(nearest.sparsities) > 1 else ""

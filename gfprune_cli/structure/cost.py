@@ -1,23 +1,15 @@
 """Parameters and multiply-accumulates of a network as a function of the channels each group keeps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
 from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
-
-Counted = Literal["params", "macs"]
-Budget = Literal["both", "params", "macs"]
-COUNTED: dict[Budget, tuple[Counted, ...]] = {
-    "both": ("params", "macs"),
-    "params": ("params",),
-    "macs": ("macs",),
-}
 
 
 @dataclass(frozen=True)
@@ -47,16 +39,43 @@ class LayerCost:
     def gone(self, removed: Mapping[str, int]) -> bool:
         return any(removed[block] for block in self.blocks)
 
-    def params(self, removed: Mapping[str, int]) -> int:
-        if not self.learned or self.gone(removed):
-            return 0
-        out = self.out.kept(removed)
-        return out * self.into.kept(removed) * self.weight + out * self.bias
 
-    def macs(self, removed: Mapping[str, int]) -> int:
-        if self.gone(removed):
+@dataclass(frozen=True)
+class Cost:
+    """Something that a budget may count: of a layer with o outputs and i inputs, o i p + o q.
+
+    Args:
+        per_pair: p of a layer: what each pair of an output and an input costs.
+        per_output: q of a layer: what each output costs.
+        counts_the_rest: whether parameters of no layer count, too.
+    """
+
+    per_pair: Callable[[LayerCost], int]
+    per_output: Callable[[LayerCost], int]
+    counts_the_rest: bool = False
+
+    def of_layer(self, layer: LayerCost, removed: Mapping[str, int]) -> int:
+        """What is left of the cost of a layer when channels of each group are gone."""
+        if layer.gone(removed):
             return 0
-        return self.out.kept(removed) * self.into.kept(removed) * self.weight * self.positions
+        out = layer.out.kept(removed)
+        return out * layer.into.kept(removed) * self.per_pair(layer) + out * self.per_output(layer)
+
+
+COSTS: dict[str, Cost] = {
+    "params": Cost(
+        lambda layer: layer.weight * layer.learned,
+        lambda layer: layer.bias * layer.learned,
+        counts_the_rest=True,
+    ),
+    "macs": Cost(lambda layer: layer.weight * layer.positions, lambda layer: 0),
+}
+BOTH = ("params", "macs")
+
+
+def counted(budget: str) -> tuple[str, ...]:
+    """The costs that a budget holds down: both, or the one that it names."""
+    return BOTH if budget == "both" else (budget,)
 
 
 class CostModel:
@@ -71,7 +90,7 @@ class CostModel:
         model: nn.Module,
         groups: tuple[ChannelGroup, ...],
         trace: Trace,
-        dense: Mapping[Counted, int] | None = None,
+        dense: Mapping[str, int] | None = None,
     ) -> None:
         """Args: dense: what shares are shares of, where something was saved before; None: the model."""
         self.groups = {group.name: group for group in groups}
@@ -95,20 +114,21 @@ class CostModel:
                 self.layers_of[out.shares[0][0]].append(len(self.layers))
                 self.layers.append(LayerCost(name, out, rows, 1, 0, 0))
         self.place_in_blocks(model)
-        counted = sum(layer.params(dict.fromkeys(self.groups, 0)) for layer in self.layers)
-        self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - counted
-        self.dense: Mapping[Counted, int] = dense or {key: self.total({}, key) for key in COUNTED["both"]}
+        whole, params = dict.fromkeys(self.groups, 0), COSTS["params"].of_layer
+        in_layers = sum(params(layer, whole) for layer in self.layers)
+        self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - in_layers
+        self.dense: Mapping[str, int] = dense or {key: self.total({}, key) for key in COSTS}
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
         for block in (name for name, group in self.groups.items() if group.stack):
-            counted = 0
+            whole, in_layers = dict.fromkeys(self.groups, 0), 0
             for index, layer in enumerate(self.layers):
                 if layer.name.startswith(f"{block}."):
-                    counted += layer.params(dict.fromkeys(self.groups, 0))
+                    in_layers += COSTS["params"].of_layer(layer, whole)
                     self.layers[index] = replace(layer, blocks=(*layer.blocks, block))
                     self.layers_of[block].append(index)
-            rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - counted
+            rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - in_layers
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 
@@ -116,20 +136,21 @@ class CostModel:
         return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}
 
     def params(self, kept: Mapping[str, int]) -> int:
-        removed = self.removed(kept)
-        return self.fixed_params + sum(layer.params(removed) for layer in self.layers)
+        return self.total(kept, "params")
 
     def macs(self, kept: Mapping[str, int]) -> int:
-        removed = self.removed(kept)
-        return sum(layer.macs(removed) for layer in self.layers)
+        return self.total(kept, "macs")
 
-    def total(self, kept: Mapping[str, int], counted: Counted) -> int:
-        return self.params(kept) if counted == "params" else self.macs(kept)
+    def total(self, kept: Mapping[str, int], name: str) -> int:
+        """One cost of the whole network, by its name in `COSTS`."""
+        removed, cost = self.removed(kept), COSTS[name]
+        fixed = self.fixed_params if cost.counts_the_rest else 0
+        return fixed + sum(cost.of_layer(layer, removed) for layer in self.layers)
 
-    def of_group(self, group: str, removed: Mapping[str, int], counted: Counted) -> int:
-        """Cost of the layers that a group touches."""
-        layers = (self.layers[index] for index in self.layers_of[group])
-        return sum(layer.params(removed) if counted == "params" else layer.macs(removed) for layer in layers)
+    def of_group(self, group: str, removed: Mapping[str, int], name: str) -> int:
+        """One cost of the layers that a group touches."""
+        of_layer = COSTS[name].of_layer
+        return sum(of_layer(self.layers[index], removed) for index in self.layers_of[group])
 
 
 def layer_costs(

@@ -14,7 +14,7 @@ from torch import nn
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
 from gfprune_cli.structure.trace import CONVOLUTIONS, Trace

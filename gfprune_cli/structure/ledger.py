@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfprune_cli.structure.blocks import inside
-from gfprune_cli.structure.cost import CostModel, Counted
+from gfprune_cli.structure.cost import COSTS, CostModel
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -31,13 +31,13 @@ class Ledger:
         totals: [costs].
     """
 
-    def __init__(self, cost: CostModel, counted: Sequence[Counted], kept: Mapping[str, int]) -> None:
+    def __init__(self, cost: CostModel, counted: Sequence[str], kept: Mapping[str, int]) -> None:
         self.cost, self.counted = cost, tuple(counted)
         self.names = sorted(cost.groups)
         self.index = {name: number for number, name in enumerate(self.names)}
         layers = cost.layers
-        self.weights = np.array([[self.per_product(layer, key) for layer in layers] for key in self.counted])
-        self.offsets = np.array([[self.per_output(layer, key) for layer in layers] for key in self.counted])
+        self.weights = np.array([[COSTS[key].per_pair(layer) for layer in layers] for key in self.counted])
+        self.offsets = np.array([[COSTS[key].per_output(layer) for layer in layers] for key in self.counted])
         self.out, self.into = (
             np.array([getattr(layer, side).size for layer in layers], np.int64) for side in ("out", "into")
         )
@@ -60,16 +60,6 @@ class Ledger:
             name: cost.groups[name].channels - int(self.removed[self.index[name]]) for name in self.names
         }
         self.totals = np.array([cost.total(start, key) for key in self.counted], np.float64)
-
-    @staticmethod
-    def per_product(layer: Any, key: Counted) -> int:
-        if key == "params":
-            return int(layer.weight * layer.learned)
-        return int(layer.weight * layer.positions)
-
-    @staticmethod
-    def per_output(layer: Any, key: Counted) -> int:
-        return int(layer.bias * layer.learned) if key == "params" else 0
 
     def savings(self, steps: Ints) -> Floats:
         """[costs, groups] what each group would save by so many channels less; a block by its one.

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gfprune_cli.structure.cost import COUNTED, Budget, CostModel, Counted
+from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.removal import empty
 from gfprune_cli.structure.search import Allocation
 
@@ -16,7 +16,7 @@ RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage roun
 
 
 def native_allocation(
-    model: Any, cost: CostModel, sparsity: float, budget: Budget
+    model: Any, cost: CostModel, sparsity: float, budget: str
 ) -> tuple[Allocation, dict[str, Any]]:
     """The stock configuration nearest to the target.
 
@@ -35,8 +35,8 @@ def native_allocation(
         kept = kept_by_shapes(cost, model, candidate)
         if kept is None:
             continue
-        shares: dict[Counted, float] = {
-            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in COUNTED[budget]
+        shares: dict[str, float] = {
+            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in counted(budget)
         }
         achieved = min(shares.values())
         if best is None or abs(achieved - sparsity) < best[0]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gfprune_cli.structure.blocks import floor_of_stack
-from gfprune_cli.structure.cost import CostModel, Counted
+from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.ledger import Floats, Ints, Ledger
 from gfprune_cli.structure.steps import minimum_widths, narrows_a_head, step_down, width_step
@@ -29,7 +29,7 @@ class Allocation:
 
     kept: Mapping[str, int]
     sparsity: float
-    sparsities: Mapping[Counted, float]
+    sparsities: Mapping[str, float]
 
 
 def step_scores(group: ChannelGroup, scores: torch.Tensor) -> list[float]:
@@ -62,7 +62,7 @@ class Search:
         cost: CostModel,
         scores: Mapping[str, torch.Tensor],
         left: float,
-        counted: tuple[Counted, ...],
+        counted: tuple[str, ...],
         align: int,
         depth: float,
     ) -> None:
@@ -125,7 +125,7 @@ class Search:
         """How far below the budget the cost that binds is."""
         return float(self.left - self.shares(ledger).max())
 
-    def landed(self, weights: Mapping[Counted, float], *, strict: bool) -> Allocation:
+    def landed(self, weights: Mapping[str, float], *, strict: bool) -> Allocation:
         """Down to the budget, then up again as far as it goes."""
         ledger = self.refill(self.descend(weights))
         if strict and self.room(ledger) > TOLERANCE:
@@ -138,7 +138,7 @@ class Search:
         left = {key: self.cost.total(kept, key) / self.cost.dense[key] for key in self.counted}
         return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
 
-    def descend(self, weights: Mapping[Counted, float], *, patient: bool = False) -> Ledger:
+    def descend(self, weights: Mapping[str, float], *, patient: bool = False) -> Ledger:
         """Remove one step at a time, cheapest score per saving first, until the budget is met.
 
         Args:

@@ -17,9 +17,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.examples import example_inputs
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.feedforward import feedforward_groups
-from gfprune_cli.structure.fused import fused_groups
+from gfprune_cli.structure.fused_blocks import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
 from gfprune_cli.structure.trace import Trace, is_attention, is_fused, observe

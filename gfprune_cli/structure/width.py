@@ -6,62 +6,21 @@ each building block of diffusers does with the stream is written down here; the 
 of it is a matter of the model's class.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.families.family import APART, Ends
+from gfprune_cli.families.table import family_of
 from gfprune_cli.structure.feedforward import kind_of, units_of
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import feature_count, is_feature_norm
 from gfprune_cli.structure.trace import is_attention
-
-APART = "apart"  # a module that neither reads nor writes the stream
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What one class does before and after its blocks.
-
-    Args:
-        roles: module -> "out" where it writes the stream, "in" where it reads it, "both", or APART.
-        text: the text states live in the same channels: "joined" where they run through the blocks beside
-            the image, "read" where cross-attention reads them, "" where they have channels of their own.
-    """
-
-    roles: Mapping[str, str]
-    text: str = ""
-
-
-ENDS = {
-    "DiTTransformer2DModel": Ends({"proj_out_1": "out", "proj_out_2": "in"}),
-    "PixArtTransformer2DModel": Ends({"proj_out": "in"}, "read"),
-    "SD3Transformer2DModel": Ends({"context_embedder": APART, "time_text_embed": APART, "proj_out": "in"}),
-    "FluxTransformer2DModel": Ends(
-        {"x_embedder": "out", "context_embedder": "out", "time_text_embed": APART, "proj_out": "in"}, "joined"
-    ),
-    "SanaTransformer2DModel": Ends({"proj_out": "in"}, "read"),
-    "CogVideoXTransformer3DModel": Ends({"time_embedding": APART, "ofs_embedding": APART, "proj_out": "in"}),
-    "WanTransformer3DModel": Ends({"patch_embedding": "out", "proj_out": "in"}),
-    "LTXVideoTransformer3DModel": Ends({"proj_in": "out", "proj_out": "in"}, "read"),
-    "StableAudioDiTModel": Ends(
-        {
-            "time_proj": APART,
-            "timestep_proj": "out",
-            "global_proj": "out",
-            "cross_attention_proj": APART,
-            "preprocess_conv": APART,
-            "proj_in": "out",
-            "proj_out": "in",
-            "postprocess_conv": APART,
-        }
-    ),
-}
 
 
 @dataclass
@@ -116,9 +75,10 @@ def width_group(model: Any) -> ChannelGroup:
     Raises:
         GfpruneError: names the first module of which it is not known what it does with the stream.
     """
-    ends = ENDS.get(stock_name(type(model).__name__))
-    if ends is None:
+    family = family_of(model)
+    if family is None or family.ends is None:
         raise in_the_way("the model", model)
+    ends = family.ends
     if ends.text == "read" and getattr(model, "caption_projection", model) is None:
         ends = Ends(ends.roles)
     width = next(first_norm for first_norm in map(block_width, model.modules()) if first_norm)

@@ -136,9 +136,8 @@ def warm() -> None:
 
     for name in (
         "accelerate", "matplotlib.figure", "torch_pruning",
-        "gfprune_cli.analysis", "gfprune_cli.cli.main", "gfprune_cli.cli.tables", "gfprune_cli.deploy",
-        "gfprune_cli.evaluation", "gfprune_cli.pruning", "gfprune_cli.recovery",
-        "gfprune_cli.report.evaluation_page", *sys.argv[1:],
+        "gfprune_cli.api", "gfprune_cli.cli.main", "gfprune_cli.cli.tables",
+        "gfprune_cli.pages.evaluation_page", *sys.argv[1:],
     ):  # fmt: skip
         importlib.import_module(name)
     for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):

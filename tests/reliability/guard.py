@@ -237,7 +237,7 @@ def warm(shared: Path) -> None:
     from pipelines import FAMILIES
 
     from gfprune_cli.api import analyze, prune
-    from gfprune_cli.data.pipeline import pipeline_class  # noqa: F401
+    from gfprune_cli.inputs.pipeline import pipeline_class  # noqa: F401
 
     torch.manual_seed(0)
     network = UNet2DModel(**TINY)

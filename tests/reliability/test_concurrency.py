@@ -10,8 +10,8 @@ from conftest import PRUNE
 from forked import Server
 from test_signals import FINETUNE, tree
 
-from gfprune_cli.checkpoint.locks import claimed, exclusive
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.locks import claimed, exclusive
 
 
 def held(server: Server, out: Path, pipeline: Path, cache: dict[str, str]) -> tuple[tuple[int, Path], Path]:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gfprune_cli
-from gfprune_cli.data.draws import Draws
-from gfprune_cli.processes import Processes
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.runtime.processes import Processes
 
 BRIEF = dict(sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=2, recover=3)
 TUNE = dict(images=8, sample_steps=2, steps=4, batch=6, sample_every=0, save_every=0)
@@ -125,7 +125,7 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
     Muon orthogonalises in bfloat16: the rounding of a gradient may show as a two-hundredth of an update.
     """
     from gfprune_cli.flow import loop
-    from gfprune_cli.pruning import run as pruning
+    from gfprune_cli.pruning import job as pruning
     from gfprune_cli.recovery.trainer import Trainer
 
     monkeypatch.setattr(loop, "COMPARED_SAMPLES", 1)  # they are one batch: a smaller one holds fewer

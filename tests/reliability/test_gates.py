@@ -44,7 +44,7 @@ KEYWORDS = {
 # (file, function, what) -> why it is right all the same
 EXCEPTIONS = {
     (
-        "checkpoint/durable.py",
+        "outputs/durable.py",
         "",
         "ctypes",
     ): "renameat2, which Python does not offer: it swaps two folders at once",

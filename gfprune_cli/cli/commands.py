@@ -1,0 +1,166 @@
+"""The commands: parse, call, render. What a command takes stands in its recipe and in `RunOptions`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfprune_cli.cli.options import with_options
+from gfprune_cli.cli.pages import check_page, write_page
+from gfprune_cli.cli.session import Session
+from gfprune_cli.recipes.analyze import AnalyzeRecipe
+from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.recipes.export import ExportRecipe
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.options import option_names
+from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.runtime.launch import main_process
+
+if TYPE_CHECKING:
+    from gfprune_cli.evaluation.result import EvalResult
+
+
+@contextmanager
+def asked(recipe: type, flags: dict[str, Any]) -> Iterator[tuple[Session, Any, RunOptions]]:
+    """The terminal, and what the flags say; errors end the process with their code."""
+    printing = {name: flags[name] for name in ("json", "quiet", "debug")}
+    with Session(**printing, offline=bool(flags["offline"])) as session:
+        from gfprune_cli.recipes.options import resolve_recipe
+
+        settings = {name: flags[name] for name in option_names(recipe)}
+        run = {name: value for name, value in flags.items() if name in option_names(RunOptions)}
+        yield session, resolve_recipe(recipe, flags.get("config"), settings), RunOptions.resolve(**run)
+
+
+@with_options(AnalyzeRecipe)
+def run_analyze(**flags: Any) -> None:
+    """Show channel groups, their cost, and what each sparsity would leave.
+
+    Reads only configuration and safetensors headers, unless --sensitivity is given.
+    """
+    with asked(AnalyzeRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.cli.tables import analysis_text
+        from gfprune_cli.pruning.analyze import analyze
+
+        if options.html is not None:
+            check_page(options.html, force=options.force)
+        found = analyze(recipe, options, session.report)
+        if options.html is not None:
+            from gfprune_cli.pages.analysis_page import render
+
+            write_page(options.html, render(found.document()))
+            session.note(f"wrote {options.html}")
+        session.result(found.document(), analysis_text(found))
+
+
+@with_options(PruneRecipe)
+def run_prune(**flags: Any) -> None:
+    """Prune a checkpoint: score, mask softly, refit, remove channels, recover, write safetensors.
+
+    Prints the path of the result, or one JSON document with --json.
+    """
+    with asked(PruneRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.cli.tables import prune_table
+        from gfprune_cli.pruning.command import prune
+
+        result = prune(recipe, options, session.report)
+        session.show(prune_table(result))
+        session.result(result.document(), result.output or "")
+
+
+@with_options(FinetuneRecipe)
+def run_finetune(**flags: Any) -> None:
+    """Bring the quality of a pruned checkpoint back, with the dense model as teacher.
+
+    Prints the path of the result, or one JSON document with --json.
+    """
+    with asked(FinetuneRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.cli.tables import finetune_table
+        from gfprune_cli.recovery.command import finetune
+
+        result = finetune(recipe, options, session.report)
+        session.show(finetune_table(result))
+        session.result(result.document(), result.output or "")
+
+
+@with_options(ExportRecipe)
+def run_export(**flags: Any) -> None:
+    """Write a checkpoint, dense or pruned, as a deployable artefact, verified against the source.
+
+    Prints the path of the result, or one JSON document with --json. Exit code 3: the error is above
+    --tolerance, and nothing was written.
+    """
+    with asked(ExportRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.cli.tables import export_table
+        from gfprune_cli.deploy.command import export
+
+        result = export(recipe, options, session.report)
+        session.show(export_table(result))
+        session.result(result.document(), result.output or "")
+
+
+@with_options(EvalRecipe)
+def run_eval(**flags: Any) -> None:
+    """Evaluate a checkpoint: quality, consistency with its dense original, speed and size.
+
+    Prints a Markdown report, or one JSON document with --json. Exits with 3 if a gate is missed.
+    """
+    with asked(EvalRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.errors import GateMissed
+        from gfprune_cli.evaluation.command import continues, evaluate
+
+        check_pages(options, own=options.resume and continues(recipe, options))
+        result = evaluate(recipe, options, session.report, publisher(session, options))
+        if result is not None and result.missed:
+            raise GateMissed(
+                "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value}" for g in result.missed)
+            )
+
+
+def check_pages(options: RunOptions, *, own: bool) -> None:
+    """Refuse, before the work, pages that cannot be written.
+
+    Args:
+        own: whether what stands there is of the run that is continued.
+    """
+    from gfprune_cli.errors import UsageError
+
+    pages = {"--html": options.html, "--markdown": options.markdown, "--save-stats": options.save_stats}
+    for name, path in pages.items():
+        if path is not None and main_process():
+            check_page(path, force=options.force or own, flag=name)
+    files = [path.resolve() for path in pages.values() if path is not None]
+    if len(set(files)) < len(files):
+        raise UsageError("--html, --markdown and --save-stats name the same file: name different ones")
+
+
+def publisher(session: Session, options: RunOptions) -> "Callable[[EvalResult], None]":
+    """What shows the result of an evaluation, while its samples are still kept."""
+    from gfprune_cli.cli.tables import eval_table
+    from gfprune_cli.pages.evaluation_page import markdown, render
+
+    def write(path: Path | None, page: str) -> None:
+        if path is not None:
+            write_page(path, page)
+            session.note(f"wrote {path}")
+
+    def publish(result: "EvalResult") -> None:
+        document = result.document()
+        if options.html is not None:
+            write(options.html, render(document, list(result.grid)))
+        write(options.markdown, markdown(document))
+        if session.json:
+            session.show(eval_table(document))
+        session.result(document, markdown(document).rstrip("\n"))
+
+    return publish
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "analyze": run_analyze,
+    "prune": run_prune,
+    "finetune": run_finetune,
+    "export": run_export,
+    "eval": run_eval,
+}

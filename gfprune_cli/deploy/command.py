@@ -1,0 +1,46 @@
+"""`export`: from a checkpoint to an artefact that runs without gfprune, verified before it is published."""
+
+import time
+
+from gfprune_cli.checkpoint.single_file import check_file_destination
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.deploy.job import ExportJob
+from gfprune_cli.deploy.plan import check_settings, default_output
+from gfprune_cli.deploy.result import ExportResult
+from gfprune_cli.outputs.claim import claim
+from gfprune_cli.outputs.durable import check_destination, check_space
+from gfprune_cli.progress import Report, silent
+from gfprune_cli.recipes.export import ExportRecipe
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.runtime.device import deterministic
+
+
+def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -> ExportResult:
+    """Export the denoiser of a checkpoint, dense or pruned.
+
+    Raises:
+        UsageError: wrong settings, or an optional library is missing. GateMissed: the error is above the
+        tolerance; nothing was written. GfpruneError: anything else that went wrong at run time.
+    """
+    start = time.monotonic()
+    check_settings(recipe)
+    destination = options.out or default_output(recipe)
+    check = check_file_destination if recipe.single_file else check_destination
+    with claim(destination, options, check=check) as output:
+        source = resolve(
+            recipe.model,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            offline=options.offline,
+            config_only=options.dry_run,
+            report=report,
+        )
+        required = not options.dry_run or source.kind != "hub"
+        job = ExportJob(recipe, source, destination, report, weights_required=required)
+        if options.dry_run:
+            return job.planned(time.monotonic() - start)
+        output.refuse_inputs({"--model": source.folder})
+        check_space(destination, job.needed)
+        with deterministic():
+            made = job.single_file(options.force) if recipe.single_file else job.folder(options.force)
+    return job.result(*made, time.monotonic() - start)

@@ -1,0 +1,51 @@
+"""The denoising loss of a network over fixed draws: the number that every command reports."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gfprune_cli.diffusion.conditions import Condition, inputs_of
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.progress import Event, Report
+
+REPORT_DRAWS = 512  # noisy samples behind each reported loss
+CHUNK = 32
+Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+
+
+def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
+    """Keyword arguments of a network for one noisy sample, its branches included."""
+    batch = draws.batch("one sample", 0, 1)
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    inputs = inputs_of(noisy, process.timesteps(batch.index), batch.condition)
+    return {name: value for name, value in inputs.items() if name != "return_dict"}
+
+
+@torch.no_grad()
+def denoising_loss(
+    network: Network, process: NoisingProcess, draws: Draws, count: int, report: Report
+) -> float:
+    """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
+
+    Args:
+        network: (noisy images [N, ...], timesteps [N], their condition) -> output.
+        draws: where images and noise come from; equal draws at every call.
+
+    Raises:
+        GfpruneError: the loss is not finite.
+    """
+    total = 0.0
+    for first in range(0, count, CHUNK):
+        report(Event("evaluate", first, count))
+        batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
+        noisy = process.add_noise(batch.images, batch.noise, batch.index)
+        output = network(noisy, process.timesteps(batch.index), batch.condition)
+        losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
+        total += float(losses.double().sum())
+    if not math.isfinite(total):
+        raise GfpruneError("a reported loss is not finite: lower --learning-rate, or check the checkpoint")
+    return total / count

@@ -1,0 +1,105 @@
+"""The noising process of a checkpoint: noisy inputs, the denoising loss, few-step sampling.
+
+    process = noising_process(scheduler)
+    noisy = process.add_noise(images, noise, index)
+    losses = process.losses(model(noisy, process.timesteps(index)).sample, images, noise, index)
+
+`index` is the position in the training schedule, 0 (least noise) to `steps - 1`.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from gfprune_cli.diffusion.flow_matching import FlowMatching, shifted
+from gfprune_cli.diffusion.process import Denoiser, NoisingProcess, mean_part, mean_square, per_sample
+from gfprune_cli.diffusion.reconstruction import Reconstruction
+from gfprune_cli.diffusion.variance import Limits, VarianceExploding, VariancePreserving
+from gfprune_cli.errors import GfpruneError
+
+__all__ = [
+    "Denoiser", "FlowMatching", "NoisingProcess", "Reconstruction", "VarianceExploding",
+    "VariancePreserving", "mean_part", "mean_square", "noising_process", "per_sample",
+]  # fmt: skip
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
+    """The training process behind a diffusers scheduler.
+
+    Args:
+        mu: shift for the size of the images, of schedulers with dynamic shifting; None: that of the
+            smallest images in the scheduler's configuration.
+
+    Raises:
+        GfpruneError: the scheduler's noise cannot be derived from its configuration.
+    """
+    name = type(scheduler).__name__
+    config = scheduler.config
+    if name == "ScoreSdeVeScheduler":
+        levels = torch.linspace(0, 1, config.num_train_timesteps)
+        ratio = config.sigma_max / config.sigma_min
+        return VarianceExploding(config.sigma_min * ratio**levels)
+    if is_flow(scheduler):
+        return flow_matching(config, mu)
+    prediction = config.get("prediction_type", "epsilon")
+    if hasattr(scheduler, "precondition_noise") and prediction in ("epsilon", "v_prediction"):
+        return preconditioned(scheduler, prediction)
+    signal = getattr(scheduler, "alphas_cumprod", None)
+    if signal is None or prediction not in PREDICTIONS:
+        raise GfpruneError(
+            f"scheduler {name} (prediction_type {prediction!r}) is not supported: use one with a DDPM, "
+            "DDIM, PNDM, DPM-Solver, Euler, FlowMatchEuler, EDM or ScoreSdeVe scheduler"
+        )
+    signal = torch.as_tensor(signal).float().cpu()
+    times = None
+    if config.get("timestep_type") == "continuous" and prediction == "v_prediction":
+        times = 0.25 * ((1 - signal) / signal).sqrt().log()  # as EulerDiscreteScheduler tells its network
+    return VariancePreserving(signal, prediction, limits_of(scheduler), times)
+
+
+def limits_of(scheduler: Any) -> Limits:
+    """How diffusers limits predicted images, for the schedulers that do it in `step`."""
+    config = scheduler.config
+    if config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
+        return Limits(quantile=config.dynamic_thresholding_ratio, most=config.sample_max_value)
+    if config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX"):  # which ignores it
+        return Limits(bound=float(config.get("clip_sample_range") or 1.0))
+    return Limits()
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler follows straight lines; the multistep solvers do if they are told so."""
+    name = type(scheduler).__name__
+    return (name.startswith("FlowMatch") and not scheduler.config.get("invert_sigmas")) or bool(
+        scheduler.config.get("use_flow_sigmas")
+    )
+
+
+def flow_matching(config: Any, mu: float | None) -> FlowMatching:
+    """Uniform over the schedule that the scheduler starts from, shifted as it shifts.
+
+    Where sampling stops (`shift_terminal`) and how its steps are spaced are no part of training.
+    """
+    shift = float(config.get("flow_shift", config.get("shift", 1.0)) or 1.0)
+    if config.get("use_dynamic_shifting"):
+        mu = float(config.get("base_shift") or 0.5) if mu is None else mu
+        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    total = config.num_train_timesteps
+    sigmas = torch.arange(1, total + 1, dtype=torch.float64) / total
+    return FlowMatching(shifted(sigmas, shift).float(), float(total))
+
+
+def preconditioned(scheduler: Any, prediction: str) -> VariancePreserving:
+    """The EDM family (arXiv 2206.00364) as its networks see it: inputs are scaled to unit variance.
+
+    With images divided by sigma_data, c_in (x_0 + sigma noise) is a variance-preserving mixture of signal
+    level 1 / (1 + (sigma / sigma_data)^2), and the output is its velocity, or minus that.
+    """
+    sigmas = scheduler.sigmas[scheduler.sigmas > 0].double().unique()  # ascending
+    signal = 1 / (1 + (sigmas / scheduler.config.sigma_data).square())
+    kind = "v_prediction" if prediction == "v_prediction" else "negative_v"
+    times = torch.as_tensor(scheduler.precondition_noise(sigmas)).float()
+    return VariancePreserving(signal.float(), kind, Limits(), times, 1 / scheduler.config.sigma_data)

@@ -1,0 +1,72 @@
+"""A network set up as it would be in production, for measuring what it costs there."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.runtime.device import Precision
+
+NetworkInputs = Callable[[nn.Module, int], dict[str, Any]]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare(model: nn.Module, device: torch.device) -> Any:
+    """A copy as it would be deployed: on the device, in evaluation mode, NHWC where convolutions want it."""
+    network: Any = copy.deepcopy(model).eval()
+    network = nn.Module.to(network, device)
+    if device.type == "cuda":
+        network = network.to(memory_format=torch.channels_last)
+    # autocast keeps its half-precision copies of weights from call to call only if they could be trained
+    return network.requires_grad_(True)
+
+
+def batch_inputs(model: nn.Module, batch: int) -> dict[str, Any]:
+    """Keyword arguments of `forward`: `batch` noise images, and what else the network takes."""
+    source = generator(0, "latency")
+    inputs = {}
+    for name, value in example_inputs(model).items():
+        if name == "sample":
+            noise = torch.randn(batch, *value.shape[1:], generator=source).to(value)
+            nhwc = torch.channels_last if noise.is_cuda else torch.contiguous_format
+            inputs[name] = noise.contiguous(memory_format=nhwc)
+        else:
+            inputs[name] = value.expand(batch, *value.shape[1:]).contiguous()
+    return inputs
+
+
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    half = HALF.get(precision)
+    return nullcontext() if half is None else torch.autocast(device.type, half)
+
+
+@contextmanager
+def default_kernels() -> Iterator[None]:
+    """The kernels that torch picks by itself; deterministic ones, if asked for, return afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    algorithms = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, False, True, False
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host's allocator, had no room."""
+    text = str(error).lower()
+    said = "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and said
+    )

@@ -1,0 +1,216 @@
+"""One evaluation from end to end: draw from both models, compare, time, judge."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.evaluation.inputs import Inputs
+from gfprune_cli.evaluation.measures import Measures
+from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
+from gfprune_cli.evaluation.sampling import draw, make_sampling
+from gfprune_cli.outputs.samples import SampleStore
+from gfprune_cli.progress import Event, Report
+from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.runtime.device import autocast, deterministic
+from gfprune_cli.runtime.processes import Processes
+
+REPEATS = 20  # timed passes of each network
+
+
+def measured(measures: Measures, start: float) -> EvalResult:
+    """All numbers, once the samples are drawn; `start` is the run's, on the monotonic clock."""
+    inputs, recipe = measures.inputs, measures.inputs.recipe
+    with deterministic():
+        metrics = measures.consistency() | measures.quality() | measures.teacher_distance()
+        losses = measures.losses()
+    metrics |= losses.metrics()
+    costs = measure_costs(inputs, measures.networks, measures.device, measures.report)
+    return EvalResult(
+        model=inputs.model.label,
+        reference=inputs.reference.label if inputs.reference else None,
+        component=inputs.model.component.name,
+        class_name=inputs.model.component.class_name,
+        samples=described_samples(inputs),
+        metrics=metrics,
+        loss_by_timestep=losses.by_timestep(),
+        latency=costs.latency,
+        params=costs.params,
+        macs=costs.macs,
+        bytes={
+            "model": inputs.model.component.bytes,
+            "reference": inputs.reference.component.bytes if inputs.reference else None,
+        },
+        memory=costs.memory,
+        gates=passed_gates(recipe, metrics, costs.latency),
+        warnings=inputs.remarks.texts,
+        device=str(measures.device),
+        tools=tools(),
+        recipe=recipe.document(),
+        seconds=round(time.monotonic() - start, 3),
+        grid=measures.grid(),
+    )
+
+
+def draw_all(
+    inputs: Inputs,
+    networks: Mapping[str, nn.Module],
+    store: SampleStore,
+    processes: Processes,
+    report: Report,
+) -> None:
+    """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
+    task = inputs.task
+    sampling = make_sampling(inputs.settings, task.plain, inputs.model.scheduler, task.mu)
+    conditions = task.conditions(inputs.settings.samples)
+    starts = task.given.images if task.reconstructs and task.given is not None else None
+    own = [(role, chunk) for role in networks for chunk in store.chunks[processes.rank :: processes.count]]
+    total = sum(len(store.members(chunk)) for _, chunk in own)
+    done = 0
+    for role, chunk in own:
+        members = store.members(chunk)
+        if not store.has(role, chunk):
+
+            def draw_some(members: range, role: str = role, done: int = done) -> torch.Tensor:
+                chosen = None if conditions is None else conditions[list(members)].to(processes.device)
+                tick = partial(report, Event("sample", done, total))
+                return draw(
+                    sampling,
+                    task.sampled(denoiser(networks[role], chosen, inputs.recipe, tick)),
+                    members=members,
+                    shape=task.shape,
+                    seed=inputs.recipe.seed,
+                    device=processes.device,
+                    what=inputs.subjects[role].label,
+                    given=None if starts is None else starts[list(members)],
+                )
+
+            store.put(role, chunk, in_parts(draw_some, members))
+        done += len(members)
+        report(Event("sample", done, total))
+
+
+def in_parts(draw_some: Callable[[range], torch.Tensor], members: range) -> torch.Tensor:
+    """What `draw_some` draws; in halves where memory runs out, as every image has its own seed.
+
+    Raises:
+        GfpruneError: one image alone does not fit.
+    """
+    try:
+        return draw_some(members)
+    except torch.OutOfMemoryError as error:
+        if len(members) == 1:
+            raise GfpruneError(
+                "out of memory with one sample: use a larger device, or --device cpu"
+            ) from error
+    middle = len(members) // 2
+    return torch.cat([in_parts(draw_some, part) for part in (members[:middle], members[middle:])])
+
+
+def denoiser(network: nn.Module, condition: Condition, recipe: EvalRecipe, tick: Any) -> Any:
+    """(noisy images, timesteps) -> network output, in the precision of the recipe."""
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        tick()
+        with autocast(x.device, recipe.precision):
+            return call(network, x, timesteps, condition).float()
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Latency rows, and numbers of the model and the reference."""
+
+    latency: list[dict[str, Any]]
+    params: dict[str, int | None]
+    macs: dict[str, int | None]
+    memory: dict[str, Any]
+
+
+def latency_batches(recipe: EvalRecipe) -> list[int]:
+    """The batch sizes to time, ascending.
+
+    Raises:
+        UsageError: not a list of positive whole numbers.
+    """
+    try:
+        found = sorted({int(part) for part in recipe.latency_batches.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UsageError(f"--latency-batches {recipe.latency_batches!r}: use whole numbers such as 1,64")
+    return found
+
+
+def measure_costs(
+    inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, report: Report
+) -> Costs:
+    """How large, and unless `--no-latency` how fast: both networks in one interleaved run."""
+    from gfprune_cli.evaluation.latency import macs, measure_latency, memory_measured, peak_memory
+
+    recipe, roles = inputs.recipe, ("model", "reference")
+    both = {role: networks.get(role) for role in roles}
+    params = {
+        role: None if network is None else sum(parameter.numel() for parameter in network.parameters())
+        for role, network in both.items()
+    }
+    work = {
+        role: None if network is None else macs(network, inputs.task.sample_inputs)
+        for role, network in both.items()
+    }
+    ratio = work["reference"] / work["model"] if work["reference"] and work["model"] else None
+    batches = latency_batches(recipe)
+    what = memory_measured(batches[-1])
+    if recipe.no_latency:
+        return Costs([], params, work, {"model": None, "reference": None, "what": what})
+    memory: dict[str, Any] = {
+        role: None
+        if network is None
+        else peak_memory(
+            network,
+            batch=batches[-1],
+            device=device,
+            precision=recipe.precision,
+            report=report,
+            inputs=inputs.task.network_inputs,
+        )
+        for role, network in both.items()
+    }
+    rows = measure_latency(
+        networks["model"],
+        networks.get("reference"),
+        batches=batches,
+        modes=["eager"] + ["compile"] * recipe.compile + ["deepcache"] * recipe.deepcache,
+        device=device,
+        precision=recipe.precision,
+        mac_ratio=ratio,
+        repeats=REPEATS,
+        report=report,
+        inputs=inputs.task.network_inputs,
+    )
+    return Costs([asdict(row) for row in rows], params, work, memory | {"what": what})
+
+
+def described_samples(inputs: Inputs) -> dict[str, Any]:
+    """How the samples were drawn."""
+    settings, recipe = inputs.settings, inputs.recipe
+    return {
+        "count": settings.samples,
+        "steps": settings.steps,
+        "sampler": settings.sampler,
+        "timestep_spacing": settings.timestep_spacing
+        or inputs.model.scheduler.config.get("timestep_spacing", "its own"),
+        "eta": settings.eta,
+        "seed": recipe.seed,
+        "protocol": recipe.protocol,
+        "batch": recipe.batch,
+        "precision": recipe.precision,
+        "fid_mode": settings.fid_mode,
+    }

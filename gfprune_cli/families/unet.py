@@ -1,0 +1,41 @@
+"""U-Nets of images, with and without text."""
+
+from gfprune_cli.families.family import Family, Inputs, Request
+
+
+def unet(request: Request) -> Inputs:
+    model, config = request.model, request.config
+    size = config.sample_size or 8 * 2 ** len(config.block_out_channels)
+    height, width = request.area(*((size, size) if isinstance(size, int) else size))
+    inputs = {"sample": request.zeros(1, config.in_channels, height, width), "timestep": request.time()}
+    if config.time_embedding_type == "learned":
+        inputs["timestep"] = inputs["timestep"].long()
+    if getattr(config, "num_class_embeds", None) is not None and config.class_embed_type is None:
+        inputs["class_labels"] = request.index(1)
+    elif config.class_embed_type == "timestep":
+        inputs["class_labels"] = request.time()
+    elif config.class_embed_type == "identity":
+        inputs["class_labels"] = request.zeros(1, model.time_embedding.linear_2.out_features)
+    if hasattr(config, "cross_attention_dim"):
+        inputs |= conditioning_inputs(request)
+    return inputs
+
+
+def conditioning_inputs(request: Request) -> Inputs:
+    """Text states, and the added conditioning of the SDXL family, as zeros."""
+    config = request.config
+    width = config.cross_attention_dim
+    inputs: Inputs = {
+        "encoder_hidden_states": request.text(77, width if isinstance(width, int) else width[0])
+    }
+    if config.addition_embed_type == "text_time":
+        time_width = config.addition_time_embed_dim * 6
+        text = request.zeros(1, config.projection_class_embeddings_input_dim - time_width)
+        inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": request.zeros(1, 6)}
+    return inputs
+
+
+FAMILY = Family(
+    classes=("UNet2DModel", "UNet2DConditionModel"),
+    inputs=unet,
+)

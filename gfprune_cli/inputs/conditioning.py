@@ -1,0 +1,250 @@
+"""Conditions of networks that a pipeline conditions: text-to-image, class labels, video, audio."""
+
+import gc
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.files import sha256_of_files
+from gfprune_cli.checkpoint.layout import pipeline_components
+from gfprune_cli.diffusion.conditions import Conditions
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
+from gfprune_cli.inputs.prompts import read_prompts
+from gfprune_cli.inputs.recording import PipelineOptions, Recording, record
+from gfprune_cli.inputs.rows import flattened
+from gfprune_cli.outputs.cache import Tensors, cached
+from gfprune_cli.outputs.digests import fingerprint
+from gfprune_cli.progress import Report, notice
+
+FIELDS = (
+    "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows",
+)  # fmt: skip
+CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
+
+
+POOL = 1024  # prompts that images without captions are paired with, at most
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the pipeline is asked for: distinct prompts or class labels, and which one by sample."""
+
+    distinct: list[Any]
+    rows: list[int]
+
+    def at_random(self, count: int, seed: int) -> list[int]:
+        """Rows for `count` samples that come from elsewhere."""
+        chosen = torch.randint(len(self.rows), (count,), generator=generator(seed, "captions"))
+        return [self.rows[number] for number in chosen.tolist()]
+
+
+def asked_of(
+    component: Component,
+    config: Any,
+    options: PipelineOptions,
+    count: int,
+    seed: int,
+    *,
+    shuffled: bool = False,
+) -> Asked:
+    """Prompts for `count` samples in turn; or class labels, uniform.
+
+    Args:
+        shuffled: the samples come from elsewhere: a pool for `Asked.at_random`, however many there are.
+
+    Raises:
+        UsageError: prompts for a pipeline that takes none.
+    """
+    if shuffled:
+        count = min(count, POOL)
+    parameters = inspect.signature(pipeline_class(component).__call__).parameters
+    if "prompt" in parameters:
+        prompts = read_prompts(options.prompts)
+        distinct = prompts[:count]
+        return Asked(distinct, [number % len(distinct) for number in range(count)])
+    if options.prompts is not None:
+        raise UsageError(f"--prompts: {pipeline_class(component).__name__} takes no text; drop the flag")
+    if "class_labels" not in parameters:
+        return Asked([None], [0] * count)
+    classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
+    if classes is None:
+        raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
+    labels = torch.randint(classes, (count,), generator=generator(seed, "labels")).tolist()
+    distinct = sorted(set(labels))
+    return Asked(distinct, [distinct.index(label) for label in labels])
+
+
+def recorded(
+    model: nn.Module,
+    component: Component,
+    scheduler: Any,
+    asked: Asked,
+    options: PipelineOptions,
+    report: Report,
+) -> Recording:
+    """What the pipeline passes to `model`: from the cache, or from the pipeline, which is then let go."""
+    device = next(model.parameters()).device
+    key = recording_key(model, component, scheduler, asked, options)
+
+    def make() -> tuple[Tensors, Any]:
+        pipeline = open_pipeline(component, model, scheduler)
+        made = record(pipeline, model, asked.distinct, options, report)
+        del pipeline
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return as_tensors(made)
+
+    return as_recording(*cached(key, make, report))
+
+
+def recording_key(
+    model: Any, component: Component, scheduler: Any, asked: Asked, options: PipelineOptions
+) -> dict[str, str]:
+    """Everything that decides a recording."""
+    import diffusers
+    import transformers
+
+    root = component.root
+    decided = [
+        path
+        for name in pipeline_components(component.pipeline or {})
+        if (root / name).is_dir() and name not in (component.name, "scheduler")
+        for path in (root / name).iterdir()
+        if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
+    ]
+    key = {
+        "recording": 1,
+        "pipeline": sorted((component.pipeline or {}).items()),
+        "files": sha256_of_files(decided, root),
+        "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
+        "scheduler": dict(scheduler.config),
+        "asked": asked.distinct,
+        "options": (options.size, options.frames, options.guidance),
+        "device": next(model.parameters()).device.type,
+        "tools": (diffusers.__version__, transformers.__version__, torch.__version__),
+    }
+    return {name: repr(value) for name, value in key.items()}
+
+
+def as_tensors(recording: Recording) -> tuple[Tensors, Any]:
+    """A recording as named tensors and a JSON document.
+
+    Raises:
+        GfpruneError: the pipeline passes something that is neither tensor nor JSON.
+    """
+    conditions = recording.conditions
+    tensors = {f"own/{name}": tensor for name, tensor in conditions.tensors.items()}
+    shared = {}
+    for name, value in conditions.shared.items():
+        shared[name] = packed(value, f"shared/{name}", tensors)
+    document = {
+        "conditions": {name: getattr(conditions, name) for name in FIELDS},
+        "shared": shared,
+        "shape": recording.shape,
+        "image": recording.image,
+        "mu": recording.mu,
+        "remarks": recording.remarks,
+    }
+    try:
+        json.dumps(document)
+    except TypeError as error:
+        raise GfpruneError(f"the pipeline passes its network what gfprune cannot keep: {error}") from error
+    return tensors, document
+
+
+def recording_fingerprint(recording: Recording) -> str:
+    """SHA-256 of what a network is given beside its samples."""
+    tensors, document = as_tensors(recording)
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {fingerprint(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def packed(value: Any, name: str, tensors: Tensors) -> Any:
+    """JSON of nested tuples, lists, dictionaries and tensors; the tensors go to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.clone()  # several names may share their memory, which safetensors refuses
+        return {"tensor": name}
+    if isinstance(value, tuple | list):
+        entries = [packed(entry, f"{name}/{number}", tensors) for number, entry in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": entries}
+    if isinstance(value, dict):
+        return {"dict": {key: packed(entry, f"{name}/{key}", tensors) for key, entry in value.items()}}
+    return {"value": value}
+
+
+def unpacked(value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `packed` was given."""
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: unpacked(entry, tensors) for key, entry in content.items()}
+    if kind == "value":
+        return content
+    entries = [unpacked(entry, tensors) for entry in content]
+    return tuple(entries) if kind == "tuple" else entries
+
+
+def as_recording(tensors: Tensors, document: Mapping[str, Any]) -> Recording:
+    """What `as_tensors` was given."""
+    fields = dict(document["conditions"])
+    rows = fields.pop("rows")
+    own = {name.removeprefix("own/"): t for name, t in tensors.items() if name.startswith("own/")}
+    shared = {name: unpacked(value, tensors) for name, value in document["shared"].items()}
+    conditions = Conditions(own, shared, **fields, rows=None if rows is None else tuple(rows))
+    return Recording(
+        conditions,
+        tuple(document["shape"]),
+        tuple(document["image"]),
+        document["mu"],
+        tuple(document["remarks"]),
+    )
+
+
+def made_up(model: nn.Module, count: int, seed: int, report: Report) -> Recording:
+    """Standard normal values in place of text states, for a network without its pipeline.
+
+    Raises:
+        GfpruneError: what the network takes is not known.
+    """
+    from gfprune_cli.inputs.examples import example_inputs
+
+    inputs: dict[str, Any] = dict(example_inputs(model))
+    sample = next(iter(inputs))
+    shape = tuple(inputs.pop(sample).shape[1:])
+    timestep = next(name for name in inputs if name.startswith("timestep"))
+    del inputs[timestep]
+    notice(report, "there is no pipeline around this network: normal noise stands in for text states")
+    tensors: dict[str, torch.Tensor] = {}
+    shared: dict[str, Any] = {}
+    for name, value in flattened(inputs, set()).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (1,):
+            drawn = [
+                torch.randn(value.shape, generator=generator(seed, "condition", name, number))
+                for number in range(count)
+            ]
+            tensors[name] = torch.stack(drawn)
+        elif isinstance(value, torch.Tensor) and value.shape[:1] == (1,):
+            tensors[name] = value.cpu().expand(count, 1, *value.shape[1:])
+        else:
+            shared[name] = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value)
+    rows = None if tensors else tuple(range(count))
+    return Recording(Conditions(tensors, shared, sample, timestep, rows=rows), shape)
+
+
+def batch_size(shape: Sequence[int]) -> int:
+    """Samples drawn at once: 32 small ones, 8 of [4, 64, 64], one of a large video."""
+    return max(1, min(32, 2**17 // int(torch.Size(shape).numel())))

@@ -1,0 +1,259 @@
+"""A checkpoint's pipeline around the network in memory, for the sake of its conditioning.
+
+Only classes of diffusers and transformers are made, from local safetensors and JSON files; no remote code.
+Autoencoders come without weights where nothing is decoded: pipelines read their configuration alone.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
+from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
+from gfprune_cli.checkpoint.reader import inspect as inspect_component
+from gfprune_cli.checkpoint.reader import load_model
+from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.inputs.component_files import check_folder, check_size
+
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
+AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+
+
+def is_autoencoder(class_name: str) -> bool:
+    return class_name.removeprefix("Pruned").startswith(AUTOENCODERS)
+
+
+def open_pipeline(
+    component: Component,
+    network: nn.Module,
+    scheduler: Any,
+    *,
+    decode: bool = False,
+) -> Any:
+    """The pipeline that `component` belongs to, with `network` in its place.
+
+    Args:
+        component: of the folder; its `pipeline` is the parsed model_index.json.
+        network: of any device; the pipeline's other components go to the same one.
+        scheduler: the pipeline gets a copy.
+        decode: whether other networks than `network` need their weights, autoencoders and denoisers.
+
+    Raises:
+        GfpruneError: no pipeline of diffusers, or a component of it that cannot be loaded.
+    """
+    with quiet():
+        return _open(component, network, scheduler, decode=decode)
+
+
+def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: bool) -> Any:
+    assert component.pipeline is not None
+    found = pipeline_class(component)
+    device = next(network.parameters()).device
+    accepted = inspect.signature(found.__init__).parameters
+    made: dict[str, Any] = {
+        name: value
+        for name, value in component.pipeline.items()
+        if name in accepted and isinstance(value, bool | int | float | str)
+    }
+    entries = pipeline_components(component.pipeline)
+    for name in component.pipeline:
+        if name not in accepted or name in made:
+            continue
+        if name == component.name:
+            made[name] = network
+        elif name == "scheduler":
+            made[name] = copy.deepcopy(scheduler)
+        elif name not in entries or name in LEFT_OUT:
+            made[name] = None
+        else:
+            made[name] = _load(component, name, *entries[name], device, decode=decode)
+    for name in LEFT_OUT:
+        if name in accepted:
+            made.setdefault(name, None)
+    if "requires_safety_checker" in accepted:
+        made["requires_safety_checker"] = False
+    try:
+        pipeline = _on_device(found, device)(**made)
+    except GfpruneError:  # a signal may arrive in there
+        raise
+    except Exception as error:
+        raise GfpruneError(
+            f"{component.root}: its {found.__name__} cannot be made: {first_line(error)}"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_class(component: Component) -> Any:
+    """The diffusers class that model_index.json names."""
+    import diffusers
+
+    name = (component.pipeline or {}).get("_class_name")
+    with quiet():  # importing a pipeline imports what it may use of transformers
+        known = isinstance(name, str) and name.endswith("Pipeline")
+        found = getattr(diffusers, str(name), None) if known else None
+    if not (
+        isinstance(found, type)
+        and found.__module__.startswith("diffusers.pipelines.")
+        and issubclass(found, diffusers.DiffusionPipeline)
+    ):
+        raise GfpruneError(
+            f"{component.root / 'model_index.json'} names {quoted(name)}, which is no pipeline of diffusers"
+        )
+    return found
+
+
+def _on_device(found: type, device: torch.device) -> Any:
+    """A subclass that says where it runs: autoencoders without weights would say "meta"."""
+    where = property(lambda self: device)
+    return type(found.__name__, (found,), {"device": where, "_execution_device": where})
+
+
+def load_component(component: Component, name: str, device: torch.device) -> Any:
+    """Another component of the pipeline, with its weights.
+
+    Raises:
+        GfpruneError: it cannot be loaded.
+    """
+    entries = pipeline_components(component.pipeline or {})
+    with quiet():
+        return _load(component, name, *entries[name], device, decode=True)
+
+
+def _load(
+    component: Component, name: str, library: str, class_name: str, device: torch.device, *, decode: bool
+) -> Any:
+    """One component of a pipeline; what nothing is asked of comes without weights."""
+    folder = component.root / name
+    if class_name.startswith("Pruned"):
+        if decode:
+            return _usable(load_model(inspect_component(_source(component.root), component=name)), device)
+        library, class_name = "diffusers", class_name.removeprefix("Pruned")
+    found: Any = _component_class(library, class_name)
+    if found is None:
+        raise GfpruneError(
+            f"{component.root / 'model_index.json'}: its {name} is {quoted(class_name)} of"
+            f" {quoted(library)}, which is no class of diffusers or transformers"
+        )
+    textual = found.__module__.startswith("transformers.")
+    if not folder.is_dir():
+        raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
+    check_folder(folder, trusted_roots(component.root))
+    try:
+        if not issubclass(found, nn.Module):
+            remote = {"trust_remote_code": False} if textual else {}
+            return found.from_pretrained(folder, local_files_only=True, **remote)
+        if not textual and not decode and _only_described(class_name):
+            config = read_config(folder / "config.json", trusted_roots(component.root))
+            with torch.device("meta"):
+                return found.from_config(config).eval()
+        if textual:
+            check_size(found, folder)
+        else:
+            read_config(folder / "config.json", trusted_roots(component.root))
+        loaded, names = found.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_stored(folder, textual=textual),
+        )
+        if names["missing_keys"]:  # they would be random
+            raise GfpruneError(
+                f"{folder} has no tensor {quoted(min(names['missing_keys']))}, but its config.json needs it"
+            )
+    except GfpruneError:
+        raise
+    except Exception as error:
+        raise GfpruneError(
+            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
+        ) from error
+    return _usable(loaded, device)
+
+
+def _source(root: Path) -> Source:
+    return Source(str(root), root, "local", None)
+
+
+def _only_described(class_name: str) -> bool:
+    """Networks that no conditioning comes from: autoencoders, and other denoisers than the one in memory."""
+    return is_autoencoder(class_name) or "Transformer" in class_name or "UNet" in class_name
+
+
+def _component_class(library: str, class_name: str) -> Any:
+    """A class of diffusers or transformers by the names in a model_index.json; None for anything else.
+
+    Networks, schedulers and what prepares their inputs: other classes (pipelines, retrievers, `Auto...`) have
+    loaders that choose further classes, or read pickles.
+    """
+    import diffusers
+    import transformers
+
+    kinds: tuple[type, ...] = (
+        *(diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel),
+        *(transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin),
+        *(transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin),
+    )
+
+    if library == "transformers":
+        found = getattr(transformers, class_name, None)
+    elif library == "diffusers":
+        found = getattr(diffusers, class_name, None)
+    else:  # what belongs to one pipeline alone is named by that pipeline's folder
+        found = getattr(getattr(diffusers.pipelines, library, None), class_name, None)
+    if not isinstance(found, type) or not found.__module__.startswith(("diffusers.", "transformers.")):
+        return None
+    missing = type(found).__name__ == "DummyObject"  # says which package it needs when it is loaded
+    return found if missing or issubclass(found, kinds) else None
+
+
+def _stored(folder: Path, *, textual: bool) -> dict[str, Any]:
+    """Read weights as they are stored: their type, and a variant where there are no plain files."""
+    options: dict[str, Any] = {"dtype": "auto"} if textual else {}
+    parsed = [weights_variant(path.name) for path in folder.iterdir()]
+    variants = sorted({found[1] or "" for found in parsed if found})
+    if variants and variants[0]:
+        options["variant"] = variants[0]
+    return options
+
+
+def _usable(module: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, frozen; half precision of CPUs is bfloat16 or nothing."""
+    dtype = next(iter(module.parameters()), torch.empty(0)).dtype
+    if device.type == "cpu" and dtype == torch.float16:
+        nn.Module.to(module, torch.float32)
+    return nn.Module.to(module, device).requires_grad_(False).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What diffusers and transformers say of themselves is not for the user, nor are their bars."""
+    import logging
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.get_verbosity()  # sets its logger up, before it is turned down
+
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,84 @@
+"""Networks of classes that gfprune knows nothing of: what they take is what their pipeline passes to them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.scheduler import load_scheduler
+from gfprune_cli.diffusion.conditions import keywords
+from gfprune_cli.families.table import is_known
+from gfprune_cli.inputs.conditioning import asked_of, recorded
+from gfprune_cli.inputs.recording import PipelineOptions
+from gfprune_cli.progress import Report
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pipeline was seen to pass.
+
+    Args:
+        inputs: keyword arguments of the network for one sample.
+        time_factor: what timesteps of the scheduler are multiplied by.
+    """
+
+    inputs: dict[str, Any]
+    time_factor: float
+
+
+def passed_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> Passed | None:
+    """What the pipeline around a network passes to it; None if its class is known, or there is no pipeline.
+
+    Args:
+        model: with its weights.
+
+    Raises:
+        GfpruneError: the pipeline cannot be run.
+    """
+    if is_known(model) or component.pipeline is None:
+        return None
+    config: Any = model.config
+    options = PipelineOptions()
+    asked = asked_of(component, config, options, 1, 0, shuffled=False)
+    found = recorded(model, component, scheduler, asked, options, report)
+    single = {name: tensor[:1, -1:] for name, tensor in found.conditions.tensors.items()}
+    conditions = replace(found.conditions, tensors=single, branches=1, rows=(0,))
+    inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditions)
+    del inputs["return_dict"]
+    return Passed(inputs, conditions.time_factor)
+
+
+def pipeline_inputs(network: nn.Module, component: Component, report: Report) -> dict[str, Any] | None:
+    """What `discover` needs to run a network: None where its class is known."""
+    passed = passed_inputs(network, component, load_scheduler(component), report)
+    return None if passed is None else passed.inputs
+
+
+class RecordedNetwork(nn.Module):
+    """A network with the inputs that its pipeline was seen to pass.
+
+    Args:
+        inputs: keyword arguments for one sample.
+        time_factor: what timesteps of the scheduler are multiplied by.
+    """
+
+    def __init__(self, network: Any, inputs: dict[str, Any], time_factor: float) -> None:
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.inputs, self.time_factor = inputs, time_factor
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the network returns."""
+        return self.network(**inputs)
+
+
+def with_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> nn.Module:
+    """`model`, or if its class is unknown and there is a pipeline around it, with inputs from there.
+
+    Raises:
+        GfpruneError: the pipeline cannot be run.
+    """
+    found = passed_inputs(model, component, scheduler, report)
+    return model if found is None else RecordedNetwork(model, found.inputs, found.time_factor)

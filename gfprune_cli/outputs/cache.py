@@ -1,0 +1,68 @@
+"""What was drawn or recorded once, by the hash of everything that decides it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from gfprune_cli.outputs.durable import replacing, write_tensors
+from gfprune_cli.outputs.locks import sweep_folder
+from gfprune_cli.progress import Report, notice
+
+DOCUMENT = "document"
+Tensors = dict[str, torch.Tensor]
+
+
+def cache_folder() -> Path:
+    """`$GFPRUNE_CACHE`, else `gfprune` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("GFPRUNE_CACHE") or Path(base) / "gfprune")
+
+
+def cache_room(name: str) -> Path:
+    """The folder of one kind of cached things, without what killed runs left unfinished there.
+
+    At every use and not only before a write: a run killed right after it published an entry leaves its
+    staging folder beside it, and later runs, which find the entry, have nothing to write.
+    """
+    folder = cache_folder() / name
+    with suppress(OSError):  # cannot be listed: nothing that the run needs
+        sweep_folder(folder)
+    return folder
+
+
+def sweep_caches() -> None:
+    """The same for all kinds: a run that finds its output done uses none of them."""
+    for folder in cache_folder().glob("*"):
+        cache_room(folder.name)
+
+
+def cached(
+    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
+) -> tuple[Tensors, Any]:
+    """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
+
+    A cache that cannot be read or written costs time, never the run.
+    """
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    path = cache_room("calibration") / f"{digest}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as reader:
+            document = json.loads(reader.metadata()[DOCUMENT])
+            return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
+    except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
+        pass
+    tensors, document = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as staging:
+            write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
+    except OSError as error:
+        notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
+    return tensors, document

@@ -1,0 +1,35 @@
+"""Names by content: SHA-256 of files and of tensors."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from gfprune_cli.errors import GfpruneError
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of what a file holds.
+
+    Raises:
+        GfpruneError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise GfpruneError(f"{path} cannot be read: {error}") from error
+
+
+def fingerprint(images: torch.Tensor) -> str:
+    """Name a set of images by its content, for recipes and caches.
+
+    Args:
+        images: a tensor of any shape, on any device.
+
+    Returns:
+        The SHA-256 of its shape and bytes, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
+    digest.update(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

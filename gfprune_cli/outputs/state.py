@@ -1,0 +1,168 @@
+"""The resumable state of one run, hidden beside its output, and how a finished output is known again."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.digests import sha256_of
+from gfprune_cli.outputs.durable import (
+    free_space_error,
+    sync,
+    sync_tree,
+    write_json,
+    write_tensors,
+)
+from gfprune_cli.outputs.locks import discard, state_folder
+
+KEPT_STATES = 2
+
+
+class StateFolder:
+    """The resumable state of one run: safetensors and JSON, two good states kept.
+
+    Args:
+        destination: the output of the run; the state lies hidden beside it.
+        identity: what must be equal for a resumed run to end in the same bytes.
+    """
+
+    def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = state_folder(destination)
+        self.identity = json.loads(json.dumps(identity, sort_keys=True))
+
+    def exists(self) -> bool:
+        """Whether there is a state to continue from."""
+        return bool(self.states())
+
+    def begun(self) -> bool:
+        """Whether a run began, even if it was killed before its first state."""
+        return self.folder.is_dir()
+
+    def begin(self) -> None:
+        """Say that a run has begun: what it writes beside its state from now on is its own.
+
+        Raises:
+            GfpruneError: the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.unwritable(error, 0) from error
+
+    def states(self) -> list[Path]:
+        """Published states, oldest first."""
+        return sorted(self.folder.glob("state-" + "[0-9]" * 6)) if self.folder.is_dir() else []
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest state whose checksum holds.
+
+        Raises:
+            UsageError: the state belongs to a run with other settings.
+            GfpruneError: states exist and none is intact.
+        """
+        states = self.states()
+        for state in reversed(states):
+            try:
+                numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
+                intact = numbers["sha256"] == sha256_of(state / "state.safetensors")
+                identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
+                tensors = load_file(state / "state.safetensors") if intact else {}
+            except (GfpruneError, OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
+                continue  # RuntimeError: PyTorch's own when a file cannot be mapped
+            if not intact:
+                continue
+            changed = [key for key, value in self.identity.items() if identity.get(key) != value]
+            if changed:
+                raise UsageError(
+                    f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
+                    "repeat the settings of that run, or start over with --force"
+                )
+            return tensors, progress
+        if states:
+            raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
+        return None
+
+    def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Publish a state; the one before the last is removed."""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        states = self.states()
+        number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
+        staging = self.folder / f"new-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for orphan in self.folder.glob("new-*"):
+                shutil.rmtree(orphan, ignore_errors=True)
+            staging.mkdir()
+            write_tensors(staging / "state.safetensors", tensors)
+            digest = sha256_of(staging / "state.safetensors")
+            write_json(
+                staging / "state.json",
+                {"identity": self.identity, "numbers": dict(numbers), "sha256": digest},
+            )
+            sync_tree(staging)
+            staging.rename(self.folder / f"state-{number:06d}")
+            sync(self.folder)
+        except OSError as error:
+            raise self.unwritable(error, needed) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        doomed = self.folder / f"new-{os.getpid()}-old"  # a kill leaves nothing that could pass for a state
+        for old in self.states()[:-KEPT_STATES]:
+            with suppress(OSError):  # it stays until the next save
+                old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def unwritable(self, error: OSError, needed: int) -> GfpruneError:
+        """What to raise when the system refuses a write of `needed` bytes."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return free_space_error(self.folder.parent, needed, error)
+        return GfpruneError(f"cannot write the state in {self.folder}: {error.strerror or error}")
+
+    def end(self) -> None:
+        """Forget the run: its output stands, so a state that cannot be removed is no failure."""
+        try:
+            discard(self.folder)
+        except OSError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def foreign(self) -> bool:
+        """Whether a state is there that another run left."""
+        try:
+            numbers = json.loads((self.states()[-1] / "state.json").read_text(encoding="utf-8"))
+            return any(numbers["identity"].get(key) != value for key, value in self.identity.items())
+        except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def clear(self) -> None:
+        """Forget the run.
+
+        Raises:
+            GfpruneError: the folder cannot be removed.
+        """
+        try:
+            discard(self.folder)
+        except OSError as error:
+            raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
+
+
+def run_digest(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides the bytes of an output; its record holds it."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+
+
+def not_finished(destination: Path) -> UsageError:
+    """What to raise where `--resume` meets the output of another run."""
+    return UsageError(
+        f"--out {destination} exists and is the output of another run, so --resume has nothing to continue: "
+        "use --force to replace it, or another --out"
+    )

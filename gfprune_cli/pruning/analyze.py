@@ -1,0 +1,176 @@
+"""`analyze`: what a checkpoint is made of, what can go, and what each sparsity would leave."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gfprune_cli.checkpoint.reader import inspect
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.flow.sensitivity import measured_rises
+from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.pruning.job import PruneJob
+from gfprune_cli.pruning.plan import Plan
+from gfprune_cli.pruning.units import find_units
+from gfprune_cli.recipes.analyze import AnalyzeRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.runtime.device import choose_device, deterministic
+from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.cost import BOTH, CostModel
+from gfprune_cli.structure.groups import ChannelGroup
+
+PARAMETER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PROBE_SHARE = 0.25  # of a group's channels, masked to measure its sensitivity
+PROBE_DRAWS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """One channel group. `params` and `macs` are what the removal of all its channels would save."""
+
+    name: str
+    channels: int
+    unit_size: int
+    params: int
+    macs: int
+    members: list[dict[str, str]]
+    sensitivity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """What one sparsity would leave, with every unit counted as equally important."""
+
+    sparsity: float
+    achieved: float
+    removed: Mapping[str, float]
+    params: int
+    macs: int
+    bytes: int
+    kept: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What an analysis found; `document()` is the JSON of the command."""
+
+    model: str
+    component: str
+    class_name: str
+    params: int
+    macs: int
+    bytes: int
+    budget: str
+    groups: list[GroupReport]
+    plan: list[PlanReport]
+
+    def document(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, "command": "analyze", **asdict(self)}
+
+
+def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent) -> Analysis:
+    """Describe a checkpoint, from its configuration and headers alone unless `sensitivity` is asked for.
+
+    Raises:
+        UsageError: a target out of reach; GfpruneError: the checkpoint cannot be read.
+    """
+    drawing = {name: getattr(recipe, name) for name in ("prompts", "size", "frames", "guidance")}
+    for name, value in drawing.items():
+        if value is not None and not recipe.sensitivity:
+            raise UsageError(f"--{name} is for the images of --sensitivity: give that, or drop the flag")
+    source = resolve(
+        recipe.model,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        offline=options.offline,
+        config_only=not recipe.sensitivity,
+        report=report,
+    )
+    found = inspect(
+        source, component=recipe.component, variant=recipe.variant, weights_required=recipe.sensitivity
+    )
+    report(Event("trace", text=f"tracing {found.class_name}"))
+    meta, groups, trace = find_units(found, report, width=recipe.prune_width, blocks=recipe.blocks)
+    cost = CostModel(meta, groups, trace)
+    stored = {info.dtype for info in found.tensors.values()}
+    width = PARAMETER_BYTES.get(stored.pop(), 4) if len(stored) == 1 else 4
+    rises: Mapping[str, float] = {}
+    if recipe.sensitivity:
+        if not groups:
+            raise GfpruneError(f"{found.folder}: no channel group can be measured")
+        shared = {name: getattr(recipe, name) for name in ("model", "revision", "variant", "component")}
+        plan = Plan(found, groups, cost, None, None)
+        job = PruneJob(PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), report)
+        rises = measure_sensitivity(job, report)
+    total = cost.params({})
+    return Analysis(
+        model=recipe.model,
+        component=found.name,
+        class_name=found.class_name,
+        params=total,
+        macs=cost.macs({}),
+        bytes=found.bytes or total * width,
+        budget=recipe.budget,
+        groups=[describe(group, cost, rises.get(group.name)) for group in groups],
+        plan=[plan_for(target, groups, cost, recipe.budget, width) for target in recipe.sparsity],
+    )
+
+
+def describe(group: ChannelGroup, cost: CostModel, sensitivity: float | None) -> GroupReport:
+    """The costs of one group, all other groups whole."""
+    whole, without = cost.removed({}), cost.removed({group.name: 0})
+    members = [
+        {"module": member.module, "side": member.side, "kind": member.kind} for member in group.members
+    ]
+    savings = {
+        budget: cost.of_group(group.name, whole, budget) - cost.of_group(group.name, without, budget)
+        for budget in BOTH
+    }
+    return GroupReport(
+        name=group.name,
+        channels=group.channels,
+        unit_size=group.unit_size,
+        params=savings["params"],
+        macs=savings["macs"],
+        members=members,
+        sensitivity=sensitivity,
+    )
+
+
+def plan_for(
+    target: float, groups: tuple[ChannelGroup, ...], cost: CostModel, budget: str, width: int
+) -> PlanReport:
+    """Widths for one target in the adaptive layout, with uniform scores."""
+    uniform = {group.name: torch.ones(group.units) for group in groups}
+    allocation = allocate(cost, uniform, target, budget=budget)
+    params, macs = cost.params(allocation.kept), cost.macs(allocation.kept)
+    removed = {"params": 1 - params / cost.params({}), "macs": 1 - macs / cost.macs({})}
+    return PlanReport(
+        sparsity=target,
+        achieved=allocation.sparsity,
+        removed=removed,
+        params=params,
+        macs=macs,
+        bytes=params * width,
+        kept=dict(allocation.kept),
+    )
+
+
+def measure_sensitivity(job: PruneJob, report: Report) -> dict[str, float]:
+    """Group name -> relative rise of the denoising loss when its weakest quarter, or the block, is masked.
+
+    The weakest units by first-order Taylor score go, the same number in every norm group; everything else
+    stays as it is.
+    """
+    with deterministic():
+        scored = job.scored()
+    masked, draws = scored.masked, scored.draws
+    baseline = job.masked_loss(draws, masked, PROBE_DRAWS)
+    rises = measured_rises(
+        masked, scored.scores, PROBE_SHARE, lambda: job.masked_loss(draws, masked, PROBE_DRAWS), report
+    )
+    return {name: rise / baseline for name, rise in rises.items()}

@@ -1,0 +1,371 @@
+"""One prune run: from a dense network in memory to a narrow one."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.reader import cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.record import as_json, installed_tools
+from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
+from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
+from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
+from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
+from gfprune_cli.flow.loop import PruningLoop, scoring_losses
+from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.refit import Refit
+from gfprune_cli.flow.residuals import find_residuals
+from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.pruning.fold import Folder, Folding
+from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
+from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
+from gfprune_cli.pruning.probes import Probes
+from gfprune_cli.pruning.state import Outcome, RecoveryState
+from gfprune_cli.pruning.verify import check_removal
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.trainer import Remedies
+from gfprune_cli.runtime.device import default_precision, offload
+from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
+
+SCORE_CHUNK = 16
+REPORT_SHARE = 4  # one image in so many is kept for the reported losses
+LOSS_DRAWS = 128  # noisy samples behind each reported loss
+JUDGE_DRAWS = 32  # of them, behind each loss that judges a refit
+SAVE_EVERY = 100  # recovery steps
+RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments, their average
+REMEDY = "use --offload-teacher, fewer --draws, or a larger device"
+RECOVERY_REMEDIES = Remedies(
+    not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
+    memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A dense network behind masks, draws to measure it on, and scores by group name [units]."""
+
+    masked: MaskedModel
+    draws: Draws
+    scores: Mapping[str, torch.Tensor]
+
+
+class PruneJob:
+    """One prune run: its inputs, and the steps from dense to pruned network."""
+
+    def __init__(
+        self,
+        recipe: PruneRecipe,
+        source: Source,
+        plan: Plan,
+        device: torch.device,
+        report: Report,
+        *,
+        offload_teacher: bool = False,
+    ) -> None:
+        self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
+        self.offload_teacher = offload_teacher and device.type != "cpu"
+        self.hashes = sha256_of_weights(plan.component)
+        scheduler = load_scheduler(plan.component)
+        if scheduler is None:
+            raise GfpruneError(
+                f"{plan.component.root} has no scheduler: gfprune needs the noise the model was trained with"
+            )
+        if scheduler_config_path(plan.component) is None:
+            notice(
+                report,
+                "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
+            )
+        self.scheduler = scheduler
+        self.process: NoisingProcess = training_process(plan.component, scheduler)
+        self.schedule = schedule_of(recipe)
+        self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
+        self.folding: Folding | None = None
+        self.precision = recipe.precision or default_precision(device)
+        check_memory(self.need(0), device, REMEDY)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that left the state."""
+        addresses = ("model", "revision", "variant")  # the hashes below say what they stood for
+        settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
+        inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
+        return {
+            **settings,
+            "weights": self.hashes,
+            "commit": self.source.commit,
+            "device": self.device.type,
+            **{name: as_json(value) for name, value in inputs.items()},
+            "tools": installed_tools(),
+        }
+
+    def need(self, kept: int) -> Need:
+        """The most memory that the run will hold at once; on CUDA batches shrink to what fits.
+
+        Args:
+            kept: numbers that autograd keeps for one sample.
+        """
+        dense = int((self.recipe.refit or self.steps > 0) and not self.offload_teacher)
+        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.steps else 0
+        copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
+        samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
+        return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
+
+    def execute(self, state: StateFolder) -> tuple[nn.Module, Outcome]:
+        """The pruned network, and what was measured on the way."""
+        self.report(Event("load", text="reading weights"))
+        dense = self.load()
+        self.report(Event("calibrate", text="preparing calibration images"))
+        draws, reports = self.draws(dense)
+        state.identity["data contents"] = self.data_fingerprint
+        check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
+        recovery = RecoveryState(state)
+        before = 0.0 if recovery.begun() else self.loss(reports, dense)
+        if self.recipe.fold:
+            dense = self.fold(dense, draws, reports)
+        self.report(Event("check", text="checking that removal is exact"))
+        if self.plan.groups:
+            check_removal(dense, self.plan.groups, one_sample(self.process, draws))
+        if not recovery.begun():
+            outcome, trained = self.prune(dense, draws, reports, state, before)
+            narrow = self.narrow(trained, outcome.kept)
+            outcome.losses["removed"] = self.loss(reports, narrow)
+            gap = outcome.losses.pop("judged", None)
+            if gap is not None:  # of two networks that should be one, on the same few draws
+                removed = self.loss(reports, narrow, JUDGE_DRAWS)
+                outcome.losses["masked"] = outcome.losses["removed"] + gap - removed
+        else:
+            outcome = recovery.outcome()
+            narrow = self.narrow(dense, outcome.kept)
+        if self.steps:
+            self.recover(narrow, self.teacher(dense), draws, recovery.of(outcome))
+        model = self.stored(narrow)
+        if self.steps:
+            outcome.losses["recovered"] = self.loss(
+                reports, nn.Module.to(copy.deepcopy(model), torch.float32)
+            )
+        return model, outcome
+
+    def fold(self, dense: nn.Module, draws: Draws, held_out: Draws) -> nn.Module:
+        """The dense network with layers that see few inputs as two; the plan is then for that."""
+        shape = tuple(draws.images.shape[1:])
+        probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
+        dtype = stored_dtype(self.plan.component)
+        found = Folder(dense, probes, self.recipe.fold, dtype, self.report).fold(self.process, held_out)
+        if found is None:
+            notice(self.report, "--fold: no layer would save anything within the tolerance")
+            return dense
+        network, self.folding = found
+        self.plan = folded_plan(self.plan, network, self.recipe, self.report)
+        if self.device.type == "cuda":
+            network = channels_last(network)
+        return nn.Module.to(network, self.device)
+
+    def prune(
+        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder, before: float
+    ) -> tuple[Outcome, nn.Module]:
+        """Let the masks flow to their end; the network after the last refit, all of its channels there.
+
+        Args:
+            before: loss of the network as it was given.
+        """
+        if not self.recipe.sparsity:
+            kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.plan.groups}
+            return Outcome(kept, {"before": before}), dense
+        student = copy.deepcopy(dense) if self.recipe.refit or self.steps else dense
+        if student is not dense and self.offload_teacher:
+            offload(dense, self.device)
+        masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
+        loop = self.loop(masked, dense, draws, reports, state)
+        kept = loop.run()
+        refits = loop.flow.refits
+        judged = refits[-1].after if refits else self.masked_loss(reports, masked, JUDGE_DRAWS)
+        losses = {"before": before, "judged": judged, "masked": judged}
+        return Outcome(kept, losses, refits, loop.flow.gradients), masked.model
+
+    def teacher(self, dense: nn.Module) -> nn.Module:
+        """The network as it was given, whatever it was folded to."""
+        if self.folding is None:
+            return dense
+        teacher = self.load()
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        return teacher
+
+    def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
+        """Train the narrow network with the dense one as its teacher."""
+        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.steps, seed=self.recipe.seed)
+        recover(
+            channels_last(narrow),
+            channels_last(dense),
+            self.process,
+            draws,
+            recipe,
+            processes=Processes(None, self.device),
+            precision=self.precision,
+            state=state,
+            report=self.report,
+            save_every=SAVE_EVERY,
+            remedies=RECOVERY_REMEDIES,
+        )
+
+    def load(self) -> nn.Module:
+        """The dense network on the run's device, frozen."""
+        model = load_model(self.plan.component).requires_grad_(False)
+        if self.device.type == "cuda":
+            model = channels_last(model)
+        return nn.Module.to(model, self.device)
+
+    def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
+        """Draws for scoring and training, and for the reported losses; from different images."""
+        images, conditions = self.images(dense)
+        split = len(images) - max(1, len(images) // REPORT_SHARE)
+        parts = [
+            Draws(
+                images[part],
+                self.process.steps,
+                self.recipe.seed,
+                None if conditions is None else conditions[part],
+            )
+            for part in (slice(split), slice(split, None))
+        ]
+        return parts[0], parts[1]
+
+    def scored(self) -> "Scored":
+        """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
+        dense = self.load()
+        draws, reports = self.draws(dense)
+        masked = MaskedModel(dense, self.plan.groups)
+        losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
+        return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
+
+    def loop(
+        self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+    ) -> PruningLoop:
+        recipe = self.recipe
+        refit = None
+        if recipe.refit:
+            sample = one_sample(self.process, draws)
+            residuals = find_residuals(dense, {**sample, "return_dict": False})
+            refit = Refit(masked, dense, residuals, recipe.seed)
+
+        def judge(of_dense: bool) -> float:
+            if of_dense:
+                return self.loss(reports, dense, JUDGE_DRAWS)
+            return self.masked_loss(reports, masked, JUDGE_DRAWS)
+
+        return PruningLoop(
+            masked=masked,
+            refit=refit,
+            judge=judge,
+            judging=JUDGE_DRAWS,
+            process=self.process,
+            schedule=self.schedule,
+            criterion=recipe.criterion,
+            allocate=self.allocator(),
+            draws=draws,
+            scoring_draws=recipe.draws,
+            chunk=SCORE_CHUNK,
+            store=state,
+            report=self.report,
+            fixed=self.plan.native is not None,
+        )
+
+    def allocator(self) -> Any:
+        """(scores, progress in [0, 1]) -> channels kept by each group."""
+        plan, recipe = self.plan, self.recipe
+
+        def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+            target = recipe.sparsity * progress
+            try:
+                final = progress >= 1 and not plan.nearest
+                widths = allocate(
+                    plan.cost, scores, target, budget=recipe.budget, align=recipe.align, strict=final
+                )
+            except (
+                UsageError
+            ):  # these scores end short of the budget; equal ones did not, when it was planned
+                widths = allocate(plan.cost, uniform_scores(plan.groups), target, budget=recipe.budget)
+            return widths.kept
+
+        def native(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+            assert plan.native is not None
+            kept = {}
+            for group in plan.groups:
+                goal = plan.native.kept[group.name]
+                units = round((group.channels - (group.channels - goal) * progress) / group.unit_size)
+                kept[group.name] = max(goal, units * group.unit_size)
+            return kept
+
+        return adaptive if plan.native is None else native
+
+    def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
+        """Calibration images [N, ...] as the network sees them, and their conditions."""
+        recipe = self.recipe
+        options = PipelineOptions.of(recipe)
+        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
+        found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
+        self.data_fingerprint = found.fingerprint
+        self.process, self.conditions = found.process, found.conditions
+        return found.images.to(self.device), found.conditions
+
+    def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
+        """Denoising loss of a network over the fixed report draws."""
+        return self.measured(draws, partial(call, model), count)
+
+    @torch.no_grad()
+    def masked_loss(self, draws: Draws, masked: MaskedModel, count: int = LOSS_DRAWS) -> float:
+        effective = {name: tensor.detach() for name, tensor in masked.effective().items()}
+        return self.measured(draws, partial(masked.forward, effective), count)
+
+    def measured(self, draws: Draws, network: Network, count: int) -> float:
+        return denoising_loss(network, self.process, draws, count, self.report)
+
+    def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The narrow network, in float32, from the weights of one with all channels."""
+        self.report(Event("remove", text="removing channels"))
+        dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
+        weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
+        dense.load_state_dict(weights, assign=True)
+        if self.plan.native_config is not None:
+            model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
+        else:
+            model = remove(dense, self.plan.groups, kept)
+        if not self.steps:
+            cast_model(model, stored_dtype(self.plan.component))  # what is measured and written is one
+            cast_model(model, torch.float32)
+        return nn.Module.to(model, self.device)
+
+    def stored(self, narrow: nn.Module) -> nn.Module:
+        """The network in the type in which it is stored.
+
+        Raises:
+            GfpruneError: a weight is not finite; names it.
+        """
+        cast_model(narrow, stored_dtype(self.plan.component))
+        for name, tensor in narrow.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise GfpruneError(
+                    f"tensor {name} is not finite after pruning: {RECOVERY_REMEDIES.not_finite}"
+                )
+        return narrow
+
+
+def schedule_of(recipe: PruneRecipe) -> Schedule:
+    if recipe.one_shot:
+        return Schedule(sparsity=recipe.sparsity, scorings=1, bound=1)
+    return Schedule(sparsity=recipe.sparsity, scorings=recipe.iterations, bound=recipe.bound)

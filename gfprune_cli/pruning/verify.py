@@ -1,0 +1,199 @@
+"""Whether removal is exact: the masked network against the narrow one, before a run is started.
+
+    gap = check_removal(model, groups, inputs)
+
+Whatever found the groups may have misread a network that it has never seen. Here a random half of every group
+goes, and the outputs are compared; if they differ, nothing is pruned.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from gfprune_cli.checkpoint.files import first_line, quoted
+from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.removal import cuts_of, remove
+from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+DOUBLES = 400_000_000  # parameters up to which a copy in float64 is made
+
+Outputs = dict[str, torch.Tensor]
+
+
+def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any]) -> float:
+    """Compare the masked network with the one whose masked units are gone, for a random half of the units.
+
+    The comparison is in float64 on a copy; networks too large for one are compared in float32, and stay as
+    they were.
+
+    Args:
+        inputs: keyword arguments of one forward pass; tensors of zeros are replaced by noise.
+
+    Returns:
+        The relative difference of the outputs, |removed - masked| / |masked|.
+
+    Raises:
+        GfpruneError: it exceeds 1e-3 (float32: 1e-2), or the narrow network does not run; the first module in
+            which the two differ is named.
+    """
+    kept = half_of(groups)
+    with comparable(model) as network:
+        dtype = next(network.parameters()).dtype
+        given = noisy(inputs, dtype)
+        narrow = remove(network, groups, kept)
+        found = outcome(narrow, given, type(model).__name__)
+        with masked_by(network, groups, kept) as masked:
+            expected = masked_outcome(masked, given)
+            gap = relative_gap(found, expected)
+            if gap <= TOLERANCE.get(dtype, TOLERANCE[torch.float32]):  # false for NaN
+                return gap
+            first = first_difference(masked, narrow, groups, kept, given)
+    raise GfpruneError(
+        f"channels of {type(model).__name__} cannot be removed exactly: outputs differ by {gap:.1g}, "
+        f"first in {quoted(first)}"
+    )
+
+
+def half_of(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
+    """Group name -> bool [units], true for a random half of them and at least one; always the same."""
+    source = generator(0, "check of removal")
+    kept = {}
+    for group in groups:
+        kept[group.name] = torch.zeros(group.units, dtype=torch.bool)
+        kept[group.name][torch.randperm(group.units, generator=source)[: max(1, group.units // 2)]] = True
+    return kept
+
+
+@contextmanager
+def comparable(model: nn.Module) -> Iterator[nn.Module]:
+    """The network in a type in which rounding is told from a real difference."""
+    parameter = next(model.parameters())
+    small = sum(one.numel() for one in model.parameters()) <= DOUBLES and parameter.device.type != "mps"
+    if small or parameter.dtype not in TOLERANCE:
+        wide = torch.float64 if small else torch.float32
+        yield nn.Module.to(copy.deepcopy(model), wide).requires_grad_(False).eval()
+    else:
+        yield model
+
+
+def noisy(value: Any, dtype: torch.dtype) -> Any:
+    """Inputs of a type, with noise in place of zeros, which would hide a difference."""
+    if isinstance(value, Mapping):
+        return {name: noisy(inner, dtype) for name, inner in value.items()}
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    if bool(value.any()):
+        return value.to(dtype)
+    source = generator(0, "check of removal")
+    return torch.randn(value.shape, generator=source, dtype=dtype).to(value.device)
+
+
+@contextmanager
+def masked_by(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Mapping[str, torch.Tensor]
+) -> Iterator[MaskedModel]:
+    """The network under masks; its own norms are put back afterwards."""
+    before = dict(model.named_modules())
+    masks = {name: alive.double() for name, alive in kept.items()}
+    try:
+        with hooks_as_before(model):
+            yield MaskedModel(model, groups, masks)
+    finally:
+        for name, module in before.items():
+            if name and model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+
+
+def masked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    wrapper = Calling(masked.model)
+    effective = {f"network.{name}": tensor for name, tensor in masked.effective().items()}
+    with torch.no_grad():
+        output: torch.Tensor = functional_call(wrapper, effective, (inputs,))
+    return output
+
+
+class Calling(nn.Module):
+    """A network as a function of its keyword arguments."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return first_output(self.network, inputs)
+
+
+def outcome(model: nn.Module, inputs: Mapping[str, Any], class_name: str) -> torch.Tensor:
+    """Output of the narrow network; a failure names the module in which it happened."""
+    with torch.no_grad(), running_modules(model) as running:
+        try:
+            return first_output(model, inputs)
+        except Exception as error:  # a width that the network's own code does not expect can fail anywhere
+            where = quoted(running[-1]) if running and running[-1] else "its forward"
+            raise GfpruneError(
+                f"channels of {class_name} cannot be removed: the narrow network fails in {where}: "
+                f"{first_line(error)}"
+            ) from error
+
+
+def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+def first_difference(
+    masked: MaskedModel,
+    narrow: nn.Module,
+    groups: tuple[ChannelGroup, ...],
+    kept: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+) -> str:
+    """Name of the first layer, in the order of the forward pass, whose kept outputs differ."""
+    with layer_outputs(masked.model) as dense:
+        masked_outcome(masked, inputs)
+    with layer_outputs(narrow) as left:
+        outcome(narrow, inputs, type(narrow).__name__)
+    cuts = cuts_of(masked.model, groups, kept)
+    for name, expected in dense.items():
+        found, cut = left.get(name), cuts.get(name)
+        if found is None or found.ndim != expected.ndim:
+            continue
+        if cut is not None and cut.out is not None:
+            for dim in (1, expected.ndim - 1):  # channels of images, features of tokens
+                if expected.shape[dim] > len(cut.out) == found.shape[dim]:
+                    expected = expected.index_select(dim, cut.out.to(expected.device))
+                    break
+        if found.shape == expected.shape and not relative_gap(found, expected) <= TOLERANCE[torch.float64]:
+            return name
+    return "its output"
+
+
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[Outputs]:
+    """Module name -> its output, of modules without modules of their own, in the order in which they ran."""
+    outputs: Outputs = {}
+
+    def record(name: str, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            outputs.setdefault(name, output.detach())
+
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,35 @@
+"""The options of `gfprune analyze`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Gt, Lt
+
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRecipe:
+    """Everything that decides what an analysis shows."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
+    sparsity: Annotated[
+        tuple[Annotated[float, Gt(0), Lt(1)], ...], Help("Plan for this sparsity; may be repeated.")
+    ] = ()
+    budget: Annotated[
+        Literal["both", "params", "macs"], Help("What the sparsity counts; both: each of them.")
+    ] = "both"
+    sensitivity: Annotated[
+        bool, Help("Measure how the loss rises as each group shrinks (loads weights).")
+    ] = False
+    revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
+    variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
+    component: Annotated[str | None, Help("Pipeline component to analyze (default: the denoiser).")] = None
+    blocks: Annotated[bool, Help("Count whole residual blocks as groups too.")] = False
+    prune_width: Annotated[bool, Help("And the residual width of transformers.")] = False
+    prompts: PromptsFile = None
+    size: Size = None
+    frames: Frames = None
+    guidance: GuidanceScale = None

@@ -1,0 +1,171 @@
+"""`finetune`: bring the quality of a pruned checkpoint back."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.record import Record, finished_record, read_record
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
+from gfprune_cli.errors import UsageError
+from gfprune_cli.outputs.cache import sweep_caches
+from gfprune_cli.outputs.claim import Claim, claim
+from gfprune_cli.outputs.state import not_finished, run_digest
+from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.recovery.job import FinetuneJob, default_output
+from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_folder, make_tracker, sweep_logs
+from gfprune_cli.recovery.result import FinetuneResult
+from gfprune_cli.recovery.teacher import find_teacher
+from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.processes import Processes
+
+
+def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silent) -> FinetuneResult:
+    """Train a pruned checkpoint, with the dense model as teacher, and write the result.
+
+    Raises:
+        UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
+        Interrupted: raised by `report`; the state is durable by then.
+    """
+    start = time.monotonic()
+    destination = options.out or default_output(recipe)
+    logs = logs_folder(destination, options.logs)
+    check_recipe(recipe)
+    check_logger(options.logger)
+    processes = Processes.start(options.device)
+    if recipe.batch < processes.count:
+        raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
+    with claim(destination, options, main=processes.main) as output:
+        component, record = pruned_checkpoint(recipe, offline=options.offline, report=report)
+        teacher = find_teacher(component, record, recipe, offline=options.offline, report=report)
+        job = FinetuneJob(
+            recipe, component, record, teacher, processes, report, offload_teacher=options.offload_teacher
+        )
+        if options.dry_run:
+            return summary(job, {}, None, None, time.monotonic() - start)
+        refuse_folders(output, logs, recipe, component, teacher.component)
+        state = output.state(job.identity())
+        if processes.told(output.finished):
+            losses = finished_run(job, destination)
+            if processes.main:
+                sweep_logs(logs)
+                if not state.foreign():  # killed after the output was published
+                    state.end()
+            return summary(job, losses, destination, logs, time.monotonic() - start)
+        if processes.main:
+            output.prepare(state)
+            check_logs(logs, may_replace=options.force or state.begun())
+        processes.wait()
+        tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
+        with deterministic():
+            model, losses = job.execute(
+                state,
+                save_every=options.save_every,
+                sample_every=options.sample_every,
+                open_watch=(lambda done: Watch(logs, done, tracker)) if processes.main else None,
+            )
+        if processes.main:
+            report(Event("write", text=f"writing {destination}"))
+            write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
+            state.end()
+    processes.wait()
+    return summary(job, losses, destination, logs, time.monotonic() - start)
+
+
+def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
+    """The losses of an output that this run wrote before it was killed, or long ago.
+
+    Raises:
+        UsageError: another run did.
+    """
+    record = finished_record(destination, run_digest(job.identity()))
+    if record is None or not record.get("finetune"):
+        raise not_finished(destination)
+    entry = record["finetune"][-1]
+    if entry["data"] is not None:  # the digest is of the settings, not of what --data holds
+        job.draws(job.place(load_model(job.teacher.component)))
+        if entry["data"] != job.fingerprint:
+            raise not_finished(destination)
+    sweep_caches()
+    notice(job.report, f"{destination} is finished: there is nothing left to do")
+    losses: Mapping[str, float] = entry["loss"]
+    return losses
+
+
+def summary(
+    job: FinetuneJob, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
+) -> FinetuneResult:
+    """The numbers of a run; no losses in a dry one."""
+    return FinetuneResult(
+        model=job.recipe.model,
+        teacher=job.teacher.source.label,
+        output=str(output) if output else None,
+        logs=str(logs) if logs else None,
+        component=job.component.name,
+        class_name=job.component.class_name,
+        params=sum(math.prod(info.shape) for info in job.component.tensors.values()),
+        steps=job.recipe.steps,
+        processes=job.processes.count,
+        seed=job.recipe.seed,
+        loss={key: losses.get(key) for key in ("before", "after", "teacher")},
+        seconds=round(seconds, 3),
+    )
+
+
+def check_recipe(recipe: FinetuneRecipe) -> None:
+    """Refuse settings that no run can follow.
+
+    Raises:
+        UsageError: nothing to learn from, or options that do not go together.
+    """
+    if not (recipe.denoise or recipe.distill or recipe.features or recipe.jacobian):
+        raise UsageError("all loss weights are 0: give --denoise, --distill, --features or --jacobian one")
+    if recipe.compile and recipe.checkpointing and recipe.features:
+        raise UsageError("--compile, --checkpointing and --features do not go together: drop one of them")
+
+
+def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) -> tuple[Component, Record]:
+    """The checkpoint to train, and its record.
+
+    Raises:
+        UsageError: it was never pruned.
+    """
+    source = resolve(recipe.model, revision=recipe.revision, offline=offline, report=report)
+    component = inspect(source, component=recipe.component)
+    record = read_record(component.root)
+    if record is None:
+        raise UsageError(
+            f"--model {recipe.model} was never pruned (no gfprune.json says so): start with gfprune prune"
+        )
+    if record.component != component.name:
+        raise UsageError(f"--component {component.name} was not pruned: name {record.component}, which was")
+    check_pipeline(component)
+    return component, record
+
+
+def refuse_folders(
+    output: Claim, logs: Path, recipe: FinetuneRecipe, student: Component, teacher: Component
+) -> None:
+    """Refuse an output that would replace an input, and logs that would lie in either.
+
+    Raises:
+        UsageError: which folder lies in which.
+    """
+    data = None if recipe.data == "self" else recipe.data
+    inputs = {
+        "--model": student.root,
+        "--teacher": teacher.root,
+        "--data": data,
+        "--prompts": recipe.prompts,
+    }
+    output.refuse_inputs(inputs)
+    for flag, used in inputs.items():
+        if used and logs.resolve().is_relative_to(Path(used).resolve()):
+            raise UsageError(f"the logs {logs} would lie in {flag} {used}: name another folder with --logs")
+    if logs.resolve().is_relative_to(output.destination.resolve()):
+        raise UsageError(f"--logs {logs} lies in --out, which appears only at the end: name another folder")

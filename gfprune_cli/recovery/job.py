@@ -1,0 +1,223 @@
+"""One finetune run: from a pruned network to a better one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.record import Record, as_json, installed_tools
+from gfprune_cli.checkpoint.scheduler import load_scheduler
+from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
+from gfprune_cli.data.latents import decoder_name
+from gfprune_cli.diffusion.conditions import call
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
+from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.inputs.unknown_classes import pipeline_inputs
+from gfprune_cli.outputs.state import StateFolder, run_digest
+from gfprune_cli.progress import Report
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.logs import Watch
+from gfprune_cli.recovery.loop import Samples, dense_samples
+from gfprune_cli.recovery.losses import FeaturePair
+from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.teacher import Teacher, correspondence
+from gfprune_cli.runtime.device import default_precision, offload
+from gfprune_cli.runtime.processes import Processes
+
+DRAWN_IMAGES = 512
+REPORT_SHARE = 8  # one image in so many is kept aside for the reported losses ...
+REPORT_IMAGES = 256  # ... and at most so many
+ALL_IMAGES = 10**7
+
+
+@dataclass
+class FinetuneJob:
+    """The inputs of one run, checked.
+
+    Args:
+        component: the pruned network on disk.
+        record: its `gfprune.json`.
+        offload_teacher: keep the teacher in main memory while another device trains.
+    """
+
+    recipe: FinetuneRecipe
+    component: Component
+    record: Record
+    teacher: Teacher
+    processes: Processes
+    report: Report
+    offload_teacher: bool = False
+    hashes: dict[str, str] = field(init=False)
+    fingerprint: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.hashes = sha256_of_weights(self.component)
+        scheduler = load_scheduler(self.component) or load_scheduler(self.teacher.component)
+        if scheduler is None:
+            raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
+        self.scheduler: Any = scheduler
+        self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
+        self.device = self.processes.device
+        self.precision = self.recipe.precision or default_precision(self.device)
+        wanted = self.recipe.channels_last
+        self.channels_last = self.device.type in ("cuda", "cpu") if wanted is None else wanted
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that left the state."""
+        addresses = ("model", "revision", "variant", "teacher", "teacher_revision")  # the hashes tell
+        settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
+        inputs = {"config": self.component.config, "scheduler": dict(self.scheduler.config)}
+        return {
+            "command": "finetune",
+            **settings,
+            "weights": self.hashes,
+            "teacher weights": self.teacher.hashes,
+            "resolved precision": self.precision,
+            "device": self.device.type,
+            **{name: as_json(value) for name, value in inputs.items()},
+            "tools": installed_tools(),
+        }
+
+    def execute(
+        self,
+        state: StateFolder,
+        *,
+        save_every: int,
+        sample_every: int,
+        open_watch: Callable[[int], Watch] | None,
+    ) -> tuple[nn.Module, dict[str, float]]:
+        """The trained network (averaged weights, in the type it is stored in), and the losses."""
+        teacher = self.place(load_model(self.teacher.component))
+        draws, reports = self.draws(teacher)
+        state.identity["data contents"] = self.fingerprint
+        losses = {"teacher": self.loss(reports, teacher)}
+        samples = self.samples(teacher) if sample_every and self.processes.main else None
+        if self.offload_teacher and self.device.type != "cpu":
+            offload(teacher, self.device)
+        student = self.place(load_model(self.component))
+        losses["before"] = self.loss(reports, student)
+        recover(
+            student, teacher, self.process, draws, self.recipe,
+            processes=self.processes, precision=self.precision, state=state, report=self.report,
+            save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
+            pair=self.features(student, teacher),
+        )  # fmt: skip
+        cast_model(student, stored_dtype(self.component))
+        check_finite(student)
+        losses["after"] = self.loss(reports, cast_model(student, torch.float32))
+        return cast_model(student, stored_dtype(self.component)), losses
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A network on the run's device, frozen, in float32."""
+        model = nn.Module.to(model, self.device).requires_grad_(False)
+        return channels_last(model) if self.channels_last else model
+
+    def draws(self, teacher: nn.Module) -> tuple[Draws, Draws]:
+        """Draws for training, and for the reported losses; from different images."""
+        recipe = self.recipe
+        drawn = recipe.data == "self"
+        request = ImageRequest(
+            None if drawn else recipe.data,
+            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
+            recipe.sample_steps,
+            recipe.seed,
+            PipelineOptions.of(recipe),
+        )
+        with self.processes.main_first():
+            found = request.answer(
+                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
+            )
+        self.fingerprint = found.fingerprint
+        self.process = found.process
+        images, conditions = found.images.to(self.device), found.conditions
+        split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
+        parts = [
+            Draws(
+                images[part],
+                self.process.steps,
+                recipe.seed,
+                None if conditions is None else conditions[part],
+            )
+            for part in (slice(split), slice(split, None))
+        ]
+        return parts[0], parts[1]
+
+    def features(self, student: nn.Module, teacher: nn.Module) -> FeaturePair | None:
+        """The layers of both that can be compared; None if the recipe compares none."""
+        if not self.recipe.features:
+            return None
+        inputs = pipeline_inputs(teacher, self.teacher.component, self.report)
+        return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
+
+    def samples(self, teacher: nn.Module) -> Samples | None:
+        """The dense row of the sample grids; None for latents, which are no pictures."""
+        config: Any = teacher.config
+        pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
+        if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
+            return None
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return dense_samples(
+            teacher,
+            self.process,
+            (config.in_channels, height, width),
+            config.num_class_embeds,
+            seed=self.recipe.seed,
+            steps=self.recipe.sample_steps,
+            device=self.device,
+            report=self.report,
+        )
+
+    def loss(self, draws: Draws, model: nn.Module) -> float:
+        return denoising_loss(
+            partial(call, model),
+            self.process,
+            draws,
+            REPORT_DRAWS,
+            self.report,
+        )
+
+    def make_record(self, losses: dict[str, float]) -> dict[str, Any]:
+        """The checkpoint's record, with this run appended."""
+        entry = {
+            "recipe": self.recipe.document(),
+            "resolved": {
+                "precision": self.precision,
+                "device": self.device.type,
+                "channels_last": self.channels_last,
+                "processes": self.processes.count,
+            },
+            "student": {"weights": self.hashes},
+            "teacher": {
+                "label": self.teacher.source.label,
+                "kind": self.teacher.source.kind,
+                "commit": self.teacher.source.commit,
+                "weights": self.teacher.hashes,
+            },
+            "data": self.fingerprint,
+            "loss": losses,
+            "run": run_digest(self.identity()),
+            "tools": installed_tools(),
+        }
+        earlier = self.record.document.get("finetune")
+        return {**self.record.document, "finetune": [*(earlier if isinstance(earlier, list) else []), entry]}
+
+
+def check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
+
+
+def default_output(recipe: FinetuneRecipe) -> Path:
+    """A name derived from the model."""
+    return Path(f"{Path(recipe.model).name or 'model'}-finetuned")

@@ -1,0 +1,98 @@
+"""The device of a run, and how it computes: same seed, same bytes."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gfprune_cli.errors import UsageError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return.
+
+    Memory that an operator is about to write is not filled first: torch does so to show reads of what was
+    never written, at the price of one more pass over every output.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    algorithms = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
+    debugging: Any = torch.utils.deterministic
+    filled, debugging.fill_uninitialized_memory = debugging.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
+        debugging.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default CUDA if there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("masks and scores need float64")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not available here; use cpu, or drop the flag") from error
+    return device
+
+
+def default_precision(device: torch.device) -> Precision:
+    """bf16 where the device has it natively, else fp32."""
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if half else "fp32"
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Passes in half precision where asked for; weights stay as they are."""
+    return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name and its vector instructions, or the name of the CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def processor_name() -> str:
+    """What the operating system calls the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def offload(teacher: nn.Module, device: torch.device) -> None:
+    """Keep the weights of a frozen network in main memory; each layer visits the device when it is called."""
+    import accelerate
+
+    accelerate.cpu_offload(teacher, execution_device=device)
