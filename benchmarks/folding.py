@@ -36,9 +36,8 @@ TOLERANCES = (0.003, 0.01, 0.03, 0.1)
 BUDGETS: dict[str, dict[str, Any]] = {
     "params, 0.75": dict(budget="params", sparsity=0.75),
     "both, 0.5": dict(budget="both", sparsity=0.5),
-    "params, 0.5": dict(budget="params", sparsity=0.5),
 }
-FOLDS = (0.0, 0.01, 0.03)
+FOLDS = (0.0, 0.01)
 
 
 def budget_run(place: Place, settings: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:

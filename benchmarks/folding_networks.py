@@ -32,7 +32,8 @@ from gfprune_cli.progress import silent
 from gfprune_cli.pruning.fold import Folder
 from gfprune_cli.pruning.probes import Probes
 
-SAMPLES, SAMPLE_STEPS = 8, 20
+SAMPLES, SAMPLE_STEPS = 4, 8
+RATE = 1e-2  # of Adafactor, relative to the size of the weights
 TOKENS = 8  # of a prompt
 HELD_OUT = 48  # images
 
@@ -52,9 +53,8 @@ class Family:
     size: int = 16
     condition: Callable[[int], Condition] = lambda count: None
     packed: bool = False
-    steps: int = 60
-    batch: int = 4
-    rate: float = 3e-4
+    steps: int = 20
+    batch: int = 2
 
 
 def word(name: str, width: int) -> torch.Tensor:
@@ -157,9 +157,9 @@ def flow() -> Any:
 
 
 FAMILIES: dict[str, Family] = {
-    "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32, steps=60),
-    "DiT-XL/2, 2 blocks": Family(dit, diffusers.DDPMScheduler, condition=classes, steps=120, batch=8),
-    "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048), steps=80),
+    "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32),
+    "DiT-XL/2, 2 blocks": Family(dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4),
+    "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048)),
     "FLUX.1, 1 + 1 blocks": Family(
         flux,
         flow,
@@ -167,7 +167,7 @@ FAMILIES: dict[str, Family] = {
             n, 4096, 768, tensors={"guidance": 3.5}, shared=positions(), time_factor=1e-3
         ),
         packed=True,
-        steps=40,
+        steps=10,
     ),
 }
 
@@ -197,7 +197,7 @@ def trained(name: str, family: Family, process: NoisingProcess, draws: Draws, wo
     if path.exists():
         network.load_state_dict(load_file(path))
         return network.requires_grad_(False).eval()
-    optimizer = torch.optim.Adafactor(network.parameters(), lr=family.rate * 30, d=1.0, beta2_decay=-0.8)
+    optimizer = torch.optim.Adafactor(network.parameters(), lr=RATE)
     for step in range(family.steps):
         batch = draws.batch("train", step, family.batch)
         condition: Any = batch.condition

@@ -43,7 +43,7 @@ class Factors:
     bias: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, out] from [N, in]."""
+        """[..., out] from [..., in]."""
         return torch.nn.functional.linear(x @ self.first.T, self.second, self.bias)
 
     @property

@@ -22,7 +22,7 @@ from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
 from gfprune_cli.progress import Event, Report
-from gfprune_cli.pruning.probes import Probes
+from gfprune_cli.pruning.probes import FIND, Probes
 from gfprune_cli.structure.modulation import (
     Hide,
     feeders,
@@ -135,9 +135,9 @@ class Folder:
         A real pass confirms them: a network that writes what was hidden into a tensor of its own making
         would look as if it depended on nothing.
         """
-        times, condition = self.probes.timesteps("find", SAMPLES), self.probes.conditions("find", SAMPLES)
+        times, condition = self.probes.timesteps(FIND, SAMPLES), self.probes.conditions(FIND, SAMPLES)
         rows = SAMPLES * self.probes.branches
-        found = modulation_layers(self.network, self.runs(self.network, {"find": SAMPLES}), rows)
+        found = modulation_layers(self.network, self.runs(self.network, {FIND: SAMPLES}), rows)
         self.probes = self.probes.know(found.tables, times, condition)
         real: dict[str, torch.Tensor] = {}
 
@@ -175,7 +175,7 @@ class Folder:
     def choose(self, names: list[str]) -> dict[str, Factors]:
         """Layer -> its factors, of those that are to be folded."""
         dense = self.seen(self.network, names, FITTED)
-        feeding = feeders(self.network, self.runs(self.network, {"find": SAMPLES}), names)
+        feeding = feeders(self.network, self.runs(self.network, {FIND: SAMPLES}), names)
         alone = self.factorise(dense, dict.fromkeys(feeding, 0.0))
         if not feeding:
             return alone
@@ -202,6 +202,8 @@ class Folder:
         def visit(name: str, layer: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             nonlocal missed
             self.report(Event("fold", len(chosen), len(dense)))
+            if name in chosen:  # called again
+                return chosen[name](x)
             rows = Samples(x.reshape(-1, x.shape[-1]), dense[name][1].to(x.device))
             limit = limits.get(name, self.tolerance) * MARGIN
             parts = rows[:fitted], rows[fitted:]

@@ -18,6 +18,7 @@ from gfprune_cli.structure.modulation import Hide, Table
 
 NUMBERS = 8  # entries up to which a condition is a few numbers, not a vector of features
 HELD_OUT = 4  # one condition in so many is kept for the check, and of the rest one for choosing ranks
+FIND = "find"  # purpose of the pass that finds layers
 VECTOR = 3  # dimensions of a condition [rows, branches, features]; tokens have more
 
 
@@ -66,7 +67,7 @@ class Probes:
         share = (torch.arange(count) + torch.rand(count, generator=source)) / count
         levels = schedule[(share * len(schedule)).long().clamp_max(len(schedule) - 1)]
         levels[0], levels[-1] = schedule[0], schedule[-1]
-        if self.discrete:
+        if self.discrete or purpose == FIND:  # which of the two it is, that pass tells
             return levels
         between = (low + share * (high - low)).to(torch.float32)
         return torch.where(torch.arange(count) % 2 == 0, levels.float(), between)

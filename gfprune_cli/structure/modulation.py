@@ -48,9 +48,10 @@ class Modulation:
 
 
 def modulation_layers(network: nn.Module, run: Run, rows: int) -> Modulation:
-    """Find every linear layer that is called once, with one row per sample, none of it from what `run` hides.
+    """Find every linear layer that is called with one row per sample, none of it from what `run` hides.
 
-    Attention projections are left out, and so are layers that are factors already.
+    Layers that are called several times count if they receive the same each time. Attention projections are
+    left out, and so are layers that are factors already.
 
     Args:
         network: with its weights.
@@ -79,8 +80,10 @@ def modulation_layers(network: nn.Module, run: Run, rows: int) -> Modulation:
     finally:
         for hook in hooks:
             hook.remove()
-    once = {name: calls[0] for name, calls in seen.items() if len(calls) == 1}
-    found.inputs = {name: x for name, x in once.items() if x is not None}
+    for name, calls in seen.items():
+        first, *others = calls
+        if first is not None and all(other is not None and torch.equal(first, other) for other in others):
+            found.inputs[name] = first
     return found
 
 
