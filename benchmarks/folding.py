@@ -3,11 +3,12 @@
     python benchmarks/folding.py
     python benchmarks/folding.py --parts budget --seeds 1
 
-Two parts. `networks`: each network folded alone, without any training after it: parameters, error of the
+Three parts. `networks`: each network folded alone, without any training after it: parameters, error of the
 network's output, and SSIM of samples from the same noise. Beside the demo these are a U-Net of the shape of
 google/ddpm-cifar10-32 and transformers of the real widths but few blocks; they are trained here for a short
 while, so that what folding sees is no random embedding. `budget`: the demo pruned with and without folding at
-equal budgets, and trained alike. Runs are kept in --work and not repeated. Writes docs/benchmarks/folding.md.
+equal budgets, and trained alike. `transformer`: the same of a small DiT that is trained here. Runs are kept
+in --work and not repeated. Writes docs/benchmarks/folding.md.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folding_networks import FAMILIES, folded_numbers
+from folding_networks import FAMILIES, folded_numbers, small_dit_folder, small_dit_numbers
 from provenance import PAGES, write_page
 from subjects import Place, places_of
 from yardstick import Yardstick
@@ -31,13 +32,15 @@ import gfprune_cli as gfprune
 
 ALL_IMAGES = 10**6
 SAMPLES, SAMPLE_STEPS = 64, 20
-RECOVER = 400  # steps of 8 samples: 3,200 gradients
+RECOVER, SHORT = 400, 100  # steps of 8 samples
+SHARES = ("params", "macs")
 TOLERANCES = (0.003, 0.01, 0.03, 0.1)
 BUDGETS: dict[str, dict[str, Any]] = {
     "params, 0.75": dict(budget="params", sparsity=0.75),
     "both, 0.5": dict(budget="both", sparsity=0.5),
 }
 FOLDS = (0.0, 0.01)
+NAMES = ("demo", *FAMILIES)
 
 
 def budget_run(place: Place, settings: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
@@ -90,40 +93,86 @@ def budget_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list
     for label in BUDGETS:
         for fold in FOLDS:
             runs = [futures[label, fold, seed].result() for seed in range(options.seeds)]
-            left = " | ".join(
-                f"{statistics.mean(run[f'{key} left'] for run in runs):.1%}" for key in ("params", "macs")
-            )
-            quality = ((("loss"), 4), ("ssim", 3), ("fd_teacher", 2))
+            left = " | ".join(f"{statistics.mean(run[f'{key} left'] for run in runs):.1%}" for key in SHARES)
+            quality = (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
             measured = " | ".join(cell(runs, key, digits) for key, digits in quality)
             lines.append(f"| {label} | {fold:g} | {left} | {measured} |")
             print(lines[-1], flush=True)
     return lines
 
 
-def network_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
-    futures = {
-        (family, tolerance): pool.submit(folded_numbers, family, tolerance, options.work)
-        for family in FAMILIES
-        for tolerance in TOLERANCES
-    }
-    lines = [
-        "| network | --fold | layers folded | ranks | parameters | saved | layer error | output error | SSIM |",
-        "|---" * 9 + "|",
-    ]
-    for (family, tolerance), future in futures.items():
-        found = future.result()
-        lines.append(
-            f"| {family} | {tolerance:g} | {found['folded']} of {found['layers']} | {found['ranks']} | "
-            f"{found['before']:,} to {found['after']:,} | {1 - found['after'] / found['before']:.1%} | "
-            f"{found['layer_error']:.2%} | {found['output_error']:.2%} | {found['ssim']:.4f} |"
+def transformer_run(fold: float, seed: int, work: Path) -> dict[str, Any]:
+    """The numbers of the small transformer, half of its parameters gone, in a process of its own."""
+    kept = work / f"small-dit-{fold}-{seed}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = gfprune.prune(
+            str(small_dit_folder(work)),
+            out=Path(folder) / "pruned",
+            sparsity=0.5,
+            budget="params",
+            fold=fold,
+            seed=seed,
+            recover=SHORT,
         )
-        print(lines[-1], flush=True)
+        found = small_dit_numbers(gfprune.load(str(result.output)), work)
+    sizes = {"params left": result.params, "macs left": result.macs}
+    numbers = {**found, **{key: pair["after"] / pair["before"] for key, pair in sizes.items()}}
+    kept.write_text(json.dumps(numbers))
+    return numbers
+
+
+def transformer_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
+    pool.submit(small_dit_folder, options.work).result()
+    futures = {
+        (fold, seed): pool.submit(transformer_run, fold, seed, options.work)
+        for seed in range(options.seeds)
+        for fold in FOLDS
+    }
+    lines = ["| --fold | parameters | MACs | held-out loss | SSIM |", "|---" * 5 + "|"]
+    for fold in FOLDS:
+        runs = [futures[fold, seed].result() for seed in range(options.seeds)]
+        left = " | ".join(f"{statistics.mean(run[f'{key} left'] for run in runs):.1%}" for key in SHARES)
+        lines.append(f"| {fold:g} | {left} | {cell(runs, 'loss', 4)} | {cell(runs, 'ssim', 3)} |")
     return lines
+
+
+def network_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
+    futures = {name: pool.submit(folded_numbers, name, TOLERANCES, options.work) for name in NAMES}
+    lines = [
+        "| network | see no token | --fold | layers folded | ranks | parameters | saved | error of the worst "
+        "layer | of the output | SSIM |",
+        "|---" * 10 + "|",
+    ]
+    for name, future in futures.items():
+        lines += [network_line(name, found) for found in future.result()]
+    return lines
+
+
+def network_line(name: str, found: dict[str, Any]) -> str:
+    if "folded" not in found:
+        return f"| {name} | | {found['tolerance']:g} | none | | | 0 | | | |"
+    counts = f"{found['before']:,} to {found['after']:,}"
+    return (
+        f"| {name} | {found['share']:.1%} | {found['tolerance']:g} | "
+        f"{found['folded']} of {found['layers']} | {found['ranks']} | {counts} | "
+        f"{1 - found['after'] / found['before']:.1%} | {found['layer_error']:.2%} | "
+        f"{found['output_error']:.2%} | {found['ssim']:.4f} |"
+    )
+
+
+PARTS = {
+    "networks": ("Networks, folded alone, without training", network_lines),
+    "budget": (f"The demo at equal budgets, {RECOVER} steps of training", budget_lines),
+    "transformer": (f"A small DiT at half of its parameters, {SHORT} steps of training", transformer_lines),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["networks", "budget"], choices=["networks", "budget"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/folding"))
     parser.add_argument("--out", type=Path, default=PAGES)
@@ -133,10 +182,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        if "networks" in options.parts:
-            lines += ["", "## Networks, folded alone", "", *network_lines(options, pool)]
-        if "budget" in options.parts:
-            lines += ["", "## The demo at equal budgets", "", *budget_lines(options, pool)]
+        for part in options.parts:
+            title, made = PARTS[part]
+            lines += ["", f"## {title}", "", *made(options, pool)]
+            print("\n".join(lines), flush=True)
     command = f"python benchmarks/folding.py --seeds {options.seeds}"
     print(write_page(options.out / "folding.md", "Modulation folding", command, "0 to 2", "\n".join(lines)))
 

@@ -1,14 +1,15 @@
 """The networks that `folding.py` folds alone: how they are made, trained for a while, folded and sampled.
 
 Transformers have the widths of DiT-XL/2, Stable Diffusion 3 medium and FLUX.1 dev, but two blocks, and
-work on 16 x 16 images. Each image has a class of its own (DiT), or one of the built-in prompts, for which random
-vectors stand in: a token is that of its word, the pooled vector their mean.
+work on 16 x 16 images. Each image has a class of its own (DiT), or one of the built-in prompts, for which
+random vectors stand in: a token is that of its word, the pooled vector their mean.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gfprune_cli.checkpoint.source import DEMO, resolve
 from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.conditions import Condition, Conditions, call
 from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.loss import denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.evaluation.consistency import ssim, unit_range
 from gfprune_cli.inputs.prompts import read_prompts
@@ -36,6 +38,7 @@ SAMPLES, SAMPLE_STEPS = 4, 8
 RATE = 1e-2  # of Adafactor, relative to the size of the weights
 TOKENS = 8  # of a prompt
 HELD_OUT = 48  # images
+LOSS_DRAWS = 512
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,21 @@ def dit() -> Any:
     )
 
 
+def small_dit() -> Any:
+    """Six blocks of width 192, one class: the network that is pruned at equal budgets."""
+    return small_embeddings(
+        diffusers.DiTTransformer2DModel(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            in_channels=3,
+            out_channels=3,
+            num_layers=6,
+            sample_size=16,
+            num_embeds_ada_norm=1,
+        )
+    )
+
+
 def sd3() -> Any:
     return diffusers.SD3Transformer2DModel(
         sample_size=16,
@@ -170,6 +188,14 @@ FAMILIES: dict[str, Family] = {
         steps=10,
     ),
 }
+
+
+def one_class(count: int) -> Conditions:
+    labels = torch.zeros(1, 1, dtype=torch.long)
+    return Conditions({"class_labels": labels}, sample="hidden_states", rows=(0,) * count)
+
+
+SMALL_DIT = Family(small_dit, diffusers.DDPMScheduler, condition=one_class, steps=300, batch=16)
 
 
 def images_of(family: Family) -> torch.Tensor:
@@ -223,6 +249,32 @@ def sampled(network: Any, process: NoisingProcess, family: Family, draws: Draws)
     condition: Any = None if draws.conditions is None else draws.conditions[slice(0, SAMPLES)]
     found = process.sample(lambda x, times: call(network, x, times, condition), noise, SAMPLE_STEPS)
     return unit_range(unpacked(family, found), low=-1.0, high=1.0)
+
+
+def small_dit_folder(work: Path) -> Path:
+    """The small transformer as a checkpoint, trained if it is not there."""
+    folder = work / "small-dit"
+    if not (folder / "config.json").exists():
+        process, images = noising_process(diffusers.DDPMScheduler()), images_of(SMALL_DIT)
+        known = images[: len(images) - HELD_OUT]
+        draws = Draws(known, process.steps, 0, one_class(len(known)))
+        network = trained("small DiT", SMALL_DIT, process, draws, work)
+        diffusers.DDPMScheduler().save_pretrained(folder)
+        network.save_pretrained(folder)
+    return folder
+
+
+def small_dit_numbers(network: Any, work: Path) -> dict[str, float]:
+    """Held-out loss of the small transformer, pruned or not, and SSIM of its samples with the dense one's."""
+    process, images = noising_process(diffusers.DDPMScheduler()), images_of(SMALL_DIT)[-HELD_OUT:]
+    draws = Draws(images, process.steps, 1, one_class(len(images)))
+    dense = gfprune.load(small_dit_folder(work))
+    measured = partial(call, network)
+    pictures = [sampled(one, process, SMALL_DIT, draws) for one in (dense, network)]
+    return {
+        "loss": denoising_loss(measured, process, draws, LOSS_DRAWS, silent),
+        "ssim": float(ssim(*pictures).mean()),
+    }
 
 
 def folded_numbers(name: str, tolerances: tuple[float, ...], work: Path) -> list[dict[str, Any]]:

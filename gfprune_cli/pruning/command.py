@@ -52,6 +52,8 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
         )
         plan = make_plan(source, recipe, report, weights_required=not options.dry_run or source.kind != "hub")
         if options.dry_run:
+            if plan.fold:
+                notice(report, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights")
             return planned(plan, recipe, time.monotonic() - start)
         output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
         job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)

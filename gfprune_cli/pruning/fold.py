@@ -161,12 +161,14 @@ class Folder:
 
         return run
 
-    def seen(self, network: nn.Module, names: Collection[str], parts: Mapping[str, int]) -> Any:
-        """layer -> ([rows, in] its inputs, [rows, out] its outputs) on probes; outputs in main memory."""
-        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    def outputs(
+        self, network: nn.Module, names: Collection[str], parts: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """layer -> [rows, out] what it gives on probes of several purposes -> counts, in main memory."""
+        found: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, _layer: Any, x: torch.Tensor, output: torch.Tensor) -> None:
-            found[name] = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1]).cpu()
+        def keep(name: str, _layer: Any, _x: torch.Tensor, output: torch.Tensor) -> None:
+            found[name] = output.reshape(-1, output.shape[-1]).cpu()
 
         with visited(network, list(names), keep):
             hidden_run(self.runs(network, parts))
@@ -174,7 +176,7 @@ class Folder:
 
     def choose(self, names: list[str]) -> dict[str, Factors]:
         """Layer -> its factors, of those that are to be folded."""
-        dense = self.seen(self.network, names, FITTED)
+        dense = self.outputs(self.network, names, FITTED)
         feeding = feeders(self.network, self.runs(self.network, {FIND: SAMPLES}), names)
         alone = self.factorise(dense, dict.fromkeys(feeding, 0.0))
         if not feeding:
@@ -188,11 +190,11 @@ class Folder:
         before = sum(parameters(layer) for layer in layers.values())
         return before - sum(found.size for found in chosen.values())
 
-    def factorise(self, dense: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Factors]:
+    def factorise(self, dense: Mapping[str, torch.Tensor], limits: Mapping[str, float]) -> dict[str, Factors]:
         """Factors by layer; none at all where a layer that stays would miss the tolerance.
 
         Args:
-            dense: from `seen`, of the dense network.
+            dense: layer -> outputs of the dense network.
             limits: tolerance of the layers that others read; 0 keeps them as they are.
         """
         chosen: dict[str, Factors] = {}
@@ -204,7 +206,7 @@ class Folder:
             self.report(Event("fold", len(chosen), len(dense)))
             if name in chosen:  # called again
                 return chosen[name](x)
-            rows = Samples(x.reshape(-1, x.shape[-1]), dense[name][1].to(x.device))
+            rows = Samples(x.reshape(-1, x.shape[-1]), dense[name].to(x.device))
             limit = limits.get(name, self.tolerance) * MARGIN
             parts = rows[:fitted], rows[fitted:]
             found = fold(layer.weight.detach(), layer.bias, *parts, limit, self.stored) if limit else None
@@ -224,8 +226,8 @@ class Folder:
 
     def errors(self, names: Collection[str], folded: nn.Module) -> dict[str, float]:
         """Layer -> relative error of its outputs on what was held out, of all that depend on it alone."""
-        dense, narrow = self.seen(self.network, names, CHECKED), self.seen(folded, names, CHECKED)
-        return {name: relative_error(narrow[name][1], dense[name][1]) for name in names}
+        dense, narrow = (self.outputs(network, names, CHECKED) for network in (self.network, folded))
+        return {name: relative_error(narrow[name], dense[name]) for name in names}
 
 
 def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:

@@ -19,7 +19,7 @@ from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
 from gfprune_cli.flow.loop import PruningLoop, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
@@ -135,7 +135,7 @@ class PruneJob:
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
         recovery = RecoveryState(state)
         before = 0.0 if recovery.begun() else self.loss(reports, dense)
-        if self.recipe.fold:
+        if self.plan.fold:
             dense = self.fold(dense, draws, reports)
         self.report(Event("check", text="checking that removal is exact"))
         if self.plan.groups:
@@ -165,9 +165,20 @@ class PruneJob:
         shape = tuple(draws.images.shape[1:])
         probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
         dtype = stored_dtype(self.plan.component)
-        found = Folder(dense, probes, self.recipe.fold, dtype, self.report).fold(self.process, held_out)
+        folder = Folder(dense, probes, self.plan.fold, dtype, self.report)
+        asked = self.recipe.fold is not None or not self.recipe.sparsity
+        try:
+            found = folder.fold(self.process, held_out)
+        except Interrupted:
+            raise
+        except GfpruneError as error:
+            if asked:
+                raise
+            notice(self.report, f"nothing is folded: {error}")
+            return dense
         if found is None:
-            notice(self.report, "--fold: no layer would save anything within the tolerance")
+            if asked:
+                notice(self.report, "--fold: no layer would save anything within the tolerance")
             return dense
         network, self.folding = found
         self.plan = folded_plan(self.plan, network, self.recipe, self.report)

@@ -21,8 +21,10 @@ from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import native_allocation
-from gfprune_cli.structure.search import Allocation
+from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
+
+FOLD = 0.01  # tolerance of folding where nothing was said
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
     native: Allocation | None
     native_config: Mapping[str, Any] | None
     nearest: bool = False  # the nearest reachable sparsity serves
+    fold: float = 0.0  # tolerance of folding; 0 for none
 
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         )
     if recipe.layout == "native" and recipe.fold:
         raise UsageError("--layout native: the stock classes know no factors; drop --fold, or use adaptive")
-    if not recipe.sparsity and not recipe.fold:
+    if not recipe.sparsity and recipe.fold == 0:
         raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
         return plan_depth(component, meta, groups, trace, recipe, report)
@@ -75,8 +78,8 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None)
+        found = allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+        return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
@@ -92,6 +95,19 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
     )
     return Plan(component, groups, cost, allocation, config)
+
+
+def tolerance_of(recipe: PruneRecipe, widths: Allocation) -> float:
+    """How closely modulation is to be folded.
+
+    Where nothing was said, only a network whose parameters would have to go by channels is folded: parameters
+    that a budget of MACs leaves over anyway are no gain.
+    """
+    if recipe.fold is not None:
+        return recipe.fold
+    shares = widths.sparsities
+    binds = "params" in shares and shares["params"] - min(shares.values()) <= TOLERANCE
+    return FOLD if binds or not recipe.sparsity else 0.0
 
 
 def plan_depth(

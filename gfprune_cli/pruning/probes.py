@@ -103,6 +103,10 @@ class Probes:
         tensors = {
             name: self.rows(name, tensor, chosen, source, hide) for name, tensor in condition.tensors.items()
         }
+        if purpose == "fit":
+            for name, tensor in condition.tensors.items():
+                if tensor.ndim == VECTOR and tensor.is_floating_point() and not is_number(tensor):
+                    tensors[name] = spread(tensors[name], tensor[pool], source)
         return replace(condition, tensors=tensors, rows=tuple(range(count)))
 
     def several(self, parts: Mapping[str, int], hide: Hide) -> tuple[torch.Tensor, Condition]:
@@ -161,6 +165,14 @@ class Probes:
             elif tensor.ndim <= VECTOR:
                 found[name] = {"recorded": len(set(pool_of(condition, "")))}
         return found
+
+
+def spread(found: torch.Tensor, recorded: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """Every second sample another vector, normal, with mean and spread of each feature as recorded."""
+    mean, deviation = recorded.mean(0), recorded.std(0, correction=0)
+    other = mean + deviation * torch.randn(found.shape, generator=source).to(found)
+    every = torch.rand(len(found), generator=source).view(-1, *[1] * (found.ndim - 1)) < 0.5
+    return torch.where(every, other, found)
 
 
 def is_number(tensor: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ def make_record(job: PruneJob, model: nn.Module, outcome: Outcome) -> dict[str, 
         "resolved": {
             "precision": job.precision,
             "device": job.device.type,
+            "fold": plan.fold,
         },
         "source": {
             "label": job.source.label,

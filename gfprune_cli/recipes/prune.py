@@ -23,7 +23,7 @@ class PruneRecipe:
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[
-        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 with --fold: fold alone.")
+        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
     ] = 0.5
     budget: Annotated[
         Literal["both", "params", "macs"],
@@ -37,11 +37,14 @@ class PruneRecipe:
         bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
     ] = False
     fold: Annotated[
-        float,
+        float | None,
         Ge(0),
         Lt(1),
-        Help("Factor layers that see timestep and pooled conditions alone, to this relative error; 0: none."),
-    ] = 0.0
+        Help(
+            "Relative error to which layers that see timestep and pooled conditions alone are factored; 0: "
+            "none (default: 0.01 where parameters are what binds, else 0)."
+        ),
+    ] = None
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 1

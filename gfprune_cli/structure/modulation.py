@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
+from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.trace import is_attention
 
 Hide = Callable[[torch.Tensor], torch.Tensor]
@@ -103,9 +105,20 @@ def candidates(network: nn.Module) -> list[str]:
 
 
 def hidden_run(run: Run, *, taped: bool = False) -> None:
-    """Call a network with what it hides as fake tensors; `taped` for derivatives."""
-    with torch.set_grad_enabled(taped):
-        run(FakeTensorMode(allow_non_fake_inputs=True).from_tensor)
+    """Call a network with what it hides as fake tensors; `taped` for derivatives.
+
+    Raises:
+        GfpruneError: the network looks at values that are hidden, or fails in some other way.
+    """
+    try:
+        with torch.set_grad_enabled(taped):
+            run(FakeTensorMode(allow_non_fake_inputs=True).from_tensor)
+    except GfpruneError:
+        raise
+    except Exception as error:  # networks of other people's making fail in any way
+        raise GfpruneError(
+            f"cannot tell which layers see timestep and conditions alone: {first_line(error)}; use --fold 0"
+        ) from error
 
 
 @contextmanager
