@@ -40,7 +40,7 @@ from gfprune_cli.flow.loop import scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.plan import make_plan
-from gfprune_cli.recipes.prune import CriterionName, PruneRecipe
+from gfprune_cli.recipes.prune import CRITERIA, PruneRecipe
 
 SETTINGS = [(budget, sparsity) for budget in ("params", "macs") for sparsity in (0.44, 0.75)]
 WANTED = 0.85  # realised latency gain over MAC gain
@@ -418,7 +418,7 @@ def run(options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
     yield "Latency gain over MAC gain", GAINS_TEXT + gains_table(gains) + verdict(gains)
     profiled = profile_table("demo", folders, batches[:2], 3 if quick else 10)
     yield "Where the time goes", PROFILE_TEXT + profiled
-    criteria, repeats = list(CriterionName.__args__), 3 if quick else 7
+    criteria, repeats = list(CRITERIA), 3 if quick else 7
     yield "Cost of scoring", scoring_table("demo", criteria, 32, repeats, options.seed)
     sizes = []
     for width in (24, 48) if quick else (24, 48, 96, 192):

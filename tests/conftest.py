@@ -25,13 +25,33 @@ TINY = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
 QUICK = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=2)
+WHOLE_COMMANDS = ("commands", "reliability", "benchmarks")
+END_TO_END = "test_stdout_is_the_output_path_and_nothing_else"
 Gfprune = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each test of the rooms, one command")
     parser.addoption(
         "--thorough", action="store_true", help="the long form of reliability tests (docs/reliability.md)"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick: one case of each test of the rooms, and one command from end to end."""
+    if not config.getoption("quick"):
+        return
+    chosen, left = {}, []
+    for item in items:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        name = getattr(item, "originalname", item.name)
+        alone = room not in WHOLE_COMMANDS and item.get_closest_marker("slow") is None
+        if (alone or name == END_TO_END) and (item.path, name) not in chosen:
+            chosen[item.path, name] = item
+        else:
+            left.append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen.values()
 
 
 @pytest.fixture(scope="session")

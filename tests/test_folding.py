@@ -418,7 +418,7 @@ def test_what_folding_saves_counts_in_the_budget() -> None:
     network = folded(model, 2)
     groups, _, dense = networks.structure("ddpm")
     narrow_groups, narrow_trace = discover(network)
-    narrow = CostModel(network, narrow_groups, narrow_trace, dense.dense)
+    narrow = CostModel(network, narrow_groups, narrow_trace, dense)
     kept = []
     for cost, found in ((dense, groups), (narrow, narrow_groups)):
         widths = allocate(

@@ -11,7 +11,7 @@ PACKAGE = Path(gfprune_cli.__file__).parent
 # from the lowest to the highest: each may import from those above it in this list, and from itself
 ROOMS = (
     ("errors", "progress"),
-    ("recipes", "runtime"),
+    ("families", "recipes", "runtime"),
     ("outputs",),
     ("checkpoint", "diffusion"),
     ("inputs",),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from gfprune_cli.recipes.options import flag, literals, option_help, option_names
+from gfprune_cli.recipes.options import choices_of, flag, option_help, option_names
 from gfprune_cli.recipes.run_options import RunOptions
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")]
@@ -22,18 +22,17 @@ def option_of(options: type, name: str, command: str) -> Any:
     parts = [kind]
     if get_origin(kind) not in (Literal, tuple) and get_args(kind):
         parts = [part for part in get_args(kind) if part is not type(None)]
-    bare, metavar, choices = parts[0], None, literals(parts[0])
-    if len(parts) > 1:  # a number or a word: the recipe tells them apart
+    bare, metavar, choices = parts[0], None, choices_of(options, name)
+    if choices or len(parts) > 1:  # a number or a word: the recipe tells them apart
         bare = str
-    elif choices:
-        metavar, bare = "[" + "|".join(choices) + "]", str
+        metavar = "[" + "|".join(choices) + "]" if choices and len(parts) == 1 else None
     elif get_origin(bare) is tuple:
         single = get_args(bare)[0]
         metavar, bare = f"<{single.__name__}>", list[single]  # type: ignore[valid-type]
     default = getattr(options, name, None)
     silent = default is None or isinstance(default, bool | tuple)
     names = flag(name)
-    if bare is bool and options is not RunOptions:  # a recipe file may have set it
+    if bare is bool and not issubclass(options, RunOptions):  # a recipe file may have set it
         names = f"{names}/--{names[5:]}" if name.startswith("no_") else f"{names}/--no-{names[2:]}"
     text = option_help(options, name, command) + ("" if silent else f" [default: {default}]")
     option = typer.Option(
@@ -46,13 +45,15 @@ def option_of(options: type, name: str, command: str) -> Any:
     return Annotated[bare | None, option]
 
 
-def with_options(recipe: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    recipe: type, run_options: type[RunOptions] = RunOptions
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of its recipe, of how it runs, and of what it prints."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         name = command.__name__.removeprefix("run_")
         fields = [(recipe, field) for field in option_names(recipe)]
-        fields += [(RunOptions, field) for field in RunOptions.names(name)]
+        fields += [(run_options, field) for field in run_options.names(name)]
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [
             inspect.Parameter(field, keyword, default=None, annotation=option_of(options, field, name))

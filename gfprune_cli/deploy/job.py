@@ -11,7 +11,8 @@ from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.single_file import load_single_file, staged_file, write_single_file
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.deploy.formats import WRITERS, Artefact, Job, is_non_uniform, loading_lines
+from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.parity import TOLERANCES, Parity, compare, draw_inputs
 from gfprune_cli.deploy.plan import check_component, opset_of, planned_files
@@ -50,10 +51,13 @@ class ExportJob:
         self.tolerance = TOLERANCES[recipe.dtype] if given is None else given
 
     @property
+    def format(self) -> Format:
+        return FORMATS[self.recipe.format]
+
+    @property
     def needed(self) -> int:
         """Bytes of disk that the export takes at its peak."""
-        copies = 3 if self.recipe.format == "openvino" else 1  # by way of ONNX in float32
-        return copies * sum(self.plan.values())
+        return self.format.copies * sum(self.plan.values())
 
     def planned(self, seconds: float) -> ExportResult:
         """The result of a dry run."""
@@ -68,7 +72,7 @@ class ExportJob:
     def make_result(
         self, output: str | None, files: dict[str, int], inputs: Any, parity: Parity, seconds: float
     ) -> ExportResult:
-        shards = len(files) if self.recipe.format == "safetensors" else None
+        shards = None if self.format.is_graph else len(files)
         return ExportResult(
             model=self.recipe.model,
             output=output,
@@ -91,9 +95,9 @@ class ExportJob:
         job = Job(self.recipe, self.component, scheduler, self.report)
         with staged(self.destination, force=force, needed=self.needed) as staging:
             self.report(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
-            artefact = WRITERS[self.recipe.format](job, staging)
+            artefact = self.format.write(job, staging)
             known = job.known(model)
-            source = known if self.recipe.format == "safetensors" else deployed(known)
+            source = deployed(known) if self.format.is_graph else known
             parity = self.verify(source, scheduler, artefact)
             files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
             self.complete(staging, model, job, artefact, files, parity)
@@ -110,7 +114,7 @@ class ExportJob:
             known = job.known(model)
             signature = workable(known, scheduler)
             run = run_model(load_single_file(path, dtype=job.dtype), signature, job.dtype)
-            artefact = job.as_class(run, (path,), signature)
+            artefact = Artefact.of_class(signature, run, path)
             parity = self.verify(known, scheduler, artefact)
             files = {path.name: path.stat().st_size}
         return artefact, files, parity
@@ -137,7 +141,7 @@ class ExportJob:
         parity: Parity,
     ) -> None:
         """What every folder holds beside the artefact: record, card, and what a sampling loop needs."""
-        if self.recipe.format != "safetensors":
+        if self.format.is_graph:
             network: Any = model
             (staging / "config.json").write_text(network.to_json_string(), encoding="utf-8")
             schedule = scheduler_config_path(self.component)
@@ -151,7 +155,7 @@ class ExportJob:
         write_export_card(
             staging / "README.md",
             root=self.component.root,
-            loading=loading_lines(job, self.destination, pruned=is_non_uniform(model)),
+            loading=self.format.loading(job, self.destination.name),
             record=record,
         )
         for path in staging.rglob("*"):

@@ -4,36 +4,23 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gfprune_cli.checkpoint.files import first_line
+from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.network import OUTPUT
 from gfprune_cli.deploy.parity import Inputs, Runner
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import GfpruneError
 
 FILE = "model.onnx"
 DATA = "model.onnx.data"
 DEFAULT_OPSET = 20  # from 21 on group norms become one operator, which ONNX Runtime's CPU runs slower
 EXTERNAL_BYTES = 2 * 10**9  # protobuf ends at 2 GiB: larger weights go to a file beside the model
 SEVERE = 3  # ONNX Runtime logs errors only
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-
-
-def require(extra: str) -> None:
-    """Refuse, before any work, what an optional extra is missing for.
-
-    Raises:
-        UsageError: with the line that installs it.
-    """
-    missing = [package for package in PACKAGES[extra] if find_spec(package) is None]
-    if missing:
-        raise UsageError(
-            f"--format {extra} needs {', '.join(missing)}: install it with pip install 'gfprune[{extra}]'"
-        )
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @contextmanager
@@ -142,3 +129,27 @@ def run_onnx(path: Path, threads: int | None = None) -> Runner:
         return torch.from_numpy(session.run([OUTPUT], feed)[0])
 
     return run
+
+
+def write(job: Job, folder: Path) -> Artefact:
+    """Write the traced network, and run it in ONNX Runtime."""
+    found = job.traced(job.dtype)
+    write_onnx(folder, found.program, list(found.signature.inputs), job.recipe.opset or DEFAULT_OPSET)
+    files = sorted(folder.glob(f"{FILE}*"))
+    return Artefact.of_graph(found, run_onnx(folder / FILE), *files)
+
+
+def planned(weights: int) -> dict[str, int]:
+    return {FILE: 0, DATA: weights} if weights > EXTERNAL_BYTES else {FILE: weights}
+
+
+FORMAT = Format(
+    write=write,
+    files=planned,
+    loading=lambda job, name: f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/{FILE}")',
+    packages=PACKAGES,
+    library="onnx",
+    refuses={
+        "bf16": "ONNX Runtime has no bfloat16 convolution on the CPU, so that nothing could be verified"
+    },
+)

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from gfprune_cli.checkpoint.files import first_line
+from gfprune_cli.deploy import onnx
+from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.network import OUTPUT
 from gfprune_cli.deploy.parity import Inputs, Runner
 from gfprune_cli.errors import GfpruneError
@@ -56,3 +58,29 @@ def run_openvino(path: Path) -> Runner:
         return torch.from_numpy(found[OUTPUT].copy())
 
     return run
+
+
+def write(job: Job, folder: Path) -> Artefact:
+    """Through ONNX in float32: OpenVINO narrows the weights itself and keeps the arithmetic free."""
+    found = job.traced(torch.float32)
+    onnx.write_onnx(folder, found.program, list(found.signature.inputs), onnx.DEFAULT_OPSET)
+    write_openvino(folder, folder / onnx.FILE, half=job.recipe.dtype == "fp16")
+    for path in folder.glob(f"{onnx.FILE}*"):
+        path.unlink()
+    files = sorted(folder.glob("openvino_model.*"))
+    return Artefact.of_graph(found, run_openvino(folder / FILE), *files)
+
+
+FORMAT = Format(
+    write=write,
+    files=lambda weights: {FILE: 0, Path(FILE).with_suffix(".bin").name: weights},
+    loading=lambda job, name: (
+        f'import openvino\nmodel = openvino.Core().compile_model("{name}/{FILE}", "CPU")'
+    ),
+    packages=("onnx", "onnxscript", "openvino"),
+    library="openvino",
+    refuses={
+        "bf16": "OpenVINO files hold float32 or float16, and the arithmetic is chosen when they are loaded"
+    },
+    copies=3,  # by way of ONNX in float32
+)

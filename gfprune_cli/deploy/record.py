@@ -11,12 +11,11 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import read_json, trusted_roots
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.recipes.export import ExportRecipe
 
 RECORD = "gfprune.json"
 RECORD_BYTES = 64 << 20
-LIBRARIES = {"safetensors": "diffusers", "onnx": "onnx", "openvino": "openvino"}  # as the Hub names them
-RUNTIMES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
 def export_record(
@@ -53,7 +52,7 @@ def export_record(
             "component": component.name,
             "kept": {},
         }
-    runtimes = {name: installed_version(name) for name in RUNTIMES.get(recipe.format, ())}
+    runtimes = {name: installed_version(name) for name in FORMATS[recipe.format].packages}
     entry = {
         "recipe": recipe.document(),
         "model": origin,
@@ -87,8 +86,9 @@ def write_export_card(path: Path, *, root: Path, loading: str, record: Mapping[s
         **inherited(root),
         "tags": ["gfprune", *(["pruned"] if pruned else []), recipe["format"]],
     }
-    if recipe["format"] in LIBRARIES:
-        front["library_name"] = LIBRARIES[recipe["format"]]
+    library = FORMATS[recipe["format"]].library
+    if library:
+        front["library_name"] = library
     base = base_model(record)
     if base:
         front["base_model"] = base

@@ -11,11 +11,11 @@ from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.shards import split, write_weights
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
+from gfprune_cli.deploy.format import DTYPES, Artefact, Format, Job
 from gfprune_cli.deploy.parity import Inputs, Runner
-from gfprune_cli.deploy.signature import Signature
+from gfprune_cli.deploy.signature import Signature, workable
 from gfprune_cli.errors import UsageError
-
-__all__ = ["parse_size", "run_folder", "run_model", "split", "write_pipeline"]
+from gfprune_cli.recipes.export import ExportRecipe
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -69,3 +69,52 @@ def run_folder(
         Source(str(folder), folder, "local", None), component=component.name or None, variant=variant
     )
     return run_model(load_model(written, dtype=dtype), signature, dtype)
+
+
+def variant_of(recipe: ExportRecipe) -> str | None:
+    """The variant in the names of the weight files."""
+    return recipe.dtype if recipe.as_variant else None
+
+
+def shard_limit(recipe: ExportRecipe) -> int | None:
+    return None if recipe.max_shard_size is None else parse_size(recipe.max_shard_size)
+
+
+def write(job: Job, folder: Path) -> Artefact:
+    """Write the pipeline or bare model, and read the network back."""
+    variant, network = variant_of(job.recipe), job.network()
+    signature = workable(job.known(network), job.scheduler, job.dtype)
+    files = write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
+    run = run_folder(folder, job.component, variant, job.dtype, signature)
+    return Artefact.of_class(signature, run, *files)
+
+
+def planned(recipe: ExportRecipe, component: Component, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The weight files -> their bytes, from shapes alone."""
+    parts = split(tensors, variant_of(recipe), shard_limit(recipe))
+    prefix = f"{component.name}/" if component.pipeline is not None else ""
+    return {
+        prefix + name: sum(tensors[member].numel() * tensors[member].element_size() for member in members)
+        for name, members in sorted(parts.filename_to_tensors.items())
+    }
+
+
+def loading(job: Job, name: str) -> str:
+    """The loading line of diffusers, which needs a flag for the class that travels beside the weights."""
+    pruned = job.component.is_pruned
+    bare = job.component.pipeline is None
+    stock = ("AutoModel" if pruned else job.component.class_name) if bare else "DiffusionPipeline"
+    options = [f'"{name}"']
+    if job.recipe.dtype != "fp32":
+        options.append(f"torch_dtype={DTYPES[job.recipe.dtype]}")
+    if job.recipe.as_variant:
+        options.append(f'variant="{job.recipe.dtype}"')
+    if pruned:
+        options.append("trust_remote_code=True")
+    torch_line = "import torch\n" if job.recipe.dtype != "fp32" else ""
+    variable = "model" if bare else "pipeline"
+    loader = f"{stock}.from_pretrained({', '.join(options)})"
+    return f"{torch_line}from diffusers import {stock}\n{variable} = {loader}"
+
+
+FORMAT = Format(write=write, loading=loading, library="diffusers")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.parity import Inputs, Runner
 
 FILE = "model.pt2"
@@ -29,3 +30,17 @@ def run_program(path: Path) -> Runner:
         return output
 
     return run
+
+
+def write(job: Job, folder: Path) -> Artefact:
+    """Write the traced network, and run the file."""
+    found = job.traced(job.dtype)
+    write_program(folder, found.program)
+    return Artefact.of_graph(found, run_program(folder / FILE), folder / FILE)
+
+
+FORMAT = Format(
+    write=write,
+    files=lambda weights: {FILE: weights},
+    loading=lambda job, name: f'import torch\nmodel = torch.export.load("{name}/{FILE}").module()',
+)

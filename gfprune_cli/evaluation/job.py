@@ -13,6 +13,7 @@ from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.inputs import Inputs
 from gfprune_cli.evaluation.measures import Measures
+from gfprune_cli.evaluation.metrics import all_metrics
 from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
 from gfprune_cli.evaluation.sampling import draw, make_sampling
 from gfprune_cli.outputs.samples import SampleStore
@@ -28,9 +29,7 @@ def measured(measures: Measures, start: float) -> EvalResult:
     """All numbers, once the samples are drawn; `start` is the run's, on the monotonic clock."""
     inputs, recipe = measures.inputs, measures.inputs.recipe
     with deterministic():
-        metrics = measures.consistency() | measures.quality() | measures.teacher_distance()
-        losses = measures.losses()
-    metrics |= losses.metrics()
+        metrics = all_metrics(measures)
     costs = measure_costs(inputs, measures.networks, measures.device, measures.report)
     return EvalResult(
         model=inputs.model.label,
@@ -39,7 +38,7 @@ def measured(measures: Measures, start: float) -> EvalResult:
         class_name=inputs.model.component.class_name,
         samples=described_samples(inputs),
         metrics=metrics,
-        loss_by_timestep=losses.by_timestep(),
+        loss_by_timestep=measures.losses.by_timestep(),
         latency=costs.latency,
         params=costs.params,
         macs=costs.macs,

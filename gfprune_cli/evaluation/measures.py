@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -29,12 +30,12 @@ from gfprune_cli.progress import Report
 
 GRID = 16  # pairs of pictures
 FEATURE_BATCH = 32
-Metrics = dict[str, dict[str, Any]]
+Values = dict[str, dict[str, Any]]
 
 
 @dataclass
 class Measures:
-    """Metrics of the samples in a store.
+    """Values of the samples in a store.
 
     Args:
         networks: role -> network on the run's device.
@@ -60,7 +61,7 @@ class Measures:
         low, high = self.value_range()
         return (unit_range(images, low, high) for images in self.store.images(role))
 
-    def consistency(self) -> Metrics:
+    def consistency(self) -> Values:
         """SSIM and PSNR between the two models' images of the same noise."""
         if "reference" not in self.networks:
             return {}
@@ -73,7 +74,7 @@ class Measures:
                 found.add_relative(one, other)
         return found.metrics()
 
-    def quality(self) -> Metrics:
+    def quality(self) -> Values:
         """Distances to real images in the features of the extractor, of the model and of the reference."""
         inputs, extractor = self.inputs, self.inputs.extractor
         if extractor is None:
@@ -89,7 +90,7 @@ class Measures:
                 report=self.report,
             )
         self.real = real.gaussian
-        found: Metrics = {}
+        found: Values = {}
         for role, suffix in (("model", ""), ("reference", "_reference")):
             if role in self.networks:
                 features = sample_features(self.shown(role), extractor, inputs.settings.samples, self.report)
@@ -108,7 +109,7 @@ class Measures:
                 "the value biased upwards; compare it only with values from as many images"
             )
 
-    def teacher_distance(self) -> Metrics:
+    def teacher_distance(self) -> Values:
         """`fd_teacher`: Frechet distance in the features of the reference's own depth."""
         inputs, teacher = self.inputs, self.networks.get("reference")
         if teacher is None:
@@ -174,6 +175,11 @@ class Measures:
             )
         )
 
+    def loss(self) -> Values:
+        """The denoising loss of both networks."""
+        return self.losses.metrics()
+
+    @cached_property
     def losses(self) -> Losses:
         """Denoising losses on real images, or else on images that the reference drew."""
         inputs, given = self.inputs, self.inputs.task.given

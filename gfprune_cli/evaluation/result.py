@@ -7,6 +7,7 @@ from typing import Any
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.evaluate import EvalRecipe
+from gfprune_cli.recipes.options import option_names
 
 Png = bytes  # `bytes` is a field of the result
 MORE_TOOLS = ("accelerate", "clean-fid", "numpy", "pytorch-msssim")
@@ -64,13 +65,9 @@ def tools() -> dict[str, str | None]:
 
 def gate_rows(recipe: EvalRecipe) -> list[tuple[str, float, str]]:
     """(name, limit, metric) of the gates that the user asked for."""
-    rows = (
-        ("max-fid", recipe.max_fid, "fid"),
-        ("min-ssim", recipe.min_ssim, "ssim"),
-        ("min-speedup", recipe.min_speedup, "speedup"),
-        ("max-loss", recipe.max_loss, "loss"),
-    )
-    return [(name, limit, metric) for name, limit, metric in rows if limit is not None]
+    names = [name for name in option_names(recipe) if name.startswith(("min_", "max_"))]
+    limits = [(name.replace("_", "-"), getattr(recipe, name), name[4:]) for name in names]
+    return [(name, limit, metric) for name, limit, metric in limits if limit is not None]
 
 
 def check_gates(recipe: EvalRecipe, why_not: Mapping[str, str]) -> None:

@@ -14,7 +14,6 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.blocks import inside
 from gfprune_cli.structure.groups import ChannelGroup
 
@@ -155,7 +154,7 @@ class Criterion:
     copies: int
 
 
-CRITERIA: dict[CriterionName, Criterion] = {
+CRITERIA: dict[str, Criterion] = {
     "gradient-flow": Criterion(gradient_flow, 6),
     "gradient-flow-abs": Criterion(gradient_flow_abs, 6),
     "taylor": Criterion(taylor, 4),
@@ -166,7 +165,7 @@ CRITERIA: dict[CriterionName, Criterion] = {
 }
 
 
-def score(criterion: CriterionName, evidence: Evidence) -> Masks:
+def score(criterion: str, evidence: Evidence) -> Masks:
     """Scores by group name, [units] float64 on the CPU.
 
     Raises:

@@ -18,7 +18,6 @@ from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.progress import Event, Report
-from gfprune_cli.recipes.prune import CriterionName
 from gfprune_cli.structure.groups import select
 
 FORWARD = 1 / 3  # of the cost of a gradient
@@ -89,7 +88,7 @@ class PruningLoop:
     judging: int
     process: NoisingProcess
     schedule: Schedule
-    criterion: CriterionName
+    criterion: str
     allocate: Allocator
     draws: Draws
     scoring_draws: int

@@ -34,6 +34,7 @@ OFFSET_RIDGE = 1e-6  # of a bias: nothing holds it where it is
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
 PIECE = 4096  # rows that are held at once
+BAND = 576  # inputs whose products with those after them are taken at once
 SAME = 1e-5  # relative error of a layer's outputs below which there is nothing to mend
 Weights = dict[str, torch.Tensor]
 
@@ -234,21 +235,15 @@ class Problem:
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """New (weight [o, n], bias [o]); None where those that are there do as well on rows not fitted to."""
-        gram, right, sums, wanted, missed = self.moments(weight, bias)
-        if not missed > SAME**2 * float(self.y.square().sum()):
+        moments = self.moments(weight, bias)
+        if not moments.missed > SAME**2 * float(self.y.square().sum()):
             return None
-        live = torch.nonzero(gram.diagonal() > 0).flatten()
-        power = gram.diagonal()[live].double()
-        penalty = None if self.soft is None else self.soft.to(power)[live] * power
-        right = right[live].double()
-        normal = gram[live][:, live].double()
-        normal.diagonal().add_(RIDGE * power.mean() if len(live) else 0)
-        if penalty is not None:
-            normal.diagonal().add_(penalty)
-            right -= penalty.unsqueeze(1) * weight[:, live].T.double()
-        if bias is not None:
-            normal, right = with_offset(normal, right, sums[live], wanted, self.known)
-        factor, failed = torch.linalg.cholesky_ex(normal)
+        live = torch.nonzero(moments.gram.diagonal() > 0).flatten()
+        soft = None if self.soft is None else self.soft[live]
+        system, right = moments.equations(live, soft, weight, self.known if bias is not None else 0)
+        del moments  # for wide layers the matrices are what takes memory
+        factor, failed = torch.linalg.cholesky_ex(system)
+        del system
         if int(failed):
             return None
         step = torch.cholesky_solve(right, factor).to(weight.dtype)
@@ -259,27 +254,22 @@ class Problem:
             return None
         return new, offset
 
-    def moments(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """What the normal equations are made of, and the squared error of the weights that are there.
-
-        With x the inputs and e the error on the rows that are fitted to: x^T x [n, n], x^T e [n, o], the sums
-        of x [n] and of e [o]; the error is that on all rows.
-        """
+    def moments(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Moments":
+        """What the normal equations are made of, from one pass over the rows."""
         inputs, outputs = weight.shape[1], weight.shape[0]
         gram, right = weight.new_zeros(inputs, inputs), weight.new_zeros(inputs, outputs)
         sums, wanted, missed = weight.new_zeros(inputs), weight.new_zeros(outputs), weight.new_zeros(())
         for x, y in self.pieces(0, self.known):
             error = y - nn.functional.linear(x, weight, bias)
-            gram.addmm_(x.T, x)
+            for first in range(0, inputs, BAND):  # the upper triangle alone
+                gram[first : first + BAND, first:].addmm_(x[:, first : first + BAND].T, x[:, first:])
             right.addmm_(x.T, error)
             sums += x.sum(0)
             wanted += error.sum(0)
             missed += error.square().sum()
         for x, y in self.pieces(self.known, len(self.y)):
             missed += (y - nn.functional.linear(x, weight, bias)).square().sum()
-        return gram, right, sums, wanted, float(missed)
+        return Moments(gram, right, sums, wanted, float(missed))
 
     def is_better(
         self,
@@ -303,16 +293,47 @@ class Problem:
         return bool(gains) and bool(torch.stack(gains).sum() > 0)
 
 
-def with_offset(
-    normal: torch.Tensor, right: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normal equations with one more unknown, which is added to every row.
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows, with x the inputs and e the error of the weights that are there.
 
     Args:
-        inputs, outputs: sums over the rows.
+        gram: x^T x [n, n], its upper triangle; what is below the diagonal means nothing.
+        right: x^T e [n, o].
+        sums: of x [n]; wanted: of e [o]. Over the rows that are fitted to.
+        missed: squared error over all rows.
     """
-    n = len(normal)
-    wide = normal.new_zeros(n + 1, n + 1)
-    wide[:n, :n], wide[:n, n], wide[n, :n] = normal, inputs.double(), inputs.double()
-    wide[n, n] = rows * (1 + OFFSET_RIDGE)
-    return wide, torch.cat([right, outputs.double().unsqueeze(0)])
+
+    gram: torch.Tensor
+    right: torch.Tensor
+    sums: torch.Tensor
+    wanted: torch.Tensor
+    missed: float
+
+    def equations(
+        self, live: torch.Tensor, soft: torch.Tensor | None, weight: torch.Tensor, rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normal equations of the live inputs, in float64: [n, n] and [n, o].
+
+        With `rows` there is one more unknown, which is added to every one of so many rows.
+
+        Args:
+            soft: [live] weight of the penalty on what each input gives.
+        """
+        count, more = len(live), int(rows > 0)
+        system = weight.new_zeros(count + more, count + more, dtype=torch.float64)
+        inner = system[:count, :count]
+        every = count == len(self.gram)
+        inner.copy_((self.gram if every else self.gram[live.unsqueeze(1), live]).T)  # below the diagonal
+        power = inner.diagonal().clone()
+        right = self.right[live].double()
+        inner.diagonal().add_(RIDGE * power.mean() if count else 0)
+        if soft is not None:
+            penalty = soft.to(power) * power
+            inner.diagonal().add_(penalty)
+            right -= penalty.unsqueeze(1) * weight[:, live].T.double()
+        if more:
+            system[count, :count] = self.sums[live]
+            system[count, count] = rows * (1 + OFFSET_RIDGE)
+            right = torch.cat([right, self.wanted.double().unsqueeze(0)])
+        return system, right

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gfprune_cli.evaluation.metrics import METRICS
 from gfprune_cli.pages.drawing import human, percent
 
 Document = Mapping[str, Any]
@@ -18,19 +19,6 @@ SIZES = (
     ("memory", "peak memory", "B"),
 )
 MODES = {"eager": "eager", "compile": "torch.compile", "deepcache": "DeepCache"}
-# name -> how it is written, what it says
-METRICS = {
-    "fid": ("FID", "Fréchet distance of Inception features; lower is better"),
-    "kid": ("KID", "kernel distance of Inception features; lower is better"),
-    "fd_teacher": ("Fréchet distance, teacher", "in the reference's own features; lower is better"),
-    "ssim": ("SSIM", "likeness to the reference's image from the same noise; 1 is equal"),
-    "psnr": ("PSNR", "likeness to the reference's image from the same noise, in dB; higher is better"),
-    "relative_error": ("relative error", "distance from the reference's latents over their norm; 0 is equal"),
-    "ssim_8bit": ("SSIM, 8-bit", "the same, on images rounded to 8 bits"),
-    "psnr_8bit": ("PSNR, 8-bit", "the same, on images rounded to 8 bits"),
-    "loss": ("denoising loss", "mean over all timesteps; lower is better"),
-    "loss_reference": ("denoising loss, reference", "on the same images and noise"),
-}
 SETTINGS = {"count": "samples"}
 GATES = {"min": "at least", "max": "at most"}
 DEEPCACHE = (
@@ -81,7 +69,7 @@ def mode_name(row: Mapping[str, Any]) -> str:
 
 
 def metric_name(name: str) -> str:
-    return METRICS.get(name, (name, ""))[0]
+    return METRICS[name].title if name in METRICS else name
 
 
 def gate_name(gate: Mapping[str, Any]) -> tuple[str, str]:
@@ -129,7 +117,7 @@ def metrics_table(document: Document) -> Table:
             for key, value in metric.items()
             if key not in ("value", "ci95", "n") and isinstance(value, int | float | str)
         )
-        label, meaning = METRICS.get(name, (name, ""))
+        label, meaning = metric_name(name), METRICS[name].meaning if name in METRICS else ""
         meaning = "; ".join(filter(None, (meaning, more)))
         rows.append((label, number(metric.get("value")), between, number(metric.get("n")), meaning))
     columns = ("metric", "value", "95 % confidence", "n", "what it says")

@@ -42,7 +42,8 @@ class Plan:
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
-    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.dense[key] for key in BOTH}
+    names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
+    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
     return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 
@@ -158,7 +159,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, report: Rep
     meta, groups, trace = find_units(
         plan.component, report, width=recipe.prune_width, blocks=recipe.blocks, folded=network
     )
-    cost = CostModel(meta, groups, trace, plan.cost.dense)
+    cost = CostModel(meta, groups, trace, plan.cost)
     allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
     return replace(plan, groups=groups, cost=cost)
 

@@ -1,11 +1,12 @@
 """The options of `gfprune analyze`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+from gfprune_cli.recipes.prune import BudgetName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,7 @@ class AnalyzeRecipe:
     sparsity: Annotated[
         tuple[Annotated[float, Gt(0), Lt(1)], ...], Help("Plan for this sparsity; may be repeated.")
     ] = ()
-    budget: Annotated[
-        Literal["both", "params", "macs"], Help("What the sparsity counts; both: each of them.")
-    ] = "both"
+    budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
     sensitivity: Annotated[
         bool, Help("Measure how the loss rises as each group shrinks (loads weights).")
     ] = False

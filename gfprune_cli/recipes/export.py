@@ -5,9 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Help, Names
 
-FormatName = Literal["safetensors", "onnx", "torch-export", "openvino"]
+FORMATS = ("safetensors", "onnx", "torch-export", "openvino")
+FormatName = Annotated[str, Names(FORMATS, "gfprune_cli.deploy.formats:FORMATS")]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 
 

@@ -9,6 +9,7 @@ import difflib
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,6 +28,23 @@ class Help:
 
     text: str
     of: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The words that an option takes, where each stands for a row of a table.
+
+    Args:
+        known: those that the help names: told without importing the table.
+        table: "module:attribute"; whatever else has a row there serves, too.
+    """
+
+    known: tuple[str, ...]
+    table: str
+
+    def all(self) -> tuple[str, ...]:
+        module, _, attribute = self.table.partition(":")
+        return tuple(dict.fromkeys((*self.known, *getattr(import_module(module), attribute))))
 
 
 PromptsFile = Annotated[
@@ -139,23 +157,39 @@ def validated(options: type[RecipeT], values: Mapping[str, Any], named: Callable
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(options).validate_python(dict(values))
+        found = TypeAdapter(options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "recipe"
         if first["type"] in ("missing", "missing_argument"):
             raise UsageError(f"{flag(name)} is missing: {option_help(options, name)}") from error
-        kind = get_type_hints(options)[name]
-        choices = [choice for part in (kind, *get_args(kind)) for choice in literals(part)]
-        hint = meant(first["input"], choices)
+        hint = meant(first["input"], choices_of(options, name))
         raise UsageError(
             f"{named(name)} {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
         ) from error
+    for name, names in tables_of(options).items():
+        value = getattr(found, name)
+        if value not in names.known and value not in names.all():
+            one, last = names.known[:-1], names.known[-1]
+            words = f"{', '.join(map(repr, one))} or {last!r}"
+            hint = meant(value, names.known)
+            raise UsageError(f"{named(name)} {shown(value)}: input should be {words}{hint}")
+    return found
 
 
-def literals(kind: Any) -> tuple[Any, ...]:
-    """The values of a `Literal`; none of any other type."""
-    return get_args(kind) if get_origin(kind) is Literal else ()
+def tables_of(options: type) -> dict[str, Names]:
+    """Option -> the words that it takes, where a table has them."""
+    hints = get_type_hints(options, include_extras=True)
+    parts = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: part for name, found in parts.items() for part in found if isinstance(part, Names)}
+
+
+def choices_of(options: type, name: str) -> tuple[str, ...]:
+    """The words that an option takes; none where it takes any, or numbers."""
+    names = tables_of(options).get(name)
+    kind = get_type_hints(options)[name]
+    parts = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+    return names.known if names else tuple(word for part in parts for word in get_args(part))
 
 
 def meant(given: object, choices: Iterable[str]) -> str:

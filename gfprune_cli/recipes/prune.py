@@ -5,11 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size
 
-CriterionName = Literal[
-    "gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random"
-]
+CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
+CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
+BudgetName = Annotated[str, Names(("both", "params", "macs"), "gfprune_cli.structure.cost:COSTS")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,7 @@ class PruneRecipe:
     sparsity: Annotated[
         float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
     ] = 0.5
-    budget: Annotated[
-        Literal["both", "params", "macs"],
-        Help("What the sparsity counts; both: each of them."),
-    ] = "both"
+    budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
     layout: Annotated[
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),

@@ -90,9 +90,10 @@ class CostModel:
         model: nn.Module,
         groups: tuple[ChannelGroup, ...],
         trace: Trace,
-        dense: Mapping[str, int] | None = None,
+        dense: "CostModel | None" = None,
     ) -> None:
-        """Args: dense: what shares are shares of, where something was saved before; None: the model."""
+        """Args: dense: of what the model was before it was folded; shares are of that."""
+        self.dense = dense or self
         self.groups = {group.name: group for group in groups}
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
@@ -117,7 +118,6 @@ class CostModel:
         whole, params = dict.fromkeys(self.groups, 0), COSTS["params"].of_layer
         in_layers = sum(params(layer, whole) for layer in self.layers)
         self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - in_layers
-        self.dense: Mapping[str, int] = dense or {key: self.total({}, key) for key in COSTS}
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
@@ -131,6 +131,10 @@ class CostModel:
             rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - in_layers
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
+
+    def before(self, key: str) -> int:
+        """All of a cost: what shares are shares of."""
+        return self.dense.total({}, key)
 
     def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
         return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}

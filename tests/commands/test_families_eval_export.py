@@ -16,7 +16,7 @@ from text_encoders import t5
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.deploy import onnx as onnx_model
+from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import FloorLinearAttention, replace_modules
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.schedulers import Reconstruction, noising_process
@@ -50,7 +50,7 @@ AUTOENCODERS = {"stable-diffusion": "vae", "ldm": "vqvae"}
 
 NEEDS_ONNX, NEEDS_OPENVINO = (
     pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES[extra]),
+        any(importlib.util.find_spec(name) is None for name in FORMATS[extra].packages),
         reason=f"the extra {extra} is not installed",
     )
     for extra in ("onnx", "openvino")

@@ -1,6 +1,6 @@
 """The refit: what reads masked units gives the dense network's outputs as well as it can.
 
-pytest tests/test_refit.py
+pytest tests/flow/test_refit.py
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The least squares behind a refit: each layer against an independent solver, and the streams behind it.
 
-pytest tests/test_refit_layers.py
+pytest tests/flow/test_refit_layers.py
 """
 
 import itertools

@@ -27,8 +27,8 @@ import gfprune_cli
 from gfprune_cli.checkpoint import shards
 from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
 from gfprune_cli.deploy import onnx as onnx_model
-from gfprune_cli.deploy import plan
 from gfprune_cli.deploy import safetensors as weights
+from gfprune_cli.deploy.format import DTYPES
 from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
@@ -42,7 +42,7 @@ JSON_KEYS = {
     "shards", "bytes", "parity", "seconds",
 }  # fmt: skip
 NEEDS_ONNX = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES["onnx"]),
+    any(importlib.util.find_spec(name) is None for name in onnx_model.PACKAGES),
     reason="the extra onnx is not installed",
 )
 
@@ -597,7 +597,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
     from gfprune_cli.deploy.parity import TOLERANCES
 
     names = set(get_args(get_type_hints(ExportRecipe)["dtype"]))
-    assert names == set(TOLERANCES) == set(plan.DTYPES)
+    assert names == set(TOLERANCES) == set(DTYPES)
 
 
 @pytest.mark.slow
@@ -605,7 +605,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
 def test_the_examples_of_the_documentation_run_as_written(tmp_path: Path) -> None:
     """The commands, then a sampling loop per format; only the single file may use gfprune."""
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
     for script in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):

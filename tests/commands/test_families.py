@@ -2,7 +2,7 @@
 
 The table in docs/support.md says what ran here; write it anew with
 
-    GFPRUNE_WRITE_SUPPORT=1 python -m pytest tests/test_families.py
+    GFPRUNE_WRITE_SUPPORT=1 python -m pytest tests/commands/test_families.py
 """
 
 import json
@@ -25,7 +25,7 @@ from gfprune_cli.pruning import job as pruning_run
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery import job as recovery_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "support.md"
 SPARSITY = 0.3
 SMALL: dict[str, Any] = dict(images=4, sample_steps=2, batch=2)
@@ -80,7 +80,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic is the same with fewer draws and repeats."""
     monkeypatch.setattr(pruning_loop, "REFIT_SAMPLES", 16)
     monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 16)
-    monkeypatch.setattr(pruning_run.Run.loss, "__defaults__", (64,))
+    monkeypatch.setattr(pruning_run.PruneJob.loss, "__defaults__", (64,))
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 64)
     monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
     monkeypatch.setattr(evaluation_run, "REPEATS", 5)
@@ -173,7 +173,7 @@ def test_pruned_pipelines_run_in_plain_diffusers_as_in_gfprune() -> None:
     ]
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN, str(Path(__file__).parent)],
+        [sys.executable, "-W", "ignore", "-c", PLAIN, str(ROOT / "tests" / "support")],
         input=json.dumps(tasks),
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ from conftest import Gfprune
 import gfprune_cli
 from gfprune_cli.checkpoint.source import DEMO
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_demo_is_a_trained_model_of_the_promised_size() -> None:

@@ -1,6 +1,6 @@
 """Diffusion transformers: what may be removed, what it costs, and that removal changes nothing but the size.
 
-pytest tests/test_transformers.py
+pytest tests/structure/test_transformers.py
 """
 
 import copy

@@ -1,6 +1,6 @@
 """What makes groups comparable: the rise of the loss when units go and a refit follows.
 
-pytest tests/test_comparison.py
+pytest tests/flow/test_comparison.py
 """
 
 import math

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import gfprune_cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402

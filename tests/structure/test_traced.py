@@ -1,6 +1,6 @@
 """Conditional U-Nets, autoencoders, networks that nobody described: groups, exact removal, one-line errors.
 
-pytest tests/test_traced.py
+pytest tests/structure/test_traced.py
 """
 
 import dataclasses

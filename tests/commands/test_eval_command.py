@@ -408,7 +408,7 @@ def test_an_npz_of_images_is_data(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_gate_of_the_documentation_runs_as_written(pruned: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs/evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     script = next(block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--min-ssim" in block)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

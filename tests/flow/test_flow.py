@@ -1,6 +1,6 @@
 """What to remove, and how gradually: energy, criteria, masks, schedule and the resumable loop.
 
-pytest tests/test_flow.py
+pytest tests/flow/test_flow.py
 """
 
 import itertools

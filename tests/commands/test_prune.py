@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning.job import JUDGE_DRAWS
-from gfprune_cli.recipes.prune import CriterionName
+from gfprune_cli.recipes.prune import CRITERIA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -384,7 +384,7 @@ def test_without_refit_and_recovery_the_weights_that_stay_are_the_dense_ones(
 
 def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path, tmp_path: Path) -> None:
     chosen = {}
-    for criterion in get_args(CriterionName):
+    for criterion in CRITERIA:
         result = gfprune_cli.prune(
             str(pipeline_folder), criterion=criterion, one_shot=True, out=tmp_path / criterion,
             **QUICK | {"refit": False, "recover": 0},

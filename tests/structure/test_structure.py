@@ -1,6 +1,6 @@
 """What may be removed, what it costs, and that removal changes nothing but the size.
 
-pytest tests/test_structure.py
+pytest tests/structure/test_structure.py
 """
 
 import math

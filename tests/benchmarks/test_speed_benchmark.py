@@ -9,7 +9,7 @@ import torch
 
 import gfprune_cli
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import provenance
 import speed
 

@@ -1,0 +1,128 @@
+"""What a format of `export` is: how it is written, run, planned and loaded."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import load_model
+from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
+from gfprune_cli.deploy.parity import Runner
+from gfprune_cli.deploy.signature import Signature
+from gfprune_cli.errors import UsageError
+from gfprune_cli.inputs.unknown_classes import with_inputs
+from gfprune_cli.progress import Report
+from gfprune_cli.recipes.export import ExportRecipe
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """What one format wrote.
+
+    Args:
+        run: the files as written, loaded again into the target runtime.
+        files: without configuration, scheduler and card.
+        inputs: name -> dtype and shape of a graph's inputs; None where a model class loads the artefact.
+        signature: what to compare it on.
+        free: the sizes (fields of `Sizes`) that may differ from those of the signature.
+    """
+
+    run: Runner
+    files: tuple[Path, ...]
+    inputs: Mapping[str, Any] | None
+    signature: Signature
+    free: frozenset[str]
+
+    @classmethod
+    def of_graph(cls, found: Exported, run: Runner, *files: Path) -> "Artefact":
+        """A traced network that was written to these files."""
+        return cls(
+            run=run, files=files, inputs=found.describe(), signature=found.signature, free=found.labels
+        )
+
+    @classmethod
+    def of_class(cls, signature: Signature, run: Runner, *files: Path) -> "Artefact":
+        """Weights that the model's class loads: what sizes it takes is the class's affair."""
+        free = frozenset({"width"}) if "sample" in signature.inputs else frozenset[str]()
+        return cls(run=run, files=files, inputs=None, signature=signature, free=free & signature.labels)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported, and how."""
+
+    recipe: ExportRecipe
+    component: Component
+    scheduler: Any
+    report: Report
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.recipe.dtype]
+
+    def network(self) -> nn.Module:
+        """The network in the export's dtype, a copy of its own."""
+        return load_model(self.component, dtype=self.dtype)
+
+    def known(self, model: nn.Module) -> nn.Module:
+        """A network whose inputs are known."""
+        return with_inputs(model, self.component, self.scheduler, self.report)
+
+    def traced(self, dtype: torch.dtype) -> Exported:
+        """Its graph in any dtype."""
+        network = deployed(self.known(load_model(self.component, dtype=dtype)))
+        return traced(Denoiser(network, dtype), self.scheduler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One format.
+
+    Args:
+        write: into a folder; comes back with what runs the files.
+        files: bytes of the weights -> the artefact's files and their bytes; None where `plan` asks the writer
+            of checkpoints.
+        loading: (job, folder's name) -> the Python that loads the artefact, for the model card.
+        packages: what has to be installed beside gfprune; an extra of its name installs them.
+        library: as the Hub calls it; "" for none.
+        refuses: dtype -> why there is none in this format.
+        copies: of the artefact that the disk holds at once while it is written.
+    """
+
+    write: Callable[[Job, Path], Artefact]
+    loading: Callable[[Job, str], str]
+    files: Callable[[int], dict[str, int]] | None = None
+    packages: tuple[str, ...] = ()
+    library: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    copies: int = 1
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether a traced graph is written, and no weights for the model's class."""
+        return self.files is not None
+
+    def require(self, recipe: ExportRecipe) -> None:
+        """Refuse, before any work, what the target runtime does not have.
+
+        Raises:
+            UsageError: with the line that installs what is missing.
+        """
+        missing = [package for package in self.packages if find_spec(package) is None]
+        if missing:
+            raise UsageError(
+                f"--format {recipe.format} needs {', '.join(missing)}: "
+                f"install it with pip install 'gfprune[{recipe.format}]'"
+            )
+        if recipe.dtype in self.refuses:
+            raise UsageError(
+                f"--dtype {recipe.dtype} with --format {recipe.format}: {self.refuses[recipe.dtype]}; "
+                "use fp16 or fp32"
+            )
