@@ -125,7 +125,7 @@ class Folder:
             for name, found in chosen.items()
         )
         params = {"before": parameters(self.network), "after": parameters(folded)}
-        error = output_error(self.network, folded, process, held_out)
+        error = self.output_error(folded, process, held_out)
         whole = tuple(name for name in names if name not in chosen)
         return folded, Folding(self.tolerance, layers, whole, params, error, self.probes.ranges())
 
@@ -229,6 +229,24 @@ class Folder:
         dense, narrow = (self.outputs(network, names, CHECKED) for network in (self.network, folded))
         return {name: relative_error(narrow[name], dense[name]) for name in names}
 
+    @torch.no_grad()
+    def output_error(self, folded: nn.Module, process: NoisingProcess, held_out: Draws) -> float:
+        """Root mean square of what the networks' outputs differ by, over that of the dense one's.
+
+        On stratified draws of images and conditions that were held out; the two are paired at random.
+        """
+        missed = wanted = 0.0
+        conditions = self.probes.conditions("check", OUTPUT_DRAWS)
+        for first in range(0, OUTPUT_DRAWS, OUTPUT_CHUNK):
+            batch = held_out.batch("fold", 0, OUTPUT_CHUNK, first=first, of=OUTPUT_DRAWS)
+            noisy = process.add_noise(batch.images, batch.noise, batch.index)
+            given = None if conditions is None else conditions[first : first + OUTPUT_CHUNK]
+            times = process.timesteps(batch.index)
+            dense, narrow = (call(one, noisy, times, given).double() for one in (self.network, folded))
+            missed += float((narrow - dense).square().sum())
+            wanted += float(dense.square().sum())
+        return (missed / max(wanted, torch.finfo(torch.float32).tiny)) ** 0.5
+
 
 def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
     """The network with these layers as two: a `Pruned<class>` whose configuration says so."""
@@ -256,17 +274,3 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
 
 def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-@torch.no_grad()
-def output_error(dense: nn.Module, folded: nn.Module, process: NoisingProcess, draws: Draws) -> float:
-    """Root mean square of what the outputs differ by, over that of the dense ones, on stratified draws."""
-    missed = wanted = 0.0
-    for first in range(0, OUTPUT_DRAWS, OUTPUT_CHUNK):
-        batch = draws.batch("fold", 0, OUTPUT_CHUNK, first=first, of=OUTPUT_DRAWS)
-        noisy = process.add_noise(batch.images, batch.noise, batch.index)
-        times = process.timesteps(batch.index)
-        outputs = [call(network, noisy, times, batch.condition).double() for network in (dense, folded)]
-        missed += float((outputs[1] - outputs[0]).square().sum())
-        wanted += float(outputs[0].square().sum())
-    return (missed / max(wanted, torch.finfo(torch.float32).tiny)) ** 0.5

@@ -20,13 +20,16 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.folding import Factors, Samples, break_even, factors, fold, output_basis, relative_error
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.fold import Folder, factored
+from gfprune_cli.pruning.plan import FOLD, tolerance_of
 from gfprune_cli.pruning.probes import Probes, pool_of
 from gfprune_cli.pruning.verify import check_removal
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.modulation import feeders, modulation_layers
 from gfprune_cli.structure.removal import remove
+from gfprune_cli.structure.search import Allocation
 
 # Transformer -> endings of the layers that see no token, by the published code; all others do.
 EMBEDDERS = ("embedder.linear_1", "embedder.linear_2")
@@ -396,3 +399,36 @@ def test_what_folding_saves_counts_in_the_budget() -> None:
         assert cost.params(widths.kept) <= 0.6 * dense.params({})
         kept.append(sum(widths.kept.values()))
     assert kept[1] > kept[0]  # channels that need not go
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares", "tolerance"),
+    [
+        (dict(budget="params"), {"params": 0.5}, FOLD),
+        (dict(budget="macs"), {"macs": 0.5}, 0.0),
+        (dict(), {"params": 0.5, "macs": 0.6}, FOLD),
+        (dict(), {"params": 0.7, "macs": 0.5}, 0.0),  # parameters that nobody asks for
+        (dict(sparsity=0), {"params": 0.0, "macs": 0.0}, FOLD),
+        (dict(fold=0.0), {"params": 0.5, "macs": 0.6}, 0.0),
+        (dict(fold=0.2, budget="macs"), {"macs": 0.5}, 0.2),
+    ],
+)
+def test_networks_are_folded_where_parameters_are_what_binds(
+    settings: dict[str, Any], shares: dict[str, float], tolerance: float
+) -> None:
+    widths = Allocation({}, min(shares.values()), shares)
+    assert tolerance_of(PruneRecipe(**settings), widths) == tolerance
+
+
+def test_a_network_that_looks_at_its_samples_is_refused_in_one_line() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return self.layer(sample) if float(sample.sum()) > 0 else sample
+
+    model = Looking()
+    with pytest.raises(GfpruneError, match="cannot tell which layers see timestep and conditions alone"):
+        modulation_layers(model, lambda hide: model(hide(torch.ones(2, 4))), 2)
