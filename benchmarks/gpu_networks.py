@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from peers import importance_of, prune_uniformly
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.checkpoint.source import DEMO
 from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.draws import Draws

@@ -10,10 +10,10 @@ unet = gfprune.load("demo-finetuned")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gfprune_cli.api import analyze, evaluate, export, finetune, load, prune
+    from gfprune_cli.api import analyze, carry, evaluate, export, finetune, load, prune
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "evaluate", "export", "finetune", "load", "prune"]
+__all__ = ["analyze", "carry", "evaluate", "export", "finetune", "load", "prune"]
 
 
 def __getattr__(name: str) -> Any:

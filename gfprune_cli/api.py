@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gfprune_cli.carrying import command as carrying
+from gfprune_cli.carrying.result import CarryResult
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.single_file import SUFFIX, load_single_file
 from gfprune_cli.checkpoint.source import resolve
@@ -23,6 +25,7 @@ from gfprune_cli.pruning import analyze as analysis
 from gfprune_cli.pruning import command as pruning
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
+from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["analyze", "evaluate", "export", "finetune", "load", "prune"]
+__all__ = ["analyze", "carry", "evaluate", "export", "finetune", "load", "prune"]
 
 Name = str | PathLike[str] | None
 RecipeT = TypeVar("RecipeT")
@@ -145,6 +148,32 @@ def export(
         9
     """
     return deploy.export(*asked("export", ExportRecipe, model, config, settings), report)
+
+
+def carry(
+    adapter: Name = None,
+    model: Name = None,
+    *,
+    config: Name = None,
+    report: Report = silent,
+    **settings: Any,
+) -> CarryResult:
+    """Make an adapter of the dense model fit the pruned one, as `gfprune carry` does.
+
+    Args:
+        adapter: a .safetensors file, or the folder that holds one (unless `config` names it).
+        model: the pruned model: a folder that `prune` or `finetune` wrote, or a Hub id.
+        **settings: such as `dense="sd"`.
+
+    Returns:
+        What became of the adapter's layers; `.output` is the folder, `.document()` the command's JSON.
+
+    Example:
+        >>> carry("style.safetensors", "sd-half", out="style-half").layers
+        {'total': 128, 'narrowed': 96, 'moved': 0, 'dropped': 0}
+    """
+    named = {} if adapter is None else {"adapter": str(adapter)}
+    return carrying.carry(*asked("carry", CarryRecipe, model, config, {**settings, **named}), report)
 
 
 def load(

@@ -19,6 +19,7 @@ ROOMS = (
     ("flow",),
     ("recovery", "deploy", "evaluation"),
     ("pruning",),
+    ("carrying",),
     ("pages",),
     ("api",),
     ("cli",),

@@ -9,9 +9,11 @@ from typing import Any
 from gfprune_cli.checkpoint.files import CONVERSION, quoted, read_config, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError, UsageError
 
-PRUNED_MODULE = "gfprune_models_v1"
+PRUNED_MODULE = "gfprune_models_v2"
 PRUNED = "Pruned"  # before the name of the stock class
-EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel"}  # module files of earlier versions, and their one class
+# module files of earlier versions, and their one class, or the same classes
+EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
+PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 FAMILIES = "U-Nets and diffusion transformers of diffusers, AutoencoderKL, VQModel, and what it pruned itself"
@@ -66,13 +68,13 @@ def is_autoencoder(class_name: str) -> bool:
 
 def is_denoiser(library: str, class_name: str) -> bool:
     """Whether model_index.json names a class that gfprune works on; nothing is imported to find out."""
-    if library in EARLIER:
+    if EARLIER.get(library) is not None:
         return class_name == EARLIER[library]
-    if class_name.startswith(PRUNED) != (library == PRUNED_MODULE):
+    if class_name.startswith(PRUNED) != (library in PRUNED_MODULES):
         return False
     name = stock_name(class_name)
     known = name in AUTOENCODERS or (_DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name))
-    return bool(known) and library in ("diffusers", PRUNED_MODULE)
+    return bool(known) and library in ("diffusers", *PRUNED_MODULES)
 
 
 def is_known(class_name: object) -> bool:

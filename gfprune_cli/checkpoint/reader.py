@@ -120,7 +120,7 @@ def model_class(class_name: str) -> Any:
         raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
     import diffusers
 
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     try:
         pruned = pruned_class(stock_name(class_name))
@@ -130,6 +130,37 @@ def model_class(class_name: str) -> Any:
             "is the installed version older than the checkpoint?"
         ) from None
     return pruned if class_name.startswith(PRUNED) else pruned.stock_class
+
+
+def check_weights(component: Component, model: "nn.Module") -> None:
+    """Compare the headers of the weight files with the class, as `load_model` does before it reads any.
+
+    Where there are no files, as for a Hub model of which only the configuration was fetched, there is nothing
+    to compare.
+
+    Args:
+        model: from `build_meta`.
+
+    Raises:
+        GfpruneError: a tensor is missing, unknown, of the wrong shape or not floating point; or the files
+            lie where safetensors cannot read them.
+    """
+    for path in component.weights:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GfpruneError(
+                f"{str(path)!a}: safetensors reads paths of UTF-8 text only: rename the folder"
+            ) from error
+    if component.weights:
+        stored = _stored_names(model, component)
+        _check_tensors(model, component, stored)
+        _check_buffers(component, sum(buffer.nbytes for buffer in _unsaved(model, stored)))
+
+
+def _unsaved(model: "nn.Module", stored: dict[str, str]) -> "list[torch.Tensor]":
+    """Tables that are computed and not read."""
+    return [buffer for name, buffer in model.named_buffers() if name not in stored]
 
 
 def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
@@ -151,11 +182,9 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     if not component.weights:
         raise GfpruneError(f"{component.folder} has no weights that gfprune can read")
     model = build_meta(component)
+    check_weights(component, model)
     stored = _stored_names(model, component)
-    _check_tensors(model, component, stored)
-    unsaved = [buffer for name, buffer in model.named_buffers() if name not in stored]
-    if unsaved:
-        _check_buffers(component, sum(buffer.nbytes for buffer in unsaved))
+    if _unsaved(model, stored):
         model = _build(component, empty_weights(dtype))
     model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
     return model.eval()

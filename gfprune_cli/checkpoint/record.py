@@ -57,8 +57,11 @@ class Record:
         variant = settings.get("variant") if isinstance(settings, dict) else None
         return variant if isinstance(variant, str) else None
 
-    def dense_label(self) -> str:
+    def dense_label(self, flag: str = "--teacher") -> str:
         """Where the dense model is. A folder that is gone is never looked for on the Hub.
+
+        Args:
+            flag: that names another place, for the message.
 
         Raises:
             GfpruneError: it is not there.
@@ -68,7 +71,7 @@ class Record:
         if self.source.kind == "local" and not os.path.isdir(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
-                "name it with --teacher"
+                f"name it with {flag}"
             )
         return "demo" if self.source.kind == "demo" else label
 

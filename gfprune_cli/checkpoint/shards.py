@@ -10,7 +10,7 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import nn
 
 from gfprune_cli.checkpoint.layout import STEM
-from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
+from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.outputs.durable import write_json, write_tensors
 
 SHARD_BYTES = 10 * 10**9  # diffusers' own default

@@ -14,14 +14,15 @@ from gfprune_cli.checkpoint.card import write_card
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.components import check_entries
 from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
-from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
-from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
+from gfprune_cli.checkpoint.layout import PRUNED, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import model_class
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.outputs.durable import default_mode, staged, write_json
+from gfprune_cli.outputs.durable import staged, write_json
+from gfprune_cli.outputs.filesystem import give_default_mode
 
 COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the components that stay as they are
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|Extractor|Scheduler")  # classes that have no weights
@@ -67,7 +68,7 @@ def write_checkpoint(
         )
         for path in staging.rglob("*"):
             if path.is_file():
-                path.chmod(default_mode())
+                give_default_mode(path)
     return complete
 
 
@@ -105,7 +106,7 @@ def check_pipeline(component: Component) -> None:
 def library_entry(model: nn.Module) -> list[str]:
     """What model_index.json says of the model: library or module file, and class."""
     if isinstance(model, modeling.PrunedModel):
-        return [Path(modeling.__file__).stem, type(model).__name__]
+        return [modeling.STEM, type(model).__name__]
     return ["diffusers", type(model).__name__]
 
 
@@ -114,14 +115,43 @@ def copy_pipeline(staging: Path, component: Component, name: str, entry: list[st
     assert component.pipeline is not None
     roots = trusted_roots(component.root)
     index = {**component.pipeline, name: entry}
-    (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for other in pipeline_components(component.pipeline):
+    for other, (library, class_name) in pipeline_components(component.pipeline).items():
         if other != name and (component.root / other).is_dir():
             copy_component(component.root / other, staging / other, variant_of(component), roots)
+            if class_name.startswith(PRUNED):
+                index[other] = [modeling.STEM, class_name]
+                renew_component(staging / other)
+            elif library == "diffusers" and entry[0] == modeling.STEM and not WEIGHTLESS.search(class_name):
+                copy_module(staging / other)
+    (staging / "model_index.json").write_text(json.dumps(automatic(index), indent=2) + "\n", encoding="utf-8")
     schedule = scheduler_config_path(component)
     if schedule is not None and "scheduler" in component.pipeline:
         (staging / "scheduler").mkdir(exist_ok=True)
         shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
+
+
+def automatic(index: Mapping[str, Any]) -> dict[str, Any]:
+    """A model_index.json that says where AutoModel finds the class of a pruned component.
+
+    It looks for it there, and not in the component's own configuration, when it is given a `subfolder`.
+    """
+    plain = {key: value for key, value in index.items() if key != "auto_map"}
+    pruned = [entry for entry in pipeline_components(plain).values() if entry[0] == modeling.STEM]
+    return {**plain, "auto_map": {"AutoModel": ".".join(pruned[0])}} if pruned else plain
+
+
+def copy_module(folder: Path) -> None:
+    """The file of the pruned classes, which also loads a component of another class in its own."""
+    shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
+
+
+def renew_component(folder: Path) -> None:
+    """Give another pruned component of the pipeline the module file of this version."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModel": f"{modeling.STEM}.{config['_class_name']}"}
+    config.setdefault("quantization_config", {"quant_method": modeling.STOP})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_module(folder)
 
 
 def variant_of(component: Component) -> str | None:

@@ -9,6 +9,7 @@ from gfprune_cli.cli.options import with_options
 from gfprune_cli.cli.pages import check_page, write_page
 from gfprune_cli.cli.session import Session
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
+from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -157,10 +158,26 @@ def publisher(session: Session, options: RunOptions) -> "Callable[[EvalResult], 
     return publish
 
 
+@with_options(CarryRecipe)
+def run_carry(**flags: Any) -> None:
+    """Make an adapter of the dense model fit the pruned one: the rows, columns and blocks that are left.
+
+    Prints the path of the result, or one JSON document with --json.
+    """
+    with asked(CarryRecipe, flags) as (session, recipe, options):
+        from gfprune_cli.carrying.command import carry
+        from gfprune_cli.cli.tables import carry_table
+
+        result = carry(recipe, options, session.report)
+        session.show(carry_table(result))
+        session.result(result.document(), result.output or "")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "analyze": run_analyze,
     "prune": run_prune,
     "finetune": run_finetune,
     "export": run_export,
     "eval": run_eval,
+    "carry": run_carry,
 }

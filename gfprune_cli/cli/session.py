@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any, Self, TextIO
 
 from gfprune_cli.cli.signals import Signals
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
 from gfprune_cli.runtime.launch import main_process
 
@@ -33,14 +35,31 @@ class Session:
         self.signals = Signals()
         self.bar: Any = None
         self.phase, self.shown = "", -1
+        self.warnings, self.warned = warnings.catch_warnings(), set[str]()
         self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
         self.signals.listen()
+        self.warnings.__enter__()
         quiet_libraries()
+        self.show_warnings()
         return self
+
+    def show_warnings(self) -> None:
+        """What the file system cannot do is a notice, and said once."""
+        plain = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, WeakerWrites):
+                plain(message, category, *place, **more)
+            elif str(message) not in self.warned:
+                self.warned.add(str(message))
+                self.note(f"note: {message}")
+
+        warnings.simplefilter("always", WeakerWrites)
+        warnings.showwarning = show
 
     def report(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
@@ -114,7 +133,7 @@ class Session:
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
-                print(output, flush=True)
+                put(output)
         except BrokenPipeError:  # the reader has what it wanted
             silence(sys.stdout)
         except OSError as error:
@@ -135,6 +154,7 @@ class Session:
     ) -> None:
         self.signals.close()
         self.close_bar()
+        self.warnings.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit):
             return
         if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
@@ -144,6 +164,15 @@ class Session:
         if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
             say(f"error: {one_line(error)}")
         raise SystemExit(exit_code(error)) from None
+
+
+def put(text: str) -> None:
+    """A line on stdout; in the bytes that the file system knows it by where stdout has no such characters."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+        sys.stdout.flush()
 
 
 def say(text: str) -> None:
@@ -194,8 +223,6 @@ def one_line(error: BaseException) -> str:
 
 def quiet_libraries() -> None:
     """Libraries log through their own channels; only warnings that name a problem may pass."""
-    import warnings
-
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|torch_pruning|huggingface_hub)\b")
     # diffusers reads it once, at import: no configuration can then switch remote code on
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from gfprune_cli.carrying.result import CarryResult
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.pruning.analyze import Analysis
 from gfprune_cli.pruning.result import PruneResult
@@ -125,6 +126,18 @@ def export_table(result: ExportResult) -> Table:
         table.add_row("  of the largest output", f"{parity.max_rel:.3g}")
         table.add_row("inputs compared", str(parity.inputs))
     table.add_row("tolerance", f"{parity.tolerance:g}")
+    return table
+
+
+def carry_table(result: CarryResult) -> Table:
+    """What became of the layers of an adapter."""
+    table = Table(title=Text(f"{result.adapter}: {result.kind} for {result.model}"), title_justify="left")
+    table.add_column("")
+    table.add_column("planned" if result.output is None else "written", justify="right")
+    for name, count in result.layers.items():
+        table.add_row({"total": "layers"}.get(name, f"  {name}"), str(count))
+    table.add_row("size before", short(result.bytes["before"]) + "B")
+    table.add_row("size after", short(result.bytes["after"]) + "B")
     return table
 
 

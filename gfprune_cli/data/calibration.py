@@ -23,6 +23,7 @@ from gfprune_cli.data.drawing import (
 from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
 from gfprune_cli.diffusion.conditions import Condition, Conditions
+from gfprune_cli.diffusion.finite import refuse_zero_snr
 from gfprune_cli.diffusion.guidance import with_guidance
 from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noising_process
 from gfprune_cli.errors import UsageError
@@ -84,6 +85,39 @@ class ImageRequest:
     seed: int
     options: PipelineOptions = field(default_factory=PipelineOptions)
 
+    def check(self, component: Component, config: Any, scheduler: Any) -> None:
+        """Refuse what cannot be answered, as far as neither weights nor images have to be read for it.
+
+        Args:
+            config: of the network.
+
+        Raises:
+            UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
+                sampled.
+        """
+        self.options.pixels()
+        kind = component.class_name.removeprefix("Pruned")
+        if is_autoencoder(kind):
+            if self.data is None and component.pipeline is None:
+                raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
+            if self.data is not None and self.options.size is None:
+                image_size(component, config)
+            return
+        process = noising_process(scheduler)
+        if kind == "UNet2DModel" or component.pipeline is None:
+            refuse_options(self.options, component)
+        if kind == "UNet2DModel":
+            image_size(component, config)
+        elif self.data is not None and component.pipeline is None:
+            raise UsageError(
+                "--data: this network works on latents, and there is no pipeline with an autoencoder"
+                " around it; drop --data"
+            )
+        elif component.pipeline is not None:
+            asked_of(component, config, self.options, self.count, self.seed, shuffled=self.data is not None)
+        if self.data is None:
+            refuse_zero_snr(process, "pass --data")
+
     def answer(
         self,
         model: nn.Module,
@@ -102,6 +136,8 @@ class ImageRequest:
             UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
                 sampled.
         """
+        network: Any = model
+        self.check(component, network.config, scheduler)
         work = Work(self, model, component, scheduler, hashes, report)
         if is_autoencoder(component.class_name):
             return work.of_autoencoder()
@@ -132,7 +168,6 @@ class Work:
     def unconditional(self) -> Images:
         """Of a network that is given class labels at most: `UNet2DModel`, on pixels or latents."""
         request, config = self.request, self.config
-        refuse_options(request.options, self.component)
         shape = (config.in_channels, *image_size(self.component, config))
         process = noising_process(self.scheduler)
         if request.data is None:
@@ -153,12 +188,6 @@ class Work:
         request, component = self.request, self.component
         data = request.data is not None
         if component.pipeline is None:
-            if data:
-                raise UsageError(
-                    "--data: this network works on latents, and there is no pipeline with an autoencoder"
-                    " around it; drop --data"
-                )
-            refuse_options(request.options, component)
             recording = made_up(self.model, request.count, request.seed, self.report)
             asked = Asked([], list(range(request.count)))
         else:
@@ -189,8 +218,6 @@ class Work:
             size = request.options.pixels()
             loaded = self.loaded(size or image_size(component, self.config), self.config.in_channels)
             images, named = to_model_range(loaded), fingerprint(loaded)
-        elif component.pipeline is None:
-            raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
         else:
             images, named = self.pictures(), prompts_fingerprint(request.options.prompts)
         conditions = Conditions(timestep=None, rows=tuple(range(len(images))))

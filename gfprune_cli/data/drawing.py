@@ -1,6 +1,7 @@
 """Samples that a network draws of itself, and what they need to know of its configuration."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gfprune_cli.checkpoint.files import read_config, trusted_roots
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import cause
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.recording import PipelineOptions
@@ -113,8 +115,8 @@ def self_images(
             return call(model, x, timesteps, chosen)
 
         images.append(process.sample(denoise, noise.to(device), steps).cpu())
+        if not bool(images[-1].isfinite().all()):
+            why = cause(partial(process.sample, noise=noise.to(device), steps=steps), denoise)
+            raise GfpruneError(f"images drawn from the model are not finite: {why}")
     report(Event("calibrate", count, count))
-    drawn = torch.cat(images)
-    if not bool(drawn.isfinite().all()):
-        raise GfpruneError("images drawn from the model are not finite: pass --data, or more --sample-steps")
-    return drawn
+    return torch.cat(images)

@@ -20,7 +20,8 @@ from gfprune_cli.deploy.record import RECORD, export_record, write_export_card
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.safetensors import run_model
 from gfprune_cli.deploy.signature import AREA, workable
-from gfprune_cli.outputs.durable import default_mode, staged, write_json
+from gfprune_cli.outputs.durable import staged, write_json
+from gfprune_cli.outputs.filesystem import give_default_mode
 from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -160,4 +161,4 @@ class ExportJob:
         )
         for path in staging.rglob("*"):
             if path.is_file():
-                path.chmod(default_mode())
+                give_default_mode(path)

@@ -21,7 +21,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.layout import is_autoencoder
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 from gfprune_cli.deploy.signature import AREA, LatentDecoder, Signature, compact, larger, signature_of
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError

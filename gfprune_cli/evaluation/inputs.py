@@ -14,6 +14,7 @@ from gfprune_cli.evaluation.inception import Extractor, Unavailable, find_extrac
 from gfprune_cli.evaluation.protocols import Settings, settings_of
 from gfprune_cli.evaluation.quality import is_statistics, read_statistics
 from gfprune_cli.evaluation.result import check_gates
+from gfprune_cli.evaluation.sampling import make_sampling
 from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
 from gfprune_cli.evaluation.task import Task, task_of
@@ -131,6 +132,7 @@ def gather(
         remarks.add(f"no reference: {reason}; name one with --reference to compare with")
     with processes.main_first():
         task = task_of(recipe, settings, model, processes.device, report)
+    make_sampling(settings, task.plain, model.scheduler, task.mu)  # refuses what cannot be sampled
     if task.reconstructs and task.given is not None:
         settings = replace(settings, samples=len(task.given.images))
     if recipe.no_latency:

@@ -88,6 +88,7 @@ def draw_all(
                     device=processes.device,
                     what=inputs.subjects[role].label,
                     given=None if starts is None else starts[list(members)],
+                    precision=inputs.recipe.precision,
                 )
 
             store.put(role, chunk, in_parts(draw_some, members))

@@ -12,8 +12,8 @@ from torch import nn
 
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError
 from gfprune_cli.evaluation.statistics import Features, mean_with_interval
 from gfprune_cli.progress import Event, Report
 from gfprune_cli.runtime.device import Precision, autocast
@@ -165,5 +165,7 @@ def denoising_losses(
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     for name in networks:
         if not math.isfinite(float(arrays[name].sum())):
-            raise GfpruneError(f"the denoising loss of the {name} is not finite: check the checkpoint")
+            bad = ~torch.from_numpy(arrays[name]).isfinite()
+            levels = process.timesteps(torch.from_numpy(arrays["index"]))
+            raise lost_at(f"the denoising loss of the {name}", bad, levels, "check the checkpoint and --data")
     return Losses(arrays["index"], arrays["model"], arrays.get("reference"), process.steps)

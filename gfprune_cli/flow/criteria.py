@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gfprune_cli.diffusion.draws import generator
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.structure.blocks import inside
@@ -169,12 +169,12 @@ def score(criterion: str, evidence: Evidence) -> Masks:
     """Scores by group name, [units] float64 on the CPU.
 
     Raises:
-        GfpruneError: a score is not finite; names the group.
+        NotFinite: a score is not finite; names the group.
     """
     scores = CRITERIA[criterion].score(evidence)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
-            raise GfpruneError(
+            raise NotFinite(
                 f"the {criterion} scores of channel group {name} are not finite: "
                 "use --criterion magnitude, or check the checkpoint and --data"
             )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from gfprune_cli.diffusion.draws import Batch, Draws
+from gfprune_cli.diffusion.finite import NotFinite, lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.comparison import comparable
@@ -149,7 +150,12 @@ class PruningLoop:
             self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
         )
         evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
-        scores = score(self.criterion, evidence)
+        try:
+            scores = score(self.criterion, evidence)
+        except NotFinite:
+            total, chunk = self.scoring_draws, self.chunk
+            look_for_timesteps(self.masked, self.process, self.draws, flow.iteration, total, chunk)
+            raise
         self.report(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
@@ -254,11 +260,37 @@ def scoring_losses(
         def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
             report(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
-            noisy = process.add_noise(batch.images, batch.noise, batch.index)
-            output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.condition)
-            losses = process.losses(output, batch.images, batch.noise, batch.index)
-            return losses.sum() * (chunks / total)
+            return drawn_losses(masked, process, batch, weights).sum() * (chunks / total)
 
         return loss
 
     return [chunk_loss(first, end) for first, end in itertools.pairwise(edges)]
+
+
+def drawn_losses(
+    masked: MaskedModel, process: NoisingProcess, batch: Batch, weights: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """[N] denoising loss of each draw at the given effective weights."""
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.condition)
+    return process.losses(output, batch.images, batch.noise, batch.index)
+
+
+def look_for_timesteps(
+    masked: MaskedModel, process: NoisingProcess, draws: Draws, iteration: int, total: int, chunk: int
+) -> None:
+    """The losses behind scores that are not finite, one by one.
+
+    Raises:
+        GfpruneError: some of them are not finite either; names their timesteps.
+    """
+    weights = {name: tensor.detach() for name, tensor in masked.effective().items()}
+    levels, losses = [], []
+    with torch.no_grad():
+        for first in range(0, total, chunk):
+            batch = draws.batch("score", iteration, min(chunk, total - first), first=first, of=total)
+            levels.append(process.timesteps(batch.index))
+            losses.append(drawn_losses(masked, process, batch, weights))
+    bad = ~torch.cat(losses).isfinite()
+    if bool(bad.any()):
+        raise lost_at("the loss", bad, torch.cat(levels), "check the checkpoint and --data")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, group_norm_from_moments
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm, group_norm_from_moments
 from gfprune_cli.structure.norms import centres, feature_count, group_labels
 
 

@@ -18,11 +18,10 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.durable import (
     free_space_error,
-    sync,
-    sync_tree,
     write_json,
     write_tensors,
 )
+from gfprune_cli.outputs.filesystem import sync, sync_tree
 from gfprune_cli.outputs.locks import discard, state_folder
 
 KEPT_STATES = 2

@@ -51,12 +51,13 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
             report=report,
         )
         plan = make_plan(source, recipe, report, weights_required=not options.dry_run or source.kind != "hub")
+        output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
+        job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
         if options.dry_run:
+            output.refuse_state()
             if plan.fold:
                 notice(report, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights")
             return planned(plan, recipe, time.monotonic() - start)
-        output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
-        job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
         state = output.state(job.identity())
         if output.finished:
             record = finished_run(job, destination)

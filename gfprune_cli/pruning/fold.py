@@ -250,7 +250,7 @@ class Folder:
 
 def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
     """The network with these layers as two: a `Pruned<class>` whose configuration says so."""
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     config = stock_config(network)
     modules = dict((config.get("gfprune") or {}).get("modules", {}))

@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.reader import build_meta, cast_model, check_weights, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
@@ -17,11 +17,12 @@ from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
-from gfprune_cli.flow.loop import PruningLoop, scoring_losses
+from gfprune_cli.flow.loop import PruningLoop, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
@@ -66,7 +67,13 @@ class Scored:
 
 
 class PruneJob:
-    """One prune run: its inputs, and the steps from dense to pruned network."""
+    """One prune run: its inputs, and the steps from dense to pruned network.
+
+    To make one is to take every check that reads no weight; a dry run does, and goes no further.
+
+    Raises:
+        UsageError: settings that do not fit the checkpoint; GfpruneError: what no run can work on.
+    """
 
     def __init__(
         self,
@@ -80,7 +87,6 @@ class PruneJob:
     ) -> None:
         self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
         self.offload_teacher = offload_teacher and device.type != "cpu"
-        self.hashes = sha256_of_weights(plan.component)
         scheduler = load_scheduler(plan.component)
         if scheduler is None:
             raise GfpruneError(
@@ -93,11 +99,22 @@ class PruneJob:
             )
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
+        options = PipelineOptions.of(recipe)
+        self.request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
+        network: Any = build_meta(plan.component)
+        self.request.check(plan.component, network.config, scheduler)
+        check_weights(plan.component, network)
         self.schedule = schedule_of(recipe)
         self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
         self.folding: Folding | None = None
+        self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
         check_memory(self.need(0), device, REMEDY)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file."""
+        return sha256_of_weights(self.plan.component)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -261,8 +278,14 @@ class PruneJob:
         dense = self.load()
         draws, reports = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
-        losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
-        return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
+        count = self.recipe.draws
+        losses = scoring_losses(masked, self.process, draws, 1, count, SCORE_CHUNK, self.report)
+        try:
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
+        except NotFinite:
+            look_for_timesteps(masked, self.process, draws, 1, count, SCORE_CHUNK)
+            raise
+        return Scored(masked, reports, scores)
 
     def loop(
         self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
@@ -326,10 +349,7 @@ class PruneJob:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
-        recipe = self.recipe
-        options = PipelineOptions.of(recipe)
-        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
-        found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
+        found = self.request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions

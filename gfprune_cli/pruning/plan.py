@@ -20,7 +20,7 @@ from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.native import native_allocation
+from gfprune_cli.structure.native import narrows_streams, native_allocation
 from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
 
@@ -64,7 +64,8 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
-    meta, groups, trace = find_units(component, report, width=recipe.prune_width, blocks=recipe.blocks)
+    width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
+    meta, groups, trace = find_units(component, report, width=width, blocks=recipe.blocks)
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"

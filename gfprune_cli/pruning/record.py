@@ -5,11 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from gfprune_cli.checkpoint.correspondence import MAP
+from gfprune_cli.checkpoint.reader import build_meta
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools
 from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.pruning.job import JUDGE_DRAWS, PruneJob
 from gfprune_cli.pruning.plan import sparsity_of
 from gfprune_cli.pruning.state import Outcome
+from gfprune_cli.structure.correspondence import correspondence
 
 
 def make_record(job: PruneJob, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def make_record(job: PruneJob, model: nn.Module, outcome: Outcome) -> dict[str, 
         "class_name": type(model).__name__,
         "component": plan.component.name,
         "kept": {name: indices.tolist() for name, indices in channels.items()},
+        MAP: correspondence(build_meta(plan.component), job.given.groups, outcome.kept).document(),
         "sparsity": sparsity_of(plan.cost, widths, recipe),
         "params": {"before": plan.cost.before("params"), "after": params},
         "macs": {"before": plan.cost.before("macs"), "after": plan.cost.macs(widths)},

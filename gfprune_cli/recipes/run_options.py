@@ -44,7 +44,7 @@ class RunOptions:
                 "eval": "Also write the samples as PNG files in this folder.",
             },
         ),
-        Of.words("prune finetune eval export"),
+        Of.words("prune finetune eval export carry"),
     ] = None
     save_stats: Annotated[
         Path | None, Help("Also write the statistics of --data to this .npz."), Of.words("eval")
@@ -60,11 +60,11 @@ class RunOptions:
                 "analyze": "Replace the --html file if it exists.",
             },
         ),
-        Of.words("analyze prune finetune eval export"),
+        Of.words("analyze prune finetune eval export carry"),
     ] = False
-    dry_run: Annotated[bool, Help("Show the plan and write nothing."), Of.words("prune finetune export")] = (
-        False
-    )
+    dry_run: Annotated[
+        bool, Help("Show the plan and write nothing."), Of.words("prune finetune export carry")
+    ] = False
     save_every: Annotated[
         int, Ge(0), Help("Steps between saved states; 0: only when stopped."), Of.words("finetune")
     ] = 100
@@ -80,7 +80,7 @@ class RunOptions:
         Of.words("finetune"),
     ] = None
     offline: Annotated[
-        bool, Help("Never use the network."), Of.words("analyze prune finetune eval export")
+        bool, Help("Never use the network."), Of.words("analyze prune finetune eval export carry")
     ] = False
     device: Annotated[
         str | None,

@@ -46,9 +46,11 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
         job = FinetuneJob(
             recipe, component, record, teacher, processes, report, offload_teacher=options.offload_teacher
         )
-        if options.dry_run:
-            return summary(job, {}, None, None, time.monotonic() - start)
         refuse_folders(output, logs, recipe, component, teacher.component)
+        if options.dry_run:
+            output.refuse_state()
+            refuse_logs(output, logs)
+            return summary(job, {}, None, None, time.monotonic() - start)
         state = output.state(job.identity())
         if processes.told(output.finished):
             losses = finished_run(job, destination)
@@ -59,7 +61,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
             return summary(job, losses, destination, logs, time.monotonic() - start)
         if processes.main:
             output.prepare(state)
-            check_logs(logs, may_replace=options.force or state.begun())
+            refuse_logs(output, logs)
         processes.wait()
         tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
         with deterministic():
@@ -115,6 +117,12 @@ def summary(
         loss={key: losses.get(key) for key in ("before", "after", "teacher")},
         seconds=round(seconds, 3),
     )
+
+
+def refuse_logs(output: Claim, logs: Path) -> None:
+    """Refuse logs of another run, which this one neither replaces nor continues."""
+    own = output.finished or output.state({}).begun()
+    check_logs(logs, may_replace=output.force or own)
 
 
 def check_recipe(recipe: FinetuneRecipe) -> None:

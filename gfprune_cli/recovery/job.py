@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.reader import cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.reader import build_meta, cast_model, check_weights, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record, as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.writer import stored_dtype
@@ -18,12 +18,13 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
@@ -41,7 +42,7 @@ ALL_IMAGES = 10**7
 
 @dataclass
 class FinetuneJob:
-    """The inputs of one run, checked.
+    """The inputs of one run. To make one is to take every check that reads no weight of the student.
 
     Args:
         component: the pruned network on disk.
@@ -56,20 +57,40 @@ class FinetuneJob:
     processes: Processes
     report: Report
     offload_teacher: bool = False
-    hashes: dict[str, str] = field(init=False)
     fingerprint: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.hashes = sha256_of_weights(self.component)
         scheduler = load_scheduler(self.component) or load_scheduler(self.teacher.component)
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler
         self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
+        teacher: Any = build_meta(self.teacher.component)
+        self.request.check(self.teacher.component, teacher.config, scheduler)
+        check_weights(self.teacher.component, teacher)
+        check_weights(self.component, build_meta(self.component))
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
         self.channels_last = self.device.type in ("cuda", "cpu") if wanted is None else wanted
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file of the student."""
+        return sha256_of_weights(self.component)
+
+    @property
+    def request(self) -> ImageRequest:
+        """The images to train on: of the user's data, or drawn from the teacher."""
+        recipe = self.recipe
+        drawn = recipe.data == "self"
+        return ImageRequest(
+            None if drawn else recipe.data,
+            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
+            recipe.sample_steps,
+            recipe.seed,
+            PipelineOptions.of(recipe),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -124,16 +145,8 @@ class FinetuneJob:
     def draws(self, teacher: nn.Module) -> tuple[Draws, Draws]:
         """Draws for training, and for the reported losses; from different images."""
         recipe = self.recipe
-        drawn = recipe.data == "self"
-        request = ImageRequest(
-            None if drawn else recipe.data,
-            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
-            recipe.sample_steps,
-            recipe.seed,
-            PipelineOptions.of(recipe),
-        )
         with self.processes.main_first():
-            found = request.answer(
+            found = self.request.answer(
                 teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
             )
         self.fingerprint = found.fingerprint
@@ -159,10 +172,13 @@ class FinetuneJob:
         return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
-        """The dense row of the sample grids; None for latents, which are no pictures."""
+        """The dense row of the sample grids; None for latents, or where none can be drawn."""
         config: Any = teacher.config
         pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
         if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
+            return None
+        if self.process.steps - 1 in zero_levels(self.process):
+            notice(self.report, f"no grids of samples are drawn: {ZERO_SNR}")
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)

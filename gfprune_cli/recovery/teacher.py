@@ -18,6 +18,7 @@ from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.native import narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
 # what pruning may change in a configuration: widths, and what follows from them
@@ -145,10 +146,12 @@ def correspondence(
         GfpruneError: the record does not describe a pruning of this network.
     """
     settings: Any = record.document.get("recipe") or {}
-    groups, _ = discover(teacher, inputs, width=bool(settings.get("prune_width")))
+    layout = settings.get("layout", "")
+    width = bool(settings.get("prune_width")) or narrows_streams(type(teacher).__name__, layout)
+    groups, _ = discover(teacher, inputs, width=width)
     if settings.get("blocks"):
         groups += block_groups(teacher)
-    if settings.get("layout") == "native":
+    if layout == "native":
         groups = tuple(group for group in groups if group.name in record.kept)
     alive = {}
     for group in groups:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import PAIRS
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import PAIRS
 from gfprune_cli.families.table import carriers
 from gfprune_cli.structure.groups import ChannelGroup, Member
 

@@ -12,7 +12,7 @@ import torch_pruning
 from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 
 NORMS = (nn.GroupNorm, UnevenGroupNorm)
 

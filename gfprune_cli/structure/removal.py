@@ -212,7 +212,7 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
 
     Exact: its outputs are those of the masked network, up to rounding.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
     config = {**stock_config(model), **depth.config}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import APART, Ends
 from gfprune_cli.families.table import family_of

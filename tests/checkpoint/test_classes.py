@@ -18,7 +18,7 @@ from torch import nn
 
 import gfprune_cli
 from gfprune_cli.checkpoint.layout import is_autoencoder, is_denoiser, locate
-from gfprune_cli.checkpoint.modeling import gfprune_models_v1 as modeling
+from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import build_meta, cast_model, inspect, load_model
 from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.checkpoint.source import resolve
@@ -118,7 +118,7 @@ class TestNames:
     )  # fmt: skip
     def test_denoisers(self, name: str) -> None:
         assert is_denoiser("diffusers", name)
-        assert is_denoiser("gfprune_models_v1", f"Pruned{name}")
+        assert is_denoiser("gfprune_models_v2", f"Pruned{name}")
         assert not is_denoiser("transformers", name)
         assert not is_autoencoder(name)
         assert issubclass(modeling.pruned_class(name), getattr(diffusers, name))
@@ -216,7 +216,7 @@ class TestModelingFile:
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "sd")
         index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
-        assert index["vae"] == ["gfprune_models_v1", "PrunedAutoencoderKL"]
+        assert index["vae"] == ["gfprune_models_v2", "PrunedAutoencoderKL"]
         source = torch.Generator().manual_seed(0)
         given = {
             "text": torch.randn(1, 5, 8, generator=source),
@@ -257,7 +257,7 @@ class TestModelingFile:
             assert torch.equal(gfprune_cli.load(source)(**inputs).sample, expected)
         for name, output in load_file(tmp_path / "saved" / "found.safetensors").items():
             assert torch.equal(output, expected), name
-        assert (tmp_path / "half" / "gfprune_models_v1.py").exists()
+        assert (tmp_path / "half" / "gfprune_models_v2.py").exists()
 
     def test_the_file_in_the_folder_is_never_executed(self, tmp_path: Path) -> None:
         """A checkpoint of the earlier format, whose own file would fail, loads in the installed class."""
@@ -267,7 +267,7 @@ class TestModelingFile:
             **{**TINY, "block_out_channels": (8, 16)},
         )
         folder = pipeline(tmp_path / "old", unet=model)
-        (folder / "unet" / "gfprune_models_v1.py").unlink()
+        (folder / "unet" / "gfprune_models_v2.py").unlink()
         (folder / "unet" / "gfprune_unet2d_v1.py").write_text("raise SystemExit('executed')")
         index = json.loads((folder / "model_index.json").read_text())
         index["unet"] = ["gfprune_unet2d_v1", "PrunedUNet2DModel"]

@@ -209,7 +209,7 @@ class TestLayouts:
             look(saved / "unet", component="unet")
 
     def test_what_gfprune_wrote(self, tmp_path: Path) -> None:
-        from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+        from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
         stock = {key: value for key, value in tiny_unet().config.items() if not key.startswith("_")}
         resnet = "mid_block.resnets.0"
@@ -457,7 +457,7 @@ class TestHostileConfigs:
             ["diffusers", "AutoencoderKL"],
             ["transformers", "UNet2DModel"],
             ["diffusers", "PrunedUNet2DModel"],
-            ["gfprune_models_v1", "UNet2DModel"],
+            ["gfprune_models_v2", "UNet2DModel"],
             ["gfprune_unet2d_v1", "PrunedAutoencoderKL"],
             ["diffusers", "ControlNetModel"],
             [None, None],

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 import gfprune_cli
 from gfprune_cli.checkpoint import shards
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 from gfprune_cli.deploy import onnx as onnx_model
 from gfprune_cli.deploy import safetensors as weights
 from gfprune_cli.deploy.format import DTYPES
@@ -161,7 +161,7 @@ def test_safetensors_exports_repeat_byte_for_byte(pruned: Path, tmp_path: Path, 
     for name in ("a", "b"):
         gfprune_cli.export(str(pruned), out=tmp_path / name / "out", **options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert (tmp_path / "a" / "out" / "unet" / "gfprune_models_v1.py").exists()
+    assert (tmp_path / "a" / "out" / "unet" / "gfprune_models_v2.py").exists()
 
 
 def test_an_export_is_a_checkpoint_and_keeps_the_record(pruned: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import QUICK
 from diffusers import AutoModel
 
 import gfprune_cli
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import UsageError
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from networks import build, structure
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.diffusion.schedulers import VariancePreserving

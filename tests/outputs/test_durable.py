@@ -1,5 +1,6 @@
 """Writes: whole or not at all, nothing of the user's lost, the same bytes every time."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs import durable
 from gfprune_cli.outputs.cache import cached
 from gfprune_cli.outputs.durable import staged, write_file, write_tensors
+from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.outputs.locks import own_folder, recover, sweep
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import silent
@@ -120,6 +122,29 @@ def test_destinations_that_cannot_be_written_are_refused_first(
     out = {"current folder": Path(), "root": Path("/")}.get(kind, tmp_path / kind)
     with pytest.raises(UsageError, match="--out"), staged(out, force=True):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.EIO])
+def test_what_a_file_system_does_not_know_is_a_warning_and_what_fails_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Modes and durability, that is; a full disk is a full disk also when it shows at the end."""
+
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    monkeypatch.setattr(Path, "chmod", refused)
+    if number in (errno.ENOSPC, errno.EIO):
+        with pytest.raises(GfpruneError, match=r"no space left|cannot write"):
+            write_file(tmp_path / "page.html", b"whole")
+        assert list(tmp_path.iterdir()) == []
+        return
+    with pytest.warns(WeakerWrites, match="power cut"):
+        write_file(tmp_path / "page.html", b"whole")
+    with pytest.warns(WeakerWrites, match="file modes"):
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    assert (tmp_path / "page.html").read_bytes() == b"whole"
 
 
 def test_states_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import transformers_zoo as zoo
 from torch import nn
 
 import gfprune_cli
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import FactoredLinear
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import Draws, generator

@@ -297,11 +297,23 @@ def test_no_memory_for_one_sample_is_an_error_that_says_what_to_do(monkeypatch: 
         make_trainer().step(0, never)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
+@pytest.mark.parametrize(
+    ("culprit", "said"),
+    [
+        ("gradient", r"step 0 is not finite .*factor.*--learning-rate"),
+        (
+            "teacher",
+            r"the dense model's output is not finite at any of \d+ noise levels: check",
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_before_the_update(culprit: str, said: str) -> None:
     trainer = make_trainer()
-    with torch.no_grad():
-        trainer.loss.teacher.factor.fill_(math.nan)
-    with pytest.raises(GfpruneError, match=r"step 0 is not finite .*factor.*--learning-rate"):
+    if culprit == "gradient":
+        trainer.network.factor.register_hook(lambda gradient: gradient * math.inf)
+    else:
+        trainer.loss.teacher.factor.data.fill_(math.nan)
+    with pytest.raises(GfpruneError, match=said):
         trainer.step(0, never)
     assert float(trainer.network.factor) == 2.0
     assert float(trainer.ema.shadow_params[0]) == 2.0

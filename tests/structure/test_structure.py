@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_scores, structure
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import UnevenGroupNorm, pruned_class
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
 from gfprune_cli.inputs.examples import example_inputs

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers_zoo import OTHERS, SMALL, ZOO, build, build_other, double_precision, inputs, meta
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v1 import pruned_class
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm

@@ -24,20 +24,40 @@ to the shapes written there:
 
 import functools
 import inspect
+import json
 import os
+import re
 import shutil
+import sys
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
 
-STEM = "gfprune_models_v1"
+STEM = "gfprune_models_v2"
+
+# What this process has defined so far: diffusers runs the file anew with each model that it loads.
+DEFINED = dict(vars(sys.modules[STEM])) if STEM in sys.modules else {}
+MADE: list[Any] = []  # classes
+
+# Read by the stock classes alone, which would load the weights that fit and make up the others: with this
+# key they stop before any weight is read, and say this.
+STOP = (
+    "gfprune (the network is not quantized but pruned, and its stock class cannot hold it: call "
+    "AutoModel.from_pretrained or DiffusionPipeline.from_pretrained, both with trust_remote_code=True)"
+)
+
 ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
 FIRST = "rank"  # what is applied before them: the factors may be narrowed in their turn
 
+ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a tensor of a LoRA and its kin
+SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
+PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
 
 # What blocks with two streams return. Every other block returns its first argument.
@@ -415,8 +435,9 @@ class PrunedModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
-        # `auto_map` is for the loader, not for the constructor
+        # `auto_map` and `STOP` are for loaders, not for the constructor
         config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        without_stop(config_dict)
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         init.pop("stock", None)
         return init, unused, hidden
@@ -428,7 +449,36 @@ class PrunedModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        # AutoModel takes the class from model_index.json, which names one for all components
+        places = {key: kwargs[key] for key in PLACES if key in kwargs}
+        named = cls.load_config(pretrained_model_name_or_path, **places).get("_class_name", cls.__name__)
+        if named != cls.__name__ and named.startswith("Pruned"):
+            cls = pruned_class(named.removeprefix("Pruned"))
+        elif named not in (cls.__name__, cls.stock_class.__name__):
+            return getattr(diffusers, named).from_pretrained(pretrained_model_name_or_path, **kwargs)
         return ModelMixin.from_pretrained.__func__(cls, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        found = super().load_config(*args, **kwargs)
+        without_stop(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def to_json_string(self) -> str:
+        document = json.loads(super().to_json_string())
+        document.setdefault("quantization_config", {"quant_method": STOP})
+        return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+    def load_lora_adapter(self, given: Any, prefix: Any = "transformer", **kwargs: Any) -> None:
+        """As the stock class does; a LoRA that does not fit is refused and not spread over what does."""
+        if isinstance(given, dict):
+            refuse_misfits(self, given, prefix)
+        super().load_lora_adapter(given, prefix=prefix, **kwargs)
+
+    def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+        for adapter in given if isinstance(given, list) else [given]:
+            refuse_image_prompts(self, adapter.get("ip_adapter", adapter))
+        return super()._convert_ip_adapter_attn_to_diffusers(given, *args, **kwargs)
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration, and beside it this file, so that the copy loads like the original."""
@@ -436,6 +486,82 @@ class PrunedModel(ModelMixin, ConfigMixin):
         target = os.path.join(save_directory, f"{STEM}.py")
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
+
+
+def refuse(misfits: list[str]) -> None:
+    """Raise if an adapter has parts that do not fit, and say what makes one that does."""
+    if misfits:
+        raise ValueError(
+            f"this adapter was not made for this pruned network: {len(misfits)} of its layers do not fit, as "
+            f"{misfits[0]}; carry it over with `gfprune carry --adapter FILE --model PRUNED --out DIR`"
+        )
+
+
+def refuse_misfits(model: Any, state: dict[str, Any], prefix: str | None) -> None:
+    """Refuse a LoRA with layers that went, or of other sizes than those that were narrowed.
+
+    Args:
+        state: its tensors, in any of the spellings that diffusers takes from a model of its own.
+        prefix: of the names that are meant for this network; None for all.
+    """
+    if prefix is not None:
+        begin = f"{prefix}."
+        state = {key.removeprefix(begin): value for key, value in state.items() if key.startswith(begin)}
+    narrowed = (model.config.get("gfprune") or {}).get("modules", {})
+    modules = dict(model.named_modules())
+    misfits = {}
+    for key, tensor in convert_unet_state_dict_to_peft(state).items():
+        found = ADAPTED.match(key)
+        if found is None:
+            continue
+        name, side = found["layer"], found["side"]
+        if name not in modules:
+            misfits[name] = name
+        elif isinstance(modules[name], FactoredLinear):
+            misfits[name] = f"{name}: two factors"
+        elif name in narrowed and side in SIDES and tensor.ndim > 1:
+            given, has = tensor.shape[SIDES.index(side)], width_of(modules[name], side)
+            if has not in (given, None):
+                misfits[name] = f"{name}: {given} channels instead of {has}"
+    refuse(list(misfits.values()))
+
+
+def width_of(layer: Any, side: str) -> int | None:
+    """What a layer puts out ("B") or reads ("A"); None where it does not say."""
+    names = ("out_features", "out_channels") if side == "B" else ("in_features", "in_channels")
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+
+
+def refuse_image_prompts(model: Any, state: dict[str, Any]) -> None:
+    """Refuse an IP-Adapter for other heads or other layers: diffusers would read its channels as tokens.
+
+    Args:
+        state: its tensors, named by the number of a layer: "1.to_k_ip.weight".
+    """
+    found = {int(key.split(".")[0]): value.shape[0] for key, value in state.items() if "to_k_ip.w" in key}
+    wanted = {number: model.get_submodule(name).to_k.out_features for number, name in receivers(model)}
+    misfits = [
+        f"layer {number}: {found.get(number, 0)} channels instead of {wanted.get(number, 0)}"
+        for number in sorted(found.keys() | wanted.keys())
+        if found.get(number) != wanted.get(number)
+    ]
+    refuse(misfits)
+
+
+def receivers(model: Any) -> list[tuple[int, str]]:
+    """The attention layers that read image prompts, under the numbers that IP-Adapters give them."""
+    names = [name.removesuffix(".processor") for name in model.attn_processors]
+    if hasattr(model, "encoder_hid_proj"):  # U-Nets: every other layer reads the prompt
+        crossing = [name for name in names if name.endswith("attn2") and "motion_modules" not in name]
+        return [(2 * index + 1, name) for index, name in enumerate(crossing)]
+    return list(enumerate(name for name in names if not name.startswith("single_transformer_blocks")))
+
+
+def without_stop(config: dict[str, Any]) -> None:
+    """Take `STOP` out of a configuration."""
+    given = config.get("quantization_config")
+    if isinstance(given, dict) and str(given.get("quant_method")).startswith("gfprune"):
+        del config["quantization_config"]
 
 
 @functools.cache
@@ -463,10 +589,73 @@ def pruned_class(name: str) -> Any:
     body = {"__module__": STEM, "__doc__": f"`{name}` with widths of its own.", "stock_class": stock}
     cls: Any = type(f"Pruned{name}", (PrunedModel, stock), body)
     cls.register_for_auto_class("AutoModel")
+    introduce(cls)
     return cls
+
+
+def introduce(cls: Any) -> None:
+    """Enter a class in what diffusers looks up by the name of a class, or by the class itself.
+
+    Scales of a LoRA by block (`set_adapters`), and components that one pipeline takes over from another
+    (`from_pipe`). The first table is private: where it is not found, nothing happens.
+    """
+    MADE.append(cls)
+    scales = getattr(sys.modules.get("diffusers.loaders.peft"), "_SET_ADAPTER_SCALE_FN_MAPPING", {})
+    if cls.stock_class.__name__ in scales:
+        scales[cls.__name__] = scales[cls.stock_class.__name__]
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("Pruned"):
         return pruned_class(name.removeprefix("Pruned"))
     raise AttributeError(f"module {STEM!r} has no attribute {name!r}")
+
+
+def widen_signatures() -> None:
+    """Let `from_pipe` take over a pruned network: it asks for the very class that a pipeline names."""
+    stock = DiffusionPipeline._get_signature_types.__func__
+
+    @functools.wraps(stock)
+    def signature_types(cls: Any) -> dict[str, tuple[Any, ...]]:
+        return {
+            name: (*types, *(made for made in MADE if made.stock_class in types))
+            for name, types in stock(cls).items()
+        }
+
+    DiffusionPipeline._get_signature_types = classmethod(signature_types)
+
+
+def guard_expansion() -> None:
+    """Keep the pipelines of Flux from widening narrow layers to the size of a LoRA of the dense network."""
+    stock = FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_.__func__
+
+    @functools.wraps(stock)
+    def expand(cls: Any, transformer: Any, lora_state_dict: Any = None, *rest: Any, **named: Any) -> Any:
+        if isinstance(transformer, PrunedModel):
+            refuse_misfits(transformer, lora_state_dict or {}, named.get("prefix") or cls.transformer_name)
+        return stock(cls, transformer, lora_state_dict, *rest, **named)
+
+    FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(expand)
+
+
+def settle() -> None:
+    """Make the definitions of this file those of the process, importable under its name.
+
+    Pickles, processes that are spawned, and pipelines that are given a network name the module by its stem.
+    A second run of the file, from this folder or another, keeps the definitions of the first.
+    """
+    sys.modules.setdefault(STEM, sys.modules[__name__])
+    own, first = globals(), not DEFINED
+    own.update({name: value for name, value in DEFINED.items() if not name.startswith("__")})
+    for value in list(own.values()):
+        if getattr(value, "__module__", None) == __name__:
+            value.__module__ = STEM
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if folder not in sys.path:
+        sys.path.append(folder)  # for processes that begin anew
+    if first:
+        widen_signatures()
+        guard_expansion()
+
+
+settle()

@@ -1,0 +1,121 @@
+"""`carry`: an adapter made for the dense network -> one for the pruned network."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
+from gfprune_cli.carrying.lora import Carried, carry_lora
+from gfprune_cli.carrying.result import CarryResult
+from gfprune_cli.carrying.spelling import normalised
+from gfprune_cli.carrying.target import Target, find_target
+from gfprune_cli.checkpoint.reader import sha256_of_weights
+from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.claim import claim
+from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
+from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.recipes.carry import CarryRecipe
+from gfprune_cli.recipes.run_options import RunOptions
+
+LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+
+
+def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> CarryResult:
+    """Make an adapter of the dense model fit the pruned one.
+
+    Raises:
+        UsageError: wrong settings, or a model that was not pruned. GfpruneError: the adapter is damaged, of a
+        kind that cannot be carried over, or of another network.
+    """
+    start = time.monotonic()
+    path = find_file(recipe.adapter)
+    destination = options.out or default_output(recipe, path)
+    with claim(destination, options) as output:
+        target = find_target(recipe, offline=options.offline, report=report)
+        output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
+        report(Event("load", text=f"reading {path}"))
+        adapter = read_adapter(path)
+        carried = carry_lora(normalised(adapter, target), target)
+        if not carried.layers or len(carried.dropped) == carried.layers:
+            raise GfpruneError(
+                f"{path} has {carried.layers} layers for {target.component.class_name}, of which "
+                f"{len(carried.dropped)} are gone: there is nothing to carry over"
+            )
+        result = make_result(recipe, adapter, target, carried, None if options.dry_run else str(destination))
+        if not options.dry_run:
+            check_space(destination, result.bytes["after"])
+            report(Event("write", text=f"writing {destination}"))
+            with staged(destination, force=options.force, needed=result.bytes["after"]) as staging:
+                # converters give several layers one tensor, which a file may not hold twice
+                write_tensors(staging / LORA, {name: part.clone() for name, part in carried.tensors.items()})
+                write_json(staging / RECORD, make_record(recipe, adapter, target, result))
+                (staging / "README.md").write_text(card(recipe, result), encoding="utf-8")
+    return replace(result, seconds=round(time.monotonic() - start, 3))
+
+
+def default_output(recipe: CarryRecipe, path: Path) -> Path:
+    """A name derived from adapter and model."""
+    return Path(f"{path.stem}-for-{Path(recipe.model).name or 'model'}")
+
+
+def make_result(
+    recipe: CarryRecipe, adapter: Adapter, target: Target, carried: Carried, output: str | None
+) -> CarryResult:
+    layers = {
+        "total": carried.layers,
+        "narrowed": carried.narrowed,
+        "moved": carried.moved,
+        "dropped": len(carried.dropped),
+    }
+    sizes = {
+        name: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        for name, tensors in (("before", adapter.tensors), ("after", carried.tensors))
+    }
+    dropped = tuple(carried.dropped)
+    return CarryResult(
+        recipe.adapter, recipe.model, output, "lora", target.prefix, layers, dropped, sizes, 0.0
+    )
+
+
+def make_record(recipe: CarryRecipe, adapter: Adapter, target: Target, result: CarryResult) -> dict[str, Any]:
+    """The document of `gfprune.json` beside a carried adapter."""
+    source = target.source
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "carry",
+        "recipe": recipe.document(),
+        "adapter": {"file": adapter.path.name, "sha256": adapter.sha256},
+        "model": {
+            "label": source.label,
+            "kind": source.kind,
+            "commit": source.commit,
+            "weights": sha256_of_weights(target.component),
+        },
+        "kind": result.kind,
+        "component": result.component,
+        "layers": dict(result.layers),
+        "dropped": list(result.dropped),
+        "bytes": dict(result.bytes),
+        "tools": installed_tools(),
+    }
+
+
+def card(recipe: CarryRecipe, result: CarryResult) -> str:
+    """README.md of a carried adapter."""
+    layers = result.layers
+    return f"""---
+library_name: diffusers
+tags: [gfprune, lora]
+---
+
+# {Path(recipe.adapter).stem}, for {Path(recipe.model).name}
+
+Made by gfprune from an adapter of the dense model. Of its {layers["total"]} layers, {layers["narrowed"]} were
+narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped with a block that is gone or a layer that is two now.
+
+```python
+pipeline.load_lora_weights("{Path(result.output or "").name}")
+```
+"""

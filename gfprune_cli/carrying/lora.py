@@ -1,0 +1,160 @@
+"""A LoRA of the dense network -> of the pruned one.
+
+For W + B A of a layer, removal keeps rows `out` and columns `into` of W; B keeps the rows, A the columns, so
+that (fused, then removed) and (removed, then carried) are one network. DoRA scales each row of W + B A to a
+length of its own. Its rows keep their direction, so the length shrinks with what went of the row.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import safe_open
+
+from gfprune_cli.carrying.spelling import Tensors
+from gfprune_cli.carrying.target import Target, layer_sizes
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.correspondence import Layer, Stays
+from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.errors import GfpruneError
+
+LEAF = re.compile(
+    r"(?P<layer>.+)\.(?P<leaf>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
+)
+MAGNITUDE = "lora_magnitude_vector"
+WIDENED = ("x_embedder",)  # a control LoRA reads more channels than the network has
+
+
+@dataclass
+class Carried:
+    """A carried adapter.
+
+    Args:
+        tensors: by name, as they are written.
+        narrowed, moved, dropped: layers of the adapter that lost rows or columns, that have a new name, and
+            that have no place left.
+        layers: of the adapter, those that were dropped included.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    layers: int = 0
+    narrowed: int = 0
+    moved: int = 0
+    dropped: list[str] = field(default_factory=list)
+
+
+def carry_lora(tensors: Tensors, target: Target) -> Carried:
+    """Slice and rename.
+
+    Args:
+        tensors: in the spelling of `spelling.normalised`.
+
+    Raises:
+        GfpruneError: the LoRA is for another network, or DoRA needs a dense model that is not there.
+    """
+    begin = f"{target.prefix}."
+    carried = Carried({name: value for name, value in tensors.items() if not name.startswith(begin)})
+    for old, parts in by_layer(tensors, begin).items():
+        carried.layers += 1
+        place = target.map.layer(old)
+        if place is None:
+            carried.dropped.append(old)
+            continue
+        new, layer = place
+        check_sizes(target, old, new, layer, parts)
+        if target.is_factored(new):  # no LoRA of the factors is that of their product
+            carried.dropped.append(old)
+            continue
+        parts = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
+        if MAGNITUDE in parts:
+            parts[MAGNITUDE] *= shrinkage(target, begin + old, new, layer, tensors, parts)
+        carried.moved += new != old
+        carried.narrowed += layer.out is not None or layer.into is not None
+        carried.tensors |= {f"{begin}{new}.{leaf}": value.contiguous() for leaf, value in parts.items()}
+    return carried
+
+
+def by_layer(tensors: Tensors, begin: str) -> dict[str, Tensors]:
+    """Layer of the network -> its tensors by leaf.
+
+    Raises:
+        GfpruneError: a tensor is of no known kind.
+    """
+    layers: dict[str, Tensors] = {}
+    for name, value in tensors.items():
+        if name.startswith(begin):
+            match = LEAF.fullmatch(name.removesuffix(".default.weight"))
+            if match is None:
+                raise GfpruneError(
+                    f"tensor {quoted(name)} of the adapter is none of a LoRA or DoRA: remove it"
+                )
+            layers.setdefault(match["layer"].removeprefix(begin), {})[match["leaf"]] = value
+    return layers
+
+
+def check_sizes(target: Target, old: str, new: str, layer: Layer, parts: Tensors) -> None:
+    """Refuse a LoRA of another network, before it is cut to something that fits by chance."""
+    where = f"layer {quoted(old)} of the adapter"
+    left = layer_sizes(target.network, new)
+    if left is None:
+        raise GfpruneError(
+            f"{where} is for another network: {target.component.class_name} has none of that name"
+        )
+    for leaf, dimension, stays, what in (
+        ("lora_B.weight", 0, layer.out, "outputs"),
+        ("lora_A.weight", 1, layer.into, "inputs"),
+    ):
+        if leaf not in parts:
+            raise GfpruneError(f"{where} has no {leaf}: the file is incomplete")
+        found, wanted = parts[leaf].shape[dimension], left[dimension] if stays is None else stays.size
+        if found == wanted or (dimension and stays is None and found > wanted and old in WIDENED):
+            continue
+        hint = "was the adapter made for the pruned one?" if found == left[dimension] else "it is for another"
+        raise GfpruneError(f"{where} has {found} {what}, that of the dense network {wanted}: {hint}")
+
+
+def sliced(leaf: str, tensor: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The rows or columns that are left of one tensor, times the factor that removal put on the layer."""
+    if leaf == "lora_A.weight":
+        return chosen(tensor, layer.into, 1)
+    if leaf == MAGNITUDE:
+        lengths = [index for index, size in enumerate(tensor.shape) if size > 1]
+        return chosen(tensor, layer.out, lengths[0] if lengths else 0).clone()
+    found = chosen(tensor, layer.out, 0)
+    return found if layer.scale == 1 else (found.float() * layer.scale).to(tensor.dtype)
+
+
+def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int) -> torch.Tensor:
+    return tensor if stays is None else tensor.index_select(dimension, torch.tensor(stays.indices))
+
+
+def shrinkage(
+    target: Target, name: str, new: str, layer: Layer, dense_parts: Tensors, parts: Tensors
+) -> torch.Tensor:
+    """|row of W' + B' A'| / |row of W + B A|, shaped like the magnitudes [..., out, ...]."""
+    old = name.removeprefix(f"{target.prefix}.")
+    dense = row_lengths(
+        target.dense, old, dense_parts[f"{name}.lora_A.weight"], dense_parts[f"{name}.lora_B.weight"]
+    )
+    left = row_lengths(target.component, new, parts["lora_A.weight"], parts["lora_B.weight"])
+    ratio: torch.Tensor = left / chosen(dense, layer.out, 0)
+    return ratio.view_as(parts[MAGNITUDE]).to(parts[MAGNITUDE].dtype)
+
+
+def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """|row of W + B A| [out] for a layer on disk.
+
+    Raises:
+        GfpruneError: the layer's weight is not there.
+    """
+    name = f"{layer}.weight"
+    if name not in component.tensors:
+        raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
+    with safe_open(component.tensors[name].file, framework="pt") as reader:
+        weight = reader.get_tensor(name).float()
+    product = up.float().flatten(1) @ down.float().flatten(1)
+    lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)
+    return lengths
+
+
+__all__ = ["Carried", "carry_lora"]

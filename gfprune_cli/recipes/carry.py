@@ -1,0 +1,28 @@
+"""The options of `gfprune carry`."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
+
+from gfprune_cli.recipes.options import Help
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarryRecipe:
+    """Everything that decides the bytes of a carried adapter."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    adapter: Annotated[
+        str, Help("LoRA, IP-Adapter or ControlNet of the dense model: a .safetensors file, or its folder.")
+    ]
+    model: Annotated[str, Help("The pruned model: a folder that gfprune wrote, or a Hub id owner/name.")]
+    revision: Annotated[str | None, Help("Hub branch, tag or commit of the pruned model.")] = None
+    variant: Annotated[str | None, Help("Weights variant of the pruned model, such as fp16.")] = None
+    dense: Annotated[
+        str | None,
+        Help("The dense model, read for DoRA and for records without a map (default: the one it names)."),
+    ] = None
+
+    def document(self) -> dict[str, Any]:
+        """The resolved recipe, as it is written and read."""
+        return asdict(self)
