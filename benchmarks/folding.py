@@ -34,7 +34,6 @@ ALL_IMAGES = 10**6
 SAMPLES, SAMPLE_STEPS = 64, 20
 RECOVER, SHORT = 400, 100  # steps of 8 samples
 SHARES = ("params", "macs")
-TOLERANCES = (0.003, 0.01, 0.03, 0.1)
 BUDGETS: dict[str, dict[str, Any]] = {
     "params, 0.75": dict(budget="params", sparsity=0.75),
     "both, 0.5": dict(budget="both", sparsity=0.5),
@@ -140,7 +139,7 @@ def transformer_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) ->
 
 
 def network_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
-    futures = {name: pool.submit(folded_numbers, name, TOLERANCES, options.work) for name in NAMES}
+    futures = {name: pool.submit(folded_numbers, name, options.work) for name in NAMES}
     lines = [
         "| network | see no token | --fold | layers folded | ranks | parameters | saved | error of the worst "
         "layer | of the output | SSIM |",

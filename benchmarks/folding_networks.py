@@ -34,11 +34,12 @@ from gfprune_cli.progress import silent
 from gfprune_cli.pruning.fold import Folder
 from gfprune_cli.pruning.probes import Probes
 
-SAMPLES, SAMPLE_STEPS = 4, 8
+SAMPLE_STEPS = 8
 RATE = 1e-2  # of Adafactor, relative to the size of the weights
 TOKENS = 8  # of a prompt
 HELD_OUT = 48  # images
 LOSS_DRAWS = 512
+LOOSE = (0.1, 0.2)  # where pooled vectors are random, nothing less is of use
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Family:
         size: of its images; 32 or 16.
         condition: number of images -> what they are given.
         packed: images become tokens of two by two pixels.
+        samples: images that SSIM is taken of.
     """
 
     build: Callable[[], Any]
@@ -58,6 +60,8 @@ class Family:
     packed: bool = False
     steps: int = 20
     batch: int = 2
+    samples: int = 4
+    tolerances: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
 
 
 def word(name: str, width: int) -> torch.Tensor:
@@ -177,7 +181,7 @@ def flow() -> Any:
 FAMILIES: dict[str, Family] = {
     "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32),
     "DiT-XL/2, 2 blocks": Family(dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4),
-    "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048)),
+    "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048), tolerances=LOOSE),
     "FLUX.1, 1 + 1 blocks": Family(
         flux,
         flow,
@@ -186,6 +190,8 @@ FAMILIES: dict[str, Family] = {
         ),
         packed=True,
         steps=10,
+        samples=2,
+        tolerances=LOOSE,
     ),
 }
 
@@ -243,10 +249,10 @@ def trained(name: str, family: Family, process: NoisingProcess, draws: Draws, wo
 
 @torch.no_grad()
 def sampled(network: Any, process: NoisingProcess, family: Family, draws: Draws) -> torch.Tensor:
-    """[SAMPLES, C, H, W] images, from the same noise for every network, for conditions that were held out."""
+    """[samples, C, H, W] images, from the same noise for every network, for conditions that were held out."""
     source = generator(7, "folding samples")
-    noise = torch.randn((SAMPLES, *draws.images.shape[1:]), generator=source)
-    condition: Any = None if draws.conditions is None else draws.conditions[slice(0, SAMPLES)]
+    noise = torch.randn((family.samples, *draws.images.shape[1:]), generator=source)
+    condition: Any = None if draws.conditions is None else draws.conditions[slice(0, family.samples)]
     found = process.sample(lambda x, times: call(network, x, times, condition), noise, SAMPLE_STEPS)
     return unit_range(unpacked(family, found), low=-1.0, high=1.0)
 
@@ -277,7 +283,7 @@ def small_dit_numbers(network: Any, work: Path) -> dict[str, float]:
     }
 
 
-def folded_numbers(name: str, tolerances: tuple[float, ...], work: Path) -> list[dict[str, Any]]:
+def folded_numbers(name: str, work: Path) -> list[dict[str, Any]]:
     """What folding does to one network at each tolerance; kept in `work`."""
     torch.set_num_threads(1)
     kept = work / f"{name.replace(' ', '-').replace('/', '-')}.json"
@@ -301,7 +307,7 @@ def folded_numbers(name: str, tolerances: tuple[float, ...], work: Path) -> list
         network = trained(name, family, process, parts[0], work)
     pictures = sampled(network, process, family, parts[1])
     rows = []
-    for tolerance in tolerances:
+    for tolerance in family.tolerances:
         probes = Probes(process, conditions, tuple(images.shape[1:]), torch.device("cpu"), 0)
         found = Folder(network, probes, tolerance, torch.float32, silent).fold(process, parts[1])
         row: dict[str, Any] = {"tolerance": tolerance}

@@ -11,7 +11,7 @@ import transformers_zoo as zoo
 from torch import nn
 
 import gfprune_cli
-from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear, refuse_misfits
 from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import Draws, generator
@@ -432,3 +432,12 @@ def test_a_network_that_looks_at_its_samples_is_refused_in_one_line() -> None:
     model = Looking()
     with pytest.raises(GfpruneError, match="cannot tell which layers see timestep and conditions alone"):
         modulation_layers(model, lambda hide: model(hide(torch.ones(2, 4))), 2)
+
+
+def test_a_lora_of_a_layer_that_is_two_now_is_refused() -> None:
+    network = folded(networks.build("ddpm"), 4)
+    name = "down_blocks.0.resnets.0.time_emb_proj"
+    layer: Any = network.get_submodule(name)
+    parts = {"lora_A": torch.zeros(2, layer.in_features), "lora_B": torch.zeros(layer.out_features, 2)}
+    with pytest.raises(ValueError, match=r"time_emb_proj: two factors.*gfprune carry"):
+        refuse_misfits(network, {f"{name}.{part}.weight": value for part, value in parts.items()}, None)
