@@ -113,7 +113,8 @@ tags: [gfprune, lora]
 # {Path(recipe.adapter).stem}, for {Path(recipe.model).name}
 
 Made by gfprune from an adapter of the dense model. Of its {layers["total"]} layers, {layers["narrowed"]} were
-narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped with a block that is gone or a layer that is two now.
+narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped: their block is gone,
+or their layer was factored.
 
 ```python
 pipeline.load_lora_weights("{Path(result.output or "").name}")

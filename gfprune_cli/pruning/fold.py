@@ -19,9 +19,9 @@ from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.process import NoisingProcess
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Report, notice
 from gfprune_cli.pruning.probes import FIND, Probes
 from gfprune_cli.structure.modulation import (
     Hide,
@@ -246,6 +246,24 @@ class Folder:
             missed += float((narrow - dense).square().sum())
             wanted += float(dense.square().sum())
         return (missed / max(wanted, torch.finfo(torch.float32).tiny)) ** 0.5
+
+
+def attempt(
+    folder: Folder, process: NoisingProcess, held_out: Draws, *, asked: bool
+) -> tuple[nn.Module, Folding] | None:
+    """What `Folder.fold` gives; where the user did not ask for it, a failure is no more than a notice."""
+    try:
+        found = folder.fold(process, held_out)
+    except Interrupted:
+        raise
+    except GfpruneError as error:
+        if asked:
+            raise
+        notice(folder.report, f"nothing is folded: {error}")
+        return None
+    if found is None and asked:
+        notice(folder.report, "--fold: no layer would save anything within the tolerance")
+    return found
 
 
 def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:

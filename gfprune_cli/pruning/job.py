@@ -20,7 +20,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
 from gfprune_cli.flow.loop import PruningLoop, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
@@ -29,7 +29,7 @@ from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, Report, notice
-from gfprune_cli.pruning.fold import Folder, Folding
+from gfprune_cli.pruning.fold import Folder, Folding, attempt
 from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
 from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
 from gfprune_cli.pruning.probes import Probes
@@ -184,18 +184,8 @@ class PruneJob:
         dtype = stored_dtype(self.plan.component)
         folder = Folder(dense, probes, self.plan.fold, dtype, self.report)
         asked = self.recipe.fold is not None or not self.recipe.sparsity
-        try:
-            found = folder.fold(self.process, held_out)
-        except Interrupted:
-            raise
-        except GfpruneError as error:
-            if asked:
-                raise
-            notice(self.report, f"nothing is folded: {error}")
-            return dense
+        found = attempt(folder, self.process, held_out, asked=asked)
         if found is None:
-            if asked:
-                notice(self.report, "--fold: no layer would save anything within the tolerance")
             return dense
         network, self.folding = found
         self.plan = folded_plan(self.plan, network, self.recipe, self.report)
