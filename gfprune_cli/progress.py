@@ -12,9 +12,9 @@ class Event:
     """One thing that happened.
 
     Args:
-        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "mask", "refit",
-            "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency",
-            "export", "verify", "write"), or "notice" for a sentence that the user should read.
+        phase: what the run is doing ("load", "trace", "encode", "calibrate", "fold", "score", "mask",
+            "refit", "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss",
+            "latency", "export", "verify", "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.
@@ -40,6 +40,7 @@ PHASES = {
     "trace": "loading",
     "encode": "calibration",
     "calibrate": "calibration",
+    "fold": "folding",
     "check": "check",
     "evaluate": "evaluation",
     "score": "scoring",

@@ -156,7 +156,8 @@ tags: [gfprune, {kind.name}]
 # {Path(recipe.adapter).stem}, for {Path(recipe.model).name}
 
 Made by gfprune from an adapter of the dense model. Of its {layers["total"]} layers, {layers["narrowed"]} were
-narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped with a block that is gone.
+narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped: their block is gone,
+or their layer was factored.
 
 ```python
 {kind.loading.replace("FOLDER", Path(result.output or "").name)}

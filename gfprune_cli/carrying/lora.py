@@ -43,6 +43,9 @@ def carry_lora(tensors: Tensors, target: Target) -> Carried:
             continue
         new, layer = place
         check_sizes(target, old, new, layer, parts)
+        if target.is_factored(new):  # no LoRA of the factors is that of their product
+            carried.dropped.append(old)
+            continue
         parts = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
         if MAGNITUDE in parts:
             parts[MAGNITUDE] *= shrinkage(target, begin + old, new, layer, tensors, parts)

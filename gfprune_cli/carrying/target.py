@@ -10,6 +10,7 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Correspondence, read_correspondence
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
 from gfprune_cli.checkpoint.source import Source, resolve
@@ -63,6 +64,10 @@ class Target:
         """Whether blocks of a stack stand where they stood, and hand on what they are given."""
         modules = (self.component.config.get("gfprune") or {}).get("modules", {})
         return any(name.startswith(f"{stack}.") and "identity" in shape for name, shape in modules.items())
+
+    def is_factored(self, name: str) -> bool:
+        """Whether a layer of the pruned network is two thin ones now."""
+        return isinstance(self.network.get_submodule(name), FactoredLinear)
 
     @cached_property
     def map(self) -> Correspondence:

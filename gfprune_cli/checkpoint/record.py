@@ -125,6 +125,19 @@ class _Finetuned:
 
 
 @dataclass(frozen=True)
+class _Folded:
+    """What a model card says of factored layers."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    tolerance: float
+    layers: list[dict[str, Any]]
+    params: _Change
+    layer_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
 class _Document:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
@@ -138,6 +151,7 @@ class _Document:
     macs: _Change
     bytes: _Change
     loss: _Loss
+    fold: _Folded | None = None
     finetune: list[_Finetuned] = field(default_factory=list)
 
 

@@ -25,6 +25,8 @@ from gfprune_cli.runtime.launch import check_alone
 def default_output(recipe: PruneRecipe) -> Path:
     """A name derived from the model and the settings."""
     stem = Path(recipe.model).name or "model"
+    if not recipe.sparsity:
+        return Path(f"{stem}-fold")
     parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
@@ -56,6 +58,8 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
         job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
         if options.dry_run:
             output.refuse_state()
+            if plan.fold:
+                notice(report, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights")
             return planned(plan, recipe, time.monotonic() - start)
         state = output.state(job.identity())
         if output.finished:
@@ -106,5 +110,6 @@ def result_of(
         seed=recipe.seed,
         seconds=round(time.monotonic() - start, 3),
         seconds_by_phase=clock.finish(),
+        fold=record.get("fold"),
         **{name: record[name] for name in shared},
     )

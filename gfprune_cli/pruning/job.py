@@ -29,8 +29,10 @@ from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.pruning.fold import Folder, Folding, attempt
 from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
-from gfprune_cli.pruning.plan import Plan, uniform_scores
+from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
+from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -40,7 +42,7 @@ from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.removal import carry_over, remove, remove_native
+from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
@@ -103,6 +105,9 @@ class PruneJob:
         self.request.check(plan.component, network.config, scheduler)
         check_weights(plan.component, network)
         self.schedule = schedule_of(recipe)
+        self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
+        self.folding: Folding | None = None
+        self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
         check_memory(self.need(0), device, REMEDY)
 
@@ -136,8 +141,8 @@ class PruneJob:
         Args:
             kept: numbers that autograd keeps for one sample.
         """
-        dense = int((self.recipe.refit or self.recipe.recover > 0) and not self.offload_teacher)
-        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.recipe.recover else 0
+        dense = int((self.recipe.refit or self.steps > 0) and not self.offload_teacher)
+        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.steps else 0
         copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
         samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
         return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
@@ -150,11 +155,15 @@ class PruneJob:
         draws, reports = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
-        self.report(Event("check", text="checking that removal is exact"))
-        check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         recovery = RecoveryState(state)
+        before = 0.0 if recovery.begun() else self.loss(reports, dense)
+        if self.plan.fold:
+            dense = self.fold(dense, draws, reports)
+        self.report(Event("check", text="checking that removal is exact"))
+        if self.plan.groups:
+            check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         if not recovery.begun():
-            outcome, trained = self.prune(dense, draws, reports, state)
+            outcome, trained = self.prune(dense, draws, reports, state, before)
             narrow = self.narrow(trained, outcome.kept)
             outcome.losses["removed"] = self.loss(reports, narrow)
             gap = outcome.losses.pop("judged", None)
@@ -164,21 +173,43 @@ class PruneJob:
         else:
             outcome = recovery.outcome()
             narrow = self.narrow(dense, outcome.kept)
-        if self.recipe.recover:
-            self.recover(narrow, dense, draws, recovery.of(outcome))
+        if self.steps:
+            self.recover(narrow, self.teacher(dense), draws, recovery.of(outcome))
         model = self.stored(narrow)
-        if self.recipe.recover:
+        if self.steps:
             outcome.losses["recovered"] = self.loss(
                 reports, nn.Module.to(copy.deepcopy(model), torch.float32)
             )
         return model, outcome
 
+    def fold(self, dense: nn.Module, draws: Draws, held_out: Draws) -> nn.Module:
+        """The dense network with layers that see few inputs as two; the plan is then for that."""
+        shape = tuple(draws.images.shape[1:])
+        probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
+        dtype = stored_dtype(self.plan.component)
+        folder = Folder(dense, probes, self.plan.fold, dtype, self.report)
+        asked = self.recipe.fold is not None or not self.recipe.sparsity
+        found = attempt(folder, self.process, held_out, asked=asked)
+        if found is None:
+            return dense
+        network, self.folding = found
+        self.plan = folded_plan(self.plan, network, self.recipe, self.report)
+        if self.device.type == "cuda":
+            network = channels_last(network)
+        return nn.Module.to(network, self.device)
+
     def prune(
-        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder, before: float
     ) -> tuple[Outcome, nn.Module]:
-        """Let the masks flow to their end; the network after the last refit, all of its channels there."""
-        before = self.loss(reports, dense)
-        student = copy.deepcopy(dense) if self.recipe.refit or self.recipe.recover else dense
+        """Let the masks flow to their end; the network after the last refit, all of its channels there.
+
+        Args:
+            before: loss of the network as it was given.
+        """
+        if not self.recipe.sparsity:
+            kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.plan.groups}
+            return Outcome(kept, {"before": before}), dense
+        student = copy.deepcopy(dense) if self.recipe.refit or self.steps else dense
         if student is not dense and self.offload_teacher:
             offload(dense, self.device)
         masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
@@ -189,9 +220,18 @@ class PruneJob:
         losses = {"before": before, "judged": judged, "masked": judged}
         return Outcome(kept, losses, refits, loop.flow.gradients), masked.model
 
+    def teacher(self, dense: nn.Module) -> nn.Module:
+        """The network as it was given, whatever it was folded to."""
+        if self.folding is None:
+            return dense
+        teacher = self.load()
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        return teacher
+
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.recipe.recover, seed=self.recipe.seed)
+        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.steps, seed=self.recipe.seed)
         recover(
             channels_last(narrow),
             channels_last(dense),
@@ -306,7 +346,7 @@ class PruneJob:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
         found = self.request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
         self.data_fingerprint = found.fingerprint
-        self.process = found.process
+        self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions
 
     def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
@@ -324,14 +364,14 @@ class PruneJob:
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""
         self.report(Event("remove", text="removing channels"))
-        dense = carry_over(wide, build_meta(self.plan.component)).requires_grad_(False)
+        dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
         weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
         dense.load_state_dict(weights, assign=True)
         if self.plan.native_config is not None:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:
             model = remove(dense, self.plan.groups, kept)
-        if not self.recipe.recover:
+        if not self.steps:
             cast_model(model, stored_dtype(self.plan.component))  # what is measured and written is one
             cast_model(model, torch.float32)
         return nn.Module.to(model, self.device)

@@ -71,7 +71,7 @@ class Search:
         self.groups = [cost.groups[name] for name in self.names]
         minimum = minimum_widths(cost, depth, align)
         self.minimum = [minimum[name] for name in self.names]
-        self.dense = np.array([cost.total({}, key) for key in counted], np.float64)
+        self.dense = np.array([cost.before(key) for key in counted], np.float64)
         # score lost by a group's first steps, 0 of them first
         self.lost_by = [
             list(accumulate(step_scores(group, scores[group.name]), initial=0.0)) for group in self.groups
@@ -135,7 +135,7 @@ class Search:
             if strict and self.room(ledger) > TOLERANCE:
                 ledger = self.exchange(ledger, granularity)
         kept = ledger.kept()
-        left = {key: self.cost.total(kept, key) / self.cost.total({}, key) for key in self.counted}
+        left = {key: self.cost.total(kept, key) / self.cost.before(key) for key in self.counted}
         return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
 
     def descend(self, weights: Mapping[str, float], *, patient: bool = False) -> Ledger:
