@@ -18,7 +18,7 @@ from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tool
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 
@@ -54,7 +54,7 @@ IMAGE_PROMPTS = Kind(
 )
 
 
-def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> CarryResult:
+def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent) -> CarryResult:
     """Make an adapter of the dense model fit the pruned one.
 
     Raises:
@@ -65,9 +65,9 @@ def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> 
     path = find_file(recipe.adapter)
     destination = options.out or default_output(recipe, path)
     with claim(destination, options) as output:
-        target = find_target(recipe, offline=options.offline, report=report)
+        target = find_target(recipe, offline=options.offline, progress=progress)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
-        report(Event("load", text=f"reading {path}"))
+        progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
         kind = IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
         carried = kind.carry(adapter, target)
@@ -80,7 +80,7 @@ def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> 
         if not options.dry_run:
             check_space(destination, result.bytes["after"])
             result = replace(result, output=str(destination))
-            report(Event("write", text=f"writing {destination}"))
+            progress(Event("write", text=f"writing {destination}"))
             with staged(destination, force=options.force, needed=result.bytes["after"]) as staging:
                 # converters give several layers one tensor, which a file may not hold twice
                 write_tensors(

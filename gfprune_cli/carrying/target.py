@@ -15,7 +15,7 @@ from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, UsageError, named
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.structure.blocks import LENGTHS
@@ -36,7 +36,7 @@ class Target:
     component: Component
     record: Record
     offline: bool
-    report: Report
+    progress: Progress
 
     @property
     def prefix(self) -> str:
@@ -84,7 +84,7 @@ class Target:
         settings = self.record.document.get("recipe") or {}
         network, groups, _ = find_units(
             self.dense,
-            self.report,
+            self.progress,
             width=bool(settings.get("prune_width")),
             blocks=bool(settings.get("blocks")),
         )
@@ -110,12 +110,12 @@ class Target:
                 variant=self.record.variant,
                 config_from=None if self.recipe.dense else self.record.config_from,
                 offline=self.offline,
-                report=self.report,
+                progress=self.progress,
             )
         return inspect(source, component=self.record.component or None, variant=self.record.variant)
 
 
-def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target:
+def find_target(recipe: CarryRecipe, *, offline: bool, progress: Progress) -> Target:
     """The network that a recipe names.
 
     Raises:
@@ -127,7 +127,7 @@ def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target
         revision=recipe.revision,
         variant=recipe.variant,
         offline=offline,
-        report=report,
+        progress=progress,
     )
     record = read_record(source.folder)
     if record is None:
@@ -136,7 +136,7 @@ def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target
             "model fit it as they are"
         )
     component = inspect(source, component=record.component or None, variant=recipe.variant)
-    return Target(recipe, source, component, record, offline, report)
+    return Target(recipe, source, component, record, offline, progress)
 
 
 def layer_sizes(network: nn.Module, name: str) -> tuple[int, int] | None:

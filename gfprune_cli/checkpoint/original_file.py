@@ -20,7 +20,7 @@ from gfprune_cli.outputs.cache import cache_room
 from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.durable import staging_folder
 from gfprune_cli.outputs.filesystem import sync_tree
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def check_kind(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
-def converted(path: Path, config_from: Path, report: Report) -> Path:
+def converted(path: Path, config_from: Path, progress: Progress) -> Path:
     """The diffusers folder of a file, made once and kept in the cache.
 
     Args:
@@ -77,7 +77,7 @@ def converted(path: Path, config_from: Path, report: Report) -> Path:
     folder = cache_room("single-file") / sha256_of_key(key)
     if (folder / "model_index.json").is_file():
         return folder
-    report(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
+    progress(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
     held = {name for name in pipeline_components(pipeline) if holds(header, name)} | {place.name}
     lacking = [
         name

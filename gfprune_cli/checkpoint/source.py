@@ -13,7 +13,7 @@ from typing import Literal
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
 from gfprune_cli.errors import GfpruneError, UsageError, named
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -50,7 +50,7 @@ def resolve(
     offline: bool = False,
     config_only: bool = False,
     config_from: str | None = None,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Source:
     """Turn what the user wrote after `--model` into a folder, downloading it if need be.
 
@@ -81,14 +81,19 @@ def resolve(
     if model == "demo":
         source = _local(model, DEMO, "demo")
     elif file is not None:
-        source = Source(model, _converted(file, config_from, offline, report), "local", None)
+        source = Source(model, _converted(file, config_from, offline, progress), "local", None)
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
     elif looks_like_hub_id(model):
         from gfprune_cli.checkpoint.hub import fetch
 
         folder, commit = fetch(
-            model, revision=revision, variant=variant, offline=offline, config_only=config_only, report=report
+            model,
+            revision=revision,
+            variant=variant,
+            offline=offline,
+            config_only=config_only,
+            progress=progress,
         )
         return Source(model, folder, "hub", commit)
     else:
@@ -99,7 +104,7 @@ def resolve(
         raise UsageError(
             f"--revision is for Hub models, but {quoted(model)} is a folder on this machine: drop the flag"
         )
-    report(Event("load", text=f"reading {source.folder}"))
+    progress(Event("load", text=f"reading {source.folder}"))
     return source
 
 
@@ -135,7 +140,7 @@ def _original_file(model: str) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _converted(file: Path, config_from: str | None, offline: bool, report: Report) -> Path:
+def _converted(file: Path, config_from: str | None, offline: bool, progress: Progress) -> Path:
     """The diffusers folder of a file."""
     from gfprune_cli.checkpoint.original_file import check_kind, converted, default_configuration
 
@@ -143,7 +148,7 @@ def _converted(file: Path, config_from: str | None, offline: bool, report: Repor
     family = config_from or default_configuration(file)
     try:
         with named(model="config_from"):
-            source = resolve(family, offline=offline, config_only=True, report=report)
+            source = resolve(family, offline=offline, config_only=True, progress=progress)
     except GfpruneError as error:
         if config_from is not None:
             raise
@@ -151,7 +156,7 @@ def _converted(file: Path, config_from: str | None, offline: bool, report: Repor
             f"{file} needs the configuration of {family}, which cannot be had ({error}): name a diffusers "
             "folder of its family with --config-from"
         ) from error
-    return converted(file, source.folder, report)
+    return converted(file, source.folder, progress)
 
 
 def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:

@@ -78,7 +78,7 @@ class Session:
         warnings.simplefilter("always", WeakerWrites)
         warnings.showwarning = show
 
-    def report(self, event: Event) -> None:
+    def progress(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
 
         Raises:

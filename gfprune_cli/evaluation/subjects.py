@@ -19,7 +19,7 @@ from gfprune_cli.data.calibration import image_size, training_process
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 MUST_AGREE = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
@@ -94,15 +94,15 @@ class Subject:
         return self.loaded[device]
 
 
-def model_of(recipe: EvalRecipe, *, offline: bool, report: Report) -> Subject:
+def model_of(recipe: EvalRecipe, *, offline: bool, progress: Progress) -> Subject:
     """What `--model` names."""
     source = resolve(
-        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
+        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, progress=progress
     )
     return Subject(recipe.model, source, inspect(source, component=recipe.component, variant=recipe.variant))
 
 
-def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: Report) -> Subject:
+def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, progress: Progress) -> Subject:
     """What `--reference` names, or else the dense model that the model's record names.
 
     Raises:
@@ -116,7 +116,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
                 revision=recipe.reference_revision,
                 variant=recipe.reference_variant,
                 offline=offline,
-                report=report,
+                progress=progress,
             )
         pipeline = (source.folder / "model_index.json").exists()
         name = model.component.name if pipeline and model.component.name else None
@@ -126,7 +126,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
         for name in ("reference_revision", "reference_variant"):
             if getattr(recipe, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --reference")
-        found = recorded_reference(model, offline=offline, report=report)
+        found = recorded_reference(model, offline=offline, progress=progress)
     for key in MUST_AGREE:
         one, other = model.component.config.get(key), found.component.config.get(key)
         if one != other:
@@ -137,7 +137,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
     return found
 
 
-def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subject:
+def recorded_reference(model: Subject, *, offline: bool, progress: Progress) -> Subject:
     """The dense model that `gfprune.json` says the model was pruned from, if it is still the same.
 
     Raises:
@@ -156,7 +156,7 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
                 variant=record.variant,
                 config_from=record.config_from,
                 offline=offline,
-                report=report,
+                progress=progress,
             )
         component = inspect(source, component=model.component.name or None, variant=record.variant)
         found = Subject(record.source.label, source, component)

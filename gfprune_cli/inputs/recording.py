@@ -26,7 +26,7 @@ from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pipeline import quiet
 from gfprune_cli.inputs.rows import check_shared, flattened, own_row, shared_values, stacked
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -95,7 +95,7 @@ def record(
     network: nn.Module,
     asked: Sequence[str] | Sequence[int],
     options: PipelineOptions,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Recording:
     """Run a pipeline once per prompt, up to its first call of the network.
 
@@ -120,12 +120,12 @@ def record(
         own = per_sample_names(pipeline, observer, arguments, asked[0], single, left_out)
         rows, shared = [own_row(single, own)], shared_values(single, own)
         for number, ask in enumerate(asked[1:], 1):
-            report(Event("encode", number, len(asked)))
+            progress(Event("encode", number, len(asked)))
             run(pipeline, observer, arguments, [ask], count)
             calls = [flattened(call, left_out) for call in observer.calls]
             rows.append(own_row(calls, own))
             check_shared(pipeline, shared, shared_values(calls, own))
-    report(Event("encode", len(asked), len(asked)))
+    progress(Event("encode", len(asked), len(asked)))
     tensors = stacked(rows)
     if guidance.order == (1, 0):
         tensors = {name: tensor.flip(1) for name, tensor in tensors.items()}
