@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import read_config, trusted_roots
+from gfprune_cli.checkpoint.files import read_config
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
@@ -49,7 +49,7 @@ def refuse_options(options: PipelineOptions, component: Component) -> None:
 
 def upscaling(component: Component, name: str) -> int:
     """Pixels per latent, each way, by the configuration of a pipeline's autoencoder."""
-    config = read_config(component.root / name / "config.json", trusted_roots(component.root))
+    config = read_config(component.root / name / "config.json", component.roots)
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
     return int(2 ** (len(stages) - 1))
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -20,7 +19,7 @@ DECODERS = ("vae", "vqvae")
 
 def decoder_name(component: Component) -> str | None:
     """The component that a pipeline's latents belong to; None for pixels."""
-    entries = pipeline_components(component.pipeline or {})
+    entries = component.entries
     return next((name for name in DECODERS if name in entries), None)
 
 

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
-from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -118,7 +117,7 @@ def recording_key(
     root = component.root
     decided = [
         path
-        for name in pipeline_components(component.pipeline or {})
+        for name in component.entries
         if (root / name).is_dir() and name not in (component.name, "scheduler")
         for path in (root / name).iterdir()
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")

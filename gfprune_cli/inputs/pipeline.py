@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import OPTIONAL, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config
+from gfprune_cli.checkpoint.layout import OPTIONAL, weights_variant
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
@@ -66,7 +66,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         for name, value in component.pipeline.items()
         if name in accepted and isinstance(value, bool | int | float | str)
     }
-    entries = pipeline_components(component.pipeline)
+    entries = component.entries
     for name in component.pipeline:
         if name not in accepted or name in made:
             continue
@@ -148,7 +148,7 @@ def load_component(component: Component, name: str, device: torch.device) -> Any
     Raises:
         GfpruneError: it cannot be loaded.
     """
-    entries = pipeline_components(component.pipeline or {})
+    entries = component.entries
     with quiet():
         return _load(component, name, *entries[name], device, decode=True)
 
@@ -171,19 +171,19 @@ def _load(
     textual = found.__module__.startswith("transformers.")
     if not folder.is_dir():
         raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
-    check_folder(folder, trusted_roots(component.root))
+    check_folder(folder, component.roots)
     try:
         if not issubclass(found, nn.Module):
             remote = {"trust_remote_code": False} if textual else {}
             return found.from_pretrained(folder, local_files_only=True, **remote)
         if not textual and not decode and _only_described(class_name):
-            config = read_config(folder / "config.json", trusted_roots(component.root))
+            config = read_config(folder / "config.json", component.roots)
             with torch.device("meta"):
                 return found.from_config(config).eval()
         if textual:
             check_size(found, folder)
         else:
-            read_config(folder / "config.json", trusted_roots(component.root))
+            read_config(folder / "config.json", component.roots)
         loaded, names = found.from_pretrained(
             folder,
             local_files_only=True,
