@@ -10,6 +10,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
+from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
@@ -35,7 +36,7 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pipeline import is_autoencoder, open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline
 from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
 from gfprune_cli.outputs.cache import cache_folder, cached

@@ -17,7 +17,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config
-from gfprune_cli.checkpoint.layout import OPTIONAL, weights_variant
+from gfprune_cli.checkpoint.layout import OPTIONAL, is_autoencoder, weights_variant
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
@@ -26,12 +26,13 @@ from gfprune_cli.inputs.component_files import check_folder, check_size
 from gfprune_cli.outputs.tensor_files import cannot_map
 
 LEFT_OUT = OPTIONAL  # they judge images, or read them
-AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
 CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
 
-def is_autoencoder(class_name: str) -> bool:
-    return class_name.removeprefix("Pruned").startswith(AUTOENCODERS)
+def is_decoder(class_name: str) -> bool:
+    """Whether a pipeline makes its images of latents with a component of that class."""
+    return class_name.removeprefix("Pruned").startswith(DECODERS)
 
 
 def open_pipeline(
@@ -211,7 +212,7 @@ def _source(root: Path) -> Source:
 
 def _only_described(class_name: str) -> bool:
     """Networks that no conditioning comes from: autoencoders, and other denoisers than the one in memory."""
-    return is_autoencoder(class_name) or "Transformer" in class_name or "UNet" in class_name
+    return is_decoder(class_name) or "Transformer" in class_name or "UNet" in class_name
 
 
 def _component_class(library: str, class_name: str) -> Any:
