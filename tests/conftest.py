@@ -78,6 +78,15 @@ def environment_as_before() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def words_of_the_command_line() -> Iterator[None]:
+    """Messages are tested as the command line shows them; `test_errors.py` has those of Python."""
+    from gfprune_cli.errors import flags
+
+    with flags():
+        yield
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DDPM pipeline of 177 k parameters, as diffusers saves it; trained just enough that a refit helps."""

@@ -47,6 +47,10 @@ def prune_table(result: PruneResult) -> Table:
             short(pair["after"]) + unit,
             change(pair["before"], pair["after"]),
         )
+    if result.fold:
+        pair = result.fold["params"]
+        table.add_row("  by folding", short(pair["before"]), short(pair["after"]), change(**pair))
+        table.add_row("  error of outputs", "", f"{result.fold['output_error']:.2%}", "")
     before = result.loss["before"]
     rows = {"masked": "denoising loss, masked", "removed": "  after removal", "recovered": "  after recovery"}
     for key, name in rows.items():

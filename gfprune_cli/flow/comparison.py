@@ -97,10 +97,10 @@ class Curves:
         """Look at layers that read groups, and at blocks, while the network runs."""
         readers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
         for group in self.masked.groups:
-            for member in () if group.stack else group.members:
+            for member in () if group.is_block else group.members:
                 if member.side == "in":
                     readers.setdefault(member.module, []).append((group, member))
-        blocks = {group.name for group in self.masked.groups if group.stack}
+        blocks = {group.name for group in self.masked.groups if group.is_block}
         with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
                 if name in blocks:

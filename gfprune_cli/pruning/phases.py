@@ -39,6 +39,8 @@ def _phases(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool
     kept = one.kept + (one.maps if second_order or not one.fuses else 0)
     scored = FLOAT * kept * (SECOND_ORDER if second_order else 1)
     yield Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)
+    if not recipe.sparsity:  # folding alone
+        return
     yield Phase(SCORING, dense + CRITERIA[recipe.criterion].copies, scored, min(SCORE_CHUNK, recipe.draws))
     if recipe.layout == "adaptive":
         count, rest = COMPARED_SAMPLES, FLOAT * COMPARING_MATRICES * one.widest**2

@@ -264,6 +264,11 @@ def empty(cls: Any, config: Mapping[str, Any]) -> Any:
     return model
 
 
+def skeleton(model: nn.Module) -> Any:
+    """A network of the same structure on the meta device, without weights."""
+    return empty(type(model), stock_config(model)).eval()
+
+
 def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give a network built without weights what no state dict holds: tables that constructors compute."""
     origins = dict(source.named_modules())

@@ -529,7 +529,7 @@ def test_a_run_that_fails_leaves_nothing(
     error, words = (Interrupted, "stopped") if when == "stopped" else (GfpruneError, "no space left")
     form = "torch-export" if when == "graph" else "safetensors"
     with pytest.raises(error, match=words):
-        gfprune_cli.export(str(pruned), format=form, out=tmp_path / "out", report=stop)
+        gfprune_cli.export(str(pruned), format=form, out=tmp_path / "out", progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

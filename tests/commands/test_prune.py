@@ -212,7 +212,7 @@ def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
 
     for run in itertools.count():
         with contextlib.suppress(Interrupted):
-            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, report=stopper(), **settings)
+            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, progress=stopper(), **settings)
             break
         if run == 2:
             with pytest.raises(UsageError, match="--resume"):
@@ -272,7 +272,7 @@ def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_
         str(pipeline_folder),
         sparsity=0.5,
         resume=True,
-        report=lambda event: phases.append(event.phase),
+        progress=lambda event: phases.append(event.phase),
         **settings,
     )
     times: dict[str, Any] = dict(seconds=0, seconds_by_phase={})
@@ -342,7 +342,7 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
         if event.phase == "notice":
             notices.append(event.text)
 
-    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", report=listen, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **QUICK)
     assert any("resized" in text for text in notices)
 
 
@@ -443,7 +443,7 @@ def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path:
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume"):
-        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, report=stop, **QUICK)
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, progress=stop, **QUICK)
     np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
     with pytest.raises(UsageError, match="data contents"):
         gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, resume=True, **QUICK)
