@@ -34,7 +34,10 @@ LORA = "merge it into its model first: load_lora_weights, fuse_lora and save_pre
 
 
 def instead_of_file(path: Path) -> str:
-    """What a file is that was given as the model, and what to do about it: the end of a sentence."""
+    """What a file is that was given as the model, and what to do about it: the end of a sentence.
+
+    "" for one that may be a network, in the naming of its authors.
+    """
     suffix = path.suffix.lower()
     if suffix in GRAPHS:
         return "is a graph, whose layers cannot be removed any more: give the folder that it was made from"
@@ -45,9 +48,13 @@ def instead_of_file(path: Path) -> str:
     if suffix in ARCHIVES:
         return "is an archive: unpack it, and give the folder"
     if suffix == ".gguf":
-        return "is quantized, and gfprune reads diffusers folders: start from the one before quantization"
-    advised = _of_tensors(path) if suffix == ".safetensors" else SINGLE_FILE
-    return f"is a file, and gfprune reads diffusers folders: {advised}"
+        return (
+            "is GGUF: its weights are packed in quantized blocks, which channels cannot be taken from; prune "
+            "the safetensors that it was made from, and quantize the result"
+        )
+    if suffix == ".safetensors":
+        return _of_tensors(path)
+    return f"is no safetensors file, and gfprune reads no pickle: {SINGLE_FILE}"
 
 
 def instead_of_folder(root: Path, networks: Sequence[str], roots: tuple[Path, ...]) -> str:
@@ -72,7 +79,9 @@ def instead_of_folder(root: Path, networks: Sequence[str], roots: tuple[Path, ..
         return f", but {STATE}"
     tensors = [name for name in names if name.endswith(".safetensors")]
     if tensors:
-        return f", only {quoted(tensors[0])}: {_of_tensors(root / tensors[0])}"
+        found = _of_tensors(root / tensors[0])
+        what = f", which {found}" if found else f": give --model {root / tensors[0]}"
+        return f", only {quoted(tensors[0])}{what}"
     return pickle_hint(names)
 
 
@@ -136,15 +145,15 @@ def _label(origin: Any) -> str:
 
 
 def _of_tensors(path: Path) -> str:
-    """What to do with one file of tensors."""
+    """What one file of tensors is, and what to do with it; "" for one that may be a network."""
     try:
         if "gfprune" in read_metadata(path):
-            return "gfprune exported it as one file, so give the folder that it was exported from"
+            return "gfprune exported: give the folder that it was exported from"
         if any("lora" in name.lower() for name in read_header(path)):
-            return f"it holds a LoRA; {LORA}"
+            return f"is a LoRA: {LORA}; or prune the model, and gfprune carry --adapter makes it fit"
     except GfpruneError:  # damaged, or something else by that name: whatever loads it will say so
         pass
-    return SINGLE_FILE
+    return ""
 
 
 def _checkpoint_around(path: Path) -> Path:

@@ -53,7 +53,7 @@ def run_analyze(**flags: Any) -> None:
 
         if options.html is not None:
             check_page(options.html, force=options.force)
-        found = analyze(recipe, options, session.report)
+        found = analyze(recipe, options, session.progress)
         if options.html is not None:
             from gfprune_cli.pages.analysis_page import render
 
@@ -72,7 +72,7 @@ def run_prune(**flags: Any) -> None:
         from gfprune_cli.cli.tables import prune_table
         from gfprune_cli.pruning.command import prune
 
-        result = prune(recipe, options, session.report)
+        result = prune(recipe, options, session.progress)
         session.show(prune_table(result))
         session.result(result.document(), result.output or "")
 
@@ -87,7 +87,7 @@ def run_finetune(**flags: Any) -> None:
         from gfprune_cli.cli.tables import finetune_table
         from gfprune_cli.recovery.command import finetune
 
-        result = finetune(recipe, options, session.report)
+        result = finetune(recipe, options, session.progress)
         session.show(finetune_table(result))
         session.result(result.document(), result.output or "")
 
@@ -103,7 +103,7 @@ def run_export(**flags: Any) -> None:
         from gfprune_cli.cli.tables import export_table
         from gfprune_cli.deploy.command import export
 
-        result = export(recipe, options, session.report)
+        result = export(recipe, options, session.progress)
         session.show(export_table(result))
         session.result(result.document(), result.output or "")
 
@@ -119,7 +119,7 @@ def run_eval(**flags: Any) -> None:
         from gfprune_cli.evaluation.command import continues, evaluate
 
         check_pages(options, own=options.resume and continues(recipe, options))
-        result = evaluate(recipe, options, session.report, publisher(session, options))
+        result = evaluate(recipe, options, session.progress, publisher(session, options))
         if result is not None and result.missed:
             raise GateMissed(
                 "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value}" for g in result.missed)
@@ -175,7 +175,7 @@ def run_carry(**flags: Any) -> None:
         from gfprune_cli.carrying.command import carry
         from gfprune_cli.cli.tables import carry_table
 
-        result = carry(recipe, options, session.report)
+        result = carry(recipe, options, session.progress)
         session.show(carry_table(result))
         session.result(result.document(), result.output or "")
 

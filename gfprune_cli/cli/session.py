@@ -15,7 +15,7 @@ from typing import Any, Self, TextIO
 from gfprune_cli.cli.environment import broken_import, check_interpreter
 from gfprune_cli.cli.signals import Signals
 from gfprune_cli.cli.streams import ResultStream
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, flags
 from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
 from gfprune_cli.runtime.launch import main_process
@@ -39,7 +39,7 @@ class Session:
     ) -> None:
         self.check = check
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
-        self.signals, self.output = Signals(), ResultStream()
+        self.signals, self.output, self.words = Signals(), ResultStream(), flags()
         self.bar: Any = None
         self.phase, self.shown = "", -1
         self.warnings, self.warned = warnings.catch_warnings(), set[str]()
@@ -48,6 +48,7 @@ class Session:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
+        self.words.__enter__()
         self.signals.listen()
         self.output.divert()
         self.warnings.__enter__()
@@ -77,7 +78,7 @@ class Session:
         warnings.simplefilter("always", WeakerWrites)
         warnings.showwarning = show
 
-    def report(self, event: Event) -> None:
+    def progress(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
 
         Raises:
@@ -169,6 +170,15 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.end(kind, error, trace)
+        finally:
+            self.words.__exit__(None, None, None)
+
+    def end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say what went wrong, and end the process with its code."""
         self.signals.close()
         self.close_bar()
         self.output.restore()

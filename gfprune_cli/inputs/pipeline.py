@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import OPTIONAL, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config
+from gfprune_cli.checkpoint.layout import OPTIONAL, is_autoencoder, weights_variant
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
@@ -26,12 +26,13 @@ from gfprune_cli.inputs.component_files import check_folder, check_size
 from gfprune_cli.outputs.tensor_files import cannot_map
 
 LEFT_OUT = OPTIONAL  # they judge images, or read them
-AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
 CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
 
-def is_autoencoder(class_name: str) -> bool:
-    return class_name.removeprefix("Pruned").startswith(AUTOENCODERS)
+def is_decoder(class_name: str) -> bool:
+    """Whether a pipeline makes its images of latents with a component of that class."""
+    return class_name.removeprefix("Pruned").startswith(DECODERS)
 
 
 def open_pipeline(
@@ -66,7 +67,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         for name, value in component.pipeline.items()
         if name in accepted and isinstance(value, bool | int | float | str)
     }
-    entries = pipeline_components(component.pipeline)
+    entries = component.entries
     for name in component.pipeline:
         if name not in accepted or name in made:
             continue
@@ -148,7 +149,7 @@ def load_component(component: Component, name: str, device: torch.device) -> Any
     Raises:
         GfpruneError: it cannot be loaded.
     """
-    entries = pipeline_components(component.pipeline or {})
+    entries = component.entries
     with quiet():
         return _load(component, name, *entries[name], device, decode=True)
 
@@ -171,19 +172,19 @@ def _load(
     textual = found.__module__.startswith("transformers.")
     if not folder.is_dir():
         raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
-    check_folder(folder, trusted_roots(component.root))
+    check_folder(folder, component.roots)
     try:
         if not issubclass(found, nn.Module):
             remote = {"trust_remote_code": False} if textual else {}
             return found.from_pretrained(folder, local_files_only=True, **remote)
         if not textual and not decode and _only_described(class_name):
-            config = read_config(folder / "config.json", trusted_roots(component.root))
+            config = read_config(folder / "config.json", component.roots)
             with torch.device("meta"):
                 return found.from_config(config).eval()
         if textual:
             check_size(found, folder)
         else:
-            read_config(folder / "config.json", trusted_roots(component.root))
+            read_config(folder / "config.json", component.roots)
         loaded, names = found.from_pretrained(
             folder,
             local_files_only=True,
@@ -211,7 +212,7 @@ def _source(root: Path) -> Source:
 
 def _only_described(class_name: str) -> bool:
     """Networks that no conditioning comes from: autoencoders, and other denoisers than the one in memory."""
-    return is_autoencoder(class_name) or "Transformer" in class_name or "UNet" in class_name
+    return is_decoder(class_name) or "Transformer" in class_name or "UNet" in class_name
 
 
 def _component_class(library: str, class_name: str) -> Any:

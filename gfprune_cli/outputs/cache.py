@@ -13,7 +13,7 @@ import torch
 from gfprune_cli.outputs.durable import replacing, write_tensors
 from gfprune_cli.outputs.locks import sweep_folder
 from gfprune_cli.outputs.tensor_files import read_whole
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 
 DOCUMENT = "document"
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ def sweep_caches() -> None:
 
 
 def cached(
-    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
+    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], progress: Progress
 ) -> tuple[Tensors, Any]:
     """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
 
@@ -63,5 +63,5 @@ def cached(
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
-        notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
+        notice(progress, f"calibration images were not cached in {path.parent}: {error.strerror}")
     return tensors, document

@@ -89,7 +89,7 @@ def test_no_notice_when_sizes_agree_and_one_event_per_image(tmp_path: Path) -> N
     for i in range(3):
         save(tmp_path / f"{i}.png")
     events: list[Event] = []
-    load(tmp_path, report=events.append)
+    load(tmp_path, progress=events.append)
     assert [(event.phase, event.step, event.total) for event in events] == [("load", i, 3) for i in (1, 2, 3)]
 
 
@@ -98,7 +98,7 @@ def test_one_notice_for_all_resized_images(tmp_path: Path) -> None:
     for i, width in enumerate((20, 20, 21, 22, 23, 24)):
         save(tmp_path / f"{i}.png", size=(width, 10))
     events: list[Event] = []
-    load(tmp_path, report=events.append)
+    load(tmp_path, progress=events.append)
     (text,) = notices(events)
     assert "6 of 7 images resized to 6x8" in text
     assert text.endswith("from 20x10, 21x10, 22x10, 2 other sizes")
@@ -308,7 +308,9 @@ def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
     for name in ("x.txt", "y.txt", "LICENSE", ".hidden.txt"):
         (tmp_path / name).write_text("no image")
     said: list[str] = []
-    load_images(str(tmp_path), size=(8, 8), channels=3, limit=9, report=lambda event: said.append(event.text))
+    load_images(
+        str(tmp_path), size=(8, 8), channels=3, limit=9, progress=lambda event: said.append(event.text)
+    )
     assert any("2 of .txt, 1 of no suffix" in text for text in said)
 
 
@@ -421,7 +423,7 @@ def test_npz_keys_are_tried_in_order_and_other_members_left_alone(tmp_path: Path
 def test_npz_is_resized_with_one_notice(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.full((3, 16, 16, 4), 255, np.uint8))
     events: list[Event] = []
-    assert (load(tmp_path / "x.npz", report=events.append) == 255).all()
+    assert (load(tmp_path / "x.npz", progress=events.append) == 255).all()
     (text,) = notices(events)
     assert "3 of 3 images" in text
     assert "16x16" in text

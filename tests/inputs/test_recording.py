@@ -80,10 +80,10 @@ def recording_of(root: Path, family: str, **changes: Any) -> tuple[Recording, nn
 
 def answer(root: Path, name: str, options: PipelineOptions, **changes: Any) -> Images:
     model, component, scheduler = opened(root, name)
-    report = changes.pop("report", silent)
+    progress = changes.pop("progress", silent)
     settings: dict[str, Any] = dict(data=None, count=4, sample_steps=2, seed=0)
     request = ImageRequest(**{**settings, **changes}, options=options)
-    return request.answer(model, component, scheduler, {"weights": str(root)}, report)
+    return request.answer(model, component, scheduler, {"weights": str(root)}, progress)
 
 
 class FirstStep(Exception):
@@ -187,7 +187,7 @@ def test_guidance_of_one_leaves_one_branch_and_another_scale_is_taken(folder: Fo
 def test_drawn_images_come_from_the_cache_and_do_not_depend_on_batches(family: str, folder: Folder) -> None:
     first = answer(folder(family), COMPONENTS[family], options_of(family))
     calls: list[Event] = []
-    second = answer(folder(family), COMPONENTS[family], options_of(family), report=calls.append)
+    second = answer(folder(family), COMPONENTS[family], options_of(family), progress=calls.append)
     model, _, _ = opened(folder(family), COMPONENTS[family])
     alone = self_images(
         model,
@@ -198,7 +198,7 @@ def test_drawn_images_come_from_the_cache_and_do_not_depend_on_batches(family: s
         conditions=first.conditions,
         shape=tuple(first.images.shape[1:]),
         device=torch.device("cpu"),
-        report=silent,
+        progress=silent,
         batch=1,
     )
 
@@ -419,7 +419,7 @@ class Stopped:
 def test_a_signal_within_a_pipeline_is_no_error_of_the_pipeline() -> None:
     network = nn.Linear(2, 2)
     with pytest.raises(Interrupted):
-        pictures(Stopped(), ["a"], PipelineOptions(), count=1, steps=1, seed=0, report=silent)
+        pictures(Stopped(), ["a"], PipelineOptions(), count=1, steps=1, seed=0, progress=silent)
     with pytest.raises(Interrupted):
         record(Stopped(), network, ["a"], PipelineOptions())
     assert "forward" not in vars(network)
@@ -441,7 +441,7 @@ def test_images_become_latents_that_the_decoder_turns_back(family: str, folder: 
     root, name = folder(family), COMPONENTS[family]
     options = options_of(family, **({"frames": 1} if family == "wan" else {}))
     told: list[Event] = []
-    found = answer(root, name, options, data=pixels, report=told.append)
+    found = answer(root, name, options, data=pixels, progress=told.append)
     drawn = answer(root, name, options, count=2)
     assert found.images.shape[1:] == drawn.images.shape[1:]
     assert len(found.images) == 3
