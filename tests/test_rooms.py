@@ -94,7 +94,7 @@ def test_the_folders_of_rooms_hold_no_code_of_their_own() -> None:
 
 
 def test_a_name_means_one_function() -> None:
-    """A verb of every command, format or page may stand in several rooms; nothing else is said twice."""
+    """Each command, format and page has its own by the same verb; nothing else is said twice."""
     shared = {"write", "render", "evaluate", "export", "finetune", "prune", "analyze", "carry", "asked"}
     shared |= {"default_output", "finished_run", "make_record", "result_of", "sliced"}
     homes: dict[str, list[str]] = defaultdict(list)
