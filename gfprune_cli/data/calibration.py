@@ -36,9 +36,10 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pipeline import open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Progress, notice
@@ -115,6 +116,7 @@ class ImageRequest:
                 " around it; drop --data"
             )
         elif component.pipeline is not None:
+            check_pipeline_class(pipeline_class(component), config, self.options.size)
             asked_of(component, config, self.options, self.count, self.seed, shuffled=self.data is not None)
         if self.data is None:
             refuse_zero_snr(process, "pass --data")
