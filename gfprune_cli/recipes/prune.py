@@ -39,7 +39,7 @@ class PruneRecipe:
         Lt(1),
         Help(
             "Relative error to which layers that see timestep and pooled conditions alone are factored; 0: "
-            "none (default: 0.01 where parameters are what binds, else 0)."
+            "none (default: 0.01 for transformers whose parameters bind, else 0)."
         ),
     ] = None
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
