@@ -197,7 +197,7 @@ def footprint(
     found: Cells = {"weights fp32": 4 * count, "weights bf16": 2 * count}
     for batch in batches:
         found[f"pass {batch}"] = peak_memory(
-            network, batch=batch, device=device, precision=precision, report=silent
+            network, batch=batch, device=device, precision=precision, progress=silent
         )
     return found
 

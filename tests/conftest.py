@@ -25,6 +25,7 @@ TINY = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
 QUICK = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=2)
+ONE_SHOT = {name: value for name, value in QUICK.items() if name != "iterations"} | {"one_shot": True}
 WHOLE_COMMANDS = ("commands", "reliability", "benchmarks")
 END_TO_END = "test_stdout_is_the_output_path_and_nothing_else"
 Gfprune = Callable[..., subprocess.CompletedProcess[str]]
@@ -75,6 +76,15 @@ def environment_as_before() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def words_of_the_command_line() -> Iterator[None]:
+    """Messages are tested as the command line shows them; `test_errors.py` has those of Python."""
+    from gfprune_cli.errors import flags
+
+    with flags():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import gfprune_cli
 PACKAGE = Path(gfprune_cli.__file__).parent
 # from the lowest to the highest: each may import from those above it in this list, and from itself
 ROOMS = (
-    ("errors", "progress"),
+    ("errors",),
+    ("progress",),
     ("families", "recipes", "runtime"),
     ("outputs",),
     ("checkpoint", "diffusion"),

@@ -1,12 +1,15 @@
 """`carry`: an adapter made for the dense network -> one for the pruned network."""
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gfprune_cli.carrying.carried import Carried
 from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
-from gfprune_cli.carrying.lora import Carried, carry_lora
+from gfprune_cli.carrying.image_prompts import carry_image_prompts, is_image_prompt
+from gfprune_cli.carrying.lora import carry_lora
 from gfprune_cli.carrying.result import CarryResult
 from gfprune_cli.carrying.spelling import normalised
 from gfprune_cli.carrying.target import Target, find_target
@@ -15,14 +18,43 @@ from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tool
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 
-LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter.
+
+    Args:
+        name: in documents.
+        file: what its tensors are written to; of a LoRA, the name that diffusers looks for.
+        loading: the Python that loads it; FOLDER stands for its place.
+        carry: makes it fit.
+    """
+
+    name: str
+    file: str
+    loading: str
+    carry: Callable[[Adapter, Target], Carried]
 
 
-def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> CarryResult:
+LORA = Kind(
+    "lora",
+    "pytorch_lora_weights.safetensors",
+    'pipeline.load_lora_weights("FOLDER")',
+    lambda adapter, target: carry_lora(normalised(adapter, target), target),
+)
+IMAGE_PROMPTS = Kind(
+    "ip-adapter",
+    "ip_adapter.safetensors",
+    'pipeline.load_ip_adapter("FOLDER", subfolder="", weight_name="ip_adapter.safetensors")',
+    lambda adapter, target: carry_image_prompts(adapter.tensors, target),
+)
+
+
+def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent) -> CarryResult:
     """Make an adapter of the dense model fit the pruned one.
 
     Raises:
@@ -33,25 +65,29 @@ def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> 
     path = find_file(recipe.adapter)
     destination = options.out or default_output(recipe, path)
     with claim(destination, options) as output:
-        target = find_target(recipe, offline=options.offline, report=report)
+        target = find_target(recipe, offline=options.offline, progress=progress)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
-        report(Event("load", text=f"reading {path}"))
+        progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
-        carried = carry_lora(normalised(adapter, target), target)
+        kind = IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
+        carried = kind.carry(adapter, target)
         if not carried.layers or len(carried.dropped) == carried.layers:
             raise GfpruneError(
                 f"{path} has {carried.layers} layers for {target.component.class_name}, of which "
                 f"{len(carried.dropped)} are gone: there is nothing to carry over"
             )
-        result = make_result(recipe, adapter, target, carried, None if options.dry_run else str(destination))
+        result = make_result(recipe, adapter, target, carried, kind)
         if not options.dry_run:
             check_space(destination, result.bytes["after"])
-            report(Event("write", text=f"writing {destination}"))
+            result = replace(result, output=str(destination))
+            progress(Event("write", text=f"writing {destination}"))
             with staged(destination, force=options.force, needed=result.bytes["after"]) as staging:
                 # converters give several layers one tensor, which a file may not hold twice
-                write_tensors(staging / LORA, {name: part.clone() for name, part in carried.tensors.items()})
+                write_tensors(
+                    staging / kind.file, {name: part.clone() for name, part in carried.tensors.items()}
+                )
                 write_json(staging / RECORD, make_record(recipe, adapter, target, result))
-                (staging / "README.md").write_text(card(recipe, result), encoding="utf-8")
+                (staging / "README.md").write_text(card(recipe, result, kind), encoding="utf-8")
     return replace(result, seconds=round(time.monotonic() - start, 3))
 
 
@@ -61,7 +97,7 @@ def default_output(recipe: CarryRecipe, path: Path) -> Path:
 
 
 def make_result(
-    recipe: CarryRecipe, adapter: Adapter, target: Target, carried: Carried, output: str | None
+    recipe: CarryRecipe, adapter: Adapter, target: Target, carried: Carried, kind: Kind
 ) -> CarryResult:
     layers = {
         "total": carried.layers,
@@ -73,9 +109,16 @@ def make_result(
         name: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         for name, tensors in (("before", adapter.tensors), ("after", carried.tensors))
     }
-    dropped = tuple(carried.dropped)
     return CarryResult(
-        recipe.adapter, recipe.model, output, "lora", target.prefix, layers, dropped, sizes, 0.0
+        adapter=recipe.adapter,
+        model=recipe.model,
+        output=None,
+        kind=kind.name,
+        component=target.prefix,
+        layers=layers,
+        dropped=tuple(carried.dropped),
+        bytes=sizes,
+        seconds=0.0,
     )
 
 
@@ -102,12 +145,12 @@ def make_record(recipe: CarryRecipe, adapter: Adapter, target: Target, result: C
     }
 
 
-def card(recipe: CarryRecipe, result: CarryResult) -> str:
+def card(recipe: CarryRecipe, result: CarryResult, kind: Kind) -> str:
     """README.md of a carried adapter."""
     layers = result.layers
     return f"""---
 library_name: diffusers
-tags: [gfprune, lora]
+tags: [gfprune, {kind.name}]
 ---
 
 # {Path(recipe.adapter).stem}, for {Path(recipe.model).name}
@@ -117,6 +160,6 @@ narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} drop
 or their layer was factored.
 
 ```python
-pipeline.load_lora_weights("{Path(result.output or "").name}")
+{kind.loading.replace("FOLDER", Path(result.output or "").name)}
 ```
 """

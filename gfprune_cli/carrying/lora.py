@@ -6,41 +6,22 @@ length of its own. Its rows keep their direction, so the length shrinks with wha
 """
 
 import re
-from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
 
-from gfprune_cli.carrying.spelling import Tensors
+from gfprune_cli.carrying.carried import Carried, Tensors, chosen
 from gfprune_cli.carrying.target import Target, layer_sizes
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.correspondence import Layer, Stays
+from gfprune_cli.checkpoint.correspondence import Layer
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.tensor_files import opened
 
 LEAF = re.compile(
     r"(?P<layer>.+)\.(?P<leaf>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
 )
 MAGNITUDE = "lora_magnitude_vector"
 WIDENED = ("x_embedder",)  # a control LoRA reads more channels than the network has
-
-
-@dataclass
-class Carried:
-    """A carried adapter.
-
-    Args:
-        tensors: by name, as they are written.
-        narrowed, moved, dropped: layers of the adapter that lost rows or columns, that have a new name, and
-            that have no place left.
-        layers: of the adapter, those that were dropped included.
-    """
-
-    tensors: Tensors = field(default_factory=dict)
-    layers: int = 0
-    narrowed: int = 0
-    moved: int = 0
-    dropped: list[str] = field(default_factory=list)
 
 
 def carry_lora(tensors: Tensors, target: Target) -> Carried:
@@ -124,10 +105,6 @@ def sliced(leaf: str, tensor: torch.Tensor, layer: Layer) -> torch.Tensor:
     return found if layer.scale == 1 else (found.float() * layer.scale).to(tensor.dtype)
 
 
-def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int) -> torch.Tensor:
-    return tensor if stays is None else tensor.index_select(dimension, torch.tensor(stays.indices))
-
-
 def shrinkage(
     target: Target, name: str, new: str, layer: Layer, dense_parts: Tensors, parts: Tensors
 ) -> torch.Tensor:
@@ -150,11 +127,8 @@ def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.
     name = f"{layer}.weight"
     if name not in component.tensors:
         raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
-    with safe_open(component.tensors[name].file, framework="pt") as reader:
+    with opened(component.tensors[name].file) as reader:
         weight = reader.get_tensor(name).float()
     product = up.float().flatten(1) @ down.float().flatten(1)
     lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)
     return lengths
-
-
-__all__ = ["Carried", "carry_lora"]

@@ -7,13 +7,13 @@ from typing import Any
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CarryResult:
     """What a carry run did; `document()` is the JSON of the command.
 
     Args:
         output: the folder; None for a dry run.
-        kind: "lora", "ip-adapter" or "controlnet".
+        kind: "lora" or "ip-adapter".
         layers: `total`, and of them `narrowed`, `moved` to another block, and `dropped` for want of a place.
         dropped: their names in the dense network.
         bytes: of the tensors, `before` and `after`.

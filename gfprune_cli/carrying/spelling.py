@@ -15,13 +15,12 @@ import diffusers
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 
+from gfprune_cli.carrying.carried import Tensors
 from gfprune_cli.carrying.files import Adapter
 from gfprune_cli.carrying.target import Target
 from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.errors import GfpruneError
-
-Tensors = dict[str, torch.Tensor]
 
 KOHYA = ("lora_unet_", "lycoris_")
 PEFT = "base_model.model."

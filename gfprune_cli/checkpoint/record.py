@@ -57,21 +57,25 @@ class Record:
         variant = settings.get("variant") if isinstance(settings, dict) else None
         return variant if isinstance(variant, str) else None
 
-    def dense_label(self, flag: str = "--teacher") -> str:
-        """Where the dense model is. A folder that is gone is never looked for on the Hub.
+    @property
+    def config_from(self) -> str | None:
+        """Whose configuration a dense model in one file was read with."""
+        settings = self.document.get("recipe")
+        found = settings.get("config_from") if isinstance(settings, dict) else None
+        return found if isinstance(found, str) else None
 
-        Args:
-            flag: that names another place, for the message.
+    def dense_label(self) -> str:
+        """Where the dense model is. A folder that is gone is never looked for on the Hub.
 
         Raises:
             GfpruneError: it is not there.
         """
         label = self.source.label
         # os.path and not pathlib: a name too long, or of no user, is answered, not raised
-        if self.source.kind == "local" and not os.path.isdir(os.path.expanduser(label)):
+        if self.source.kind == "local" and not os.path.exists(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
-                f"name it with {flag}"
+                "name it with --teacher"
             )
         return "demo" if self.source.kind == "demo" else label
 

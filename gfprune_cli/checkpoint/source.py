@@ -12,13 +12,16 @@ from typing import Literal
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
-from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.errors import GfpruneError, UsageError, named
+from gfprune_cli.progress import Event, Progress, silent
 
 DEMO = Path(__file__).parent.parent / "demo"
 
 # how no repository of a model is called: a file that is not there is no Hub id
-NO_REPOSITORY = (".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json", ".onnx")
+NO_REPOSITORY = (
+    *(".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".msgpack", ".h5", ".npz"),
+    *(".json", ".yaml", ".yml", ".txt", ".onnx", ".pt2", ".xml", ".engine", ".zip", ".tar", ".gz"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -46,16 +49,20 @@ def resolve(
     variant: str | None = None,
     offline: bool = False,
     config_only: bool = False,
-    report: Report = silent,
+    config_from: str | None = None,
+    progress: Progress = silent,
 ) -> Source:
     """Turn what the user wrote after `--model` into a folder, downloading it if need be.
 
     Args:
-        model: "demo", a local diffusers folder, or a Hub id "owner/name". A folder that exists wins.
+        model: "demo", a local diffusers folder, a file in the naming of the model's authors, or a Hub id
+            "owner/name". What exists here wins.
         revision: branch, tag or commit; Hub only.
         variant: "fp16" and the like: download those weights, and the plain ones of components that lack them.
         offline: use only what the Hub cache holds, as HF_HUB_OFFLINE=1 does.
         config_only: download no weights.
+        config_from: for a file: a diffusers folder or Hub id of its family; None takes the one that diffusers
+            knows for it.
         report: gets a "load" event before and during a download.
 
     Returns:
@@ -66,15 +73,27 @@ def resolve(
         GfpruneError: the Hub model cannot be had, or holds nothing that gfprune can read.
     """
     check_variant(variant)
+    file = None if model == "demo" else _original_file(model)
+    if config_from is not None and file is None:
+        raise UsageError(
+            f"--config-from is for models in one file, and {quoted(model)} is none: drop the flag"
+        )
     if model == "demo":
         source = _local(model, DEMO, "demo")
+    elif file is not None:
+        source = Source(model, _converted(file, config_from, offline, progress), "local", None)
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
     elif looks_like_hub_id(model):
         from gfprune_cli.checkpoint.hub import fetch
 
         folder, commit = fetch(
-            model, revision=revision, variant=variant, offline=offline, config_only=config_only, report=report
+            model,
+            revision=revision,
+            variant=variant,
+            offline=offline,
+            config_only=config_only,
+            progress=progress,
         )
         return Source(model, folder, "hub", commit)
     else:
@@ -85,7 +104,7 @@ def resolve(
         raise UsageError(
             f"--revision is for Hub models, but {quoted(model)} is a folder on this machine: drop the flag"
         )
-    report(Event("load", text=f"reading {source.folder}"))
+    progress(Event("load", text=f"reading {source.folder}"))
     return source
 
 
@@ -109,20 +128,42 @@ def _expanded(model: str) -> Path | None:
         return None
 
 
+def _original_file(model: str) -> Path | None:
+    """The file that a name stands for: itself, or the only one in a folder that is no diffusers folder."""
+    path = _expanded(model)
+    if path is None or not os.path.exists(path):
+        return None
+    if path.is_file():
+        return path
+    described = any((path / name).exists() for name in ("model_index.json", "config.json"))
+    files = [] if described or not path.is_dir() else sorted(path.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else None
+
+
+def _converted(file: Path, config_from: str | None, offline: bool, progress: Progress) -> Path:
+    """The diffusers folder of a file."""
+    from gfprune_cli.checkpoint.original_file import check_kind, converted, default_configuration
+
+    check_kind(file)
+    family = config_from or default_configuration(file)
+    try:
+        with named(model="config_from"):
+            source = resolve(family, offline=offline, config_only=True, progress=progress)
+    except GfpruneError as error:
+        if config_from is not None:
+            raise
+        raise GfpruneError(
+            f"{file} needs the configuration of {family}, which cannot be had ({error}): name a diffusers "
+            "folder of its family with --config-from"
+        ) from error
+    return converted(file, source.folder, progress)
+
+
 def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
     if kind == "demo" and not folder.is_dir():
         raise GfpruneError(
             f"the demo checkpoint is missing from this installation ({folder}): reinstall gfprune"
         )
     if not folder.is_dir():
-        raise UsageError(
-            f"--model {folder} is a file, and gfprune reads diffusers folders: convert it with "
-            "DiffusionPipeline.from_single_file(...).save_pretrained(...)"
-        )
+        raise UsageError(f"--model {folder} is neither a folder nor a regular file")
     return Source(label, folder, kind, None)
-
-
-def said_of(error: GfpruneError, flag: str) -> GfpruneError:
-    """What `resolve` raised about `--model`, in terms of the flag that named the checkpoint."""
-    text = str(error).replace("--model", flag, 1).replace("--revision", f"{flag}-revision", 1)
-    return type(error)(text)

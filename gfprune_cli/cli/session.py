@@ -6,13 +6,16 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from gfprune_cli.cli.environment import broken_import, check_interpreter
 from gfprune_cli.cli.signals import Signals
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.cli.streams import ResultStream
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, flags
 from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
 from gfprune_cli.runtime.launch import main_process
@@ -28,11 +31,15 @@ class Session:
         debug: tracebacks with errors.
         json: the result is a JSON document.
         offline: tell every library in this process to stay off the network.
+        check: refuses what the command cannot do in this environment, before anything heavy is imported.
     """
 
-    def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
+    def __init__(
+        self, *, quiet: bool, debug: bool, json: bool, offline: bool, check: Callable[[], None] | None = None
+    ) -> None:
+        self.check = check
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
-        self.signals = Signals()
+        self.signals, self.output, self.words = Signals(), ResultStream(), flags()
         self.bar: Any = None
         self.phase, self.shown = "", -1
         self.warnings, self.warned = warnings.catch_warnings(), set[str]()
@@ -41,10 +48,20 @@ class Session:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
+        self.words.__enter__()
         self.signals.listen()
+        self.output.divert()
         self.warnings.__enter__()
         quiet_libraries()
         self.show_warnings()
+        try:
+            check_interpreter()
+            if self.check is not None:
+                self.check()
+        except UsageError as error:
+            if not main_process():  # in peace: launchers stop the first process when another one fails
+                raise SystemExit(0) from None
+            self.__exit__(type(error), error, error.__traceback__)
         return self
 
     def show_warnings(self) -> None:
@@ -61,7 +78,7 @@ class Session:
         warnings.simplefilter("always", WeakerWrites)
         warnings.showwarning = show
 
-    def report(self, event: Event) -> None:
+    def progress(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
 
         Raises:
@@ -130,6 +147,7 @@ class Session:
         self.close_bar()
         if not main_process():
             return
+        self.output.restore()
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
@@ -152,8 +170,18 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.end(kind, error, trace)
+        finally:
+            self.words.__exit__(None, None, None)
+
+    def end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say what went wrong, and end the process with its code."""
         self.signals.close()
         self.close_bar()
+        self.output.restore()
         self.warnings.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit):
             return
@@ -218,6 +246,8 @@ def one_line(error: BaseException) -> str:
         return f"out of device memory: {text}; use --device cpu"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # PyTorch's own, a RuntimeError
         return "out of memory: ask for a smaller --batch or fewer images, or use a machine with more"
+    if (broken := broken_import(error)) is not None:
+        return broken
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
+from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
@@ -35,12 +36,12 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pipeline import is_autoencoder, open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline
 from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.outputs.digests import fingerprint
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 
 __all__ = [
     "ImageRequest", "Images", "PipelineOptions", "cache_folder", "draw_labels", "image_size",
@@ -124,7 +125,7 @@ class ImageRequest:
         component: Component,
         scheduler: Any,
         hashes: Mapping[str, str],
-        report: Report,
+        progress: Progress,
     ) -> Images:
         """The images: read from the user's data, or drawn from `model` (once; they are cached).
 
@@ -138,7 +139,7 @@ class ImageRequest:
         """
         network: Any = model
         self.check(component, network.config, scheduler)
-        work = Work(self, model, component, scheduler, hashes, report)
+        work = Work(self, model, component, scheduler, hashes, progress)
         if is_autoencoder(component.class_name):
             return work.of_autoencoder()
         if component.class_name.removeprefix("Pruned") == "UNet2DModel":
@@ -155,7 +156,7 @@ class Work:
     component: Component
     scheduler: Any
     hashes: Mapping[str, str]
-    report: Report
+    progress: Progress
 
     @property
     def config(self) -> Any:
@@ -188,19 +189,19 @@ class Work:
         request, component = self.request, self.component
         data = request.data is not None
         if component.pipeline is None:
-            recording = made_up(self.model, request.count, request.seed, self.report)
+            recording = made_up(self.model, request.count, request.seed, self.progress)
             asked = Asked([], list(range(request.count)))
         else:
             asked = asked_of(
                 component, self.config, request.options, request.count, request.seed, shuffled=data
             )
-            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.report)
+            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.progress)
         for remark in recording.remarks:
-            notice(self.report, remark)
+            notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
         named = prompts_fingerprint(request.options.prompts)
         if data:
-            notice(self.report, "--data comes without captions: images are paired with prompts at random")
+            notice(self.progress, "--data comes without captions: images are paired with prompts at random")
             images, name = self.encoded(recording.shape, recording.image[:2])
             named = name if named is None else hashlib.sha256((name + named).encode()).hexdigest()
             return Images(
@@ -232,7 +233,7 @@ class Work:
             channels=channels,
             limit=request.count,
             seed=request.seed,
-            report=self.report,
+            progress=self.progress,
         )
         if len(images) < 2:
             raise UsageError(f"--data {request.data} holds {len(images)} image: at least 2 are needed")
@@ -254,7 +255,7 @@ class Work:
             factor = upscaling(component, name)
             pixels = (shape[1] * factor, shape[2] * factor)
         loaded = self.loaded(pixels, 3)
-        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.report)
+        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.progress)
         return found, fingerprint(loaded)
 
     def drawn(
@@ -292,13 +293,13 @@ class Work:
                         conditions=conditions,
                         shape=shape,
                         device=self.device,
-                        report=self.report,
+                        progress=self.progress,
                         batch=batch,
                     )
                 },
                 None,
             ),
-            self.report,
+            self.progress,
         )
         return tensors["images"]
 
@@ -329,11 +330,11 @@ class Work:
                         count=request.count,
                         steps=request.sample_steps,
                         seed=request.seed,
-                        report=self.report,
+                        progress=self.progress,
                     ).cpu()
                 },
                 None,
             ),
-            self.report,
+            self.progress,
         )
         return tensors["images"]

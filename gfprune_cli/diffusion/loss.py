@@ -10,7 +10,7 @@ from gfprune_cli.diffusion.conditions import Condition, inputs_of
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
@@ -28,7 +28,7 @@ def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoising_loss(
-    network: Network, process: NoisingProcess, draws: Draws, count: int, report: Report
+    network: Network, process: NoisingProcess, draws: Draws, count: int, progress: Progress
 ) -> float:
     """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
 
@@ -41,7 +41,7 @@ def denoising_loss(
     """
     total, taken, levels = 0.0, [], []
     for first in range(0, count, CHUNK):
-        report(Event("evaluate", first, count))
+        progress(Event("evaluate", first, count))
         batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)

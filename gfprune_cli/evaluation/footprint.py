@@ -17,7 +17,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.runtime.device import Precision
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.trace import Trace, observe
@@ -42,7 +42,7 @@ def peak_memory(
     batch: int,
     device: torch.device,
     precision: Precision,
-    report: Report,
+    progress: Progress,
     inputs: NetworkInputs = batch_inputs,
 ) -> int | None:
     """Bytes that one forward pass needs: weights, buffers, and the peak of what torch allocates above them.
@@ -67,7 +67,7 @@ def peak_memory(
     except (RuntimeError, TypeError, MemoryError) as error:
         if not (out_of_memory(error) or any(words in str(error).lower() for words in TOO_LARGE)):
             raise
-        notice(report, f"peak memory is not measured: a batch of {batch} does not fit")
+        notice(progress, f"peak memory is not measured: a batch of {batch} does not fit")
         return None
     return resident + rise
 

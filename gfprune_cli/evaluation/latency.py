@@ -25,7 +25,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.runtime.device import Precision
 
 __all__ = ["Latency", "macs", "measure_latency", "memory_measured", "peak_memory"]
@@ -122,7 +122,7 @@ def measure_latency(
     precision: Precision,
     mac_ratio: float | None,
     repeats: int,
-    report: Report,
+    progress: Progress,
     inputs: NetworkInputs = batch_inputs,
     seconds: float = ROW_SECONDS,
     clock: Clock = time.perf_counter,
@@ -151,12 +151,12 @@ def measure_latency(
     networks = [prepare(network, device) for network in (model, reference) if network is not None]
     with default_kernels():
         for number, (mode, batch) in enumerate(wanted):
-            pulse = partial(report, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
+            pulse = partial(progress, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
             stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
-            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, report)
+            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, progress)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
-    report(Event("latency", len(wanted), len(wanted)))
+    progress(Event("latency", len(wanted), len(wanted)))
     return list(rows.values())
 
 
@@ -168,7 +168,7 @@ def attempt(
     precision: Precision,
     mac_ratio: float | None,
     inputs: NetworkInputs,
-    report: Report,
+    progress: Progress,
 ) -> Latency | None:
     """One row at the largest batch that fits, None if there is none; the user is told of either."""
     size = batch
@@ -181,11 +181,13 @@ def attempt(
             problem = error.with_traceback(None)  # its frames hold the tensors that did not fit
         else:
             if size != batch:
-                notice(report, f"latency ({mode}): batch {batch} does not fit in memory, {size} is measured")
+                notice(
+                    progress, f"latency ({mode}): batch {batch} does not fit in memory, {size} is measured"
+                )
             return row
         if not out_of_memory(problem) or size == 1:
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            notice(report, f"latency ({mode}, batch {size}) is left out: {line}")
+            notice(progress, f"latency ({mode}, batch {size}) is left out: {line}")
             return None
         size //= 2
         if stopwatch.device.type == "cuda":

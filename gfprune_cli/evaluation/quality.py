@@ -22,7 +22,7 @@ from gfprune_cli.evaluation.statistics import (
     gaussian,
     kernel_distance,
 )
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 REAL_IMAGES = 10**6  # no more than these are read from --data
 REAL_BATCH = 64
@@ -202,7 +202,7 @@ def statistics_bytes(found: Gaussian, extractor: Extractor) -> bytes:
 
 
 def real_features(
-    data: str, extractor: Extractor, *, size: tuple[int, int], channels: int, report: Report
+    data: str, extractor: Extractor, *, size: tuple[int, int], channels: int, progress: Progress
 ) -> Real:
     """Features of the images of `--data`, in the network's size.
 
@@ -210,7 +210,7 @@ def real_features(
         UsageError: too few images; GfpruneError: an image cannot be read.
     """
     batches = image_batches(
-        data, size=size, channels=channels, limit=REAL_IMAGES, batch=REAL_BATCH, report=report
+        data, size=size, channels=channels, limit=REAL_IMAGES, batch=REAL_BATCH, progress=progress
     )
     features = np.concatenate([extractor.features(images) for images in batches])
     if len(features) < 2:
@@ -219,7 +219,7 @@ def real_features(
 
 
 def sample_features(
-    chunks: Iterable[torch.Tensor], extractor: Extractor, total: int, report: Report
+    chunks: Iterable[torch.Tensor], extractor: Extractor, total: int, progress: Progress
 ) -> Features:
     """[N, D] features of samples [n, C, H, W] in [0, 1], as 8-bit images."""
     found = []
@@ -227,7 +227,7 @@ def sample_features(
     for images in chunks:
         found.append(extractor.features((images * 255).round().to(torch.uint8)))
         done += len(images)
-        report(Event("inception", done, total))
+        progress(Event("inception", done, total))
     return np.concatenate(found)
 
 

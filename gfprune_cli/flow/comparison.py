@@ -67,10 +67,10 @@ class Curves:
         """
         readers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
         for group in self.masked.groups:
-            for member in () if group.stack else group.members:
+            for member in () if group.is_block else group.members:
                 if member.side == "in":
                     readers.setdefault(member.module, []).append((group, member))
-        blocks = {group.name for group in self.masked.groups if group.stack}
+        blocks = {group.name for group in self.masked.groups if group.is_block}
         weights = {name: w.detach().requires_grad_() for name, w in self.masked.effective().items()}
         with ExitStack() as stack, torch.enable_grad():
             for name, module in self.masked.model.named_modules():

@@ -18,7 +18,7 @@ from gfprune_cli.flow.energy import Loss, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.structure.groups import select
 
 FORWARD = 1 / 3  # of the cost of a gradient
@@ -26,7 +26,7 @@ REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
-]  # scores, progress -> channels kept
+]  # scores, share of the sparsity -> channels kept
 
 
 class Store(Protocol):
@@ -55,7 +55,7 @@ class RefitResult:
 
 
 @dataclass
-class Flow:
+class LoopState:
     """Everything that a run changes beside weights and masks."""
 
     iteration: int = 1
@@ -77,7 +77,7 @@ class PruningLoop:
             nothing else sees. Its draws are `judging`.
         schedule: when what happens.
         criterion: how units are scored.
-        allocate: from scores and the progress of the budget to channels kept per group.
+        allocate: from scores and the share of the sparsity that is due to channels kept per group.
         draws: for scoring and refit.
         scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
         fixed: the widths do not follow from scores, so that groups need not be compared.
@@ -95,9 +95,9 @@ class PruningLoop:
     scoring_draws: int
     chunk: int
     store: Store
-    report: Report
+    progress: Progress
     fixed: bool = False
-    flow: Flow = field(default_factory=Flow)
+    state: LoopState = field(default_factory=LoopState)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Run to the end, from the last durable state if there is one.
@@ -107,7 +107,7 @@ class PruningLoop:
         """
         self.restore()
         try:
-            while self.flow.iteration <= self.schedule.iterations:
+            while self.state.iteration <= self.schedule.iterations:
                 self.iterate()
                 self.save()
         except Interrupted as stop:
@@ -121,22 +121,22 @@ class PruningLoop:
         return {name: mask.cpu() == 1 for name, mask in self.masked.masks.items()}
 
     def iterate(self) -> None:
-        flow, schedule = self.flow, self.schedule
-        if not flow.moved:
-            support = self.rescore() if schedule.selects(flow.iteration) else flow.support
-            last = flow.iteration == schedule.iterations
+        state, schedule = self.state, self.schedule
+        if not state.moved:
+            support = self.rescore() if schedule.selects(state.iteration) else state.support
+            last = state.iteration == schedule.iterations
             masks = move(self.masked.masks, support, schedule.bound)
             self.masked.set_masks({name: mask.round() for name, mask in masks.items()} if last else masks)
-            flow.support, flow.moved = support, True
-            self.report(Event("mask", flow.iteration, schedule.iterations, values=self.levels()))
+            state.support, state.moved = support, True
+            self.progress(Event("mask", state.iteration, schedule.iterations, values=self.levels()))
         refitted = None if self.refit is None else self.fit(self.refit)
-        flow.iteration, flow.moved = flow.iteration + 1, False
+        state.iteration, state.moved = state.iteration + 1, False
         if refitted is not None:  # said when it is over: a run that stops here does not fit again
-            self.report(refitted)
+            self.progress(refitted)
 
     def levels(self) -> dict[str, float]:
         """Share of units outside the support, and mean mask."""
-        inside = torch.cat([support.flatten() for support in self.flow.support.values()])
+        inside = torch.cat([support.flatten() for support in self.state.support.values()])
         masks = torch.cat([mask.flatten() for mask in self.masked.masks.values()])
         return {"leaving": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
 
@@ -145,42 +145,48 @@ class PruningLoop:
 
         What changes the flow comes last: a run that stops on the way scores again.
         """
-        flow = self.flow
+        state = self.state
         losses = scoring_losses(
-            self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
+            self.masked,
+            self.process,
+            self.draws,
+            state.iteration,
+            self.scoring_draws,
+            self.chunk,
+            self.progress,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way)
         try:
             scores = score(self.criterion, evidence)
         except NotFinite:
             total, chunk = self.scoring_draws, self.chunk
-            look_for_timesteps(self.masked, self.process, self.draws, flow.iteration, total, chunk)
+            look_for_timesteps(self.masked, self.process, self.draws, state.iteration, total, chunk)
             raise
-        self.report(Event("score", self.scoring_draws, self.scoring_draws))
+        self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.chunk))
             compared = comparable(self.masked, scores, x, timesteps, batch.condition, self.draws.seed)
             cost += len(batch)
-        kept = self.allocate(compared, self.schedule.progress(flow.iteration))
-        flow.way, flow.gradients = evidence.way, flow.gradients + cost
+        kept = self.allocate(compared, self.schedule.share(state.iteration))
+        state.way, state.gradients = evidence.way, state.gradients + cost
         groups = self.masked.groups
         return {group.name: select(group, scores[group.name], kept[group.name]) for group in groups}
 
     def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         """Noisy samples of this iteration, their timesteps, and what they were made of."""
-        batch = self.draws.batch(purpose, self.flow.iteration, count)
+        batch = self.draws.batch(purpose, self.state.iteration, count)
         noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
         return noisy, self.process.timesteps(batch.index), batch
 
     def fit(self, refit: Refit) -> Event:
         """Refit, and take it back where it does not lower the loss; returns what to say of it."""
-        flow = self.flow
-        dense = flow.refits[-1].dense if flow.refits else self.judge(True)
+        state = self.state
+        dense = state.refits[-1].dense if state.refits else self.judge(True)
         before = self.judge(False)
         x, timesteps, batch = self.noisy("refit", REFIT_SAMPLES)
-        poll = lambda: self.report(Event("refit", flow.iteration, self.schedule.iterations))  # noqa: E731
-        changed = refit.fit(x, timesteps, batch.condition, flow.iteration, poll)
+        poll = lambda: self.progress(Event("refit", state.iteration, self.schedule.iterations))  # noqa: E731
+        changed = refit.fit(x, timesteps, batch.condition, state.iteration, poll)
         layers = len({name.rpartition(".")[0] for name in changed})
         try:
             after = self.judge(False)
@@ -190,28 +196,28 @@ class PruningLoop:
         if not after < before:  # true for NaN as well
             refit.restore(changed)
             after, layers = before, 0
-        judged = 2 + (not flow.refits)
-        flow.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
-        flow.refits.append(RefitResult(flow.iteration, dense, before, after, layers))
+        judged = 2 + (not state.refits)
+        state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
+        state.refits.append(RefitResult(state.iteration, dense, before, after, layers))
         values = {"before": before, "after": after, "layers": float(layers)}
-        return Event("refitted", flow.iteration, self.schedule.iterations, values=values)
+        return Event("refitted", state.iteration, self.schedule.iterations, values=values)
 
     def save(self) -> None:
-        flow = self.flow
+        state = self.state
         tensors: dict[str, torch.Tensor] = {}
         families: dict[str, Mapping[str, torch.Tensor]] = {
             "weight": self.masked.weights,
             "mask": self.masked.masks,
-            "support": flow.support,
+            "support": state.support,
         }
         for family, members in families.items():
             tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
         numbers = {
-            "iteration": flow.iteration,
-            "moved": flow.moved,
-            "way": flow.way,
-            "gradients": flow.gradients,
-            "refits": [asdict(refit) for refit in flow.refits],
+            "iteration": state.iteration,
+            "moved": state.moved,
+            "way": state.way,
+            "gradients": state.gradients,
+            "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
 
@@ -228,7 +234,7 @@ class PruningLoop:
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
-        self.flow = Flow(
+        self.state = LoopState(
             numbers["iteration"],
             numbers["moved"],
             families.get("support", {}),
@@ -245,7 +251,7 @@ def scoring_losses(
     iteration: int,
     total: int,
     chunk: int,
-    report: Report,
+    progress: Progress,
 ) -> list[Loss]:
     """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
@@ -258,7 +264,7 @@ def scoring_losses(
         count = end - first
 
         def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            report(Event("score", first + count, total, values={"iteration": iteration}))
+            progress(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
             return drawn_losses(masked, process, batch, weights).sum() * (chunks / total)
 

@@ -27,7 +27,7 @@ class Schedule(BaseModel):
     def iterations(self) -> int:
         return self.scorings + self.closing
 
-    def progress(self, iteration: int) -> float:
+    def share(self, iteration: int) -> float:
         """Share of the sparsity that is asked for after an iteration, 1 to `iterations`.
 
         Cubic, gentle at the end (arXiv 1710.01878).

@@ -26,10 +26,12 @@ from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pipeline import quiet
 from gfprune_cli.inputs.rows import check_shared, flattened, own_row, shared_values, stacked
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+# what pipelines that change images are called with; often optional by the signature alone
+IMAGES = ("image", "images", "mask_image", "control_image", "video", "mask", "conditioning")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def record(
     network: nn.Module,
     asked: Sequence[str] | Sequence[int],
     options: PipelineOptions,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Recording:
     """Run a pipeline once per prompt, up to its first call of the network.
 
@@ -118,12 +120,12 @@ def record(
         own = per_sample_names(pipeline, observer, arguments, asked[0], single, left_out)
         rows, shared = [own_row(single, own)], shared_values(single, own)
         for number, ask in enumerate(asked[1:], 1):
-            report(Event("encode", number, len(asked)))
+            progress(Event("encode", number, len(asked)))
             run(pipeline, observer, arguments, [ask], count)
             calls = [flattened(call, left_out) for call in observer.calls]
             rows.append(own_row(calls, own))
             check_shared(pipeline, shared, shared_values(calls, own))
-    report(Event("encode", len(asked), len(asked)))
+    progress(Event("encode", len(asked), len(asked)))
     tensors = stacked(rows)
     if guidance.order == (1, 0):
         tensors = {name: tensor.flip(1) for name, tensor in tensors.items()}
@@ -197,12 +199,28 @@ def run(
     except GfpruneError:
         raise
     except Exception as error:  # another library's pipeline: anything
-        raise GfpruneError(f"{type(pipeline).__name__} cannot be run: {first_line(error)}") from error
+        raise _not_run(pipeline, observer.network, made, error) from error
     if not observer.calls:
         raise GfpruneError(
             f"{type(pipeline).__name__} never calls its {type(observer.network).__name__}:"
             " name another --component"
         )
+
+
+def _not_run(pipeline: Any, network: Any, made: dict[str, Any], error: Exception) -> GfpruneError:
+    """Why a pipeline failed: for want of images, for the size asked for, or for reasons of its own."""
+    name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    lacking = [key for key in IMAGES if key in parameters]
+    if lacking:
+        return GfpruneError(
+            f"{name} cannot be run with a prompt alone: it takes {' and '.join(lacking)}, which gfprune does "
+            f"not have ({first_line(error)})"
+        )
+    if "height" in parameters and "height" not in made and network.config.get("sample_size", 0) is None:
+        return UsageError(f"the network's config.json has no sample_size ({name}): add it, or give --size")
+    if "height" in made and "divisible" in str(error):
+        return UsageError(f"--size: {first_line(error)}")
+    return GfpruneError(f"{name} cannot be run: {first_line(error)}")
 
 
 def conventions(

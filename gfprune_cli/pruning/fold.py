@@ -21,7 +21,7 @@ from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.probes import FIND, Probes
 from gfprune_cli.structure.modulation import (
     Hide,
@@ -94,9 +94,9 @@ class Folder:
     """
 
     def __init__(
-        self, network: nn.Module, probes: Probes, tolerance: float, dtype: torch.dtype, report: Report
+        self, network: nn.Module, probes: Probes, tolerance: float, dtype: torch.dtype, progress: Progress
     ) -> None:
-        self.network, self.probes, self.tolerance, self.report = network, probes, tolerance, report
+        self.network, self.probes, self.tolerance, self.progress = network, probes, tolerance, progress
         self.dtype = dtype
 
     def fold(self, process: NoisingProcess, held_out: Draws) -> tuple[nn.Module, Folding] | None:
@@ -203,7 +203,7 @@ class Folder:
 
         def visit(name: str, layer: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             nonlocal missed
-            self.report(Event("fold", len(chosen), len(dense)))
+            self.progress(Event("fold", len(chosen), len(dense)))
             if name in chosen:  # called again
                 return chosen[name](x)
             rows = Samples(x.reshape(-1, x.shape[-1]), dense[name].to(x.device))
@@ -259,10 +259,10 @@ def attempt(
     except GfpruneError as error:
         if asked:
             raise
-        notice(folder.report, f"nothing is folded: {error}")
+        notice(folder.progress, f"nothing is folded: {error}")
         return None
     if found is None and asked:
-        notice(folder.report, "--fold: no layer would save anything within the tolerance")
+        notice(folder.progress, "--fold: no layer would save anything within the tolerance")
     return found
 
 

@@ -28,7 +28,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import StateFolder
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, attempt
 from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
 from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
@@ -81,11 +81,17 @@ class PruneJob:
         source: Source,
         plan: Plan,
         device: torch.device,
-        report: Report,
+        progress: Progress,
         *,
         offload_teacher: bool = False,
     ) -> None:
-        self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
+        self.recipe, self.source, self.plan, self.device, self.progress = (
+            recipe,
+            source,
+            plan,
+            device,
+            progress,
+        )
         self.offload_teacher = offload_teacher and device.type != "cpu"
         scheduler = load_scheduler(plan.component)
         if scheduler is None:
@@ -94,7 +100,7 @@ class PruneJob:
             )
         if scheduler_config_path(plan.component) is None:
             notice(
-                report,
+                progress,
                 "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
             )
         self.scheduler = scheduler
@@ -118,7 +124,12 @@ class PruneJob:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
-        addresses = ("model", "revision", "variant")  # the hashes below say what they stood for
+        addresses = (
+            "model",
+            "revision",
+            "variant",
+            "config_from",
+        )  # the hashes below say what they stood for
         settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
         inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
         return {
@@ -144,26 +155,26 @@ class PruneJob:
 
     def execute(self, state: StateFolder) -> tuple[nn.Module, Outcome]:
         """The pruned network, and what was measured on the way."""
-        self.report(Event("load", text="reading weights"))
+        self.progress(Event("load", text="reading weights"))
         dense = self.load()
-        self.report(Event("calibrate", text="preparing calibration images"))
-        draws, reports = self.draws(dense)
+        self.progress(Event("calibrate", text="preparing calibration images"))
+        draws, held_out = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
         check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
         recovery = RecoveryState(state)
-        before = 0.0 if recovery.begun() else self.loss(reports, dense)
+        before = 0.0 if recovery.begun() else self.loss(held_out, dense)
         if self.plan.fold:
-            dense = self.fold(dense, draws, reports)
-        self.report(Event("check", text="checking that removal is exact"))
+            dense = self.fold(dense, draws, held_out)
+        self.progress(Event("check", text="checking that removal is exact"))
         if self.plan.groups:
             check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         if not recovery.begun():
-            outcome, trained = self.prune(dense, draws, reports, state, before)
+            outcome, trained = self.prune(dense, draws, held_out, state, before)
             narrow = self.narrow(trained, outcome.kept)
-            outcome.losses["removed"] = self.loss(reports, narrow)
+            outcome.losses["removed"] = self.loss(held_out, narrow)
             gap = outcome.losses.pop("judged", None)
             if gap is not None:  # of two networks that should be one, on the same few draws
-                removed = self.loss(reports, narrow, JUDGE_DRAWS)
+                removed = self.loss(held_out, narrow, JUDGE_DRAWS)
                 outcome.losses["masked"] = outcome.losses["removed"] + gap - removed
         else:
             outcome = recovery.outcome()
@@ -173,7 +184,7 @@ class PruneJob:
         model = self.stored(narrow)
         if self.steps:
             outcome.losses["recovered"] = self.loss(
-                reports, nn.Module.to(copy.deepcopy(model), torch.float32)
+                held_out, nn.Module.to(copy.deepcopy(model), torch.float32)
             )
         return model, outcome
 
@@ -182,19 +193,19 @@ class PruneJob:
         shape = tuple(draws.images.shape[1:])
         probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
         dtype = stored_dtype(self.plan.component)
-        folder = Folder(dense, probes, self.plan.fold, dtype, self.report)
+        folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
         asked = self.recipe.fold is not None or not self.recipe.sparsity
         found = attempt(folder, self.process, held_out, asked=asked)
         if found is None:
             return dense
         network, self.folding = found
-        self.plan = folded_plan(self.plan, network, self.recipe, self.report)
+        self.plan = folded_plan(self.plan, network, self.recipe, self.progress)
         if self.device.type == "cuda":
             network = channels_last(network)
         return nn.Module.to(network, self.device)
 
     def prune(
-        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder, before: float
+        self, dense: nn.Module, draws: Draws, held_out: Draws, state: StateFolder, before: float
     ) -> tuple[Outcome, nn.Module]:
         """Let the masks flow to their end; the network after the last refit, all of its channels there.
 
@@ -208,12 +219,12 @@ class PruneJob:
         if student is not dense and self.offload_teacher:
             offload(dense, self.device)
         masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
-        loop = self.loop(masked, dense, draws, reports, state)
+        loop = self.loop(masked, dense, draws, held_out, state)
         kept = loop.run()
-        refits = loop.flow.refits
-        judged = refits[-1].after if refits else self.masked_loss(reports, masked, JUDGE_DRAWS)
+        refits = loop.state.refits
+        judged = refits[-1].after if refits else self.masked_loss(held_out, masked, JUDGE_DRAWS)
         losses = {"before": before, "judged": judged, "masked": judged}
-        return Outcome(kept, losses, refits, loop.flow.gradients), masked.model
+        return Outcome(kept, losses, refits, loop.state.gradients), masked.model
 
     def teacher(self, dense: nn.Module) -> nn.Module:
         """The network as it was given, whatever it was folded to."""
@@ -236,7 +247,7 @@ class PruneJob:
             processes=Processes(None, self.device),
             precision=self.precision,
             state=state,
-            report=self.report,
+            progress=self.progress,
             save_every=SAVE_EVERY,
             remedies=RECOVERY_REMEDIES,
         )
@@ -266,19 +277,19 @@ class PruneJob:
     def scored(self) -> "Scored":
         """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
         dense = self.load()
-        draws, reports = self.draws(dense)
+        draws, held_out = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
         count = self.recipe.draws
-        losses = scoring_losses(masked, self.process, draws, 1, count, SCORE_CHUNK, self.report)
+        losses = scoring_losses(masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress)
         try:
             scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
         except NotFinite:
             look_for_timesteps(masked, self.process, draws, 1, count, SCORE_CHUNK)
             raise
-        return Scored(masked, reports, scores)
+        return Scored(masked, held_out, scores)
 
     def loop(
-        self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+        self, masked: MaskedModel, dense: nn.Module, draws: Draws, held_out: Draws, state: StateFolder
     ) -> PruningLoop:
         recipe = self.recipe
         refit = None
@@ -289,8 +300,8 @@ class PruneJob:
 
         def judge(of_dense: bool) -> float:
             if of_dense:
-                return self.loss(reports, dense, JUDGE_DRAWS)
-            return self.masked_loss(reports, masked, JUDGE_DRAWS)
+                return self.loss(held_out, dense, JUDGE_DRAWS)
+            return self.masked_loss(held_out, masked, JUDGE_DRAWS)
 
         return PruningLoop(
             masked=masked,
@@ -305,18 +316,18 @@ class PruneJob:
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
             store=state,
-            report=self.report,
+            progress=self.progress,
             fixed=self.plan.native is not None,
         )
 
     def allocator(self) -> Any:
-        """(scores, progress in [0, 1]) -> channels kept by each group."""
+        """(scores, share of the sparsity in [0, 1]) -> channels kept by each group."""
         plan, recipe = self.plan, self.recipe
 
-        def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
-            target = recipe.sparsity * progress
+        def adaptive(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
+            target = recipe.sparsity * share
             try:
-                final = progress >= 1 and not plan.nearest
+                final = share >= 1 and not plan.nearest
                 widths = allocate(
                     plan.cost, scores, target, budget=recipe.budget, align=recipe.align, strict=final
                 )
@@ -326,12 +337,12 @@ class PruneJob:
                 widths = allocate(plan.cost, uniform_scores(plan.groups), target, budget=recipe.budget)
             return widths.kept
 
-        def native(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+        def native(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
             assert plan.native is not None
             kept = {}
             for group in plan.groups:
                 goal = plan.native.kept[group.name]
-                units = round((group.channels - (group.channels - goal) * progress) / group.unit_size)
+                units = round((group.channels - (group.channels - goal) * share) / group.unit_size)
                 kept[group.name] = max(goal, units * group.unit_size)
             return kept
 
@@ -339,7 +350,7 @@ class PruneJob:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
-        found = self.request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
+        found = self.request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.progress)
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions
@@ -354,11 +365,11 @@ class PruneJob:
         return self.measured(draws, partial(masked.forward, effective), count)
 
     def measured(self, draws: Draws, network: Network, count: int) -> float:
-        return denoising_loss(network, self.process, draws, count, self.report)
+        return denoising_loss(network, self.process, draws, count, self.progress)
 
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""
-        self.report(Event("remove", text="removing channels"))
+        self.progress(Event("remove", text="removing channels"))
         dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
         weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
         dense.load_state_dict(weights, assign=True)

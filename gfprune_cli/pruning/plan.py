@@ -10,9 +10,9 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import check_pipeline
+from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -54,7 +54,9 @@ def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
     return {group.name: torch.ones(group.units) for group in groups}
 
 
-def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
+def make_plan(
+    source: Source, recipe: PruneRecipe, progress: Progress, *, weights_required: bool = True
+) -> Plan:
     """Read configuration and headers, find the channel groups, check that the budget can be reached.
 
     Raises:
@@ -65,8 +67,10 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
+        if absent := absent_parts(component):
+            notice(progress, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
     width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
-    meta, groups, trace = find_units(component, report, width=width, blocks=recipe.blocks)
+    meta, groups, trace = find_units(component, progress, width=width, blocks=recipe.blocks)
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"
@@ -76,7 +80,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     if not recipe.sparsity and recipe.fold == 0:
         raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
-        return plan_depth(component, meta, groups, trace, recipe, report)
+        return plan_depth(component, meta, groups, trace, recipe, progress)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
@@ -93,7 +97,7 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
             f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
         )
     notice(
-        report,
+        progress,
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
     )
@@ -121,7 +125,7 @@ def plan_depth(
     groups: tuple[ChannelGroup, ...],
     trace: Trace,
     recipe: PruneRecipe,
-    report: Report,
+    progress: Progress,
 ) -> Plan:
     """The native layout of a transformer: fewer blocks, each as wide as it was.
 
@@ -148,20 +152,20 @@ def plan_depth(
             f"{recipe.sparsity:g}; ask for more, or use adaptive"
         )
     notice(
-        report,
+        progress,
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
 
 
-def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, report: Report) -> Plan:
+def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: Progress) -> Plan:
     """The plan of the same budget for what the network has become by folding.
 
     Raises:
         UsageError: the budget is out of reach.
     """
     meta, groups, trace = find_units(
-        plan.component, report, width=recipe.prune_width, blocks=recipe.blocks, folded=network
+        plan.component, progress, width=recipe.prune_width, blocks=recipe.blocks, folded=network
     )
     cost = CostModel(meta, groups, trace, plan.cost)
     allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)

@@ -8,7 +8,7 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, load_model
 from gfprune_cli.families.table import is_known
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
@@ -17,7 +17,7 @@ from gfprune_cli.structure.trace import Trace
 
 
 def find_units(
-    component: Component, report: Report, *, width: bool, blocks: bool, folded: nn.Module | None = None
+    component: Component, progress: Progress, *, width: bool, blocks: bool, folded: nn.Module | None = None
 ) -> tuple[Any, tuple[ChannelGroup, ...], Trace]:
     """A network of the component's structure, its groups, and the trace of its forward pass.
 
@@ -35,7 +35,7 @@ def find_units(
     network, inputs = build_meta(component) if folded is None else skeleton(folded), None
     if not is_known(network) and component.weights and component.pipeline is not None:
         dense = load_model(component).requires_grad_(False)
-        inputs = pipeline_inputs(dense, component, report)
+        inputs = pipeline_inputs(dense, component, progress)
         network = dense if folded is None else folded
     groups, trace = discover(network, inputs, width=width)
     return network, groups + (block_groups(network) if blocks else ()), trace

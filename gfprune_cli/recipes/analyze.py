@@ -15,7 +15,9 @@ class AnalyzeRecipe:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
-    model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
+    model: Annotated[
+        str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
+    ] = "demo"
     sparsity: Annotated[
         tuple[Annotated[float, Gt(0), Lt(1)], ...], Help("Plan for this sparsity; may be repeated.")
     ] = ()
@@ -25,6 +27,10 @@ class AnalyzeRecipe:
     ] = False
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
+    config_from: Annotated[
+        str | None,
+        Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
+    ] = None
     component: Annotated[str | None, Help("Pipeline component to analyze (default: the denoiser).")] = None
     blocks: Annotated[bool, Help("Count whole residual blocks as groups too.")] = False
     prune_width: Annotated[bool, Help("And the residual width of transformers.")] = False

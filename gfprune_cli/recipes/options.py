@@ -198,5 +198,21 @@ def meant(given: object, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def refuse_idle(recipe: Any, because: str, *names: str) -> None:
+    """Refuse settings that another one leaves without effect.
+
+    Args:
+        because: the flag that does so.
+        names: of settings that have to be at their defaults then.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    defaults = {field.name: field.default for field in fields(recipe)}
+    for name in names:
+        if getattr(recipe, name) != defaults[name]:
+            raise UsageError(f"{flag(name)} has no effect with {because}: drop one of the two")
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
 
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
@@ -18,9 +18,15 @@ class PruneRecipe:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
-    model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
+    model: Annotated[
+        str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
+    ] = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
+    config_from: Annotated[
+        str | None,
+        Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
+    ] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[
         float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
@@ -72,6 +78,12 @@ class PruneRecipe:
     frames: Frames = None
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.one_shot:
+            refuse_idle(self, "--one-shot", "iterations", "bound")
+        if self.layout == "native":
+            refuse_idle(self, "--layout native", "align")
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -24,7 +24,7 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
@@ -55,7 +55,7 @@ class FinetuneJob:
     record: Record
     teacher: Teacher
     processes: Processes
-    report: Report
+    progress: Progress
     offload_teacher: bool = False
     fingerprint: str | None = field(default=None, init=False)
 
@@ -118,23 +118,23 @@ class FinetuneJob:
     ) -> tuple[nn.Module, dict[str, float]]:
         """The trained network (averaged weights, in the type it is stored in), and the losses."""
         teacher = self.place(load_model(self.teacher.component))
-        draws, reports = self.draws(teacher)
+        draws, held_out = self.draws(teacher)
         state.identity["data contents"] = self.fingerprint
-        losses = {"teacher": self.loss(reports, teacher)}
+        losses = {"teacher": self.loss(held_out, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
         if self.offload_teacher and self.device.type != "cpu":
             offload(teacher, self.device)
         student = self.place(load_model(self.component))
-        losses["before"] = self.loss(reports, student)
+        losses["before"] = self.loss(held_out, student)
         recover(
             student, teacher, self.process, draws, self.recipe,
-            processes=self.processes, precision=self.precision, state=state, report=self.report,
+            processes=self.processes, precision=self.precision, state=state, progress=self.progress,
             save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
             pair=self.features(student, teacher),
         )  # fmt: skip
         cast_model(student, stored_dtype(self.component))
         check_finite(student)
-        losses["after"] = self.loss(reports, cast_model(student, torch.float32))
+        losses["after"] = self.loss(held_out, cast_model(student, torch.float32))
         return cast_model(student, stored_dtype(self.component)), losses
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -147,7 +147,7 @@ class FinetuneJob:
         recipe = self.recipe
         with self.processes.main_first():
             found = self.request.answer(
-                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
+                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.progress
             )
         self.fingerprint = found.fingerprint
         self.process = found.process
@@ -168,7 +168,7 @@ class FinetuneJob:
         """The layers of both that can be compared; None if the recipe compares none."""
         if not self.recipe.features:
             return None
-        inputs = pipeline_inputs(teacher, self.teacher.component, self.report)
+        inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
         return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
@@ -178,7 +178,7 @@ class FinetuneJob:
         if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
             return None
         if self.process.steps - 1 in zero_levels(self.process):
-            notice(self.report, f"no grids of samples are drawn: {ZERO_SNR}")
+            notice(self.progress, f"no grids of samples are drawn: {ZERO_SNR}")
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -190,7 +190,7 @@ class FinetuneJob:
             seed=self.recipe.seed,
             steps=self.recipe.sample_steps,
             device=self.device,
-            report=self.report,
+            progress=self.progress,
         )
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
@@ -199,7 +199,7 @@ class FinetuneJob:
             self.process,
             draws,
             REPORT_DRAWS,
-            self.report,
+            self.progress,
         )
 
     def make_record(self, losses: dict[str, float]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import build_meta, inspect, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.scheduler import load_scheduler
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
@@ -43,7 +43,7 @@ class Teacher:
 
 
 def find_teacher(
-    student: Component, record: Record, recipe: FinetuneRecipe, *, offline: bool, report: Report
+    student: Component, record: Record, recipe: FinetuneRecipe, *, offline: bool, progress: Progress
 ) -> Teacher:
     """The teacher that the user named, or the one that the student was pruned from.
 
@@ -55,12 +55,21 @@ def find_teacher(
     revision = recipe.teacher_revision if recipe.teacher else (recipe.teacher_revision or origin.commit)
     variant = recipe.variant or (None if recipe.teacher else record.variant)
     try:
-        source = resolve(label, revision=revision, variant=variant, offline=offline, report=report)
+        config = None if recipe.teacher else record.config_from
+        with named(model="teacher", revision="teacher_revision"):
+            source = resolve(
+                label,
+                revision=revision,
+                variant=variant,
+                config_from=config,
+                offline=offline,
+                progress=progress,
+            )
     except Interrupted:
         raise
     except GfpruneError as error:
         if recipe.teacher is not None or (isinstance(error, UsageError) and revision):
-            raise said_of(error, "--teacher") from error
+            raise
         raise GfpruneError(
             f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
             f"({error}): name it with --teacher"
@@ -70,7 +79,7 @@ def find_teacher(
         source, component=student.name if student.name and pipeline else None, variant=variant
     )
     check_fit(student, component, label)
-    report(Event("load", text=f"hashing {source.folder}"))
+    progress(Event("load", text=f"hashing {source.folder}"))
     hashes = sha256_of_weights(component)
     if sorted(hashes.values()) != sorted(origin.weights.values()):
         if recipe.teacher is None:
@@ -78,7 +87,7 @@ def find_teacher(
                 f"the weights of {quoted(label)} have changed since this checkpoint was pruned from them: "
                 "restore them, or accept them as they are with --teacher"
             )
-        notice(report, f"--teacher {label}: not the weights that this checkpoint was pruned from")
+        notice(progress, f"--teacher {label}: not the weights that this checkpoint was pruned from")
     return Teacher(source, component, hashes)
 
 
@@ -156,7 +165,7 @@ def correspondence(
     alive = {}
     for group in groups:
         kept = record.kept.get(group.name)
-        if kept is None or not (kept or group.stack) or (kept and kept[-1] >= group.channels):
+        if kept is None or not (kept or group.is_block) or (kept and kept[-1] >= group.channels):
             raise GfpruneError(
                 f"gfprune.json keeps no valid channels of {quoted(group.name)}: it belongs to another model"
             )

@@ -98,7 +98,7 @@ class CostModel:
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
         for group in groups:
-            for member in () if group.stack else group.members:
+            for member in () if group.is_block else group.members:
                 share = len(member.positions) // group.channels
                 shares.setdefault((member.module, member.side), []).append((group.name, share))
         self.layers: list[LayerCost] = []
@@ -121,7 +121,7 @@ class CostModel:
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
-        for block in (name for name, group in self.groups.items() if group.stack):
+        for block in (name for name, group in self.groups.items() if group.is_block):
             whole, in_layers = dict.fromkeys(self.groups, 0), 0
             for index, layer in enumerate(self.layers):
                 if layer.name.startswith(f"{block}."):

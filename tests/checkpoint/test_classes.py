@@ -22,7 +22,13 @@ from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import build_meta, cast_model, inspect, load_model
 from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.checkpoint.writer import check_pipeline, copy_component, stored_dtype
+from gfprune_cli.checkpoint.writer import (
+    absent_parts,
+    check_pipeline,
+    copy_component,
+    copy_pipeline,
+    stored_dtype,
+)
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.pruning.verify import half_of
 from gfprune_cli.structure.graph import discover
@@ -442,6 +448,21 @@ class TestTravellers:
         copy_component(tmp_path / "vae", tmp_path / "both", "fp16", (tmp_path,))
         names = {path.name for path in (tmp_path / "vae").iterdir()}
         assert {path.name for path in (tmp_path / "both").iterdir()} == names
+
+    def test_an_optional_part_that_is_not_there_is_left_out(self, tmp_path: Path) -> None:
+        """What model_index.json names, plain diffusers would look for, and not load the output."""
+        unet = diffusers.UNet2DConditionModel(**CONDITIONAL)
+        parts = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+        place = pipeline(tmp_path / "sd", unet=unet, **parts) / "model_index.json"
+        place.write_text(json.dumps({**json.loads(place.read_text()), "requires_safety_checker": True}))
+        component = look(tmp_path / "sd")
+        assert absent_parts(component) == ["safety_checker"]
+        (tmp_path / "out").mkdir()
+        copy_pipeline(tmp_path / "out", component, "unet", ["diffusers", "UNet2DConditionModel"])
+        index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+        assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
+        (tmp_path / "sd" / "safety_checker").mkdir()
+        assert absent_parts(component) == []
 
     def test_only_models_need_weights_to_travel(self, tmp_path: Path) -> None:
         unet = diffusers.UNet2DConditionModel(**CONDITIONAL)

@@ -113,11 +113,6 @@ class TestFolders:
         monkeypatch.chdir(tmp_path)
         assert resolve("owner/name").kind == "local"
 
-    def test_a_file_is_refused_with_the_conversion(self, tmp_path: Path) -> None:
-        (tmp_path / "model.ckpt").write_bytes(b"")
-        with pytest.raises(UsageError, match="from_single_file"):
-            resolve(str(tmp_path / "model.ckpt"))
-
     def test_revision_needs_a_hub_model(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="--revision"):
             resolve(str(tmp_path), revision="main")

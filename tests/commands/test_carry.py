@@ -326,6 +326,79 @@ class TestRefused:
             record.write_text(text)
 
 
+class TestImagePrompts:
+    """IP-Adapters: keys and values of heads that are left, for layers numbered anew."""
+
+    @pytest.fixture(scope="class")
+    def pruned(self, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+        """A U-Net whose attention to the prompt alone lost heads."""
+        return Pruned("stable-diffusion", tmp_path_factory.mktemp("heads"), only="attn2.to_v")
+
+    def adapter(self, network: Any) -> Tensors:
+        source = torch.Generator().manual_seed(2)
+        sizes = {"image_proj.proj.weight": (4 * 32, 12), "image_proj.proj.bias": (4 * 32,)}
+        sizes |= {f"image_proj.norm.{leaf}": (32,) for leaf in ("weight", "bias")}
+        names = [name.removesuffix(".processor") for name in network.attn_processors if "attn2" in name]
+        for index, name in enumerate(names):
+            layer = network.get_submodule(name).to_k
+            sizes |= {f"ip_adapter.{2 * index + 1}.to_{leaf}_ip.weight": layer.weight.shape for leaf in "kv"}
+        return {name: torch.randn(size, generator=source) for name, size in sizes.items()}
+
+    def output(self, network: Any, adapter: Tensors) -> torch.Tensor:
+        """What the network makes of noise, text and an image."""
+        parts: dict[str, Tensors] = {"image_proj": {}, "ip_adapter": {}}
+        for name, value in adapter.items():
+            part, _, leaf = name.partition(".")
+            parts[part][leaf] = value
+        network._load_ip_adapter_weights([parts])
+        source = torch.Generator().manual_seed(3)
+        sample, text = torch.randn(1, 4, 8, 8, generator=source), torch.randn(1, 7, 32, generator=source)
+        image = {"image_embeds": [torch.randn(1, 1, 12, generator=source)]}
+        with torch.no_grad():
+            found: torch.Tensor = network(sample, torch.tensor([5]), text, added_cond_kwargs=image).sample
+        return found
+
+    def test_the_pruned_network_computes_what_the_dense_one_does_without_the_heads(
+        self, pruned: Pruned, tmp_path: Path
+    ) -> None:
+        dense, adapter = pruned.load(), self.adapter(pruned.load())
+        for group in pruned.groups:
+            gone = ~pruned.kept[group.name].repeat_interleave(group.unit_size)
+            if "attn2.to_v" in group.name:
+                readers = dense.get_submodule(group.name.replace("to_v", "to_out.0"))
+                readers.weight[:, gone] = 0
+        save_file(adapter, tmp_path / "ip.safetensors")
+        found = gfprune_cli.carry(tmp_path / "ip.safetensors", pruned.folder, out=tmp_path / "out")
+        assert (found.kind, found.layers["narrowed"]) == ("ip-adapter", found.layers["total"])
+        carried = load_file(tmp_path / "out" / "ip_adapter.safetensors")
+        left = self.output(gfprune_cli.load(pruned.folder), carried)
+        wanted = self.output(dense, adapter)
+        torch.testing.assert_close(left, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+    def test_one_of_the_dense_network_is_refused(self, pruned: Pruned) -> None:
+        with pytest.raises(ValueError, match="gfprune carry --adapter"):
+            self.output(gfprune_cli.load(pruned.folder), self.adapter(pruned.load()))
+
+    def test_layers_are_numbered_anew_where_blocks_are_gone(
+        self, made: Callable[[str], Pruned], tmp_path: Path
+    ) -> None:
+        pruned = made("sdxl")
+        adapter = self.adapter(pruned.load())
+        save_file(adapter, tmp_path / "ip.safetensors")
+        found = gfprune_cli.carry(tmp_path / "ip.safetensors", pruned.folder, out=tmp_path / "out")
+        assert 0 < found.layers["dropped"] < found.layers["total"]
+        carried = load_file(tmp_path / "out" / "ip_adapter.safetensors")
+        numbers = sorted({int(name.split(".")[1]) for name in carried if name.startswith("ip_adapter")})
+        assert numbers == list(range(1, 2 * len(numbers), 2))
+        network: Any = gfprune_cli.load(pruned.folder)
+        rows = [
+            network.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for name in network.attn_processors
+            if "attn2" in name
+        ]
+        assert rows == [carried[f"ip_adapter.{number}.to_k_ip.weight"].shape[0] for number in numbers]
+
+
 class TestThePrunedClassRefuses:
     """What does not fit, in a line that names the command, and stays as it was."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, Gfprune
+from conftest import ONE_SHOT, Gfprune
 from PIL import Image
 
 import gfprune_cli
@@ -52,7 +52,7 @@ def few_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline, half of its parameters gone; its record names the dense one."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, one_shot=True, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **ONE_SHOT)
     return out
 
 
@@ -145,20 +145,20 @@ def stop_after(count: int) -> Callable[[Event], None]:
     """A callback that interrupts the run at its `count`th sampling event."""
     seen = 0
 
-    def report(event: Event) -> None:
+    def progress(event: Event) -> None:
         nonlocal seen
         seen += event.phase == "sample"
         if seen == count:
             raise Interrupted("stopped by SIGTERM", int(signal.SIGTERM))
 
-    return report
+    return progress
 
 
 def test_an_interrupted_run_continues_to_the_same_numbers(pruned: Path, tmp_path: Path) -> None:
     whole = evaluate(pruned, eta=0.5)
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        evaluate(pruned, eta=0.5, out=out, report=stop_after(7))
+        evaluate(pruned, eta=0.5, out=out, progress=stop_after(7))
     state = tmp_path / ".out.gfprune-state"
     assert len(list(state.glob("reference-*.safetensors"))) == 1
     with pytest.raises(UsageError, match="--resume"):
@@ -166,7 +166,7 @@ def test_an_interrupted_run_continues_to_the_same_numbers(pruned: Path, tmp_path
     with pytest.raises(UsageError, match="other eta"):
         evaluate(pruned, out=out, resume=True)
     drawn: list[Event] = []
-    resumed = evaluate(pruned, eta=0.5, out=out, resume=True, report=drawn.append)
+    resumed = evaluate(pruned, eta=0.5, out=out, resume=True, progress=drawn.append)
     assert numbers(resumed) == numbers(whole)
     assert sum(event.phase == "sample" for event in drawn) == 3 * 3 + 4  # three chunks drawn, four counted
     assert not state.exists()
@@ -177,7 +177,7 @@ def test_without_an_output_the_state_lies_in_the_cache(
 ) -> None:
     monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path))
     with pytest.raises(Interrupted):
-        evaluate(pruned, report=stop_after(7))
+        evaluate(pruned, progress=stop_after(7))
     assert len(list((tmp_path / "eval").glob("*/reference-*.safetensors"))) == 1
     evaluate(pruned, resume=True)
     assert list((tmp_path / "eval").iterdir()) == []
@@ -329,7 +329,7 @@ def test_what_cannot_be_answered_is_refused_before_the_work(
     settings = {key: named.get(value, value) for key, value in settings.items()}
     model = Path(settings.pop("model", pruned))
     with pytest.raises(UsageError, match=words):
-        evaluate(model, report=drawn.append, **settings)
+        evaluate(model, progress=drawn.append, **settings)
     assert not any(event.phase == "sample" for event in drawn)
 
 
@@ -510,7 +510,7 @@ def test_samples_survive_a_report_that_cannot_be_written(pruned: Path, tmp_path:
     with pytest.raises(GfpruneError, match="no space"):
         run_evaluation(recipe, beside=page, publish=fail)
     drawn = []
-    run_evaluation(recipe, beside=page, resume=True, report=lambda event: drawn.append(event.phase))
+    run_evaluation(recipe, beside=page, resume=True, progress=lambda event: drawn.append(event.phase))
     assert drawn.count("sample") <= 4, "one event for each chunk that is there, none for a pass"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, TINY, Gfprune
+from conftest import ONE_SHOT, TINY, Gfprune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import build
@@ -73,7 +73,7 @@ torch.save([model(**batch) for batch in inputs], sys.argv[3])
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline, half of its parameters gone; two of its norms are uneven."""
     out = tmp_path_factory.mktemp("pruned") / "pruned"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, align=1, one_shot=True, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, align=1, **ONE_SHOT)
     modules = json.loads((out / "unet" / "config.json").read_text())["gfprune"]["modules"]
     assert any(len(set(shape["groups"])) > 1 for shape in modules.values() if "groups" in shape)
     return out
@@ -529,7 +529,7 @@ def test_a_run_that_fails_leaves_nothing(
     error, words = (Interrupted, "stopped") if when == "stopped" else (GfpruneError, "no space left")
     form = "torch-export" if when == "graph" else "safetensors"
     with pytest.raises(error, match=words):
-        gfprune_cli.export(str(pruned), format=form, out=tmp_path / "out", report=stop)
+        gfprune_cli.export(str(pruned), format=form, out=tmp_path / "out", progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, TINY, Gfprune
+from conftest import ONE_SHOT, TINY, Gfprune
 from PIL import Image
 from torch import nn
 
@@ -38,13 +38,8 @@ def flags(**settings: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, one_shot=True, out=out, **QUICK_ONE_SHOT)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **ONE_SHOT)
     return out
-
-
-QUICK_ONE_SHOT = {
-    key: value for key, value in QUICK.items() if key not in ("iterations", "steps_per_iteration")
-}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +112,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 
     out = tmp_path / "out"
     with contextlib.suppress(Interrupted):  # at the very last event there is nothing left to stop
-        gfprune_cli.finetune(pruned, out=out, report=stop, sample_every=0, **BRIEF)
+        gfprune_cli.finetune(pruned, out=out, progress=stop, sample_every=0, **BRIEF)
     if not out.exists():
         with pytest.raises(UsageError, match="--resume"):
             gfprune_cli.finetune(pruned, out=out, logs=tmp_path / "logs", **BRIEF)
@@ -178,7 +173,7 @@ def test_logs_of_a_run_killed_before_its_first_state_are_its_own(pruned: Path, t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gfprune_cli.finetune(pruned, out=out, sample_every=0, report=die, **brief)
+        gfprune_cli.finetune(pruned, out=out, sample_every=0, progress=die, **brief)
     assert (tmp_path / "out-logs" / "metrics.jsonl").exists()
     gfprune_cli.finetune(pruned, out=out, sample_every=0, resume=True, **brief)
     steps = [json.loads(line)["step"] for line in (tmp_path / "out-logs" / "metrics.jsonl").open()]
@@ -266,8 +261,8 @@ def test_other_predictions_and_native_layout(tmp_path: Path, prediction: str) ->
     DDPMPipeline(
         UNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler(prediction_type=prediction)
     ).save_pretrained(dense)
-    options: dict[str, Any] = dict(sparsity=0.4, one_shot=True, layout="native")
-    gfprune_cli.prune(str(dense), out=tmp_path / "pruned", **options, **QUICK_ONE_SHOT)
+    options: dict[str, Any] = dict(sparsity=0.4, layout="native")
+    gfprune_cli.prune(str(dense), out=tmp_path / "pruned", **options, **ONE_SHOT)
     settings: dict[str, Any] = BRIEF | dict(features=0.1, min_snr=5.0, steps=4)
     result = gfprune_cli.finetune(tmp_path / "pruned", out=tmp_path / "tuned", **settings)
     assert result.class_name == "UNet2DModel"
@@ -333,7 +328,7 @@ def test_another_teacher_of_the_same_architecture_is_taken_and_said(pruned: Path
     teacher = other_teacher(tmp_path / "teacher")
     gfprune_cli.finetune(
         pruned, teacher=str(teacher), out=tmp_path / "out", sample_every=0,
-        report=lambda event: notices.append(event.text) if event.phase == "notice" else None, **BRIEF,
+        progress=lambda event: notices.append(event.text) if event.phase == "notice" else None, **BRIEF,
     )  # fmt: skip
     assert any("not the weights that this checkpoint was pruned from" in text for text in notices)
 
@@ -438,7 +433,7 @@ def test_a_foreign_or_damaged_state_is_refused_and_kept(pruned: Path, tmp_path: 
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        gfprune_cli.finetune(pruned, out=out, report=stop, save_every=2, sample_every=0, **BRIEF)
+        gfprune_cli.finetune(pruned, out=out, progress=stop, save_every=2, sample_every=0, **BRIEF)
     folder = tmp_path / ".out.gfprune-state"
     states = sorted(path.name for path in folder.iterdir())
     assert len(states) == 2, "two good states"
@@ -464,7 +459,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        gfprune_cli.finetune(pruned, out=out, report=stop, save_every=2, sample_every=0, **BRIEF)
+        gfprune_cli.finetune(pruned, out=out, progress=stop, save_every=2, sample_every=0, **BRIEF)
     newest = max((tmp_path / ".out.gfprune-state").iterdir())
     (newest / "state.safetensors").write_bytes(b"nonsense")
     gfprune_cli.finetune(pruned, out=out, resume=True, sample_every=0, **BRIEF)
@@ -486,7 +481,7 @@ def test_a_signal_within_a_grid_saves_all_steps_before_it(pruned: Path, tuned: P
     out = tmp_path / "out"
     settings: dict[str, Any] = dict(out=out, save_every=0, sample_every=3, **BRIEF)
     with pytest.raises(Interrupted):
-        gfprune_cli.finetune(pruned, report=stop, **settings)
+        gfprune_cli.finetune(pruned, progress=stop, **settings)
     assert seen_steps == [1, 2, 3]
     state = max((tmp_path / ".out.gfprune-state").iterdir()) / "state.json"
     assert json.loads(state.read_text())["numbers"]["done"] == 3
@@ -502,7 +497,7 @@ def test_a_bare_model_keeps_its_schedule(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     UNet2DModel(**TINY).save_pretrained(bare)
     DDIMScheduler(prediction_type="v_prediction").save_pretrained(bare)
-    gfprune_cli.prune(str(bare), one_shot=True, sparsity=0.4, out=tmp_path / "pruned", **QUICK_ONE_SHOT)
+    gfprune_cli.prune(str(bare), sparsity=0.4, out=tmp_path / "pruned", **ONE_SHOT)
     gfprune_cli.finetune(tmp_path / "pruned", out=tmp_path / "tuned", sample_every=0, **BRIEF | dict(steps=2))
     schedule = json.loads((tmp_path / "tuned" / "scheduler_config.json").read_text())
     assert schedule["prediction_type"] == "v_prediction"
@@ -518,7 +513,7 @@ def test_a_signal_while_the_teacher_loads_is_a_signal(pruned: Path, tmp_path: Pa
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        gfprune_cli.finetune(pruned, out=tmp_path / "out", report=stop, **BRIEF)
+        gfprune_cli.finetune(pruned, out=tmp_path / "out", progress=stop, **BRIEF)
 
 
 def test_resume_does_not_touch_the_metrics_of_another_run(pruned: Path, tmp_path: Path) -> None:

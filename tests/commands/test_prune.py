@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, TINY, Gfprune, quick_flags
+from conftest import ONE_SHOT, QUICK, TINY, Gfprune, quick_flags
 from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
@@ -212,7 +212,7 @@ def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
 
     for run in itertools.count():
         with contextlib.suppress(Interrupted):
-            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, report=stopper(), **settings)
+            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, progress=stopper(), **settings)
             break
         if run == 2:
             with pytest.raises(UsageError, match="--resume"):
@@ -272,7 +272,7 @@ def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_
         str(pipeline_folder),
         sparsity=0.5,
         resume=True,
-        report=lambda event: phases.append(event.phase),
+        progress=lambda event: phases.append(event.phase),
         **settings,
     )
     times: dict[str, Any] = dict(seconds=0, seconds_by_phase={})
@@ -342,13 +342,13 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
         if event.phase == "notice":
             notices.append(event.text)
 
-    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", report=listen, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **QUICK)
     assert any("resized" in text for text in notices)
 
 
 def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_path: Path) -> None:
     """On images that neither saw; what it costs is counted in gradients of single samples."""
-    settings = QUICK | {"one_shot": True, "recover": 0}
+    settings = ONE_SHOT | {"recover": 0}
     results = {
         refit: gfprune_cli.prune(str(pipeline_folder), out=tmp_path / f"{refit}", refit=refit, **settings)
         for refit in (False, True)
@@ -386,8 +386,8 @@ def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path,
     chosen = {}
     for criterion in CRITERIA:
         result = gfprune_cli.prune(
-            str(pipeline_folder), criterion=criterion, one_shot=True, out=tmp_path / criterion,
-            **QUICK | {"refit": False, "recover": 0},
+            str(pipeline_folder), criterion=criterion, out=tmp_path / criterion,
+            **ONE_SHOT | {"refit": False, "recover": 0},
         )  # fmt: skip
         assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
         chosen[criterion] = json.loads((tmp_path / criterion / "gfprune.json").read_text())["kept"]
@@ -443,7 +443,7 @@ def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path:
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume"):
-        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, report=stop, **QUICK)
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, progress=stop, **QUICK)
     np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
     with pytest.raises(UsageError, match="data contents"):
         gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, resume=True, **QUICK)

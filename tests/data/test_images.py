@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -87,7 +89,7 @@ def test_no_notice_when_sizes_agree_and_one_event_per_image(tmp_path: Path) -> N
     for i in range(3):
         save(tmp_path / f"{i}.png")
     events: list[Event] = []
-    load(tmp_path, report=events.append)
+    load(tmp_path, progress=events.append)
     assert [(event.phase, event.step, event.total) for event in events] == [("load", i, 3) for i in (1, 2, 3)]
 
 
@@ -96,7 +98,7 @@ def test_one_notice_for_all_resized_images(tmp_path: Path) -> None:
     for i, width in enumerate((20, 20, 21, 22, 23, 24)):
         save(tmp_path / f"{i}.png", size=(width, 10))
     events: list[Event] = []
-    load(tmp_path, report=events.append)
+    load(tmp_path, progress=events.append)
     (text,) = notices(events)
     assert "6 of 7 images resized to 6x8" in text
     assert text.endswith("from 20x10, 21x10, 22x10, 2 other sizes")
@@ -306,7 +308,9 @@ def test_files_that_are_left_out_are_said(tmp_path: Path) -> None:
     for name in ("x.txt", "y.txt", "LICENSE", ".hidden.txt"):
         (tmp_path / name).write_text("no image")
     said: list[str] = []
-    load_images(str(tmp_path), size=(8, 8), channels=3, limit=9, report=lambda event: said.append(event.text))
+    load_images(
+        str(tmp_path), size=(8, 8), channels=3, limit=9, progress=lambda event: said.append(event.text)
+    )
     assert any("2 of .txt, 1 of no suffix" in text for text in said)
 
 
@@ -419,7 +423,7 @@ def test_npz_keys_are_tried_in_order_and_other_members_left_alone(tmp_path: Path
 def test_npz_is_resized_with_one_notice(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.full((3, 16, 16, 4), 255, np.uint8))
     events: list[Event] = []
-    assert (load(tmp_path / "x.npz", report=events.append) == 255).all()
+    assert (load(tmp_path / "x.npz", progress=events.append) == 255).all()
     (text,) = notices(events)
     assert "3 of 3 images" in text
     assert "16x16" in text
@@ -517,6 +521,14 @@ def test_npz_that_is_no_zip(tmp_path: Path, content: bytes) -> None:
     assert "x.npz" in refused(tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
+def test_what_is_no_image_is_said_without_names_of_our_classes(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    message = refused(tmp_path)
+    assert f"image '{tmp_path}/x.png': cannot be read (empty, or no PNG, JPEG" in message
+    assert "<" not in message
+
+
 # --- Hugging Face datasets -------------------------------------------------------------------------------
 
 
@@ -597,10 +609,71 @@ def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 def test_dataset_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("403 for https://host/file.parquet?X-Signature=secret at host\nmore lines")
     fake_datasets(monkeypatch, [error], features=None)
+    asked_of_the_hub(monkeypatch, None)
     message = refused("owner/data")
     assert "owner/data" in message
     assert "https://host/file.parquet at host" in message
     assert "secret" not in message
+
+
+def asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | None) -> list[str]:
+    """The network is there, and the Hub answers like this; the names that it was asked for."""
+    asked: list[str] = []
+
+    def dataset_info(self: object, name: str, *, timeout: float) -> None:
+        asked.append(name)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    return asked
+
+
+NO_ANSWER: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that the Hub's client is built on
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (RepositoryNotFoundError("x", response=Mock()), UsageError, "no data set of that name"),
+        (NO_ANSWER("refused"), GfpruneError, "the Hub cannot be asked"),
+    ],
+)
+def test_a_mistyped_folder_costs_one_request(
+    monkeypatch: pytest.MonkeyPatch, answer: Exception, kind: type[GfpruneError], words: str
+) -> None:
+    """The library of data sets would repeat its questions for half a minute, and blame the network."""
+    calls, asked = fake_datasets(monkeypatch, []), asked_of_the_hub(monkeypatch, answer)
+    assert words in refused("owner/data", kind)
+    assert (asked, calls) == (["owner/data"], [])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, GatedRepoError("x", response=Mock()), HfHubHTTPError("x", response=Mock())],
+)
+def test_a_dataset_that_is_there_is_opened(monkeypatch: pytest.MonkeyPatch, answer: Exception | None) -> None:
+    """One that needs a token as well, and one on a mirror that knows no such question."""
+    fake_datasets(monkeypatch, [row(7)])
+    asked_of_the_hub(monkeypatch, answer)
+    assert len(load("owner/data")) == 1
+
+
+def test_offline_a_dataset_that_is_not_in_the_cache_is_a_wrong_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, [RuntimeError("offline")], features=None)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    assert "offline" in refused("owner/data", UsageError)
+
+
+def test_an_entry_of_a_folder_that_is_there_is_no_dataset(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    calls, asked = fake_datasets(monkeypatch, [row(0)]), asked_of_the_hub(monkeypatch, None)
+    assert "no such folder" in refused("photos/train", UsageError)
+    assert (asked, calls) == ([], [])
 
 
 @pytest.mark.parametrize("features", [None, {}, {"label": object()}])

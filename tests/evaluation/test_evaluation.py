@@ -363,7 +363,7 @@ def network_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def extractor_of(network_file: tuple[Path, str], mode: Any = "clean") -> Extractor:
     path, digest = network_file
-    return find_extractor(str(path), digest, mode, offline=True, device=CPU, report=silent)
+    return find_extractor(str(path), digest, mode, offline=True, device=CPU, progress=silent)
 
 
 def write_images(folder: Path, images: np.ndarray) -> Path:
@@ -392,7 +392,7 @@ def test_distances_are_those_of_clean_fid_on_the_same_folders(
     )
     found = distances(
         extractor.features(torch.from_numpy(drawn).permute(0, 3, 1, 2)),
-        real_features(str(folders[0]), extractor, size=(24, 24), channels=3, report=silent),
+        real_features(str(folders[0]), extractor, size=(24, 24), channels=3, progress=silent),
         extractor,
         seed=0,
     )
@@ -436,7 +436,7 @@ def test_no_byte_of_unverified_weights_is_loaded(network_file: tuple[Path, str],
             (None, digest, "give both"),
         ):
             with pytest.raises(UsageError, match=words):
-                find_extractor(name, expected, "clean", offline=True, device=CPU, report=silent)
+                find_extractor(name, expected, "clean", offline=True, device=CPU, progress=silent)
     assert not jit.called
     assert not load.called
 
@@ -449,15 +449,15 @@ def test_a_damaged_download_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
     cached.write_bytes(b"not the weights")
     (cached.parent / f".{cached.name}.gfprune-staging-1").mkdir()  # of a run that was killed
     with pytest.raises(Unavailable, match="--inception"):
-        find_extractor(None, None, "clean", offline=True, device=CPU, report=silent)
+        find_extractor(None, None, "clean", offline=True, device=CPU, progress=silent)
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     with (
         patch("urllib.request.urlopen", return_value=io.BytesIO(b"neither are these")),
         pytest.raises(Unavailable, match="is not the file with SHA-256"),
     ):
-        find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
+        find_extractor(None, None, "clean", offline=False, device=CPU, progress=silent)
     with patch("urllib.request.urlopen", side_effect=OSError("no route")), pytest.raises(Unavailable):
-        find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
+        find_extractor(None, None, "clean", offline=False, device=CPU, progress=silent)
     assert list(cached.parent.iterdir()) == [cached]
 
 
@@ -484,7 +484,7 @@ def test_official_weights_are_called_fid(tmp_path: Path, monkeypatch: pytest.Mon
     digest = hashlib.sha256(stream.getvalue()).hexdigest()
     official = types.SimpleNamespace(**vars(OFFICIAL["clean"]) | {"sha256": digest})
     monkeypatch.setitem(OFFICIAL, "clean", official)
-    extractor = find_extractor(str(path), None, "clean", offline=True, device=CPU, report=silent)
+    extractor = find_extractor(str(path), None, "clean", offline=True, device=CPU, progress=silent)
     assert (extractor.fid, extractor.kid) == ("fid", "kid")
     images = torch.full((2, 3, 24, 24), 192, dtype=torch.uint8)
     with torch.no_grad():  # clean-fid shifts and scales by 128
@@ -508,7 +508,7 @@ def test_the_network_of_legacy_pytorch_takes_verified_weights(tmp_path: Path, mo
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     official = types.SimpleNamespace(**vars(OFFICIAL["legacy_pytorch"]) | {"sha256": digest})
     monkeypatch.setitem(OFFICIAL, "legacy_pytorch", official)
-    extractor = find_extractor(str(path), None, "legacy_pytorch", offline=True, device=CPU, report=silent)
+    extractor = find_extractor(str(path), None, "legacy_pytorch", offline=True, device=CPU, progress=silent)
     assert extractor.fid == "fid"
     assert extractor.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 2048)
 
@@ -566,7 +566,7 @@ def test_losses_by_timestep_add_up_to_the_loss(pipeline_folder: Path) -> None:
     model = gfprune_cli.load(pipeline_folder)
     process = noising_process(diffusers.DDPMScheduler())
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = denoising_losses(model, model, process, Draws(images, 1000, 0), precision="fp32", report=silent)
+    found = denoising_losses(model, model, process, Draws(images, 1000, 0), precision="fp32", progress=silent)
     rows = found.by_timestep()
     assert (rows[0]["from"], rows[-1]["to"]) == (0, 1000)
     assert [row["from"] for row in rows[1:]] == [row["to"] for row in rows[:-1]]
@@ -766,7 +766,7 @@ def test_a_broken_download_is_one_line(error: Exception, tmp_path: Path, monkeyp
         patch("urllib.request.urlopen", side_effect=error),
         pytest.raises(Unavailable, match="cannot be fetched") as caught,
     ):
-        find_extractor(None, None, "clean", offline=False, device=CPU, report=silent)
+        find_extractor(None, None, "clean", offline=False, device=CPU, progress=silent)
     assert "\n" not in str(caught.value)
 
 
@@ -776,7 +776,7 @@ def test_a_batch_beyond_any_memory_does_not_fit(batch: int, pipeline_folder: Pat
 
     events: list[Event] = []
     model = gfprune_cli.load(pipeline_folder)
-    assert peak_memory(model, batch=batch, device=CPU, precision="fp32", report=events.append) is None
+    assert peak_memory(model, batch=batch, device=CPU, precision="fp32", progress=events.append) is None
     assert [event.text for event in events] == [
         f"peak memory is not measured: a batch of {batch} does not fit"
     ]

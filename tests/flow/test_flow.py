@@ -412,15 +412,15 @@ def test_an_empty_norm_group_stays_finite() -> None:
 
 
 def test_budget_tightens_towards_the_target() -> None:
-    """Progress rises, gently at the end, and is whole when selection ends."""
+    """The share rises, gently at the end, and is whole when selection ends."""
     schedule = Schedule(sparsity=0.6, scorings=9, bound=0.5)
     assert (schedule.closing, schedule.iterations) == (1, 10)
-    progress = [schedule.progress(iteration) for iteration in range(1, 11)]
-    steps = [after - before for before, after in itertools.pairwise(progress)]
-    assert 0 < progress[0] < 0.5
+    shares = [schedule.share(iteration) for iteration in range(1, 11)]
+    steps = [after - before for before, after in itertools.pairwise(shares)]
+    assert 0 < shares[0] < 0.5
     assert steps == sorted(steps, reverse=True)
     assert min(steps) >= 0
-    assert progress[7] < progress[8] == progress[9] == 1
+    assert shares[7] < shares[8] == shares[9] == 1
     assert [schedule.selects(i) for i in range(1, 11)] == [True] * 9 + [False]
 
 
@@ -457,7 +457,7 @@ def close(schedule: Schedule, seed: int) -> None:
     def fresh() -> dict[str, torch.Tensor]:
         nonlocal selections
         selections += 1
-        source = generator(seed, loop.flow.iteration)
+        source = generator(seed, loop.state.iteration)
         return {"g": select(group, torch.rand(12, generator=source, dtype=torch.float64), 6)}
 
     loop.rescore = fresh  # type: ignore[method-assign]
@@ -472,7 +472,7 @@ def close(schedule: Schedule, seed: int) -> None:
     loop.masked.set_masks = watch  # type: ignore[method-assign]
     kept = loop.run()
     assert settled(loop.masked.masks)
-    assert torch.equal(kept["g"], loop.flow.support["g"])
+    assert torch.equal(kept["g"], loop.state.support["g"])
     assert int(kept["g"].sum()) == 6
     assert selections == schedule.scorings
     assert widest <= schedule.bound + 1e-6
@@ -733,7 +733,7 @@ class Stop:
 
 def toy_loop(
     store: Any,
-    report: Callable[[Event], None],
+    progress: Callable[[Event], None],
     criterion: Any = "taylor",
     *,
     refit: bool = True,
@@ -745,11 +745,11 @@ def toy_loop(
     _, _, cost = structure(TINY)
     draws = Draws(toy_images(), 20, 1)
 
-    def allocation(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
-        return allocate(cost, scores, 0.4 * progress, strict=False).kept
+    def allocation(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
+        return allocate(cost, scores, 0.4 * share, strict=False).kept
 
     def distance(of_dense: bool) -> float:
-        report(Event("evaluate"))
+        progress(Event("evaluate"))
         if of_dense:
             return 0.0
         batch = draws.batch("judge", 0, 4)
@@ -762,7 +762,7 @@ def toy_loop(
     fitting = Refit(masked, dense, find_residuals(dense, sample), 1) if refit else None
     return PruningLoop(
         masked, fitting, judge or distance, 4, process(), Schedule(sparsity=0.4, scorings=2, bound=0.5),
-        criterion, allocation, draws, 2, 1, store, report, fixed,
+        criterion, allocation, draws, 2, 1, store, progress, fixed,
     )  # fmt: skip
 
 
@@ -773,15 +773,15 @@ def outcome(loop: PruningLoop) -> dict[str, torch.Tensor]:
         "kept": kept,
         "weight": loop.masked.weights,
         "mask": loop.masked.masks,
-        "support": loop.flow.support,
+        "support": loop.state.support,
     }
     found = {
         f"{family}/{name}": tensor.detach().clone()
         for family, named in families.items()
         for name, tensor in named.items()
     }
-    history = [value for refit in loop.flow.refits for value in asdict(refit).values()]
-    return {**found, "history": torch.tensor([*history, loop.flow.gradients], dtype=torch.float64)}
+    history = [value for refit in loop.state.refits for value in asdict(refit).values()]
+    return {**found, "history": torch.tensor([*history, loop.state.gradients], dtype=torch.float64)}
 
 
 def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], when: str) -> None:
@@ -863,14 +863,14 @@ def test_the_loop_without_refit_leaves_the_weights() -> None:
     kept = loop.run()
     assert torch.equal(snapshot(loop.masked), before)
     assert any(not bool(alive.all()) for alive in kept.values())
-    assert loop.flow.refits == []
+    assert loop.state.refits == []
 
 
 def test_refits_lower_what_judges_them() -> None:
     """Each follows its mask step, and the last network is nearer to the dense one than without any."""
     loop = toy_loop(MemoryStore(), silent)
     loop.run()
-    refits = loop.flow.refits
+    refits = loop.state.refits
     assert [refit.iteration for refit in refits] == [1, 2, 3]
     assert all(refit.layers > 10 and refit.after < refit.before for refit in refits)
     plain = toy_loop(MemoryStore(), silent, refit=False)
@@ -886,7 +886,7 @@ def test_a_refit_that_does_not_lower_the_loss_is_taken_back(verdict: float) -> N
     before = snapshot(loop.masked)
     loop.run()
     assert torch.equal(snapshot(loop.masked), before)
-    assert loop.flow.refits == [RefitResult(number, 0.5, 1.0, 1.0, 0) for number in (1, 2, 3)]
+    assert loop.state.refits == [RefitResult(number, 0.5, 1.0, 1.0, 0) for number in (1, 2, 3)]
 
 
 def test_a_judge_that_fails_leaves_the_weights() -> None:
@@ -914,7 +914,7 @@ def test_the_cost_of_a_run_is_counted_in_gradients_of_one_sample(fixed: bool, re
     loop.run()
     scored = 2 * (2 + (not fixed) * min(COMPARED_SAMPLES, loop.chunk))
     fitted = 1 / 3 * (3 * 2 * REFIT_SAMPLES + 7 * loop.judging) if refit else 0
-    assert loop.flow.gradients == pytest.approx(scored + fitted)
+    assert loop.state.gradients == pytest.approx(scored + fitted)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -924,14 +924,14 @@ def test_widths_follow_compared_scores_and_units_the_criterion(fixed: bool) -> N
     given: list[Mapping[str, torch.Tensor]] = []
     plain = loop.allocate
 
-    def watched(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+    def watched(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
         given.append(scores)
-        return plain(scores, progress)
+        return plain(scores, share)
 
     loop.allocate = watched
     support = loop.rescore()
     scores = score("random", evidence(loop.masked, 1))
-    kept = plain(given[0], loop.schedule.progress(1))
+    kept = plain(given[0], loop.schedule.share(1))
     for group in loop.masked.groups:
         assert torch.equal(given[0][group.name], scores[group.name]) is fixed
         assert torch.equal(support[group.name], select(group, scores[group.name], kept[group.name]))

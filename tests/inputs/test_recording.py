@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from pipelines import COMPONENTS, FAMILIES
+from pipelines import COMPONENTS, FAMILIES, conditional_unet
 from safetensors import safe_open
 from torch import nn
 
@@ -24,7 +24,7 @@ from gfprune_cli.diffusion.guidance import GuidedProcess
 from gfprune_cli.diffusion.schedulers import Reconstruction
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.conditioning import as_recording, as_tensors
-from gfprune_cli.inputs.pipeline import open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.recording import Recording, call_arguments, record
 from gfprune_cli.progress import Event, silent
 
@@ -80,10 +80,10 @@ def recording_of(root: Path, family: str, **changes: Any) -> tuple[Recording, nn
 
 def answer(root: Path, name: str, options: PipelineOptions, **changes: Any) -> Images:
     model, component, scheduler = opened(root, name)
-    report = changes.pop("report", silent)
+    progress = changes.pop("progress", silent)
     settings: dict[str, Any] = dict(data=None, count=4, sample_steps=2, seed=0)
     request = ImageRequest(**{**settings, **changes}, options=options)
-    return request.answer(model, component, scheduler, {"weights": str(root)}, report)
+    return request.answer(model, component, scheduler, {"weights": str(root)}, progress)
 
 
 class FirstStep(Exception):
@@ -187,7 +187,7 @@ def test_guidance_of_one_leaves_one_branch_and_another_scale_is_taken(folder: Fo
 def test_drawn_images_come_from_the_cache_and_do_not_depend_on_batches(family: str, folder: Folder) -> None:
     first = answer(folder(family), COMPONENTS[family], options_of(family))
     calls: list[Event] = []
-    second = answer(folder(family), COMPONENTS[family], options_of(family), report=calls.append)
+    second = answer(folder(family), COMPONENTS[family], options_of(family), progress=calls.append)
     model, _, _ = opened(folder(family), COMPONENTS[family])
     alone = self_images(
         model,
@@ -198,7 +198,7 @@ def test_drawn_images_come_from_the_cache_and_do_not_depend_on_batches(family: s
         conditions=first.conditions,
         shape=tuple(first.images.shape[1:]),
         device=torch.device("cpu"),
-        report=silent,
+        progress=silent,
         batch=1,
     )
 
@@ -255,9 +255,67 @@ def test_options_that_a_pipeline_does_not_have_are_refused(
     assert word in refused(UsageError, folder(family), COMPONENTS[family], PipelineOptions(**options))
 
 
+def as_pipeline(root: Path, target: Path, class_name: str, **changes: Any) -> Path:
+    """A copy of a pipeline that says it is of another class, its U-Net changed."""
+    shutil.copytree(root, target)
+    index = json.loads((target / "model_index.json").read_text())
+    (target / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))
+    if changes:
+        conditional_unet(**changes).save_pretrained(target / "unet")
+    return target
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_pipeline_that_changes_images_is_run_as_the_one_that_draws_them(
+    class_name: str, folder: Folder, tmp_path: Path
+) -> None:
+    """Its network is the same: checkpoints are published under either name."""
+    plain, _, _ = recording_of(folder("stable-diffusion"), "stable-diffusion")
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name)
+    found, _, _ = recording_of(root, "stable-diffusion")
+    assert found.conditions.tensors.keys() == plain.conditions.tensors.keys()
+    for name, tensor in plain.conditions.tensors.items():
+        assert torch.equal(found.conditions.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "channels", "lacking"),
+    [
+        ("StableDiffusionInpaintPipeline", 9, "image and mask_image"),
+        ("StableDiffusionInstructPix2PixPipeline", 8, "image"),
+    ],
+)
+def test_a_network_that_needs_images_is_refused_by_what_it_needs(
+    class_name: str, channels: int, lacking: str, folder: Folder, tmp_path: Path
+) -> None:
+    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
+    message = refused(GfpruneError, root, "unet", PipelineOptions())
+    assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
+
+
+def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, tmp_path: Path) -> None:
+    root = as_pipeline(
+        folder("stable-diffusion"), tmp_path / "copy", "StableDiffusionPipeline", sample_size=None
+    )
+    message = refused(UsageError, root, "unet", PipelineOptions())
+    assert "has no sample_size" in message
+    assert "--size" in message
+    assert answer(root, "unet", PipelineOptions(size="16")).images.shape[2:] == (8, 8)
+
+
+def test_a_refiner_is_no_pipeline_that_draws_from_noise(folder: Folder, tmp_path: Path) -> None:
+    """What its class alone can be told would be lost."""
+    root = as_pipeline(folder("sdxl"), tmp_path / "copy", "StableDiffusionXLImg2ImgPipeline")
+    component = component_of(root, "unet")
+    assert pipeline_class(component).__name__ == "StableDiffusionXLPipeline"
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "requires_aesthetics_score": True}))
+    assert pipeline_class(component_of(root, "unet")).__name__ == "StableDiffusionXLImg2ImgPipeline"
+
+
 def test_a_size_that_the_pipeline_cannot_draw_is_one_line(folder: Folder) -> None:
-    message = refused(GfpruneError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
-    assert "StableDiffusionPipeline cannot be run" in message
+    message = refused(UsageError, folder("stable-diffusion"), "unet", PipelineOptions(size="17"))
+    assert "--size: ValueError: `height` and `width` have to be divisible by 8" in message
 
 
 @pytest.mark.parametrize("damage", ["absent", "no weights", "foreign class", "foreign pipeline"])
@@ -350,7 +408,7 @@ class Stopped:
 def test_a_signal_within_a_pipeline_is_no_error_of_the_pipeline() -> None:
     network = nn.Linear(2, 2)
     with pytest.raises(Interrupted):
-        pictures(Stopped(), ["a"], PipelineOptions(), count=1, steps=1, seed=0, report=silent)
+        pictures(Stopped(), ["a"], PipelineOptions(), count=1, steps=1, seed=0, progress=silent)
     with pytest.raises(Interrupted):
         record(Stopped(), network, ["a"], PipelineOptions())
     assert "forward" not in vars(network)
@@ -372,7 +430,7 @@ def test_images_become_latents_that_the_decoder_turns_back(family: str, folder: 
     root, name = folder(family), COMPONENTS[family]
     options = options_of(family, **({"frames": 1} if family == "wan" else {}))
     told: list[Event] = []
-    found = answer(root, name, options, data=pixels, report=told.append)
+    found = answer(root, name, options, data=pixels, progress=told.append)
     drawn = answer(root, name, options, count=2)
     assert found.images.shape[1:] == drawn.images.shape[1:]
     assert len(found.images) == 3

@@ -510,13 +510,14 @@ def recovered(
     images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     chosen = FinetuneRecipe(model="m", **dict(steps=40, batch=4, learning_rate=0.1, denoise=0.0) | recipe)
 
-    def report(event: Event) -> None:
+    def progress(event: Event) -> None:
         if event.phase == "finetune" and event.step == stop_at:
             raise Interrupted("stop", 15)
 
     recover(
         student, Scale(1.0), PROCESS, Draws(images, 1000, 0), chosen, processes=Processes(None, CPU),
-        precision="fp32", state=state, report=report if stop_at else silent, save_every=7, remedies=remedies,
+        precision="fp32", state=state, progress=progress if stop_at else silent, save_every=7,
+        remedies=remedies,
     )  # fmt: skip
     return student
 

@@ -4,11 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from conftest import Gfprune
 
+import gfprune_cli
 from gfprune_cli.errors import UsageError
-from gfprune_cli.runtime.launch import announced, check_launcher, launched, main_process
+from gfprune_cli.runtime.launch import (
+    SHARDING,
+    announced,
+    check_launcher,
+    launched,
+    main_process,
+    unused_settings,
+)
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
@@ -45,6 +56,58 @@ def test_what_a_batch_script_left_is_refused_at_once(monkeypatch: pytest.MonkeyP
     assert not launched()
     with pytest.raises(UsageError, match=r"WORLD_SIZE=4 .*RANK.*accelerate launch.*unset WORLD_SIZE"):
         check_launcher()
+
+
+@pytest.mark.parametrize("variable", SHARDING)
+@pytest.mark.parametrize("value", ["true", "1", "False"])
+def test_networks_in_pieces_are_refused_and_not_ignored(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """accelerate says so in the environment alone; gfprune would run as if it had not."""
+    announce(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    refused = pytest.raises(UsageError, match=r"accelerate is configured for .*--multi_gpu")
+    with nullcontext() if value == "False" else refused:
+        check_launcher()
+
+
+def test_other_settings_of_accelerate_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("MIXED_PRECISION", "DYNAMO_BACKEND", "GRADIENT_ACCUMULATION_STEPS"):
+        monkeypatch.delenv(f"ACCELERATE_{variable}", raising=False)
+    assert unused_settings() == []
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    (said,) = unused_settings()
+    assert said.startswith("mixed_precision fp16 of accelerate's configuration is not used")
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "words"),
+    [
+        ("prune", {}, "prune works in one process, and a launcher started 2"),
+        ("export", {}, "export works in one process, and a launcher started 2"),
+        ("finetune", {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
+        ("eval", {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate is configured for DeepSpeed"),
+    ],
+)
+def test_the_first_process_refuses_and_the_others_end_quietly(
+    gfprune: Gfprune, tmp_path: Path, command: str, environment: dict[str, str], words: str
+) -> None:
+    """A launcher that saw another one fail would stop the first before it has spoken."""
+    several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", **environment}
+    first = gfprune(command, "--model", "demo", cwd=tmp_path, **several, RANK="0")
+    assert (first.returncode, first.stdout, first.stderr.count("\n")) == (2, "", 1)
+    assert words in first.stderr
+    other = gfprune(command, "--model", "demo", cwd=tmp_path, **several, RANK="1")
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_python_every_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    announce(monkeypatch, MASTER_ADDR="here", WORLD_SIZE="2", RANK="1")
+    for command in (gfprune_cli.prune, gfprune_cli.export):
+        with pytest.raises(UsageError, match="works in one process"):
+            command("demo", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("there", "code"), [(False, 128 + signal.SIGTERM), (True, 0)])

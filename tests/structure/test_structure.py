@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm, pruned_class
-from gfprune_cli.errors import UsageError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.budget import FLOORS, allocate
@@ -122,6 +123,17 @@ def count_macs(model: nn.Module) -> int:
     for handle in hooks:
         handle.remove()
     return total
+
+
+@pytest.mark.parametrize(("size", "fits"), [(8, True), ((8, 12), True), (10, False), ((8, 6), False)])
+def test_a_size_that_the_stages_cannot_halve_is_named(size: Any, fits: bool) -> None:
+    """diffusers' own network fails on it, in the middle of its upsampling, with a message about tensors."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    config = {**NETWORKS["ddpm"], **blocks, "block_out_channels": (8, 8, 8), "sample_size": size}
+    with torch.device("meta"):
+        model = UNet2DModel(**config)
+    with nullcontext() if fits else pytest.raises(GfpruneError, match=r"'sample_size' .* no multiple of 4"):
+        example_inputs(model)
 
 
 # --- costs ---------------------------------------------------------------------------------------

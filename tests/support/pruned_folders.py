@@ -23,14 +23,20 @@ class Pruned:
     Args:
         blocks: whole blocks go as well, the first of each stack that may.
         width: of transformers, the residual width too.
+        only: part of the names of the groups that lose units; the others stay whole.
     """
 
-    def __init__(self, family: str, place: Path, *, blocks: bool = False, width: bool = False) -> None:
+    def __init__(
+        self, family: str, place: Path, *, blocks: bool = False, width: bool = False, only: str = ""
+    ) -> None:
         self.dense = FAMILIES[family](place / "dense")
         self.component = inspect(resolve(str(self.dense)))
         found = find_units(self.component, silent, width=width, blocks=blocks)
         self.network, self.groups, _ = found
-        self.kept = chosen(self.groups)
+        self.kept = {
+            name: kept if only in name else torch.ones_like(kept)
+            for name, kept in chosen(self.groups).items()
+        }
         self.folder = place / "pruned"
         pruned = remove(self.load(), self.groups, self.kept)
         record = self.record(type(pruned).__name__, blocks=blocks, width=width)

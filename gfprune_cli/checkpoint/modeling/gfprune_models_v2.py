@@ -478,7 +478,14 @@ class PrunedModel(ModelMixin, ConfigMixin):
     def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
         for adapter in given if isinstance(given, list) else [given]:
             refuse_image_prompts(self, adapter.get("ip_adapter", adapter))
-        return super()._convert_ip_adapter_attn_to_diffusers(given, *args, **kwargs)
+        padded = [padded_prompts(self, adapter) for adapter in given] if isinstance(given, list) else given
+        found = super()._convert_ip_adapter_attn_to_diffusers(padded, *args, **kwargs)
+        for _, name in receivers(self):
+            width: Any = self.get_submodule(name).to_k
+            for layer in found[f"{name}.processor"].modules():
+                if isinstance(layer, nn.Linear):
+                    resize_weight(layer, width.out_features, layer.in_features, 1)
+        return found
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration, and beside it this file, so that the copy loads like the original."""
@@ -546,6 +553,27 @@ def refuse_image_prompts(model: Any, state: dict[str, Any]) -> None:
         if found.get(number) != wanted.get(number)
     ]
     refuse(misfits)
+
+
+def padded_prompts(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
+    """An IP-Adapter with rows at the end for the heads that went: diffusers loads no other width."""
+    found = dict(adapter["ip_adapter"])
+    for number, name in receivers(model):
+        for key in [key for key in found if key.startswith((f"{number}.to_k_ip.", f"{number}.to_v_ip."))]:
+            missing = dense_width(model, name) - found[key].shape[0]
+            found[key] = nn.functional.pad(found[key], (*[0, 0] * (found[key].ndim - 1), 0, missing))
+    return {**adapter, "ip_adapter": found}
+
+
+def dense_width(model: Any, name: str) -> int:
+    """Channels of an attention layer in the dense network, where diffusers does not look at the layer."""
+    if not hasattr(model, "encoder_hid_proj"):
+        return int(model.inner_dim)
+    widths = model.config.block_out_channels
+    part, index = name.split(".")[:2]
+    if part == "mid_block":
+        return int(widths[-1])
+    return int(widths[int(index)] if part == "down_blocks" else widths[::-1][int(index)])
 
 
 def receivers(model: Any) -> list[tuple[int, str]]:

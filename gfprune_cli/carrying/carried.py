@@ -1,0 +1,32 @@
+"""What is carried, of every kind of adapter."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gfprune_cli.checkpoint.correspondence import Stays
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Carried:
+    """A carried adapter.
+
+    Args:
+        tensors: by name, as they are written.
+        layers: of the adapter, those that were dropped included.
+        narrowed, moved, dropped: of them, those that lost rows or columns, that have a new name, and that
+            have no place left.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    layers: int = 0
+    narrowed: int = 0
+    moved: int = 0
+    dropped: list[str] = field(default_factory=list)
+
+
+def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int) -> torch.Tensor:
+    """What is left of one dimension."""
+    return tensor if stays is None else tensor.index_select(dimension, torch.tensor(stays.indices))

@@ -1,0 +1,165 @@
+"""A model in one file, in the naming of its authors: read through diffusers' loaders into the cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import FAMILIES
+from safetensors.torch import load_file, save_file
+
+import gfprune_cli
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.errors import GfpruneError, UsageError
+
+BLOCKS = {  # of the tiny U-Net, as Stable Diffusion's authors number them
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_name(name: str) -> str:
+    block = next(block for block in BLOCKS if name.startswith(f"{block}."))
+    rest = name.removeprefix(f"{block}.")
+    if "resnets" in block:
+        layer, _, leaf = rest.partition(".")
+        rest = f"{LAYERS[layer]}.{leaf}"
+    return f"model.diffusion_model.{BLOCKS[block]}.{rest}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["stable-diffusion"](tmp_path_factory.mktemp("one-file") / "folder")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    """U-Net and text encoder, other than those of the folder, half precision."""
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    tensors = {original_name(name): (2 * value).half() for name, value in unet.items()}
+    tensors |= {
+        f"cond_stage_model.transformer.text_model.{name}": (2 * value).half() for name, value in text.items()
+    }
+    path = folder.parent / "civitai.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return path
+
+
+def test_a_file_is_pruned_like_its_folder(folder: Path, file: Path, tmp_path: Path) -> None:
+    """Network and text encoder come from the file, in its precision; the rest from --config-from."""
+    settings: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=4, sample_steps=2, draws=4)
+    found = gfprune_cli.prune(file, config_from=str(folder), sparsity=0.3, out=tmp_path / "out", **settings)
+    assert found.class_name == "PrunedUNet2DConditionModel"
+    record = json.loads((tmp_path / "out" / "gfprune.json").read_text())
+    assert record["source"]["label"] == str(file)
+    assert record["recipe"]["config_from"] == str(folder)
+    pruned = gfprune_cli.load(tmp_path / "out").state_dict()
+    dense = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(
+        pruned["time_embedding.linear_2.bias"], (2 * dense["time_embedding.linear_2.bias"]).half()
+    )
+    text = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    before = load_file(folder / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(text[name].float(), (2 * value).half().float()) for name, value in before.items())
+    assert load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")[
+        "conv_in.bias"
+    ].dtype == (torch.float16)
+    tuned = gfprune_cli.finetune(
+        tmp_path / "out", steps=1, images=4, sample_steps=2, batch=2, out=tmp_path / "tuned"
+    )
+    assert tuned.teacher == str(file)
+
+
+def test_a_folder_with_one_file_is_that_file(folder: Path, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / file.name).write_bytes(file.read_bytes())
+    first = resolve(str(tmp_path / "alone"), config_from=str(folder)).folder
+    assert first == resolve(str(file), config_from=str(folder)).folder
+    assert (first / "unet" / "config.json").is_file()
+    assert not list(first.rglob("*.bin"))
+
+
+class TestRefused:
+    def test_gguf(self, tmp_path: Path) -> None:
+        (tmp_path / "model.gguf").write_bytes(b"GGUF")
+        with pytest.raises(UsageError, match="quantized blocks"):
+            resolve(str(tmp_path / "model.gguf"))
+
+    @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.txt"])
+    def test_other_files(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"PK\x03\x04 a pickle")
+        with pytest.raises(UsageError, match="no pickle"):
+            resolve(str(tmp_path / name))
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "message"),
+        [
+            ("unet.a.lora_A.weight", torch.float32, "is a LoRA"),
+            ("model.diffusion_model.a.weight_scale", torch.float32, "is quantized"),
+            ("model.diffusion_model.a.weight", torch.uint8, "is quantized"),
+        ],
+    )
+    def test_what_is_no_network(self, tmp_path: Path, name: str, dtype: torch.dtype, message: str) -> None:
+        save_file({name: torch.ones(2, 2, dtype=dtype)}, tmp_path / "a.safetensors")
+        with pytest.raises(GfpruneError, match=message):
+            resolve(str(tmp_path / "a.safetensors"))
+
+    def test_another_family(self, file: Path, tmp_path: Path) -> None:
+        other = FAMILIES["sdxl"](tmp_path / "other")
+        with pytest.raises(GfpruneError, match=r"name a folder of its family|does not hold"):
+            resolve(str(file), config_from=str(other))
+
+    def test_weights_that_are_nowhere(self, folder: Path, file: Path, tmp_path: Path) -> None:
+        configured = tmp_path / "configured"
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix != ".safetensors":
+                copy = configured / path.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+        with pytest.raises(GfpruneError, match="does not hold vae"):
+            resolve(str(file), config_from=str(configured))
+
+    def test_the_configuration_that_diffusers_would_fetch(self, file: Path) -> None:
+        with pytest.raises(GfpruneError, match=r"needs the configuration of .*/.* name a diffusers folder"):
+            resolve(str(file), offline=True)
+
+    def test_the_flag_without_a_file(self, folder: Path) -> None:
+        with pytest.raises(UsageError, match="--config-from is for models in one file"):
+            resolve(str(folder), config_from=str(folder))
+
+    def test_a_network_saved_with_an_adapter_attached(self, folder: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "attached"
+        copy.mkdir()
+        (copy / "config.json").write_bytes((folder / "unet" / "config.json").read_bytes())
+        tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        tensors["conv_in.base_layer.weight"] = tensors.pop("conv_in.weight")
+        save_file(tensors, copy / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(GfpruneError, match="PEFT adapter attached"):
+            gfprune_cli.load(copy)
