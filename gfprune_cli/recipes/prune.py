@@ -82,6 +82,9 @@ class PruneRecipe:
     def __post_init__(self) -> None:
         if self.one_shot:
             refuse_idle(self, "--one-shot", "iterations", "bound")
+        if not self.sparsity:
+            scoring = ("criterion", "iterations", "draws", "bound", "one_shot", "recover", "align")
+            refuse_idle(self, "--sparsity 0", *scoring)
         if self.layout == "native":
             refuse_idle(self, "--layout native", "align")
 

@@ -20,7 +20,7 @@ from gfprune_cli.progress import Event
 def folded_out(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline, folded and nothing else."""
     out = tmp_path_factory.mktemp("folded") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0, fold=0.02, out=out, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0, fold=0.02, out=out, images=8, sample_steps=2)
     return out
 
 
