@@ -50,8 +50,8 @@ test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to cho
 quick: $(STAMP) ## A first verdict in two minutes: one case of each test of the rooms, one command (no lint)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --quick $(PYTEST_ARGS)
 
-thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
-	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
+thorough: $(STAMP) ## All cases of every test, and the long form of the reliability tests: hours
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --thorough $(PYTEST_ARGS)
 
 benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchmarks/quick/
 	$(BIN)/python benchmarks/quality.py --quick

@@ -39,9 +39,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --quick: one case of each test of the rooms, and one command from end to end."""
-    if not config.getoption("quick"):
+    """Without --thorough a sample of every matrix; with --quick one case of each test, and one command."""
+    if config.getoption("quick"):
+        quick_ones(config, items)
+    elif not config.getoption("thorough"):
+        samples(config, items)
+
+
+def samples(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every n-th case of the tests that are marked `matrix(n)`; those named on the command line all run."""
+    seen: dict[tuple[Path, str], int] = {}
+    kept, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("matrix")
+        key = item.path, getattr(item, "originalname", item.name)
+        number = seen[key] = seen.get(key, -1) + 1
+        (kept if mark is None or number % mark.args[0] == 0 else left).append(item)
+    if any("[" in argument for argument in config.args):
         return
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def quick_ones(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """One case of each test of the rooms, and one command from end to end."""
     chosen, left = {}, []
     for item in items:
         room = item.path.relative_to(Path(__file__).parent).parts[0]

@@ -11,7 +11,7 @@ from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
 from gfprune_cli.carrying.image_prompts import carry_image_prompts, is_image_prompt
 from gfprune_cli.carrying.lora import carry_lora
 from gfprune_cli.carrying.result import CarryResult
-from gfprune_cli.carrying.spelling import normalised
+from gfprune_cli.carrying.spelling import common_name
 from gfprune_cli.carrying.target import Target, find_target
 from gfprune_cli.checkpoint.reader import sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
@@ -44,7 +44,7 @@ LORA = Kind(
     "lora",
     "pytorch_lora_weights.safetensors",
     'pipeline.load_lora_weights("FOLDER")',
-    lambda adapter, target: carry_lora(normalised(adapter, target), target),
+    lambda adapter, target: carry_lora(common_name(adapter, target), target),
 )
 IMAGE_PROMPTS = Kind(
     "ip-adapter",

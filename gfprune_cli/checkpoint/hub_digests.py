@@ -44,7 +44,7 @@ def verify(
             continue
         found = digest(path, progress, git=len(expected) == 40)
         if found != expected:
-            discard(path)
+            discard_download(path)
             again = "run once with network access" if offline else "try again"
             raise GfpruneError(
                 f"{name} of {repo_id} is damaged: its digest is {found[:12]}, and the Hub declares "
@@ -69,7 +69,7 @@ def chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def discard(path: Path) -> None:
+def discard_download(path: Path) -> None:
     """Remove a snapshot's file and the blob that it links to, so that the next run downloads it."""
     blob = path.resolve()
     if blob != path and blob.parent.name == "blobs":

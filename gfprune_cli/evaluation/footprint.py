@@ -101,18 +101,18 @@ def macs(model: nn.Module, inputs: Callable[[nn.Module], dict[str, Any]] = examp
     Args:
         inputs: keyword arguments of the network for one image.
     """
-    return counted(model, partial(model, **inputs(model)))
+    return counted_macs(model, partial(model, **inputs(model)))
 
 
 @torch.no_grad()
 def cycle_macs(cache: DeepCache) -> int:
     """Multiply-accumulates of one DeepCache cycle on one image."""
     inputs = example_inputs(cache.model)
-    full = counted(cache.model, partial(cache.full_step, **inputs))
-    return full + (cache.interval - 1) * counted(cache.shallow, partial(cache.shallow_step, **inputs))
+    full = counted_macs(cache.model, partial(cache.full_step, **inputs))
+    return full + (cache.interval - 1) * counted_macs(cache.shallow, partial(cache.shallow_step, **inputs))
 
 
-def counted(model: nn.Module, call: Call) -> int:
+def counted_macs(model: nn.Module, call: Call) -> int:
     """Multiply-accumulates of the layers of `model` that a call runs."""
     trace = Trace()
     hooks = list(observe(model, trace))

@@ -169,8 +169,8 @@ def find_extractor(
             raise UsageError(f"--inception: {missing}") from error
         raise Unavailable(missing) from error
     if path is None:
-        return official(fetch(OFFICIAL[mode], offline=offline, progress=progress), mode, device)
-    content = read_weights(path, expected, mode)
+        return official(fetch_weights(OFFICIAL[mode], offline=offline, progress=progress), mode, device)
+    content = read_network(path, expected, mode)
     digest = hashlib.sha256(content).hexdigest()
     try:
         if digest == OFFICIAL[mode].sha256:
@@ -180,7 +180,7 @@ def find_extractor(
         raise UsageError(f"--inception {path}: {' '.join(str(error).split())}") from error
 
 
-def read_weights(path: str, expected: str | None, mode: FidMode) -> bytes:
+def read_network(path: str, expected: str | None, mode: FidMode) -> bytes:
     """The bytes of a file whose hash is known.
 
     Raises:
@@ -216,7 +216,7 @@ def read_file(path: Path) -> bytes | None:
     return path.read_bytes()
 
 
-def fetch(weights: Weights, *, offline: bool, progress: Progress) -> bytes:
+def fetch_weights(weights: Weights, *, offline: bool, progress: Progress) -> bytes:
     """An official file from the cache, or from its place on the network.
 
     Raises:

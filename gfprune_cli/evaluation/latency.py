@@ -153,14 +153,14 @@ def measure_latency(
         for number, (mode, batch) in enumerate(wanted):
             pulse = partial(progress, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
             stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
-            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, progress)
+            row = timed_attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, progress)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
     progress(Event("latency", len(wanted), len(wanted)))
     return list(rows.values())
 
 
-def attempt(
+def timed_attempt(
     networks: Sequence[Any],
     mode: Any,
     batch: int,
@@ -224,14 +224,14 @@ def time_row(
         if mode == "compile":
             torch.compiler.reset()  # gives back the memory, and the next row its own graph
     times[0] = [value / steps for value in times[0]]
-    (ms, spread), (ms_reference, spread_reference) = summary(times[0]), (None, None)
+    (ms, spread), (ms_reference, spread_reference) = latency_row(times[0]), (None, None)
     if len(times) > 1:
-        ms_reference, spread_reference = summary(times[1])
+        ms_reference, spread_reference = latency_row(times[1])
     speedup = ms_reference / ms if ms_reference is not None and ms > 0 else None
     return Latency(mode, batch, ms, ms_reference, spread, spread_reference, speedup, mac_ratio)
 
 
-def summary(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def latency_row(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Median and quartiles, in milliseconds."""
     times = [1000 * value for value in seconds]
     if len(times) == 1:

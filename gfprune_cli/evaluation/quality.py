@@ -90,7 +90,7 @@ def has(archive: zipfile.ZipFile, name: str) -> bool:
     return f"{name}.npy" in archive.namelist()
 
 
-def read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of an array, which are those of the bytes stored.
 
     Raises:
@@ -115,7 +115,7 @@ def array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     Raises:
         ValueError: it holds something else.
     """
-    shape, dtype = read_header(archive, name)
+    shape, dtype = read_array_header(archive, name)
     if dtype.kind != "f" or dtype.itemsize not in (4, 8):
         raise ValueError(f"{name} holds {dtype}, not float32 or float64")
     return shape
@@ -133,7 +133,7 @@ def note(archive: zipfile.ZipFile, name: str, kinds: str) -> Any:
     Raises:
         ValueError: it is something else.
     """
-    shape, dtype = read_header(archive, name)
+    shape, dtype = read_array_header(archive, name)
     if shape or dtype.kind not in kinds or dtype.itemsize > LARGEST_NOTE:
         raise ValueError(f"{name} is {list(shape)} of {dtype}, not a single value")
     with archive.open(f"{name}.npy") as stream:

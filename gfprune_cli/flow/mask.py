@@ -146,7 +146,7 @@ class MaskedModel:
                 continue  # the mask of a block multiplies what it adds to its stream: see `gate`
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
             for member in (member for member in group.members if member.side == side):
-                key = (member.module, dimension_of(member))
+                key = (member.module, masked_dimension(member))
                 if key not in found:
                     found[key] = per_channel.new_ones(self.sizes[member.module, side])
                 found[key][member.positions] = per_channel[member.channels]
@@ -189,7 +189,7 @@ class MaskedModel:
                 for key in leaves(member.module):
                     value = values.get(key)
                     if value is not None:
-                        per_row = value.double().movedim(dimension_of(member) if value.ndim > 1 else 0, 0)
+                        per_row = value.double().movedim(masked_dimension(member) if value.ndim > 1 else 0, 0)
                         per_row = per_row.flatten(1).sum(1) if value.ndim > 1 else per_row
                         rows = per_row.cpu()[member.positions]
                         total.index_add_(0, member.channels // group.unit_size, rows)
@@ -202,7 +202,7 @@ def leaves(name: str) -> tuple[str, ...]:
     return f"{name}.weight", f"{name}.bias", name
 
 
-def dimension_of(member: Member) -> int:
+def masked_dimension(member: Member) -> int:
     """The dimension of a member's tensors that its channels run along."""
     return {"embedding": 1, "parameter": -1}.get(member.kind, 0)
 

@@ -13,7 +13,7 @@ from gfprune_cli.structure.groups import ChannelGroup, select
 WORST = 1e30  # stands for a loss that is not finite: JSON has no infinity
 
 
-def spared(group: ChannelGroup, share: float) -> int:
+def least_units(group: ChannelGroup, share: float) -> int:
     """Steps of a group that a measurement masks: at least one, and all of a block."""
     steps = group.channels // group.step
     return steps if group.is_block else max(1, min(steps - 1, round(steps * share)))
@@ -45,7 +45,7 @@ def measured_rises(
     try:
         for number, group in enumerate(groups):
             progress(Event("probe", number, len(groups)))
-            keep = group.channels - spared(group, share) * group.step
+            keep = group.channels - least_units(group, share) * group.step
             support = select(group, scores[group.name], keep)
             masked.set_masks(whole | {group.name: whole[group.name] * support})
             rise = loss() - before

@@ -110,7 +110,7 @@ def record(
     observer = Observer(network, pipeline.scheduler)
     arguments = call_arguments(pipeline, options)
     with quiet(), observer.watching(pipeline), torch.no_grad():
-        run(pipeline, observer, arguments, asked[:1], None)
+        run_pipeline(pipeline, observer, arguments, asked[:1], None)
         guidance, time = conventions(pipeline, observer, options)
         sample, timestep = argument_names(network, observer.calls[0])
         shape = tuple(observer.calls[0][sample].shape[1:])
@@ -121,7 +121,7 @@ def record(
         rows, shared = [own_row(single, own)], shared_values(single, own)
         for number, ask in enumerate(asked[1:], 1):
             progress(Event("encode", number, len(asked)))
-            run(pipeline, observer, arguments, [ask], count)
+            run_pipeline(pipeline, observer, arguments, [ask], count)
             calls = [flattened(call, left_out) for call in observer.calls]
             rows.append(own_row(calls, own))
             check_shared(pipeline, shared, shared_values(calls, own))
@@ -173,7 +173,7 @@ def call_arguments(
     return made
 
 
-def run(
+def run_pipeline(
     pipeline: Any, observer: Observer, arguments: dict[str, Any], asked: Sequence[Any], limit: int | None
 ) -> None:
     """Call the pipeline for some prompts until `observer` has seen enough.
@@ -272,7 +272,7 @@ def per_sample_names(
     left_out: set[str],
 ) -> set[str]:
     """Arguments that grow with the batch: seen by asking for the same thing twice."""
-    run(pipeline, observer, arguments, [ask, ask], 1)
+    run_pipeline(pipeline, observer, arguments, [ask, ask], 1)
     double, found = flattened(observer.calls[0], left_out), set()
     for name, value in single[0].items():
         leaves = pytree.tree_leaves(value)

@@ -9,7 +9,7 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.diffusion.conditions import keywords
-from gfprune_cli.families.table import is_known
+from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.conditioning import asked_of, recorded
 from gfprune_cli.inputs.recording import PipelineOptions
 from gfprune_cli.progress import Progress
@@ -39,7 +39,7 @@ def passed_inputs(
     Raises:
         GfpruneError: the pipeline cannot be run.
     """
-    if is_known(model) or component.pipeline is None:
+    if has_known_inputs(model) or component.pipeline is None:
         return None
     config: Any = model.config
     options = PipelineOptions()

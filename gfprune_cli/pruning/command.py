@@ -13,7 +13,7 @@ from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.state import not_finished, run_digest
 from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
 from gfprune_cli.pruning.job import PruneJob
-from gfprune_cli.pruning.plan import make_plan, planned
+from gfprune_cli.pruning.plan import make_plan, planned_result
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -64,7 +64,7 @@ def prune(recipe: PruneRecipe, options: RunOptions, progress: Progress = silent)
                 notice(
                     progress, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights"
                 )
-            return planned(plan, recipe, time.monotonic() - start)
+            return planned_result(plan, recipe, time.monotonic() - start)
         state = output.state(job.identity())
         if output.finished:
             record = finished_run(job, destination)

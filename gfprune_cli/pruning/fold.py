@@ -248,7 +248,7 @@ class Folder:
         return (missed / max(wanted, torch.finfo(torch.float32).tiny)) ** 0.5
 
 
-def attempt(
+def folding_attempt(
     folder: Folder, process: NoisingProcess, held_out: Draws, *, asked: bool
 ) -> tuple[nn.Module, Folding] | None:
     """What `Folder.fold` gives; where the user did not ask for it, a failure is no more than a notice."""

@@ -29,7 +29,7 @@ from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.pruning.fold import Folder, Folding, attempt
+from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
 from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
 from gfprune_cli.pruning.probes import Probes
@@ -195,7 +195,7 @@ class PruneJob:
         dtype = stored_dtype(self.plan.component)
         folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
         asked = self.recipe.fold is not None or not self.recipe.sparsity
-        found = attempt(folder, self.process, held_out, asked=asked)
+        found = folding_attempt(folder, self.process, held_out, asked=asked)
         if found is None:
             return dense
         network, self.folding = found

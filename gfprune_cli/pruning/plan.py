@@ -172,7 +172,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
     return replace(plan, groups=groups, cost=cost)
 
 
-def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
+def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
     """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
     if plan.native is not None:
         allocation = plan.native

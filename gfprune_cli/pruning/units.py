@@ -6,7 +6,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, load_model
-from gfprune_cli.families.table import is_known
+from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Progress
 from gfprune_cli.structure.blocks import block_groups
@@ -33,7 +33,7 @@ def find_units(
         GfpruneError: the network cannot be traced, or its pipeline cannot be run.
     """
     network, inputs = build_meta(component) if folded is None else skeleton(folded), None
-    if not is_known(network) and component.weights and component.pipeline is not None:
+    if not has_known_inputs(network) and component.weights and component.pipeline is not None:
         dense = load_model(component).requires_grad_(False)
         inputs = pipeline_inputs(dense, component, progress)
         network = dense if folded is None else folded

@@ -105,7 +105,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if not isinstance(value, (str, int, float, type(None))):
             kind = type(value).__name__
             raise UsageError(f"--config {path}: {shown(key)} is a {kind}; give one value, text or a number")
-        if isinstance(value, str) and not is_plain(value):
+        if isinstance(value, str) and not is_plain_text(value):
             raise UsageError(
                 f"--config {path}: {shown(key)} is longer than {VALUE_CHARACTERS} characters, or holds some "
                 "that no name has"
@@ -113,7 +113,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return document
 
 
-def is_plain(text: str) -> bool:
+def is_plain_text(text: str) -> bool:
     """Whether a path or name can be of that text: not endless, no null bytes, no halves of characters."""
     halves = any("\ud800" <= character <= "\udfff" for character in text)
     return len(text) <= VALUE_CHARACTERS and "\0" not in text and not halves

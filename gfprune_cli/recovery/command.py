@@ -53,7 +53,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
         if options.dry_run:
             output.refuse_state()
             refuse_logs(output, logs)
-            return summary(job, {}, None, None, time.monotonic() - start)
+            return result_of(job, {}, None, None, time.monotonic() - start)
         state = output.state(job.identity())
         if processes.told(output.finished):
             losses = finished_run(job, destination)
@@ -61,7 +61,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
                 sweep_logs(logs)
                 if not state.foreign():  # killed after the output was published
                     state.end()
-            return summary(job, losses, destination, logs, time.monotonic() - start)
+            return result_of(job, losses, destination, logs, time.monotonic() - start)
         if processes.main:
             output.prepare(state)
             refuse_logs(output, logs)
@@ -79,7 +79,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
             write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
             state.end()
     processes.wait()
-    return summary(job, losses, destination, logs, time.monotonic() - start)
+    return result_of(job, losses, destination, logs, time.monotonic() - start)
 
 
 def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
@@ -102,7 +102,7 @@ def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
     return losses
 
 
-def summary(
+def result_of(
     job: FinetuneJob, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
 ) -> FinetuneResult:
     """The numbers of a run; no losses in a dry one."""

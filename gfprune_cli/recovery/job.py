@@ -30,7 +30,7 @@ from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
-from gfprune_cli.recovery.teacher import Teacher, correspondence
+from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
 
@@ -169,7 +169,7 @@ class FinetuneJob:
         if not self.recipe.features:
             return None
         inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
-        return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
+        return FeaturePair(student, teacher, paired_layers(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, or where none can be drawn."""

@@ -49,7 +49,7 @@ class Samples:
     steps: int
 
 
-def draw(
+def draw_grid(
     network: nn.Module,
     process: NoisingProcess,
     noise: torch.Tensor,
@@ -85,7 +85,7 @@ def dense_samples(
         [torch.randn(shape, generator=generator(seed, "grid", index)) for index in range(GRID_SAMPLES)]
     ).to(device)
     labels = None if classes is None else (torch.arange(GRID_SAMPLES) % classes).to(device)
-    dense = draw(teacher, process, noise, labels, steps, lambda: progress(Event("pass")))
+    dense = draw_grid(teacher, process, noise, labels, steps, lambda: progress(Event("pass")))
     return Samples(noise, labels, dense, steps)
 
 
@@ -186,7 +186,7 @@ class Loop:
         samples = self.samples
         try:
             with self.trainer.averaged() as network:
-                pruned = draw(
+                pruned = draw_grid(
                     network, self.process, samples.noise, samples.condition, samples.steps, self.poll
                 )
             watch.picture(self.done, samples.dense, pruned)

@@ -104,7 +104,7 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
         )
     mine, theirs = dict(build_config(student)), dict(build_config(teacher))
     for key in sorted((mine.keys() | theirs.keys()) - WIDTHS - OWN):
-        if not key.startswith("_") and plain(mine.get(key)) != plain(theirs.get(key)):
+        if not key.startswith("_") and plain_network(mine.get(key)) != plain_network(theirs.get(key)):
             raise UsageError(
                 f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
                 "name the model it was pruned from"
@@ -123,7 +123,7 @@ def build_config(component: Component) -> Any:
     return build_meta(component).config
 
 
-def plain(value: Any) -> Any:
+def plain_network(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -142,7 +142,7 @@ class Correspondence:
     scales: dict[str, float]
 
 
-def correspondence(
+def paired_layers(
     teacher: nn.Module, record: Record, inputs: Mapping[str, Any] | None = None
 ) -> Correspondence:
     """Which outputs of the teacher's layers a student still has.

@@ -373,7 +373,7 @@ def test_an_operator_without_translation_is_one_line() -> None:
 
     program = torch.export.export(Unusual(), (torch.eye(3),))
     with pytest.raises(GfpruneError, match=r"at opset 20: .*linalg_eig") as caught:
-        onnx_model.convert(program, ["x"], 20)
+        onnx_model.to_onnx(program, ["x"], 20)
     assert "\n" not in str(caught.value)
 
 

@@ -25,6 +25,8 @@ from gfprune_cli.pruning import job as pruning_run
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery import job as recovery_run
 
+pytestmark = pytest.mark.matrix(3)
+
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "support.md"
 SPARSITY = 0.3

@@ -35,6 +35,8 @@ from gfprune_cli.pages.evaluation_page import markdown, render
 from gfprune_cli.progress import silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
+pytestmark = pytest.mark.matrix(3)
+
 CPU = torch.device("cpu")
 DRAWS = 20
 PROMPT = "a red cube on a table"

@@ -14,7 +14,7 @@ from test_structure import toy_group
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.criteria import score
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.flow.sensitivity import WORST, measured_rises, spared
+from gfprune_cli.flow.sensitivity import WORST, least_units, measured_rises
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.groups import select
@@ -26,7 +26,7 @@ SHARE = 0.5
 @given(cells=st.integers(1, 4), per_cell=st.integers(2, 6), share=st.floats(0.01, 0.99))
 def test_a_part_of_a_group_is_at_least_a_step_and_never_all(cells: int, per_cell: int, share: float) -> None:
     group = toy_group(cells, per_cell, 1)
-    steps = spared(group, share)
+    steps = least_units(group, share)
     assert 1 <= steps < per_cell
     assert abs(steps - per_cell * share) <= 0.5 or steps in (1, per_cell - 1)
 
@@ -34,7 +34,7 @@ def test_a_part_of_a_group_is_at_least_a_step_and_never_all(cells: int, per_cell
 def test_a_block_goes_as_a_whole() -> None:
     block = block_groups(masked_model().model)[0]
     assert block.stack
-    assert spared(block, 0.1) == 1
+    assert least_units(block, 0.1) == 1
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf])
@@ -68,7 +68,7 @@ def test_rises_are_those_of_masking_the_weakest_units_of_one_group(share: float)
     assert all(torch.equal(masked.masks[name], mask) for name, mask in whole.items())
     assert [event.step for event in seen if event.phase == "probe"] == list(range(len(masked.groups) + 1))
     for group in masked.groups:
-        support = select(group, scores[group.name], group.channels - spared(group, share) * group.step)
+        support = select(group, scores[group.name], group.channels - least_units(group, share) * group.step)
         assert 0 < int((~support).sum()) < group.units
         masked.set_masks(whole | {group.name: support.double()})
         assert found[group.name] == pytest.approx(loss() - before)

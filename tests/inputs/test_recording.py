@@ -28,6 +28,8 @@ from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.recording import Recording, call_arguments, record
 from gfprune_cli.progress import Event, silent
 
+pytestmark = pytest.mark.matrix(3)
+
 CONDITIONED = [family for family in FAMILIES if family != "ldm"]
 VIDEO = dict(size="32", frames=9)
 OPTIONS: dict[str, dict[str, Any]] = {

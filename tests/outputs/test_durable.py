@@ -17,7 +17,7 @@ from gfprune_cli.outputs import durable
 from gfprune_cli.outputs.cache import cached
 from gfprune_cli.outputs.durable import staged, write_file, write_tensors
 from gfprune_cli.outputs.filesystem import WeakerWrites
-from gfprune_cli.outputs.locks import own_folder, recover, sweep
+from gfprune_cli.outputs.locks import own_folder, restore_output, sweep
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import silent
 
@@ -38,7 +38,7 @@ def test_an_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path, name: 
     fill(tmp_path / f".{name}.gfprune-staging-{os.getpid()}", "half-written")
     fill(tmp_path / f".{name}.gfprune-staging-1", "half-written")
     with own_folder(out) as alive:
-        recover(out)
+        restore_output(out)
         assert (out / "gfprune.json").read_text() == "old"
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, alive.name])
 

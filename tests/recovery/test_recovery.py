@@ -28,7 +28,7 @@ from gfprune_cli.recovery.logs import METRICS, Watch, grid
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.optimizers import hidden_matrices, make_optimizer
 from gfprune_cli.recovery.recover import channels_last, recover
-from gfprune_cli.recovery.teacher import correspondence
+from gfprune_cli.recovery.teacher import paired_layers
 from gfprune_cli.recovery.trainer import Remedies, Stopped, Trainer, learning_rate
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.blocks import block_groups
@@ -77,7 +77,7 @@ def test_kept_positions_lead_from_the_students_weights_to_the_teachers(heads: in
     dense = tiny(attention_head_dim=heads)
     nn.init.normal_(dense.mid_block.attentions[0].to_q.bias)
     student, record = half_pruned(dense)
-    layers = correspondence(dense, record)
+    layers = paired_layers(dense, record)
     positions, scales = layers.positions, layers.scales
     assert len(positions) > 10
     assert bool(scales) == (heads is None), "one head becomes narrower, several become fewer"
@@ -98,7 +98,7 @@ def test_layers_behind_a_block_that_went_are_compared_under_their_old_names() ->
             kept[group.name][0] = False
     channels = {group.name: group.kept_channels(kept[group.name]).tolist() for group in groups}
     record = Record({"recipe": {"blocks": True}}, Origin("dense", "local", None, {}), channels, "transformer")
-    student, layers = remove(dense, groups, kept), correspondence(dense, record)
+    student, layers = remove(dense, groups, kept), paired_layers(dense, record)
     assert layers.names["transformer_blocks.1.attn1.to_q"] == "transformer_blocks.2.attn1.to_q"
     for name, index in layers.positions.items():
         mine, theirs = student.get_submodule(name), dense.get_submodule(layers.names[name])
@@ -110,10 +110,10 @@ def test_a_record_of_another_network_is_refused() -> None:
     _, record = half_pruned(dense)
     name = next(iter(record.kept))
     with pytest.raises(GfpruneError, match="another model"):
-        correspondence(dense, Record({}, record.source, record.kept | {name: [0, 99999]}, "unet"))
+        paired_layers(dense, Record({}, record.source, record.kept | {name: [0, 99999]}, "unet"))
     missing = {key: value for key, value in record.kept.items() if key != name}
     with pytest.raises(GfpruneError, match="another model"):
-        correspondence(dense, Record({}, record.source, missing, "unet"))
+        paired_layers(dense, Record({}, record.source, missing, "unet"))
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, pair: FeaturePair | None = None, **weights: Any) -> Any:
@@ -125,7 +125,7 @@ def test_features_compare_each_kept_channel_with_the_teachers() -> None:
     """Layers that read the image agree on their kept channels; deeper ones miss what was removed."""
     dense = tiny()
     student, record = half_pruned(dense)
-    found = correspondence(dense, record)
+    found = paired_layers(dense, record)
     pair = FeaturePair(student, dense, replace(found, scales={}))
     layers = [name for name in pair.positions if student.get_submodule(name).weight.ndim == 4]
     assert "down_blocks.0.resnets.0.conv1" in layers
@@ -143,7 +143,7 @@ def test_the_feature_term_decays_to_nothing_and_gives_gradients() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
     student.requires_grad_(True)
-    loss = loss_of(student, dense, FeaturePair(student, dense, correspondence(dense, record)), features=0.5)
+    loss = loss_of(student, dense, FeaturePair(student, dense, paired_layers(dense, record)), features=0.5)
     assert [loss.terms(batch(), None, share)["features"][0] for share in (0.0, 0.5)] == [0.5, 0.25]
     assert "features" not in loss.terms(batch(), None, 1.0)
     loss.terms(batch(), None, 0.0)["features"][1].sum().backward()
@@ -557,7 +557,7 @@ def test_checkpointing_changes_no_gradient_and_features_survive_it() -> None:
         student.requires_grad_(True)
         if recompute:
             student.enable_gradient_checkpointing()
-        pair = FeaturePair(student, dense, correspondence(dense, record))
+        pair = FeaturePair(student, dense, paired_layers(dense, record))
         loss = loss_of(student, dense, pair, features=1.0, distill=1.0)
         terms = loss.terms(batch(), None, 0.0)
         sum(weight * values.sum() for weight, values in terms.values()).backward()
@@ -603,7 +603,7 @@ def test_shares_of_a_batch_cover_it_once() -> None:
 def test_the_feature_term_does_not_depend_on_how_a_batch_is_split() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
-    loss = loss_of(student, dense, FeaturePair(student, dense, correspondence(dense, record)), features=1.0)
+    loss = loss_of(student, dense, FeaturePair(student, dense, paired_layers(dense, record)), features=1.0)
     sample = batch(4)
     whole = loss.terms(sample, None, 0.0)["features"][1]
     parts = [
@@ -618,7 +618,7 @@ def test_the_feature_term_does_not_depend_on_how_a_batch_is_split() -> None:
 def test_a_failed_pass_holds_no_activations() -> None:
     dense = tiny()
     student, record = half_pruned(dense)
-    pair = FeaturePair(student, dense, correspondence(dense, record))
+    pair = FeaturePair(student, dense, paired_layers(dense, record))
     loss = loss_of(student, dense, pair, features=1.0)
     dense.conv_out.register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):

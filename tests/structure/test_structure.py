@@ -35,6 +35,8 @@ from gfprune_cli.structure.removal import module_shapes, remove, remove_native
 from gfprune_cli.structure.search import TOLERANCE, Search, step_scores
 from gfprune_cli.structure.steps import narrows_a_head
 
+pytestmark = pytest.mark.matrix(3)
+
 Kept = dict[str, torch.Tensor]
 
 EXACT = 1e-9  # relative, in float64: rounding of one forward pass, amplified by the norms

@@ -27,6 +27,8 @@ from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
 from gfprune_cli.structure.tracing import first_output
 
+pytestmark = pytest.mark.matrix(3)
+
 EXACT = 1e-9
 
 CONDITIONAL: dict[str, Any] = {

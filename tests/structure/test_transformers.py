@@ -37,6 +37,8 @@ from gfprune_cli.structure.search import TOLERANCE
 from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.width import width_group
 
+pytestmark = pytest.mark.matrix(3)
+
 Kept = dict[str, torch.Tensor]
 Structure = tuple[tuple[ChannelGroup, ...], Trace, CostModel]
 
