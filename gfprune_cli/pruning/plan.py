@@ -23,6 +23,7 @@ from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import narrows_streams, native_allocation
 from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
+from gfprune_cli.structure.transformer import is_transformer
 
 FOLD = 0.01  # tolerance of folding where nothing was said
 
@@ -85,7 +86,7 @@ def make_plan(
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
         found = allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, found))
+        return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, meta, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
@@ -103,14 +104,16 @@ def make_plan(
     return Plan(component, groups, cost, allocation, config)
 
 
-def tolerance_of(recipe: PruneRecipe, widths: Allocation) -> float:
+def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) -> float:
     """How closely modulation is to be folded.
 
-    Where nothing was said, only a network whose parameters would have to go by channels is folded: parameters
-    that a budget of MACs leaves over anyway are no gain.
+    Where nothing was said, only transformers are, whose modulation no channel narrows, and only where
+    parameters are what binds: those that a budget of MACs leaves over anyway are no gain.
     """
     if recipe.fold is not None:
         return recipe.fold
+    if recipe.sparsity and not is_transformer(network):
+        return 0.0
     shares = widths.sparsities
     binds = "params" in shares and shares["params"] - min(shares.values()) <= TOLERANCE
     return FOLD if binds or not recipe.sparsity else 0.0

@@ -45,7 +45,7 @@ class PruneRecipe:
         Lt(1),
         Help(
             "Relative error to which layers that see timestep and pooled conditions alone are factored; 0: "
-            "none (default: 0.01 where parameters are what binds, else 0)."
+            "none (default: 0.01 for transformers whose parameters bind, else 0)."
         ),
     ] = None
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
@@ -82,6 +82,9 @@ class PruneRecipe:
     def __post_init__(self) -> None:
         if self.one_shot:
             refuse_idle(self, "--one-shot", "iterations", "bound")
+        if not self.sparsity:
+            scoring = ("criterion", "iterations", "draws", "bound", "one_shot", "recover", "align")
+            refuse_idle(self, "--sparsity 0", *scoring)
         if self.layout == "native":
             refuse_idle(self, "--layout native", "align")
 

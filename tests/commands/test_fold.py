@@ -1,6 +1,7 @@
 """`prune --fold` end to end on a tiny pipeline: recorded, loaded elsewhere, trained and pruned again."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from diffusers import AutoModel
 
 import gfprune_cli
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
-from gfprune_cli.errors import UsageError
+from gfprune_cli.errors import Interrupted, UsageError
+from gfprune_cli.progress import Event
 
 
 @pytest.fixture(scope="module")
 def folded_out(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline, folded and nothing else."""
     out = tmp_path_factory.mktemp("folded") / "out"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0, fold=0.02, out=out, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0, fold=0.02, out=out, images=8, sample_steps=2)
     return out
 
 
@@ -50,6 +52,29 @@ def test_a_budget_that_folding_meets_alone_takes_no_channel(pipeline_folder: Pat
     )  # fmt: skip
     assert result.sparsity["params"] > 0.02
     assert result.params["after"] == result.fold["params"]["after"]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_it_folds_and_while_it_trains_resumes_to_the_same_bytes(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = dict(sparsity=0.3, budget="params", fold=0.05, **QUICK | {"iterations": 1})
+    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "whole", **settings)
+    left = ["fold", "refitted", "finetune"]
+
+    def stop(event: Event) -> None:
+        if left and event.phase == left[0]:
+            left.pop(0)
+            raise Interrupted("stop", signal.SIGTERM)
+
+    for number in range(3):
+        with pytest.raises(Interrupted):
+            gfprune_cli.prune(
+                str(pipeline_folder), out=tmp_path / "out", resume=number > 0, report=stop, **settings
+            )
+    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", resume=True, **settings)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "gfprune.json", "unet/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow

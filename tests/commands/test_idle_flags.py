@@ -19,6 +19,7 @@ from gfprune_cli.errors import UsageError
         ("prune", "--one-shot", "--iterations 5"),
         ("prune", "--one-shot", "--bound 0.2"),
         ("prune", "--layout native", "--align 8"),
+        ("prune", "--sparsity 0", "--recover 8"),
         ("eval", "--no-latency", "--compile"),
         ("eval", "--no-latency", "--deepcache"),
         ("eval", "--no-latency", "--latency-batches 1"),
