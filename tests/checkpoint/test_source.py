@@ -24,7 +24,7 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError
 events = []
 try:
-    source = resolve(report=events.append, **json.loads(sys.argv[1]))
+    source = resolve(progress=events.append, **json.loads(sys.argv[1]))
 except GfpruneError as error:
     print(json.dumps({"error": str(error), "code": error.exit_code}))
 else:
