@@ -21,7 +21,7 @@ from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.families.table import is_known
+from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
@@ -116,7 +116,7 @@ class PruneJob:
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
         self.free = available(device)
-        known = example_inputs(network) if is_known(network) else None
+        known = example_inputs(network) if has_known_inputs(network) else None
         self.plan_memory(Pass() if known is None else one_pass(network, known))
 
     @cached_property
