@@ -213,6 +213,7 @@ def serve(world: str, shared: str) -> None:
 
     quiet_libraries()
     import gfprune_cli.api
+    import gfprune_cli.cli.main
     import gfprune_cli.cli.tables  # noqa: F401
 
     watch = Watch(world, shared)
