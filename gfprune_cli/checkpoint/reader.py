@@ -14,7 +14,7 @@ from gfprune_cli.checkpoint.files import first_line, quoted, read_config, truste
 from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.tensor_names import has_adapter, stored_names, tied
+from gfprune_cli.checkpoint.tensor_names import stored_names, tied
 from gfprune_cli.checkpoint.weights import NoWeights, read_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.digests import sha256_of
@@ -237,11 +237,6 @@ def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, s
         raise GfpruneError(f"{config} says that the weights are quantized ({method}): {BEFORE_QUANTIZATION}")
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
-        if name not in stored and has_adapter(component.tensors):
-            raise GfpruneError(
-                f"{_files(component)} holds LoRA layers beside the network's own: call fuse_lora and "
-                "unload_lora_weights of its pipeline, then save_pretrained"
-            )
         if name not in stored:
             raise GfpruneError(
                 f"tensor {quoted(name)} is missing from {_files(component)}, but {config} needs it"

@@ -54,11 +54,6 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def has_adapter(stored: Iterable[str]) -> bool:
-    """Whether names speak of LoRA layers beside those that they adapt."""
-    return any("lora" in name.lower() or ".base_layer." in name for name in stored)
-
-
 def tied(model: "nn.Module") -> list[list[str]]:
     """Names of tensors that are one and the same, together."""
     groups: dict[int, list[str]] = {}

@@ -1,7 +1,7 @@
 """Calibration images: from the user's data, or drawn from the model itself so that none is needed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from gfprune_cli.data.drawing import (
 )
 from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
-from gfprune_cli.diffusion.conditions import Condition, Conditions
+from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of
 from gfprune_cli.diffusion.finite import refuse_zero_snr
 from gfprune_cli.diffusion.guidance import with_guidance
 from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noising_process
@@ -36,9 +36,10 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pipeline import open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Progress, notice
@@ -115,6 +116,7 @@ class ImageRequest:
                 " around it; drop --data"
             )
         elif component.pipeline is not None:
+            check_pipeline_class(pipeline_class(component), config, self.options.size)
             asked_of(component, config, self.options, self.count, self.seed, shuffled=self.data is not None)
         if self.data is None:
             refuse_zero_snr(process, "pass --data")
@@ -126,12 +128,14 @@ class ImageRequest:
         scheduler: Any,
         hashes: Mapping[str, str],
         progress: Progress,
+        see_inputs: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Images:
         """The images: read from the user's data, or drawn from `model` (once; they are cached).
 
         Args:
             component, hashes: what `model` was loaded from, and the hashes of its weight files.
             scheduler: of the pipeline.
+            see_inputs: is shown what `model` is given for one sample, before any is drawn, and may raise.
 
         Raises:
             UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
@@ -139,7 +143,7 @@ class ImageRequest:
         """
         network: Any = model
         self.check(component, network.config, scheduler)
-        work = Work(self, model, component, scheduler, hashes, progress)
+        work = Work(self, model, component, scheduler, hashes, progress, see_inputs)
         if is_autoencoder(component.class_name):
             return work.of_autoencoder()
         if component.class_name.removeprefix("Pruned") == "UNet2DModel":
@@ -157,6 +161,7 @@ class Work:
     scheduler: Any
     hashes: Mapping[str, str]
     progress: Progress
+    see_inputs: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def config(self) -> Any:
@@ -166,13 +171,21 @@ class Work:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def show_inputs(self, shape: tuple[int, ...], process: NoisingProcess, conditions: Condition) -> None:
+        """What the network is given for one sample, on the way to `see_inputs`."""
+        if self.see_inputs is not None:
+            first = torch.zeros(1, dtype=torch.long)
+            chosen = None if conditions is None else conditions[[0]]
+            self.see_inputs(inputs_of(torch.zeros(1, *shape), process.timesteps(first), chosen))
+
     def unconditional(self) -> Images:
         """Of a network that is given class labels at most: `UNet2DModel`, on pixels or latents."""
         request, config = self.request, self.config
         shape = (config.in_channels, *image_size(self.component, config))
         process = noising_process(self.scheduler)
+        labels = draw_labels(config.num_class_embeds, request.count, request.seed)
+        self.show_inputs(shape, process, labels)
         if request.data is None:
-            labels = draw_labels(config.num_class_embeds, request.count, request.seed)
             return Images(self.drawn(process, labels, shape, SAMPLE_BATCH), labels, None, process)
         if decoder_name(self.component) is None:
             loaded = self.loaded(shape[1:], config.in_channels)
@@ -200,6 +213,7 @@ class Work:
             notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
         named = prompts_fingerprint(request.options.prompts)
+        self.show_inputs(recording.shape, process, with_rows(recording, asked.rows))
         if data:
             notice(self.progress, "--data comes without captions: images are paired with prompts at random")
             images, name = self.encoded(recording.shape, recording.image[:2])

@@ -28,21 +28,27 @@ def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoising_loss(
-    network: Network, process: NoisingProcess, draws: Draws, count: int, progress: Progress
+    network: Network,
+    process: NoisingProcess,
+    draws: Draws,
+    count: int,
+    progress: Progress,
+    at_once: int = CHUNK,
 ) -> float:
     """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
 
     Args:
         network: (noisy images [N, ...], timesteps [N], their condition) -> output.
         draws: where images and noise come from; equal draws at every call.
+        at_once: samples that go through the network together.
 
     Raises:
         GfpruneError: the loss is not finite; names the timesteps.
     """
     total, taken, levels = 0.0, [], []
-    for first in range(0, count, CHUNK):
+    for first in range(0, count, at_once):
         progress(Event("evaluate", first, count))
-        batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
+        batch = draws.batch("report", 0, min(at_once, count - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)
         losses = process.losses(output.float(), batch.images, batch.noise, batch.index)

@@ -29,6 +29,7 @@ class Evidence:
         losses: the denoising loss, one function per chunk of the draws, in ascending order of noise.
         seed: of the run.
         way: how Hessian-gradient products are taken; chosen by measurement where None.
+        fused: take first derivatives by the fused kernels of attention.
         gradients: filled with the cost of the scoring, counted in gradients.
     """
 
@@ -36,6 +37,7 @@ class Evidence:
     losses: Sequence[Loss]
     seed: int
     way: Way | None = None
+    fused: bool = False
     gradients: float = field(default=0.0)
 
     def energy_flow(self) -> dict[str, torch.Tensor]:
@@ -44,17 +46,17 @@ class Evidence:
         The statistics of the norms are held fixed: their own dependence on the masks is left out.
         """
         weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(self.losses, weights)
+        _, first = gradient(self.losses, weights, fused=self.fused)
         if self.way is None:
-            self.way = choose_way(self.losses, weights, first)
-        product = hessian_gradient_product(self.losses, weights, first, self.way)
+            self.way = choose_way(self.losses, weights, first, fused=self.fused)
+        product = hessian_gradient_product(self.losses, weights, first, self.way, fused=self.fused)
         self.gradients += 3 if self.way == "finite-difference" else 4.5
         return {name: self.masked.weights[name].detach() * tensor for name, tensor in product.items()}
 
     def first_order(self, losses: Sequence[Loss]) -> dict[str, torch.Tensor]:
         """theta * g for every parameter, at the masked network."""
         weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(losses, weights)
+        _, first = gradient(losses, weights, fused=self.fused)
         self.gradients += len(losses) / len(self.losses)
         return {name: self.masked.weights[name].detach() * tensor for name, tensor in first.items()}
 

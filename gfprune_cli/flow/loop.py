@@ -14,7 +14,7 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.comparison import comparable
 from gfprune_cli.flow.criteria import Evidence, score
-from gfprune_cli.flow.energy import Loss, Way
+from gfprune_cli.flow.energy import Loss, Pieced, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
@@ -24,6 +24,7 @@ from gfprune_cli.structure.groups import select
 FORWARD = 1 / 3  # of the cost of a gradient
 REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
+SCORE_CHUNK = 16  # draws whose losses are one number
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
 ]  # scores, share of the sparsity -> channels kept
@@ -79,7 +80,9 @@ class PruningLoop:
         criterion: how units are scored.
         allocate: from scores and the share of the sparsity that is due to channels kept per group.
         draws: for scoring and refit.
-        scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
+        scoring_draws, chunk: samples per scoring, and how many of them share a loss.
+        piece: how many are in memory at once while derivatives are taken.
+        fused: take first derivatives by the fused kernels of attention.
         fixed: the widths do not follow from scores, so that groups need not be compared.
     """
 
@@ -97,6 +100,8 @@ class PruningLoop:
     store: Store
     progress: Progress
     fixed: bool = False
+    piece: int = SCORE_CHUNK
+    fused: bool = False
     state: LoopState = field(default_factory=LoopState)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -154,19 +159,22 @@ class PruningLoop:
             self.scoring_draws,
             self.chunk,
             self.progress,
+            piece=self.piece,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, state.way)
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.fused)
         try:
             scores = score(self.criterion, evidence)
         except NotFinite:
-            total, chunk = self.scoring_draws, self.chunk
-            look_for_timesteps(self.masked, self.process, self.draws, state.iteration, total, chunk)
+            total, piece = self.scoring_draws, self.piece
+            look_for_timesteps(self.masked, self.process, self.draws, state.iteration, total, piece)
             raise
         self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.chunk))
-            compared = comparable(self.masked, scores, x, timesteps, batch.condition, self.draws.seed)
+            compared = comparable(
+                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece
+            )
             cost += len(batch)
         kept = self.allocate(compared, self.schedule.share(state.iteration))
         state.way, state.gradients = evidence.way, state.gradients + cost
@@ -217,6 +225,8 @@ class PruningLoop:
             "moved": state.moved,
             "way": state.way,
             "gradients": state.gradients,
+            "piece": self.piece,
+            "fused": self.fused,
             "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
@@ -234,6 +244,8 @@ class PruningLoop:
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
+        # other memory may be free by now, and sums of other pieces round otherwise
+        self.piece, self.fused = numbers["piece"], numbers["fused"]
         self.state = LoopState(
             numbers["iteration"],
             numbers["moved"],
@@ -252,15 +264,25 @@ def scoring_losses(
     total: int,
     chunk: int,
     progress: Progress,
+    *,
+    piece: int | None = None,
 ) -> list[Loss]:
     """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
     Chunks are as equal as they can be, and weighted so that their mean counts every draw once.
+
+    Args:
+        piece: draws that are in memory at once; None for a whole chunk.
     """
+    size = piece or chunk
     chunks = math.ceil(total / chunk)
     edges = [total * number // chunks for number in range(chunks + 1)]
 
     def chunk_loss(first: int, end: int) -> Loss:
+        starts = range(first, end, size)
+        return Pieced(tuple(piece_loss(start, min(end, start + size)) for start in starts))
+
+    def piece_loss(first: int, end: int) -> Loss:
         count = end - first
 
         def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -18,20 +18,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pipeline import quiet
+from gfprune_cli.inputs.refusals import not_run
 from gfprune_cli.inputs.rows import check_shared, flattened, own_row, shared_values, stacked
 from gfprune_cli.progress import Event, Progress, silent
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
-# what pipelines that change images are called with; often optional by the signature alone
-IMAGES = ("image", "images", "mask_image", "control_image", "video", "mask", "conditioning")
 
 
 @dataclass(frozen=True)
@@ -199,28 +197,12 @@ def run_pipeline(
     except GfpruneError:
         raise
     except Exception as error:  # another library's pipeline: anything
-        raise _not_run(pipeline, observer.network, made, error) from error
+        raise not_run(pipeline, observer.network, made, error) from error
     if not observer.calls:
         raise GfpruneError(
             f"{type(pipeline).__name__} never calls its {type(observer.network).__name__}:"
             " name another --component"
         )
-
-
-def _not_run(pipeline: Any, network: Any, made: dict[str, Any], error: Exception) -> GfpruneError:
-    """Why a pipeline failed: for want of images, for the size asked for, or for reasons of its own."""
-    name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
-    lacking = [key for key in IMAGES if key in parameters]
-    if lacking:
-        return GfpruneError(
-            f"{name} cannot be run with a prompt alone: it takes {' and '.join(lacking)}, which gfprune does "
-            f"not have ({first_line(error)})"
-        )
-    if "height" in parameters and "height" not in made and network.config.get("sample_size", 0) is None:
-        return UsageError(f"the network's config.json has no sample_size ({name}): add it, or give --size")
-    if "height" in made and "divisible" in str(error):
-        return UsageError(f"--size: {first_line(error)}")
-    return GfpruneError(f"{name} cannot be run: {first_line(error)}")
 
 
 def conventions(

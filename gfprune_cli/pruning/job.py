@@ -21,16 +21,19 @@ from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
-from gfprune_cli.flow.loop import PruningLoop, look_for_timesteps, scoring_losses
+from gfprune_cli.families.table import has_known_inputs
+from gfprune_cli.flow.criteria import Evidence, score
+from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
-from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
+from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
+from gfprune_cli.pruning.phases import LOSSES, RECOVERING, SCORING, alternatives, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.state import Outcome, RecoveryState
@@ -44,13 +47,10 @@ from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
-SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
 JUDGE_DRAWS = 32  # of them, behind each loss that judges a refit
 SAVE_EVERY = 100  # recovery steps
-RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments, their average
-REMEDY = "use --offload-teacher, fewer --draws, or a larger device"
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
     memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
@@ -115,7 +115,9 @@ class PruneJob:
         self.folding: Folding | None = None
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
-        check_memory(self.need(0), device, REMEDY)
+        self.free = available(device)
+        known = example_inputs(network) if has_known_inputs(network) else None
+        self.plan_memory(Pass() if known is None else one_pass(network, known))
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -141,17 +143,34 @@ class PruneJob:
             "tools": installed_tools(),
         }
 
-    def need(self, kept: int) -> Need:
-        """The most memory that the run will hold at once; on CUDA batches shrink to what fits.
+    def plan_memory(self, one: Pass) -> None:
+        """Decide how many samples go through a network at once, in each phase.
+
+        Second derivatives are taken exactly only where there is memory for that.
 
         Args:
-            kept: numbers that autograd keeps for one sample.
+            one: what one sample takes in the dense network.
+
+        Raises:
+            GfpruneError: the run does not fit.
         """
-        dense = int((self.recipe.refit or self.steps > 0) and not self.offload_teacher)
-        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.steps else 0
-        copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
-        samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
-        return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
+        recipe, offload = self.recipe, self.offload_teacher
+        weights = self.plan.cost.params({}) * FLOAT
+        others = alternatives(recipe, one, offload=offload, device=self.device.type)
+        plans = [
+            MemoryPlan(
+                self.device,
+                self.free,
+                weights,
+                phases_of(recipe, one, offload=offload, second_order=second_order),
+                others,
+            )
+            for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))
+        ]
+        self.memory = next((plan for plan in plans if plan.fits(plan.phases)), plans[-1])
+        self.memory.check()
+        self.exact = self.memory is plans[0]
+        self.fused = one.fuses
 
     def execute(self, state: StateFolder) -> tuple[nn.Module, Outcome]:
         """The pruned network, and what was measured on the way."""
@@ -160,7 +179,6 @@ class PruneJob:
         self.progress(Event("calibrate", text="preparing calibration images"))
         draws, held_out = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
-        check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
         recovery = RecoveryState(state)
         before = 0.0 if recovery.begun() else self.loss(held_out, dense)
         if self.plan.fold:
@@ -237,7 +255,12 @@ class PruneJob:
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.steps, seed=self.recipe.seed)
+        recipe = FinetuneRecipe(
+            model=self.recipe.model,
+            steps=self.steps,
+            seed=self.recipe.seed,
+            micro_batch=self.memory.at_once(RECOVERING),
+        )
         recover(
             channels_last(narrow),
             channels_last(dense),
@@ -280,11 +303,14 @@ class PruneJob:
         draws, held_out = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
         count = self.recipe.draws
-        losses = scoring_losses(masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress)
+        piece = self.memory.at_once(SCORING)
+        losses = scoring_losses(
+            masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
+        )
         try:
-            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed, fused=self.fused))
         except NotFinite:
-            look_for_timesteps(masked, self.process, draws, 1, count, SCORE_CHUNK)
+            look_for_timesteps(masked, self.process, draws, 1, count, piece)
             raise
         return Scored(masked, held_out, scores)
 
@@ -315,6 +341,9 @@ class PruneJob:
             draws=draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
+            piece=self.memory.at_once(SCORING),
+            fused=self.fused,
+            state=LoopState(way=None if self.exact else "finite-difference"),
             store=state,
             progress=self.progress,
             fixed=self.plan.native is not None,
@@ -350,10 +379,17 @@ class PruneJob:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
-        found = self.request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.progress)
+        found = self.request.answer(
+            dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
+        )
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions
+
+    def see_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
+        more than its configuration says."""
+        self.plan_memory(one_pass(build_meta(self.plan.component), inputs))
 
     def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
         """Denoising loss of a network over the fixed report draws."""
@@ -365,7 +401,7 @@ class PruneJob:
         return self.measured(draws, partial(masked.forward, effective), count)
 
     def measured(self, draws: Draws, network: Network, count: int) -> float:
-        return denoising_loss(network, self.process, draws, count, self.progress)
+        return denoising_loss(network, self.process, draws, count, self.progress, self.memory.at_once(LOSSES))
 
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""

@@ -115,7 +115,7 @@ def read_child(stream: Stream, name: str, module: nn.Module) -> None:
     elif is_feature_norm(module):
         stream.add(name, "out", "norm", feature_count(module))
     elif is_attention(module):
-        attention(stream, name, module)
+        attention_streams(stream, name, module)
     elif isinstance(module, nn.ModuleList) or type(module).__name__.endswith("Block"):
         block(stream, name, module)
     elif units_of(module) is not None:
@@ -150,7 +150,7 @@ def own_tables(stream: Stream, name: str, module: nn.Module) -> None:
         stream.table(path, stream.width)
 
 
-def attention(stream: Stream, name: str, module: Any) -> None:
+def attention_streams(stream: Stream, name: str, module: Any) -> None:
     text = stream.ends.text
     reads = ["to_q"]
     if text == "read" or not getattr(module, "is_cross_attention", False):

@@ -71,7 +71,7 @@ def test_lora_layers_that_were_never_merged_are_named(unet: UNet2DModel, tmp_pat
         return name.replace("to_q.weight", "to_q.base_layer.weight")
 
     folder = saved(unet, tmp_path, rename, **{"x.to_q.lora_A.default.weight": torch.zeros(1)})
-    with pytest.raises(GfpruneError, match=r"holds LoRA layers .* fuse_lora"):
+    with pytest.raises(GfpruneError, match=r"PEFT adapter attached .*fuse_lora"):
         loaded(folder)
 
 

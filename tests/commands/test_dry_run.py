@@ -22,7 +22,7 @@ import gfprune_cli
 from gfprune_cli.checkpoint import reader
 from gfprune_cli.cli.main import app
 from gfprune_cli.outputs.state import StateFolder
-from gfprune_cli.pruning import memory
+from gfprune_cli.pruning import job
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Change = Callable[[Path], object]
@@ -195,7 +195,7 @@ def test_a_model_in_a_folder_that_is_no_text(
 def test_memory_is_one_of_the_checks(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda device: 1 << 20)
+    monkeypatch.setattr(job, "available", lambda device: 1 << 20)
     arguments = ("prune", "--model", pipeline_folder, "--out", tmp_path / "out")
     dry = line(*arguments, "--dry-run")
     assert "are free" in dry[0]

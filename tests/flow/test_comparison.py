@@ -231,6 +231,16 @@ def compared(masked: MaskedModel, scores: Mapping[str, torch.Tensor], seed: int 
     return comparable(masked, scores, images, torch.arange(len(images)), None, seed)
 
 
+@pytest.mark.parametrize("piece", [1, 3])
+def test_pieces_change_rounding_alone(piece: int) -> None:
+    masked = masked_model()
+    scores, images = random_scores(masked.groups), toy_images()
+    whole = compared(masked, scores)
+    found = comparable(masked, scores, images, torch.arange(len(images)), None, 0, piece)
+    for name, values in whole.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), ties=st.booleans())
 def test_within_a_group_units_keep_their_order(seed: int, ties: bool) -> None:

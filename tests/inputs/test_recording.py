@@ -257,6 +257,15 @@ def test_options_that_a_pipeline_does_not_have_are_refused(
     assert word in refused(UsageError, folder(family), COMPONENTS[family], PipelineOptions(**options))
 
 
+def refused_by_a_dry_run(root: Path) -> str:
+    """What is said where no weight is read."""
+    component = component_of(root, "unet")
+    request = ImageRequest(data=None, count=4, sample_steps=2, seed=0)
+    with pytest.raises(GfpruneError) as caught:
+        request.check(component, component.config, load_scheduler(component))
+    return str(caught.value)
+
+
 def as_pipeline(root: Path, target: Path, class_name: str, **changes: Any) -> Path:
     """A copy of a pipeline that says it is of another class, its U-Net changed."""
     shutil.copytree(root, target)
@@ -293,6 +302,7 @@ def test_a_network_that_needs_images_is_refused_by_what_it_needs(
     root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
     message = refused(GfpruneError, root, "unet", PipelineOptions())
     assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
+    assert refused_by_a_dry_run(root) == message
 
 
 def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, tmp_path: Path) -> None:
@@ -302,6 +312,7 @@ def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, t
     message = refused(UsageError, root, "unet", PipelineOptions())
     assert "has no sample_size" in message
     assert "--size" in message
+    assert refused_by_a_dry_run(root) == message
     assert answer(root, "unet", PipelineOptions(size="16")).images.shape[2:] == (8, 8)
 
 
