@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -476,6 +476,20 @@ def test_native_allocation_shrinks(name: str) -> None:
     _, _, cost = structure(name)
     allocation, _ = native_allocation(meta(name), cost, 0.3, "params")
     assert allocation.sparsity > 0
+
+
+def test_native_allocation_knows_what_the_stock_class_ties() -> None:
+    """With text, the width inside an attention block is its stage's, and stays: no smaller class fits."""
+    options = dict(block_out_channels=(16, 32), norm_num_groups=4, attention_head_dim=4, layers_per_block=1)
+    blocks = dict(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    model = UNet2DConditionModel(sample_size=8, cross_attention_dim=16, **options, **blocks)
+    groups, trace = discover(model)
+    allocation, config = native_allocation(model, CostModel(model, groups, trace), 0.3, "both")
+    assert allocation.sparsity == 0
+    assert tuple(config["block_out_channels"]) == (16, 32)
 
 
 # --- budget --------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from gfprune_cli.structure.cost import CostModel, counted
-from gfprune_cli.structure.removal import empty
+from gfprune_cli.structure.removal import cuts_of, empty, slice_state
 from gfprune_cli.structure.search import Allocation
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
@@ -78,4 +80,18 @@ def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> di
         kept[name] = width // share
         if kept[name] % group.unit_size or not 0 < kept[name] <= group.channels:
             return None
-    return kept
+    return kept if fits(cost, model, target, kept) else None
+
+
+def fits(cost: CostModel, model: Any, target: Any, kept: Mapping[str, int]) -> bool:
+    """Whether a network of these widths has the shapes of a stock one, layers without a group included.
+
+    In U-Nets with text, the stock class ties the width inside an attention block to that of its stage, and no
+    group has the former.
+    """
+    first = {
+        name: torch.arange(group.units) < kept[name] // group.unit_size for name, group in cost.groups.items()
+    }
+    left = slice_state(model, cuts_of(model, tuple(cost.groups.values()), first))
+    wanted = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    return all(left[name].shape == shape for name, shape in wanted.items())
