@@ -75,7 +75,7 @@ def kind_of(adapter: Adapter) -> Kind:
     if named.endswith("Adapter") or "control_model." in next(iter(adapter.tensors), ""):
         raise GfpruneError(
             f"{adapter.path} cannot be carried over: what a T2I adapter puts out is what its next stage "
-            "reads; ControlNets are read in diffusers' layout (ControlNetModel.from_single_file, save_pretrained)"
+            "reads; ControlNets are read in diffusers' layout (from_single_file, then save_pretrained)"
         )
     return IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
 
