@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 import gfprune_cli
 from gfprune_cli.checkpoint.correspondence import Stays
-from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class, receivers
 from gfprune_cli.cli.main import app
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.progress import silent
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.structure.removal import remove
 
 Tensors = dict[str, torch.Tensor]
@@ -456,6 +458,29 @@ class TestControlNet:
     ) -> None:
         with pytest.raises(GfpruneError, match=r"another network|no U-Net"):
             gfprune_cli.carry(controlnet, made("sdxl").folder, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
+def test_kept_interfaces_take_adapters_of_the_dense_network(family: str, tmp_path: Path) -> None:
+    """ControlNets and T2I adapters find their streams, IP-Adapters their heads, as they were."""
+    pruned = Pruned(family, tmp_path, interfaces=True)
+    network: Any = gfprune_cli.load(pruned.folder)
+    dense = pruned.load()
+    assert 0 < len(pruned.groups) < len(find_units(pruned.component, silent, width=False, blocks=False)[1])
+    assert sum(map(torch.numel, network.parameters())) < sum(map(torch.numel, dense.parameters()))
+    for _, name in receivers(dense):
+        assert network.get_submodule(name).to_k.out_features == dense.get_submodule(name).to_k.out_features
+    if family == "stable-diffusion":
+        source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
+        controlnet = ControlNetModel.from_unet(dense)
+        down, middle = controlnet(*source, torch.randn(1, 3, 64, 64), return_dict=False)
+        added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        assert network(*source, **added).sample.isfinite().all()
+
+
+def test_kept_interfaces_exclude_blocks(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--keep-interfaces keeps what --blocks takes away"):
+        gfprune_cli.prune("demo", keep_interfaces=True, blocks=True, out=tmp_path / "out", dry_run=True)
 
 
 class TestThePrunedClassRefuses:

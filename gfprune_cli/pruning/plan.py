@@ -55,12 +55,21 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     Raises:
         UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
     """
+    if recipe.keep_interfaces and (recipe.blocks or recipe.layout == "native"):
+        other = "--blocks" if recipe.blocks else "--layout native"
+        raise UsageError(f"--keep-interfaces keeps what {other} takes away or narrows: drop one of the two")
     component = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
     )
     if weights_required:
         check_pipeline(component)
-    meta, groups, trace = find_units(component, report, width=recipe.prune_width, blocks=recipe.blocks)
+    meta, groups, trace = find_units(
+        component,
+        report,
+        width=recipe.prune_width,
+        blocks=recipe.blocks,
+        interfaces=recipe.keep_interfaces,
+    )
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"

@@ -10,11 +10,12 @@ from gfprune_cli.progress import Report
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.interfaces import beside_interfaces
 from gfprune_cli.structure.trace import Trace
 
 
 def find_units(
-    component: Component, report: Report, *, width: bool, blocks: bool
+    component: Component, report: Report, *, width: bool, blocks: bool, interfaces: bool = False
 ) -> tuple[Any, tuple[ChannelGroup, ...], Trace]:
     """A network of the component's structure, its groups, and the trace of its forward pass.
 
@@ -24,6 +25,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
+        interfaces: not the channels at which adapters enter.
 
     Raises:
         GfpruneError: the network cannot be traced, or its pipeline cannot be run.
@@ -33,4 +35,6 @@ def find_units(
         network = load_model(component).requires_grad_(False)
         inputs = pipeline_inputs(network, component, report)
     groups, trace = discover(network, inputs, width=width)
+    if interfaces:
+        groups = beside_interfaces(network, groups)
     return network, groups + (block_groups(network) if blocks else ()), trace
