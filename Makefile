@@ -18,7 +18,7 @@ export KINETO_LOG_LEVEL ?= 99
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test thorough benchmark benchmark-full audit lint format clean
+.PHONY: help .venv demo test quick thorough benchmark benchmark-full audit lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +47,11 @@ demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its param
 test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-thorough: $(STAMP) ## The long form of the reliability tests: hours (docs/reliability.md)
-	$(BIN)/python -m pytest -q -n $(JOBS) --thorough tests/reliability $(PYTEST_ARGS)
+quick: $(STAMP) ## A first verdict in two minutes: one case of each test of the rooms, one command (no lint)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --quick $(PYTEST_ARGS)
+
+thorough: $(STAMP) ## All cases of every test, and the long form of the reliability tests: hours
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --thorough $(PYTEST_ARGS)
 
 benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchmarks/quick/
 	$(BIN)/python benchmarks/quality.py --quick

@@ -19,10 +19,9 @@ from gfprune_cli.evaluation.deployment import batch_inputs, computing_in, defaul
 from gfprune_cli.evaluation.latency import ROW_SECONDS, Stopwatch, macs, peak_memory
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way, exact_product, finite_difference_product, gradient, norm
-from gfprune_cli.flow.loop import scoring_losses
+from gfprune_cli.flow.loop import SCORE_CHUNK, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning.job import SCORE_CHUNK
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import Precision, deterministic
@@ -197,7 +196,7 @@ def footprint(
     found: Cells = {"weights fp32": 4 * count, "weights bf16": 2 * count}
     for batch in batches:
         found[f"pass {batch}"] = peak_memory(
-            network, batch=batch, device=device, precision=precision, report=silent
+            network, batch=batch, device=device, precision=precision, progress=silent
         )
     return found
 

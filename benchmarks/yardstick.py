@@ -171,7 +171,7 @@ class Yardstick:
             images.split(CHUNK),
             conditions=None,
             seed=SEED,
-            report=silent,
+            progress=silent,
             total=len(images),
         )
 

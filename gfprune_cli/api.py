@@ -2,9 +2,9 @@
 
 Their arguments are the fields of the command's recipe (`gfprune_cli.recipes`), and those of `RunOptions` that
 the command has: `out`, `force`, `resume`, `dry_run`, `offline`, `device` and the like. `config` names a YAML
-recipe, which the arguments override; `report` is called with every `gfprune_cli.progress.Event`, and what it
-raises stops the run. All raise `UsageError` for wrong settings and `GfpruneError` for anything else, in one
-line.
+recipe, which the arguments override; `progress` is called with every `gfprune_cli.progress.Event`, and what
+it raises stops the run. All raise `UsageError` for wrong settings and `GfpruneError` for anything else, in
+one line.
 """
 
 from os import PathLike
@@ -20,7 +20,7 @@ from gfprune_cli.deploy import command as deploy
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.evaluation import command as evaluation
 from gfprune_cli.evaluation.result import EvalResult
-from gfprune_cli.progress import Report, silent
+from gfprune_cli.progress import Progress, silent
 from gfprune_cli.pruning import analyze as analysis
 from gfprune_cli.pruning import command as pruning
 from gfprune_cli.pruning.result import PruneResult
@@ -56,7 +56,7 @@ def asked(
     return chosen, RunOptions.resolve(**{name: settings[name] for name in names if name in settings})
 
 
-def analyze(model: Name = None, *, report: Report = silent, **settings: Any) -> analysis.Analysis:
+def analyze(model: Name = None, *, progress: Progress = silent, **settings: Any) -> analysis.Analysis:
     """Describe a checkpoint, as `gfprune analyze` does.
 
     Args:
@@ -66,11 +66,11 @@ def analyze(model: Name = None, *, report: Report = silent, **settings: Any) -> 
     Returns:
         The analysis; `.document()` is the command's JSON.
     """
-    return analysis.analyze(*asked("analyze", AnalyzeRecipe, model, None, settings), report)
+    return analysis.analyze(*asked("analyze", AnalyzeRecipe, model, None, settings), progress)
 
 
 def prune(
-    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
+    model: Name = None, *, config: Name = None, progress: Progress = silent, **settings: Any
 ) -> PruneResult:
     """Prune a checkpoint and write the result, as `gfprune prune` does.
 
@@ -85,11 +85,11 @@ def prune(
         >>> prune("demo", sparsity=0.5, out="demo-pruned").params
         {'before': 1740323, 'after': ...}
     """
-    return pruning.prune(*asked("prune", PruneRecipe, model, config, settings), report)
+    return pruning.prune(*asked("prune", PruneRecipe, model, config, settings), progress)
 
 
 def finetune(
-    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
+    model: Name = None, *, config: Name = None, progress: Progress = silent, **settings: Any
 ) -> FinetuneResult:
     """Train a pruned checkpoint with the dense model as teacher, as `gfprune finetune` does.
 
@@ -104,11 +104,11 @@ def finetune(
         >>> finetune("demo-pruned", steps=500, out="demo-finetuned").loss
         {'before': ..., 'after': ..., 'teacher': ...}
     """
-    return recovery.finetune(*asked("finetune", FinetuneRecipe, model, config, settings), report)
+    return recovery.finetune(*asked("finetune", FinetuneRecipe, model, config, settings), progress)
 
 
 def evaluate(
-    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
+    model: Name = None, *, config: Name = None, progress: Progress = silent, **settings: Any
 ) -> EvalResult | None:
     """Measure a model, against its dense original if there is one, as `gfprune eval` does.
 
@@ -125,11 +125,11 @@ def evaluate(
         >>> evaluate("demo-pruned", samples=64, steps=20).metrics["ssim"]["value"]
         0...
     """
-    return evaluation.evaluate(*asked("eval", EvalRecipe, model, config, settings), report)
+    return evaluation.evaluate(*asked("eval", EvalRecipe, model, config, settings), progress)
 
 
 def export(
-    model: Name = None, *, config: Name = None, report: Report = silent, **settings: Any
+    model: Name = None, *, config: Name = None, progress: Progress = silent, **settings: Any
 ) -> ExportResult:
     """Write a checkpoint, dense or pruned, as a deployable artefact, as `gfprune export` does.
 
@@ -147,7 +147,7 @@ def export(
         >>> export("demo", format="onnx", out="demo-onnx").parity.inputs
         9
     """
-    return deploy.export(*asked("export", ExportRecipe, model, config, settings), report)
+    return deploy.export(*asked("export", ExportRecipe, model, config, settings), progress)
 
 
 def carry(
@@ -155,7 +155,7 @@ def carry(
     model: Name = None,
     *,
     config: Name = None,
-    report: Report = silent,
+    progress: Progress = silent,
     **settings: Any,
 ) -> CarryResult:
     """Make an adapter of the dense model fit the pruned one, as `gfprune carry` does.
@@ -173,7 +173,7 @@ def carry(
         {'total': 128, 'narrowed': 96, 'moved': 0, 'dropped': 0}
     """
     named = {} if adapter is None else {"adapter": str(adapter)}
-    return carrying.carry(*asked("carry", CarryRecipe, model, config, {**settings, **named}), report)
+    return carrying.carry(*asked("carry", CarryRecipe, model, config, {**settings, **named}), progress)
 
 
 def load(

@@ -1,10 +1,59 @@
-"""What can go wrong, as one line each: what happened, where, and what to do about it."""
+"""What can go wrong, as one line each: what happened, where, and what to do about it.
+
+Messages are written with flags, `--sample-steps`, and made in the words of the caller: an argument in Python,
+`sample_steps`, and where a checkpoint goes by another name there, `--teacher` in the place of `--model`.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+# not within a path or a quoted name
+FLAG = re.compile(r"(?<![\w/'\"-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
+_flags: ContextVar[bool] = ContextVar("flags", default=False)
+_names: ContextVar[dict[str, str] | None] = ContextVar("names", default=None)
+
+
+def in_words_of_the_caller(text: str) -> str:
+    """A message about options as the caller knows them."""
+    names, dashes = _names.get() or {}, _flags.get()
+
+    def written(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        name = names.get(name, name)
+        return "--" + name.replace("_", "-") if dashes else name
+
+    return FLAG.sub(written, text)
+
+
+@contextmanager
+def flags() -> Iterator[None]:
+    """In the block the caller is a command line."""
+    token = _flags.set(True)
+    try:
+        yield
+    finally:
+        _flags.reset(token)
+
+
+@contextmanager
+def named(**names: str) -> Iterator[None]:
+    """In the block options go by other names: `named(model="teacher")`."""
+    token = _names.set({**(_names.get() or {}), **names})
+    try:
+        yield
+    finally:
+        _names.reset(token)
 
 
 class GfpruneError(Exception):
     """A run-time failure (exit code 1). The message is one line and names the next step."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_words_of_the_caller(message))
 
 
 class UsageError(GfpruneError):

@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from gfprune_cli.errors import in_words_of_the_caller
+
 
 @dataclass(frozen=True)
 class Event:
     """One thing that happened.
 
     Args:
-        phase: what the run is doing ("load", "trace", "encode", "calibrate", "score", "mask", "refit",
-            "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss", "latency",
-            "export", "verify", "write"), or "notice" for a sentence that the user should read.
+        phase: what the run is doing ("load", "trace", "encode", "calibrate", "fold", "score", "mask",
+            "refit", "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss",
+            "latency", "export", "verify", "write"), or "notice" for a sentence that the user should read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.
@@ -26,7 +28,7 @@ class Event:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-Report = Callable[[Event], None]
+Progress = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
@@ -38,6 +40,7 @@ PHASES = {
     "trace": "loading",
     "encode": "calibration",
     "calibrate": "calibration",
+    "fold": "folding",
     "check": "check",
     "evaluate": "evaluation",
     "score": "scoring",
@@ -63,8 +66,8 @@ class PhaseClock:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
-        self.report, self.clock = report, clock
+    def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+        self.progress, self.clock = progress, clock
         self.seconds: dict[str, float] = {}
         self.phase, self.last = PHASES["load"], clock()
 
@@ -72,7 +75,7 @@ class PhaseClock:
         name = PHASES.get(event.phase, self.phase)
         self.add(name if event.phase in AT_THE_END else self.phase)
         self.phase = name
-        self.report(event)
+        self.progress(event)
 
     def add(self, name: str) -> None:
         now = self.clock()
@@ -85,6 +88,6 @@ class PhaseClock:
         return {name: round(seconds, 3) for name, seconds in self.seconds.items()}
 
 
-def notice(report: Report, text: str) -> None:
+def notice(progress: Progress, text: str) -> None:
     """Tell the user one thing they should know, without stopping."""
-    report(Event("notice", text=text))
+    progress(Event("notice", text=in_words_of_the_caller(text)))

@@ -25,13 +25,55 @@ TINY = dict(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
 QUICK = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=2)
+ONE_SHOT = {name: value for name, value in QUICK.items() if name != "iterations"} | {"one_shot": True}
+WHOLE_COMMANDS = ("commands", "reliability", "benchmarks")
+END_TO_END = "test_stdout_is_the_output_path_and_nothing_else"
 Gfprune = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each test of the rooms, one command")
     parser.addoption(
         "--thorough", action="store_true", help="the long form of reliability tests (docs/reliability.md)"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --thorough a sample of every matrix; with --quick one case of each test, and one command."""
+    if config.getoption("quick"):
+        quick_ones(config, items)
+    elif not config.getoption("thorough"):
+        samples(config, items)
+
+
+def samples(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every n-th case of the tests that are marked `matrix(n)`; those named on the command line all run."""
+    seen: dict[tuple[Path, str], int] = {}
+    kept, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("matrix")
+        key = item.path, getattr(item, "originalname", item.name)
+        number = seen[key] = seen.get(key, -1) + 1
+        (kept if mark is None or number % mark.args[0] == 0 else left).append(item)
+    if any("[" in argument for argument in config.args):
+        return
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def quick_ones(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """One case of each test of the rooms, and one command from end to end."""
+    chosen, left = {}, []
+    for item in items:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        name = getattr(item, "originalname", item.name)
+        alone = room not in WHOLE_COMMANDS and item.get_closest_marker("slow") is None
+        if (alone or name == END_TO_END) and (item.path, name) not in chosen:
+            chosen[item.path, name] = item
+        else:
+            left.append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen.values()
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +97,15 @@ def environment_as_before() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def words_of_the_command_line() -> Iterator[None]:
+    """Messages are tested as the command line shows them; `test_errors.py` has those of Python."""
+    from gfprune_cli.errors import flags
+
+    with flags():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import gfprune_cli
 PACKAGE = Path(gfprune_cli.__file__).parent
 # from the lowest to the highest: each may import from those above it in this list, and from itself
 ROOMS = (
-    ("errors", "progress"),
+    ("errors",),
+    ("progress",),
     ("families", "recipes", "runtime"),
     ("outputs",),
     ("checkpoint", "diffusion"),
@@ -19,6 +20,7 @@ ROOMS = (
     ("flow",),
     ("recovery", "deploy", "evaluation"),
     ("pruning",),
+    ("carrying",),
     ("pages",),
     ("api",),
     ("cli",),
@@ -89,3 +91,15 @@ def test_rooms_have_no_circle() -> None:
 def test_the_folders_of_rooms_hold_no_code_of_their_own() -> None:
     for path in PACKAGE.glob("*/__init__.py"):
         assert path.read_text(encoding="utf-8") == "", path
+
+
+def test_a_name_means_one_function() -> None:
+    """Each command, format and page has its own by the same verb; nothing else is said twice."""
+    shared = {"write", "render", "evaluate", "export", "finetune", "prune", "analyze", "carry", "asked"}
+    shared |= {"default_output", "finished_run", "make_record", "result_of", "sliced"}
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                homes[node.name].append(str(path.relative_to(PACKAGE)))
+    assert {name: found for name, found in homes.items() if len(found) > 1 and name not in shared} == {}

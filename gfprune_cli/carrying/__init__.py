@@ -1,1 +1,0 @@
-"""Adapters of the dense network for the pruned one."""

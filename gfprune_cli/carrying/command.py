@@ -12,7 +12,7 @@ from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
 from gfprune_cli.carrying.image_prompts import carry_image_prompts, is_image_prompt
 from gfprune_cli.carrying.lora import carry_lora
 from gfprune_cli.carrying.result import CarryResult
-from gfprune_cli.carrying.spelling import normalised
+from gfprune_cli.carrying.spelling import common_name
 from gfprune_cli.carrying.target import Target, find_target
 from gfprune_cli.checkpoint.reader import sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
@@ -20,7 +20,7 @@ from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 
@@ -47,7 +47,7 @@ LORA = Kind(
     "lora",
     "pytorch_lora_weights.safetensors",
     'pipeline.load_lora_weights("FOLDER")',
-    lambda adapter, target: carry_lora(normalised(adapter, target), target),
+    lambda adapter, target: carry_lora(common_name(adapter, target), target),
 )
 IMAGE_PROMPTS = Kind(
     "ip-adapter",
@@ -80,7 +80,7 @@ def kind_of(adapter: Adapter) -> Kind:
     return IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
 
 
-def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> CarryResult:
+def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent) -> CarryResult:
     """Make an adapter of the dense model fit the pruned one.
 
     Raises:
@@ -91,9 +91,9 @@ def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> 
     path = find_file(recipe.adapter)
     destination = options.out or default_output(recipe, path)
     with claim(destination, options) as output:
-        target = find_target(recipe, offline=options.offline, report=report)
+        target = find_target(recipe, offline=options.offline, progress=progress)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
-        report(Event("load", text=f"reading {path}"))
+        progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
         kind = kind_of(adapter)
         carried = kind.carry(adapter, target)
@@ -106,7 +106,7 @@ def carry(recipe: CarryRecipe, options: RunOptions, report: Report = silent) -> 
         if not options.dry_run:
             check_space(destination, result.bytes["after"])
             result = replace(result, output=str(destination))
-            report(Event("write", text=f"writing {destination}"))
+            progress(Event("write", text=f"writing {destination}"))
             with staged(destination, force=options.force, needed=result.bytes["after"]) as staging:
                 write_adapter(staging, kind, carried)
                 write_json(staging / RECORD, make_record(recipe, adapter, target, result))
@@ -188,7 +188,8 @@ tags: [gfprune, {kind.name}]
 # {Path(recipe.adapter).stem}, for {Path(recipe.model).name}
 
 Made by gfprune from an adapter of the dense model. Of its {layers["total"]} layers, {layers["narrowed"]} were
-narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped with a block that is gone.
+narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped: their block is gone,
+or their layer was factored.
 
 ```python
 {kind.loading.replace("FOLDER", Path(result.output or "").name)}

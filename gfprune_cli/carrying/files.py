@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from gfprune_cli.checkpoint.advice import PICKLES
 from gfprune_cli.checkpoint.files import checked_file, parse_json, quoted, read_json, trusted_roots
-from gfprune_cli.checkpoint.layout import PICKLES
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, read_header, read_metadata
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.digests import sha256_of
+from gfprune_cli.outputs.tensor_files import load_tensors
 
 SUFFIX = ".safetensors"
 NAMES = ("pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")  # that libraries give
@@ -85,7 +85,7 @@ def read_adapter(path: Path) -> Adapter:
             raise GfpruneError(
                 f"{path}: tensor {quoted(name)} is {info.dtype}: take the adapter before it was quantized"
             )
-    tensors: dict[str, torch.Tensor] = load_file(real)
+    tensors: dict[str, torch.Tensor] = load_tensors(real)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise GfpruneError(f"{path}: tensor {quoted(name)} is not finite: the file is damaged")

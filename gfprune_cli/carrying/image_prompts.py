@@ -64,7 +64,7 @@ def carry_image_prompts(tensors: Tensors, target: Target) -> Carried:
             new, left = place
             check_rows(target, name, tensor.shape, new, left, match["kind"])
             number = numbers[target.map.new_name(attention) or ""]
-            carried.tensors[f"{BEGIN}{number}.{match['leaf']}"] = sliced(tensor, left, match["kind"])
+            carried.tensors[f"{BEGIN}{number}.{match['leaf']}"] = sliced_heads(tensor, left, match["kind"])
     return carried
 
 
@@ -105,7 +105,7 @@ def check_rows(target: Target, name: str, shape: tuple[int, ...], new: str, left
         )
 
 
-def sliced(tensor: torch.Tensor, left: Layer, kind: str) -> torch.Tensor:
+def sliced_heads(tensor: torch.Tensor, left: Layer, kind: str) -> torch.Tensor:
     """The rows, or of the first half of a low-rank product the columns, that are left."""
     if kind == "lora.down":
         return chosen(tensor, left.into, 1)

@@ -8,7 +8,6 @@ length of its own. Its rows keep their direction, so the length shrinks with wha
 import re
 
 import torch
-from safetensors import safe_open
 
 from gfprune_cli.carrying.carried import Carried, Tensors, chosen
 from gfprune_cli.carrying.target import Target, layer_sizes
@@ -16,6 +15,7 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Layer
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.tensor_files import opened
 
 LEAF = re.compile(
     r"(?P<layer>.+)\.(?P<leaf>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
@@ -43,6 +43,9 @@ def carry_lora(tensors: Tensors, target: Target) -> Carried:
             continue
         new, layer = place
         check_sizes(target, old, new, layer, parts)
+        if target.is_factored(new):  # no LoRA of the factors is that of their product
+            carried.dropped.append(old)
+            continue
         parts = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
         if MAGNITUDE in parts:
             parts[MAGNITUDE] *= shrinkage(target, begin + old, new, layer, tensors, parts)
@@ -124,7 +127,7 @@ def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.
     name = f"{layer}.weight"
     if name not in component.tensors:
         raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
-    with safe_open(component.tensors[name].file, framework="pt") as reader:
+    with opened(component.tensors[name].file) as reader:
         weight = reader.get_tensor(name).float()
     product = up.float().flatten(1) @ down.float().flatten(1)
     lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)

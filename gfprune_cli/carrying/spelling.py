@@ -43,7 +43,7 @@ PIPELINES = {
 }
 
 
-def normalised(adapter: Adapter, target: Target) -> Tensors:
+def common_name(adapter: Adapter, target: Target) -> Tensors:
     """A LoRA in the one spelling.
 
     Returns:

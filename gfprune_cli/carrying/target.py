@@ -10,11 +10,12 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Correspondence, read_correspondence
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
-from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Report
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, UsageError, named
+from gfprune_cli.progress import Progress
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.structure.blocks import LENGTHS
@@ -35,7 +36,7 @@ class Target:
     component: Component
     record: Record
     offline: bool
-    report: Report
+    progress: Progress
 
     @property
     def prefix(self) -> str:
@@ -64,6 +65,10 @@ class Target:
         modules = (self.component.config.get("gfprune") or {}).get("modules", {})
         return any(name.startswith(f"{stack}.") and "identity" in shape for name, shape in modules.items())
 
+    def is_factored(self, name: str) -> bool:
+        """Whether a layer of the pruned network is two thin ones now."""
+        return isinstance(self.network.get_submodule(name), FactoredLinear)
+
     @cached_property
     def map(self) -> Correspondence:
         """What each layer was.
@@ -79,7 +84,7 @@ class Target:
         settings = self.record.document.get("recipe") or {}
         network, groups, _ = find_units(
             self.dense,
-            self.report,
+            self.progress,
             width=bool(settings.get("prune_width")),
             blocks=bool(settings.get("blocks")),
         )
@@ -98,23 +103,19 @@ class Target:
         Raises:
             GfpruneError: it is not there, or has other weights than those that were pruned.
         """
-        label = self.recipe.dense or self.record.dense_label("--dense")
-        revision = None if self.recipe.dense else self.record.source.commit
-        try:
+        with named(model="dense", teacher="dense"):
             source = resolve(
-                label,
-                revision=revision,
+                self.recipe.dense or self.record.dense_label(),
+                revision=None if self.recipe.dense else self.record.source.commit,
                 variant=self.record.variant,
                 config_from=None if self.recipe.dense else self.record.config_from,
                 offline=self.offline,
-                report=self.report,
+                progress=self.progress,
             )
-        except UsageError as error:
-            raise said_of(error, "--dense") from error
         return inspect(source, component=self.record.component or None, variant=self.record.variant)
 
 
-def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target:
+def find_target(recipe: CarryRecipe, *, offline: bool, progress: Progress) -> Target:
     """The network that a recipe names.
 
     Raises:
@@ -126,7 +127,7 @@ def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target
         revision=recipe.revision,
         variant=recipe.variant,
         offline=offline,
-        report=report,
+        progress=progress,
     )
     record = read_record(source.folder)
     if record is None:
@@ -135,7 +136,7 @@ def find_target(recipe: CarryRecipe, *, offline: bool, report: Report) -> Target
             "model fit it as they are"
         )
     component = inspect(source, component=record.component or None, variant=recipe.variant)
-    return Target(recipe, source, component, record, offline, report)
+    return Target(recipe, source, component, record, offline, progress)
 
 
 def layer_sizes(network: nn.Module, name: str) -> tuple[int, int] | None:

@@ -72,6 +72,7 @@ def write_card(
         f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
         f"| denoising loss | {loss['before']:.4f} | {loss_left(loss):.4f} |",
         "",
+        *fold_lines(record),
         *finetune_lines(record),
         "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
         "",
@@ -92,6 +93,21 @@ def loss_left(loss: Mapping[str, float | None]) -> float:
     left = loss["removed"] if loss.get("recovered") is None else loss["recovered"]
     assert left is not None
     return left
+
+
+def fold_lines(record: Mapping[str, Any]) -> list[str]:
+    """What was factored, and how well."""
+    fold = record.get("fold")
+    if not fold:
+        return []
+    params = fold["params"]
+    return [
+        f"{len(fold['layers'])} linear layers that see timestep and pooled conditions alone were factored "
+        f"without training: {params['before']:,} parameters became {params['after']:,}. Relative error at "
+        f"timesteps and conditions that were held out: at most {fold['layer_error']:.2%} of a layer's "
+        f"outputs, {fold['output_error']:.2%} of the network's.",
+        "",
+    ]
 
 
 def finetune_lines(record: Mapping[str, Any]) -> list[str]:

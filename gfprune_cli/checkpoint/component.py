@@ -1,10 +1,12 @@
 """A denoiser on disk, described without its weights."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.layout import PRUNED
+from gfprune_cli.checkpoint.files import trusted_roots
+from gfprune_cli.checkpoint.layout import PRUNED, pipeline_components
 from gfprune_cli.checkpoint.safetensors_header import TensorInfo
 
 
@@ -31,6 +33,16 @@ class Component:
     tensors: dict[str, TensorInfo]
     pipeline: dict[str, Any] | None
     root: Path
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[str, str]]:
+        """Component name -> (library, class name) of the pipeline around it; none for a bare model folder."""
+        return pipeline_components(self.pipeline or {})
+
+    @cached_property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that the checkpoint's files may resolve into."""
+        return trusted_roots(self.root)
 
     @property
     def bytes(self) -> int:

@@ -57,10 +57,18 @@ def quoted(name: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An exception of another library in one line: its type and the start of its message."""
+    """An exception of another library in one line: its type and the start of its message, whole words."""
     lines = str(error).strip().splitlines() or [""]
-    text = "".join(character for character in lines[0][:200] if character.isprintable())
+    text = shortened("".join(character for character in lines[0] if character.isprintable()))
     return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """The start of a text, cut between two words: half an address leads nowhere."""
+    if len(text) <= length:
+        return text
+    words = text[: length + 1].rpartition(" ")[0] or text[:length]
+    return f"{words} ..."
 
 
 def trusted_roots(folder: Path) -> tuple[Path, ...]:

@@ -22,7 +22,7 @@ from gfprune_cli.checkpoint.layout import (
     weights_variant,
 )
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 Listing = tuple[str, dict[str, int], dict[str, str]]  # commit; size and declared digest of files by name
@@ -35,7 +35,7 @@ def fetch(
     variant: str | None,
     offline: bool,
     config_only: bool,
-    report: Report,
+    progress: Progress,
 ) -> tuple[Path, str]:
     """Download what gfprune reads of a Hub model, or find it in the cache.
 
@@ -55,9 +55,11 @@ def fetch(
     with explained(repo_id, revision):
         check_token(huggingface_hub.get_token())
         commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
-    report(Event("load", text=f"{repo_id} at {commit[:12]}{' from the cache' if offline else ''}"))
+    progress(Event("load", text=f"{repo_id} at {commit[:12]}{' from the cache' if offline else ''}"))
     wanted = [name for name in sizes if _is_description(name)]
-    fetched = partial(_download, repo_id, revision, commit, declared=declared, offline=offline, report=report)
+    fetched = partial(
+        _download, repo_id, revision, commit, declared=declared, offline=offline, progress=progress
+    )
     folder = fetched(wanted)
     locations = locate_all(folder)
     # A cache may lack the listing; whether the weights are there then shows when they are read.
@@ -70,12 +72,12 @@ def fetch(
     components = [""] + [f"{name}/" for name in pipeline_components(locations[0].pipeline or {})]
     wanted = [name for prefix in components for name in _weights_in(prefix, sizes, variant)]
     megabytes = sum(sizes[name] for name in wanted) / 1e6
-    report(Event("load", text=f"{repo_id}: {len(wanted)} weight files, {megabytes:.1f} MB"))
+    progress(Event("load", text=f"{repo_id}: {len(wanted)} weight files, {megabytes:.1f} MB"))
     return fetched(wanted), commit
 
 
 def fetch_file(
-    repo_id: str, name: str, *, revision: str | None, offline: bool, report: Report
+    repo_id: str, name: str, *, revision: str | None, offline: bool, progress: Progress
 ) -> tuple[Path, str]:
     """One file of a repository, verified, and the commit that it is read at.
 
@@ -90,8 +92,10 @@ def fetch_file(
         commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
     if sizes and name not in sizes:
         raise GfpruneError(f"{repo_id} has no file {quoted(name)} at {commit[:12]}: check its name")
-    report(Event("load", text=f"{repo_id}/{name} at {commit[:12]}{' from the cache' if offline else ''}"))
-    folder = _download(repo_id, revision, commit, [name], declared=declared, offline=offline, report=report)
+    progress(Event("load", text=f"{repo_id}/{name} at {commit[:12]}{' from the cache' if offline else ''}"))
+    folder = _download(
+        repo_id, revision, commit, [name], declared=declared, offline=offline, progress=progress
+    )
     if not (folder / name).is_file():
         raise GfpruneError(f"{repo_id}/{name} is not in the cache: run once without --offline")
     return folder / name, commit
@@ -158,7 +162,7 @@ def _download(
     *,
     declared: Mapping[str, str],
     offline: bool,
-    report: Report,
+    progress: Progress,
 ) -> Path:
     """The snapshot's folder, with these files in it and verified."""
     from huggingface_hub import snapshot_download
@@ -171,14 +175,14 @@ def _download(
                 allow_patterns=[escape(name) for name in names],
                 local_files_only=offline,
                 library_name="gfprune",
-                tqdm_class=_reporting_bar(report),
+                tqdm_class=_reporting_bar(progress),
             )
         )
-    verify(folder, names, declared, repo_id, report, offline=offline)
+    verify(folder, names, declared, repo_id, progress, offline=offline)
     return folder
 
 
-def _reporting_bar(report: Report) -> type[Any]:
+def _reporting_bar(progress: Progress) -> type[Any]:
     """A tqdm that draws nothing and reports the downloaded bytes: only the command line prints."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -196,6 +200,6 @@ def _reporting_bar(report: Report) -> type[Any]:
             if self.counted:
                 with lock:
                     self.n += int(n or 0)
-                    report(Event("load", step=self.n, total=int(self.total or 0), text="bytes downloaded"))
+                    progress(Event("load", step=self.n, total=int(self.total or 0), text="bytes downloaded"))
 
     return ReportingBar

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 CHUNK = 1 << 24  # bytes between two events
@@ -21,7 +21,7 @@ def verify(
     names: list[str],
     declared: Mapping[str, str],
     repo_id: str,
-    report: Report,
+    progress: Progress,
     *,
     offline: bool,
 ) -> None:
@@ -42,9 +42,9 @@ def verify(
         expected = declared.get(name) or path.resolve().name
         if not path.is_file() or not (_SHA256.fullmatch(expected) or _GIT.fullmatch(expected)):
             continue
-        found = digest(path, report, git=len(expected) == 40)
+        found = digest(path, progress, git=len(expected) == 40)
         if found != expected:
-            discard(path)
+            discard_download(path)
             again = "run once with network access" if offline else "try again"
             raise GfpruneError(
                 f"{name} of {repo_id} is damaged: its digest is {found[:12]}, and the Hub declares "
@@ -52,13 +52,13 @@ def verify(
             )
 
 
-def digest(path: Path, report: Report, *, git: bool) -> str:
+def digest(path: Path, progress: Progress, *, git: bool) -> str:
     """Hexadecimal SHA-256 of a file, or its id as a git blob."""
     found = hashlib.sha1(usedforsecurity=False) if git else hashlib.sha256()
     if git:
         found.update(f"blob {path.stat().st_size}\0".encode())
     for chunk in chunks(path):
-        report(Event("load"))  # a place to stop: a large file takes a while
+        progress(Event("load"))  # a place to stop: a large file takes a while
         found.update(chunk)
     return found.hexdigest()
 
@@ -69,7 +69,7 @@ def chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def discard(path: Path) -> None:
+def discard_download(path: Path) -> None:
     """Remove a snapshot's file and the blob that it links to, so that the next run downloads it."""
     blob = path.resolve()
     if blob != path and blob.parent.name == "blobs":

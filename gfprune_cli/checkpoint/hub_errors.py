@@ -35,7 +35,9 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GfpruneErr
     if isinstance(error, errors.GatedRepoError):
         return GfpruneError(f"{repo_id} is gated: accept its terms on its Hub page and set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return GfpruneError(f"{repo_id} is not on the Hub, or is private: check the id, or set HF_TOKEN")
+        return GfpruneError(
+            f"{repo_id} is no folder here, and not on the Hub, or is private: check the id, or set HF_TOKEN"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return GfpruneError(f"{repo_id} has no revision {quoted(revision or 'main')}: check --revision")
     if isinstance(error, errors.DisabledRepoError):
@@ -65,7 +67,9 @@ def _explain_transport(error: Exception, at: str) -> GfpruneError | None:
         cause = error.__cause__
         if isinstance(cause, base) and not is_offline_mode():
             return unreachable
-        return GfpruneError(f"{at} is not in the Hub cache: run once with network access")
+        return GfpruneError(
+            f"{at} is no folder here and is not in the Hub cache: run once with network access"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return GfpruneError(f"the disk is full while downloading {at}: free some, or point HF_HOME elsewhere")
     if isinstance(error, (errors.FileMetadataError, errors.XetDownloadError, OSError)):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.files import CONVERSION, quoted, read_config, read_json, trusted_roots
+from gfprune_cli.checkpoint.advice import instead_of_folder, other_weights_hint, pickle_hint, refuse_export
+from gfprune_cli.checkpoint.files import quoted, read_config, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError, UsageError
 
 PRUNED_MODULE = "gfprune_models_v2"
@@ -17,10 +18,10 @@ PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if onl
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 FAMILIES = "U-Nets and diffusion transformers of diffusers, AutoencoderKL, VQModel, and what it pruned itself"
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines do without
 PREFERRED = ("unet", "transformer")
 
 STEM = "diffusion_pytorch_model"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")  # names a folder
 # By name alone: whether it is a model class of diffusers shows when the class is looked up.
@@ -99,26 +100,30 @@ def locate_all(root: Path) -> list[Location]:
     if (root / "model_index.json").exists():
         return _locate_in_pipeline(root, read_json(root / "model_index.json", roots))
     if not (root / "config.json").exists():
-        hint = _folders_hint(root, roots) or _pickle_hint(entry.name for entry in root.iterdir())
+        hint = instead_of_folder(root, _networks_in(root, roots), roots)
         raise GfpruneError(
             f"{root} has neither model_index.json nor config.json: it is no diffusers folder{hint}"
         )
+    refuse_export(root, roots)
     class_name = read_config(root / "config.json", roots).get("_class_name")
     if not is_known(class_name):
         raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
     return [Location(root, root, "", str(class_name), None)]
 
 
-def _folders_hint(root: Path, roots: Any) -> str:
-    """The folders of a training run that hold a network: one of them is meant."""
-    found = [
-        path.parent.name
-        for path in sorted(root.glob("*/config.json"))
-        if is_known(read_config(path, roots).get("_class_name"))
-    ]
-    if not found:
-        return ""
-    return f", but holds {' and '.join(found[:4])}: give --model {root / found[0]}"
+def _networks_in(root: Path, roots: tuple[Path, ...]) -> list[str]:
+    """The folders in a folder that hold a pipeline or a network: one of them is meant."""
+    pipelines = [path.parent.name for path in sorted(root.glob("*/model_index.json"))]
+    networks = [path.parent.name for path in sorted(root.glob("*/config.json")) if _describes(path, roots)]
+    return list(dict.fromkeys(pipelines + networks))
+
+
+def _describes(path: Path, roots: tuple[Path, ...]) -> bool:
+    """Whether a config.json is one of a network that gfprune works on."""
+    try:
+        return is_known(read_config(path, roots).get("_class_name"))
+    except GfpruneError:  # it is not the one that was given
+        return False
 
 
 def _locate_in_pipeline(root: Path, pipeline: dict[str, Any]) -> list[Location]:
@@ -221,6 +226,7 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
     wanted = (
         f"{STEM}.safetensors.index{middle}.json",
         f"{STEM}{middle}.safetensors.index.json",
+        f"{STEM}.safetensors{middle}.index.json",  # of early diffusers with shards
         f"{STEM}{middle}.safetensors",
     )
     for name in wanted:
@@ -228,29 +234,23 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
             return name
     parsed = [found for found in map(weights_variant, sorted(names)) if found and found[0] == STEM]
     variants = list(dict.fromkeys(found[1] for found in parsed))
-    if variant and None in variants:
+    if variant and None in variants and variant not in variants:
         choice = "".join(f", or pass --variant {name}" for name in variants if name)
         raise UsageError(f"{where} has no {variant!r} weights: drop --variant{choice}")
-    if variants and variants != [variant]:
+    if variants and variant not in variants:
         raise UsageError(f"{where} has no {wanted[-1]}: pass --variant {_list(variants)}")
     if parsed:
         raise GfpruneError(
             f"{where} has shards but no {wanted[0]}: the checkpoint is incomplete, fetch it again"
         )
-    raise GfpruneError(f"{where} has no {wanted[-1]}{_pickle_hint(names)}")
+    hint = other_weights_hint(sorted(names), wanted[-1]) or pickle_hint(sorted(names))
+    raise GfpruneError(f"{where} has no {wanted[-1]}{hint}")
 
 
 def check_variant(variant: str | None) -> None:
     """Raise `UsageError` for a variant that cannot be part of a file name."""
     if variant is not None and not _VARIANT_NAME.fullmatch(variant):
         raise UsageError(f"--variant {quoted(variant)} is not a variant's name (fp16, bf16, ...)")
-
-
-def _pickle_hint(names: Iterable[str]) -> str:
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if not pickles:
-        return ""
-    return f", only {quoted(pickles[0])}, and gfprune reads no pickle: convert it with {CONVERSION}"
 
 
 def _list(names: Iterable[str | None]) -> str:

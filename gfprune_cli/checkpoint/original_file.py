@@ -10,21 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfprune_cli.checkpoint.advice import instead_of_file
 from gfprune_cli.checkpoint.components import check_entries
 from gfprune_cli.checkpoint.files import checked_file, first_line, quoted, read_json, trusted_roots
 from gfprune_cli.checkpoint.layout import Location, locate, pipeline_components
-from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo, read_header, read_metadata
+from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo, read_header
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.cache import cache_room
 from gfprune_cli.outputs.digests import sha256_of
-from gfprune_cli.outputs.durable import staging_folder, sync_tree
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.outputs.durable import staging_folder
+from gfprune_cli.outputs.filesystem import sync_tree
+from gfprune_cli.progress import Event, Progress
 
 if TYPE_CHECKING:
     import torch
 
 SUFFIX = ".safetensors"
-OWN_KEY = "gfprune"  # metadata of what `gfprune export --single-file` wrote
 CONFIGURED = (".json", ".txt", ".model", ".jinja", SUFFIX)
 # names in the file that tell whether it holds a component of the pipeline
 HOLDS = {
@@ -33,7 +34,6 @@ HOLDS = {
     "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-ADAPTER = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_unet_")
 QUANTIZED = (".weight_scale", ".scale_weight", ".input_scale", ".absmax", ".quant_state")
 
 
@@ -44,24 +44,10 @@ def check_kind(path: Path) -> dict[str, TensorInfo]:
         UsageError: it is none, and what to do instead.
         GfpruneError: it is damaged.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        raise UsageError(
-            f"--model {path} is GGUF: its weights are packed in quantized blocks, which channels cannot be "
-            "taken from; prune the safetensors that it was made from, and quantize the result"
-        )
-    if suffix != SUFFIX:
-        raise UsageError(f"--model {path}: gfprune reads diffusers folders and {SUFFIX} files, and no pickle")
+    if instead := instead_of_file(path):
+        raise UsageError(f"--model {path} {instead}")
     real = path.resolve()
     header = read_header(checked_file(real, (real.parent,)))
-    if OWN_KEY in read_metadata(real):
-        raise UsageError(
-            f"--model {path} is one component that gfprune export wrote: name the folder it was made from"
-        )
-    if any(mark in name for name in header for mark in ADAPTER):
-        raise UsageError(
-            f"--model {path} is a LoRA: name the model, and carry the LoRA over with gfprune carry --adapter"
-        )
     for name, info in header.items():
         if any(name.endswith(mark) for mark in QUANTIZED) or (
             info.dtype not in FLOAT_TYPES and len(info.shape) > 1 and "position_ids" not in name
@@ -72,7 +58,7 @@ def check_kind(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
-def converted(path: Path, config_from: Path, report: Report) -> Path:
+def converted(path: Path, config_from: Path, progress: Progress) -> Path:
     """The diffusers folder of a file, made once and kept in the cache.
 
     Args:
@@ -91,7 +77,7 @@ def converted(path: Path, config_from: Path, report: Report) -> Path:
     folder = cache_room("single-file") / sha256_of_key(key)
     if (folder / "model_index.json").is_file():
         return folder
-    report(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
+    progress(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
     held = {name for name in pipeline_components(pipeline) if holds(header, name)} | {place.name}
     lacking = [
         name

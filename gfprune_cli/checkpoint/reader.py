@@ -5,7 +5,6 @@
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,20 @@ from gfprune_cli.checkpoint.files import first_line, quoted, read_config, truste
 from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.tensor_names import stored_names, tied
 from gfprune_cli.checkpoint.weights import NoWeights, read_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.digests import sha256_of
+from gfprune_cli.outputs.tensor_files import opened
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 BUFFER_BYTES = 4 << 30  # position tables that a config may ask for beside its weights
+BEFORE_QUANTIZATION = (
+    "gfprune prunes floating-point weights, so start from the checkpoint before it was quantized"
+)
 
 
 def inspect(
@@ -132,6 +136,37 @@ def model_class(class_name: str) -> Any:
     return pruned if class_name.startswith(PRUNED) else pruned.stock_class
 
 
+def check_weights(component: Component, model: "nn.Module") -> None:
+    """Compare the headers of the weight files with the class, as `load_model` does before it reads any.
+
+    Where there are no files, as for a Hub model of which only the configuration was fetched, there is nothing
+    to compare.
+
+    Args:
+        model: from `build_meta`.
+
+    Raises:
+        GfpruneError: a tensor is missing, unknown, of the wrong shape or not floating point; or the files
+            lie where safetensors cannot read them.
+    """
+    for path in component.weights:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GfpruneError(
+                f"{str(path)!a}: safetensors reads paths of UTF-8 text only: rename the folder"
+            ) from error
+    if component.weights:
+        stored = stored_names(model, component.tensors, component.weights)
+        _check_tensors(model, component, stored)
+        _check_buffers(component, sum(buffer.nbytes for buffer in _unsaved(model, stored)))
+
+
+def _unsaved(model: "nn.Module", stored: dict[str, str]) -> "list[torch.Tensor]":
+    """Tables that are computed and not read."""
+    return [buffer for name, buffer in model.named_buffers() if name not in stored]
+
+
 def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
     """Load the denoiser's weights, one tensor at a time.
 
@@ -151,11 +186,9 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     if not component.weights:
         raise GfpruneError(f"{component.folder} has no weights that gfprune can read")
     model = build_meta(component)
-    stored = _stored_names(model, component)
-    _check_tensors(model, component, stored)
-    unsaved = [buffer for name, buffer in model.named_buffers() if name not in stored]
-    if unsaved:
-        _check_buffers(component, sum(buffer.nbytes for buffer in unsaved))
+    check_weights(component, model)
+    stored = stored_names(model, component.tensors, component.weights)
+    if _unsaved(model, stored):
         model = _build(component, empty_weights(dtype))
     model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
     return model.eval()
@@ -189,33 +222,6 @@ def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
     return model
 
 
-def _stored_names(model: "nn.Module", component: Component) -> dict[str, str]:
-    """The model's tensor name -> the name in the files, which old checkpoints spell differently."""
-    names: dict[str, Any] = {name: name for name in component.tensors}
-    # Attention used to be query, key, value, proj_attn; diffusers knows which blocks may still be spelled so.
-    model._fix_state_dict_keys_on_load(names)  # type: ignore[operator]
-    # The Fourier features used to be saved under two names, and removing duplicates kept the wrong one.
-    if "time_proj.W" in names and "time_proj.W" not in model.state_dict():
-        old = names.pop("time_proj.W")
-        names.setdefault("time_proj.weight", old)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    for name in names.keys() - model.state_dict().keys():
-        if any(re.search(pattern, name) for pattern in ignored):
-            del names[name]
-    for same in _tied(model):  # saved under one of its names
-        known = [name for name in same if name in names]
-        names.update({name: names[known[0]] for name in same if known})
-    return names
-
-
-def _tied(model: "nn.Module") -> list[list[str]]:
-    """Names of tensors that are one and the same, together."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
 def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
     attached = next((name for name in stored if ".base_layer." in name or ".lora_A." in name), None)
@@ -225,6 +231,10 @@ def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, s
             "(pipeline.fuse_lora(), then pipeline.unload_lora_weights()) or delete it, and save again"
         )
     expected = model.state_dict()
+    settings = component.config.get("quantization_config")
+    if isinstance(settings, dict) and not component.is_pruned:  # where it tells diffusers what class to load
+        method = quoted(settings.get("quant_method"))
+        raise GfpruneError(f"{config} says that the weights are quantized ({method}): {BEFORE_QUANTIZATION}")
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if name not in stored:
@@ -239,8 +249,7 @@ def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, s
             )
         if tensor.is_floating_point() and info.dtype not in FLOAT_TYPES:
             raise GfpruneError(
-                f"tensor {quoted(stored[name])} in {info.file} is {info.dtype}: gfprune prunes "
-                "floating-point weights, so start from the checkpoint before it was quantized"
+                f"tensor {quoted(stored[name])} in {info.file} is {info.dtype}: {BEFORE_QUANTIZATION}"
             )
     for name in stored:
         if name not in expected:
@@ -258,17 +267,17 @@ def _read_tensors(
     model: "nn.Module", component: Component, stored: dict[str, str], dtype: "torch.dtype"
 ) -> dict[str, "torch.Tensor"]:
     """Model's tensor name -> a finite tensor of its type, file by file. Tied names share one parameter."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from torch import nn
 
     expected = model.state_dict(keep_vars=True)
-    tied = {name: same[0] for same in _tied(model) for name in same[1:]}
+    doubles = {name: same[0] for same in tied(model) for name in same[1:]}
     result: dict[str, torch.Tensor] = {}
     for path in component.weights:
         try:
-            with safe_open(path, framework="pt", device="cpu") as reader:
+            with opened(path) as reader:
                 for name, old in stored.items():
-                    if component.tensors[old].file == path and name not in tied:
+                    if component.tensors[old].file == path and name not in doubles:
                         tensor, target = reader.get_tensor(old), expected[name].dtype
                         if target.is_floating_point:
                             target = wanted_type(model, name, dtype)
@@ -279,7 +288,7 @@ def _read_tensors(
             RuntimeError,
         ) as error:  # PyTorch's own when a file cannot be mapped
             raise GfpruneError(f"{path} cannot be read: {first_line(error)}") from None
-    for name, first in tied.items():
+    for name, first in doubles.items():
         if isinstance(expected[first], nn.Parameter) and not isinstance(result[first], nn.Parameter):
             result[first] = nn.Parameter(result[first])
         result[name] = result[first]

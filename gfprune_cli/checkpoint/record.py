@@ -64,11 +64,8 @@ class Record:
         found = settings.get("config_from") if isinstance(settings, dict) else None
         return found if isinstance(found, str) else None
 
-    def dense_label(self, flag: str = "--teacher") -> str:
+    def dense_label(self) -> str:
         """Where the dense model is. A folder that is gone is never looked for on the Hub.
-
-        Args:
-            flag: that names another place, for the message.
 
         Raises:
             GfpruneError: it is not there.
@@ -78,7 +75,7 @@ class Record:
         if self.source.kind == "local" and not os.path.exists(os.path.expanduser(label)):
             raise GfpruneError(
                 f"the dense model this checkpoint was pruned from, {quoted(label)}, is not there: "
-                f"name it with {flag}"
+                "name it with --teacher"
             )
         return "demo" if self.source.kind == "demo" else label
 
@@ -128,6 +125,19 @@ class _Finetuned:
 
 
 @dataclass(frozen=True)
+class _Folded:
+    """What a model card says of factored layers."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    tolerance: float
+    layers: list[dict[str, Any]]
+    params: _Change
+    layer_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
 class _Document:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
@@ -141,6 +151,7 @@ class _Document:
     macs: _Change
     bytes: _Change
     loss: _Loss
+    fold: _Folded | None = None
     finetune: list[_Finetuned] = field(default_factory=list)
 
 

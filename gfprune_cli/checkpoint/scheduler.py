@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfprune_cli.checkpoint.files import check_config, first_line, quoted, read_json, trusted_roots
-from gfprune_cli.checkpoint.layout import pipeline_components
+from gfprune_cli.checkpoint.files import check_config, first_line, quoted, read_json
 from gfprune_cli.errors import GfpruneError
 
 if TYPE_CHECKING:
@@ -40,15 +39,20 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
     if path is None:
         if component.pipeline is None:
             return diffusers.DDPMScheduler()
-        if "scheduler" in pipeline_components(component.pipeline):
+        if "scheduler" in component.entries:
             raise GfpruneError(
                 f"{component.root / 'scheduler' / 'scheduler_config.json'} is missing: fetch it again"
             )
         return None
-    config = read_json(path, trusted_roots(component.root), constants=("-Infinity",))
+    config = read_json(path, component.roots, constants=("-Infinity",))
     if config.get("lambda_min_clipped") == float("-inf"):
         del config["lambda_min_clipped"]  # the multistep solvers' default, which diffusers writes out
     check_config(config, path)
+    if config.get("predict_epsilon") is False and "prediction_type" not in config:
+        raise GfpruneError(  # diffusers ignores the key since 0.13, and would take the images for noise
+            f'{path} is of an early diffusers: write "prediction_type": "sample" for its '
+            '"predict_epsilon": false'
+        )
     scheduler_class = _scheduler_class(path, config.get("_class_name"))
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if betas is not None and not (isinstance(betas, list) and len(betas) == steps):

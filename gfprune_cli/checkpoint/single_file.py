@@ -19,7 +19,8 @@ from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.safetensors_header import read_header, read_metadata
 from gfprune_cli.checkpoint.shards import saved_tensors
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.outputs.durable import check_writable, staging_folder, sync, sync_tree, write_tensors
+from gfprune_cli.outputs.durable import check_name, check_writable, staging_folder, write_tensors
+from gfprune_cli.outputs.filesystem import sync, sync_tree
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ def check_file_destination(destination: Path, *, force: bool) -> None:
         UsageError: the name does not end in .safetensors, or something is there and stays.
         GfpruneError: the folder is not writable.
     """
+    check_name(destination)
     if destination.suffix != SUFFIX:
         raise UsageError(f"--out {destination}: with --single-file, name a file that ends in {SUFFIX}")
     if destination.is_symlink() or (destination.exists() and not destination.is_file()):

@@ -12,13 +12,16 @@ from typing import Literal
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
-from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.errors import GfpruneError, UsageError, named
+from gfprune_cli.progress import Event, Progress, silent
 
 DEMO = Path(__file__).parent.parent / "demo"
 
 # how no repository of a model is called: a file that is not there is no Hub id
-NO_REPOSITORY = (".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json", ".onnx")
+NO_REPOSITORY = (
+    *(".git", ".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".msgpack", ".h5", ".npz"),
+    *(".json", ".yaml", ".yml", ".txt", ".onnx", ".pt2", ".xml", ".engine", ".zip", ".tar", ".gz"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{{0,200}}\.safetensors)")
 
@@ -48,7 +51,7 @@ def resolve(
     offline: bool = False,
     config_only: bool = False,
     config_from: str | None = None,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Source:
     """Turn what the user wrote after `--model` into a folder, downloading it if need be.
 
@@ -75,7 +78,7 @@ def resolve(
     if file is None and (match := _HUB_FILE.fullmatch(model)) is not None and not os.path.exists(model):
         from gfprune_cli.checkpoint.hub import fetch_file
 
-        file, commit = fetch_file(match[1], match[2], revision=revision, offline=offline, report=report)
+        file, commit = fetch_file(match[1], match[2], revision=revision, offline=offline, progress=progress)
     if config_from is not None and file is None:
         raise UsageError(
             f"--config-from is for models in one file, and {quoted(model)} is none: drop the flag"
@@ -83,7 +86,7 @@ def resolve(
     if model == "demo":
         source = _local(model, DEMO, "demo")
     elif file is not None:
-        made = _converted(file, config_from, offline, report)
+        made = _converted(file, config_from, offline, progress)
         source = Source(model, made, "local" if commit is None else "hub", commit)
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
@@ -91,7 +94,12 @@ def resolve(
         from gfprune_cli.checkpoint.hub import fetch
 
         folder, commit = fetch(
-            model, revision=revision, variant=variant, offline=offline, config_only=config_only, report=report
+            model,
+            revision=revision,
+            variant=variant,
+            offline=offline,
+            config_only=config_only,
+            progress=progress,
         )
         return Source(model, folder, "hub", commit)
     else:
@@ -102,7 +110,7 @@ def resolve(
         raise UsageError(
             f"--revision is for Hub models, but {quoted(model)} is a folder on this machine: drop the flag"
         )
-    report(Event("load", text=f"reading {source.folder}"))
+    progress(Event("load", text=f"reading {source.folder}"))
     return source
 
 
@@ -138,22 +146,23 @@ def _original_file(model: str) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _converted(file: Path, config_from: str | None, offline: bool, report: Report) -> Path:
+def _converted(file: Path, config_from: str | None, offline: bool, progress: Progress) -> Path:
     """The diffusers folder of a file."""
     from gfprune_cli.checkpoint.original_file import check_kind, converted, default_configuration
 
     check_kind(file)
     family = config_from or default_configuration(file)
     try:
-        source = resolve(family, offline=offline, config_only=True, report=report)
+        with named(model="config_from"):
+            source = resolve(family, offline=offline, config_only=True, progress=progress)
     except GfpruneError as error:
         if config_from is not None:
-            raise said_of(error, "--config-from") from error
+            raise
         raise GfpruneError(
             f"{file} needs the configuration of {family}, which cannot be had ({error}): name a diffusers "
             "folder of its family with --config-from"
         ) from error
-    return converted(file, source.folder, report)
+    return converted(file, source.folder, progress)
 
 
 def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
@@ -164,9 +173,3 @@ def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
     if not folder.is_dir():
         raise UsageError(f"--model {folder} is neither a folder nor a regular file")
     return Source(label, folder, kind, None)
-
-
-def said_of(error: GfpruneError, flag: str) -> GfpruneError:
-    """What `resolve` raised about `--model`, in terms of the flag that named the checkpoint."""
-    text = str(error).replace("--model", flag, 1).replace("--revision", f"{flag}-revision", 1)
-    return type(error)(text)

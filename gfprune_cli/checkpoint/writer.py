@@ -13,15 +13,16 @@ from torch import nn
 from gfprune_cli.checkpoint.card import write_card
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.components import check_entries
-from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json, trusted_roots
-from gfprune_cli.checkpoint.layout import PRUNED, pipeline_components, weights_variant
+from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json
+from gfprune_cli.checkpoint.layout import OPTIONAL, PRUNED, pipeline_components, weights_variant
 from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import model_class
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.outputs.durable import default_mode, staged, write_json
+from gfprune_cli.outputs.durable import staged, write_json
+from gfprune_cli.outputs.filesystem import give_default_mode
 
 COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the components that stay as they are
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|Extractor|Scheduler")  # classes that have no weights
@@ -67,7 +68,7 @@ def write_checkpoint(
         )
         for path in staging.rglob("*"):
             if path.is_file():
-                path.chmod(default_mode())
+                give_default_mode(path)
     return complete
 
 
@@ -92,7 +93,7 @@ def check_pipeline(component: Component) -> None:
         GfpruneError: a component has no safetensors weights, or is code of the pipeline's own.
     """
     check_entries(component.pipeline or {}, component.root / "model_index.json")
-    for name, (_, class_name) in pipeline_components(component.pipeline or {}).items():
+    for name, (_, class_name) in component.entries.items():
         folder = component.root / name
         if name == component.name or WEIGHTLESS.search(class_name) or not (folder / "config.json").exists():
             continue
@@ -100,6 +101,12 @@ def check_pipeline(component: Component) -> None:
             raise GfpruneError(
                 f"{folder} has no safetensors weights, and pickles cannot travel along: {CONVERSION}"
             )
+
+
+def absent_parts(component: Component) -> list[str]:
+    """Parts that model_index.json names, that are not there, and that pipelines do without."""
+    named = component.entries
+    return [name for name in OPTIONAL if name in named and not (component.root / name).is_dir()]
 
 
 def library_entry(model: nn.Module) -> list[str]:
@@ -112,9 +119,13 @@ def library_entry(model: nn.Module) -> list[str]:
 def copy_pipeline(staging: Path, component: Component, name: str, entry: list[str]) -> None:
     """Everything of the pipeline but the pruned component: JSON and safetensors only, no pickles."""
     assert component.pipeline is not None
-    roots = trusted_roots(component.root)
+    roots = component.roots
     index = {**component.pipeline, name: entry}
-    for other, (library, class_name) in pipeline_components(component.pipeline).items():
+    for absent in absent_parts(component):  # what diffusers writes for a part that is not there
+        index[absent] = [None, None]
+    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    for other, (library, class_name) in component.entries.items():
         if other != name and (component.root / other).is_dir():
             copy_component(component.root / other, staging / other, variant_of(component), roots)
             if class_name.startswith(PRUNED):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,23 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import option_names
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
-from gfprune_cli.runtime.launch import main_process
+from gfprune_cli.runtime.launch import check_alone, check_launcher, main_process
 
 if TYPE_CHECKING:
     from gfprune_cli.evaluation.result import EvalResult
 
 
 @contextmanager
-def asked(recipe: type, flags: dict[str, Any]) -> Iterator[tuple[Session, Any, RunOptions]]:
-    """The terminal, and what the flags say; errors end the process with their code."""
+def asked(
+    recipe: type, flags: dict[str, Any], check: Callable[[], None] | None = None
+) -> Iterator[tuple[Session, Any, RunOptions]]:
+    """The terminal, and what the flags say; errors end the process with their code.
+
+    Args:
+        check: see `Session`.
+    """
     printing = {name: flags[name] for name in ("json", "quiet", "debug")}
-    with Session(**printing, offline=bool(flags["offline"])) as session:
+    with Session(**printing, offline=bool(flags["offline"]), check=check) as session:
         from gfprune_cli.recipes.options import resolve_recipe
 
         settings = {name: flags[name] for name in option_names(recipe)}
@@ -46,7 +53,7 @@ def run_analyze(**flags: Any) -> None:
 
         if options.html is not None:
             check_page(options.html, force=options.force)
-        found = analyze(recipe, options, session.report)
+        found = analyze(recipe, options, session.progress)
         if options.html is not None:
             from gfprune_cli.pages.analysis_page import render
 
@@ -61,11 +68,11 @@ def run_prune(**flags: Any) -> None:
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with asked(PruneRecipe, flags) as (session, recipe, options):
+    with asked(PruneRecipe, flags, partial(check_alone, "prune")) as (session, recipe, options):
         from gfprune_cli.cli.tables import prune_table
         from gfprune_cli.pruning.command import prune
 
-        result = prune(recipe, options, session.report)
+        result = prune(recipe, options, session.progress)
         session.show(prune_table(result))
         session.result(result.document(), result.output or "")
 
@@ -76,11 +83,11 @@ def run_finetune(**flags: Any) -> None:
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with asked(FinetuneRecipe, flags) as (session, recipe, options):
+    with asked(FinetuneRecipe, flags, check_launcher) as (session, recipe, options):
         from gfprune_cli.cli.tables import finetune_table
         from gfprune_cli.recovery.command import finetune
 
-        result = finetune(recipe, options, session.report)
+        result = finetune(recipe, options, session.progress)
         session.show(finetune_table(result))
         session.result(result.document(), result.output or "")
 
@@ -92,11 +99,11 @@ def run_export(**flags: Any) -> None:
     Prints the path of the result, or one JSON document with --json. Exit code 3: the error is above
     --tolerance, and nothing was written.
     """
-    with asked(ExportRecipe, flags) as (session, recipe, options):
+    with asked(ExportRecipe, flags, partial(check_alone, "export")) as (session, recipe, options):
         from gfprune_cli.cli.tables import export_table
         from gfprune_cli.deploy.command import export
 
-        result = export(recipe, options, session.report)
+        result = export(recipe, options, session.progress)
         session.show(export_table(result))
         session.result(result.document(), result.output or "")
 
@@ -107,12 +114,12 @@ def run_eval(**flags: Any) -> None:
 
     Prints a Markdown report, or one JSON document with --json. Exits with 3 if a gate is missed.
     """
-    with asked(EvalRecipe, flags) as (session, recipe, options):
+    with asked(EvalRecipe, flags, check_launcher) as (session, recipe, options):
         from gfprune_cli.errors import GateMissed
         from gfprune_cli.evaluation.command import continues, evaluate
 
         check_pages(options, own=options.resume and continues(recipe, options))
-        result = evaluate(recipe, options, session.report, publisher(session, options))
+        result = evaluate(recipe, options, session.progress, publisher(session, options))
         if result is not None and result.missed:
             raise GateMissed(
                 "; ".join(f"--{g.name} {g.limit:g} was missed with {g.value}" for g in result.missed)
@@ -168,7 +175,7 @@ def run_carry(**flags: Any) -> None:
         from gfprune_cli.carrying.command import carry
         from gfprune_cli.cli.tables import carry_table
 
-        result = carry(recipe, options, session.report)
+        result = carry(recipe, options, session.progress)
         session.show(carry_table(result))
         session.result(result.document(), result.output or "")
 

@@ -5,13 +5,18 @@ import os
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from gfprune_cli.cli.environment import broken_import, check_interpreter
 from gfprune_cli.cli.signals import Signals
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.cli.streams import ResultStream
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, flags
+from gfprune_cli.outputs.filesystem import WeakerWrites
 from gfprune_cli.progress import Event
 from gfprune_cli.runtime.launch import main_process
 
@@ -26,23 +31,54 @@ class Session:
         debug: tracebacks with errors.
         json: the result is a JSON document.
         offline: tell every library in this process to stay off the network.
+        check: refuses what the command cannot do in this environment, before anything heavy is imported.
     """
 
-    def __init__(self, *, quiet: bool, debug: bool, json: bool, offline: bool) -> None:
+    def __init__(
+        self, *, quiet: bool, debug: bool, json: bool, offline: bool, check: Callable[[], None] | None = None
+    ) -> None:
+        self.check = check
         self.quiet, self.debug, self.json = quiet or not main_process(), debug, json
-        self.signals = Signals()
+        self.signals, self.output, self.words = Signals(), ResultStream(), flags()
         self.bar: Any = None
         self.phase, self.shown = "", -1
+        self.warnings, self.warned = warnings.catch_warnings(), set[str]()
         self.began, self.first = 0.0, 0  # when and where the phase began, for the time that is left
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
 
     def __enter__(self) -> Self:
+        self.words.__enter__()
         self.signals.listen()
+        self.output.divert()
+        self.warnings.__enter__()
         quiet_libraries()
+        self.show_warnings()
+        try:
+            check_interpreter()
+            if self.check is not None:
+                self.check()
+        except UsageError as error:
+            if not main_process():  # in peace: launchers stop the first process when another one fails
+                raise SystemExit(0) from None
+            self.__exit__(type(error), error, error.__traceback__)
         return self
 
-    def report(self, event: Event) -> None:
+    def show_warnings(self) -> None:
+        """What the file system cannot do is a notice, and said once."""
+        plain = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, WeakerWrites):
+                plain(message, category, *place, **more)
+            elif str(message) not in self.warned:
+                self.warned.add(str(message))
+                self.note(f"note: {message}")
+
+        warnings.simplefilter("always", WeakerWrites)
+        warnings.showwarning = show
+
+    def progress(self, event: Event) -> None:
         """Show an event; the place where a signal takes effect.
 
         Raises:
@@ -111,10 +147,11 @@ class Session:
         self.close_bar()
         if not main_process():
             return
+        self.output.restore()
         try:
             output = json_module.dumps(document, indent=2, allow_nan=False) if self.json else text
             if output:
-                print(output, flush=True)
+                put(output)
         except BrokenPipeError:  # the reader has what it wanted
             silence(sys.stdout)
         except OSError as error:
@@ -133,8 +170,19 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.end(kind, error, trace)
+        finally:
+            self.words.__exit__(None, None, None)
+
+    def end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say what went wrong, and end the process with its code."""
         self.signals.close()
         self.close_bar()
+        self.output.restore()
+        self.warnings.__exit__(kind, error, trace)
         if error is None or isinstance(error, SystemExit):
             return
         if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
@@ -144,6 +192,15 @@ class Session:
         if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
             say(f"error: {one_line(error)}")
         raise SystemExit(exit_code(error)) from None
+
+
+def put(text: str) -> None:
+    """A line on stdout; in the bytes that the file system knows it by where stdout has no such characters."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+        sys.stdout.flush()
 
 
 def say(text: str) -> None:
@@ -189,13 +246,13 @@ def one_line(error: BaseException) -> str:
         return f"out of device memory: {text}; use --device cpu"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:  # PyTorch's own, a RuntimeError
         return "out of memory: ask for a smaller --batch or fewer images, or use a machine with more"
+    if (broken := broken_import(error)) is not None:
+        return broken
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 
 def quiet_libraries() -> None:
     """Libraries log through their own channels; only warnings that name a problem may pass."""
-    import warnings
-
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|torch_pruning|huggingface_hub)\b")
     # diffusers reads it once, at import: no configuration can then switch remote code on
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")

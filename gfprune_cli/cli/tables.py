@@ -47,6 +47,10 @@ def prune_table(result: PruneResult) -> Table:
             short(pair["after"]) + unit,
             change(pair["before"], pair["after"]),
         )
+    if result.fold:
+        pair = result.fold["params"]
+        table.add_row("  by folding", short(pair["before"]), short(pair["after"]), change(**pair))
+        table.add_row("  error of outputs", "", f"{result.fold['output_error']:.2%}", "")
     before = result.loss["before"]
     rows = {"masked": "denoising loss, masked", "removed": "  after removal", "recovered": "  after recovery"}
     for key, name in rows.items():
@@ -84,8 +88,8 @@ def eval_table(document: Mapping[str, Any]) -> Table:
         interval = metric["ci95"]
         table.add_row(
             name,
-            number(metric["value"]),
-            number(other["value"]) if other else "",
+            figure_cell(metric["value"]),
+            figure_cell(other["value"]) if other else "",
             f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
         )
     for name, key, unit in (
@@ -104,7 +108,7 @@ def eval_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def number(value: float | None) -> str:
+def figure_cell(value: float | None) -> str:
     return "equal" if value is None else f"{value:.4g}"
 
 

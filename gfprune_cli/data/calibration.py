@@ -1,7 +1,7 @@
 """Calibration images: from the user's data, or drawn from the model itself so that none is needed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
+from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
@@ -22,7 +23,8 @@ from gfprune_cli.data.drawing import (
 )
 from gfprune_cli.data.images import load_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
-from gfprune_cli.diffusion.conditions import Condition, Conditions
+from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of
+from gfprune_cli.diffusion.finite import refuse_zero_snr
 from gfprune_cli.diffusion.guidance import with_guidance
 from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noising_process
 from gfprune_cli.errors import UsageError
@@ -34,12 +36,13 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pipeline import is_autoencoder, open_pipeline
+from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.outputs.digests import fingerprint
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 
 __all__ = [
     "ImageRequest", "Images", "PipelineOptions", "cache_folder", "draw_labels", "image_size",
@@ -84,25 +87,63 @@ class ImageRequest:
     seed: int
     options: PipelineOptions = field(default_factory=PipelineOptions)
 
+    def check(self, component: Component, config: Any, scheduler: Any) -> None:
+        """Refuse what cannot be answered, as far as neither weights nor images have to be read for it.
+
+        Args:
+            config: of the network.
+
+        Raises:
+            UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
+                sampled.
+        """
+        self.options.pixels()
+        kind = component.class_name.removeprefix("Pruned")
+        if is_autoencoder(kind):
+            if self.data is None and component.pipeline is None:
+                raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
+            if self.data is not None and self.options.size is None:
+                image_size(component, config)
+            return
+        process = noising_process(scheduler)
+        if kind == "UNet2DModel" or component.pipeline is None:
+            refuse_options(self.options, component)
+        if kind == "UNet2DModel":
+            image_size(component, config)
+        elif self.data is not None and component.pipeline is None:
+            raise UsageError(
+                "--data: this network works on latents, and there is no pipeline with an autoencoder"
+                " around it; drop --data"
+            )
+        elif component.pipeline is not None:
+            check_pipeline_class(pipeline_class(component), config, self.options.size)
+            asked_of(component, config, self.options, self.count, self.seed, shuffled=self.data is not None)
+        if self.data is None:
+            refuse_zero_snr(process, "pass --data")
+
     def answer(
         self,
         model: nn.Module,
         component: Component,
         scheduler: Any,
         hashes: Mapping[str, str],
-        report: Report,
+        progress: Progress,
+        see_inputs: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Images:
         """The images: read from the user's data, or drawn from `model` (once; they are cached).
 
         Args:
             component, hashes: what `model` was loaded from, and the hashes of its weight files.
             scheduler: of the pipeline.
+            see_inputs: is shown what `model` is given for one sample, before any is drawn, and may raise.
 
         Raises:
             UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
                 sampled.
         """
-        work = Work(self, model, component, scheduler, hashes, report)
+        network: Any = model
+        self.check(component, network.config, scheduler)
+        work = Work(self, model, component, scheduler, hashes, progress, see_inputs)
         if is_autoencoder(component.class_name):
             return work.of_autoencoder()
         if component.class_name.removeprefix("Pruned") == "UNet2DModel":
@@ -119,7 +160,8 @@ class Work:
     component: Component
     scheduler: Any
     hashes: Mapping[str, str]
-    report: Report
+    progress: Progress
+    see_inputs: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def config(self) -> Any:
@@ -129,14 +171,21 @@ class Work:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def show_inputs(self, shape: tuple[int, ...], process: NoisingProcess, conditions: Condition) -> None:
+        """What the network is given for one sample, on the way to `see_inputs`."""
+        if self.see_inputs is not None:
+            first = torch.zeros(1, dtype=torch.long)
+            chosen = None if conditions is None else conditions[[0]]
+            self.see_inputs(inputs_of(torch.zeros(1, *shape), process.timesteps(first), chosen))
+
     def unconditional(self) -> Images:
         """Of a network that is given class labels at most: `UNet2DModel`, on pixels or latents."""
         request, config = self.request, self.config
-        refuse_options(request.options, self.component)
         shape = (config.in_channels, *image_size(self.component, config))
         process = noising_process(self.scheduler)
+        labels = draw_labels(config.num_class_embeds, request.count, request.seed)
+        self.show_inputs(shape, process, labels)
         if request.data is None:
-            labels = draw_labels(config.num_class_embeds, request.count, request.seed)
             return Images(self.drawn(process, labels, shape, SAMPLE_BATCH), labels, None, process)
         if decoder_name(self.component) is None:
             loaded = self.loaded(shape[1:], config.in_channels)
@@ -153,25 +202,20 @@ class Work:
         request, component = self.request, self.component
         data = request.data is not None
         if component.pipeline is None:
-            if data:
-                raise UsageError(
-                    "--data: this network works on latents, and there is no pipeline with an autoencoder"
-                    " around it; drop --data"
-                )
-            refuse_options(request.options, component)
-            recording = made_up(self.model, request.count, request.seed, self.report)
+            recording = made_up(self.model, request.count, request.seed, self.progress)
             asked = Asked([], list(range(request.count)))
         else:
             asked = asked_of(
                 component, self.config, request.options, request.count, request.seed, shuffled=data
             )
-            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.report)
+            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.progress)
         for remark in recording.remarks:
-            notice(self.report, remark)
+            notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
         named = prompts_fingerprint(request.options.prompts)
+        self.show_inputs(recording.shape, process, with_rows(recording, asked.rows))
         if data:
-            notice(self.report, "--data comes without captions: images are paired with prompts at random")
+            notice(self.progress, "--data comes without captions: images are paired with prompts at random")
             images, name = self.encoded(recording.shape, recording.image[:2])
             named = name if named is None else hashlib.sha256((name + named).encode()).hexdigest()
             return Images(
@@ -189,8 +233,6 @@ class Work:
             size = request.options.pixels()
             loaded = self.loaded(size or image_size(component, self.config), self.config.in_channels)
             images, named = to_model_range(loaded), fingerprint(loaded)
-        elif component.pipeline is None:
-            raise UsageError("an autoencoder without its pipeline draws no images: pass --data")
         else:
             images, named = self.pictures(), prompts_fingerprint(request.options.prompts)
         conditions = Conditions(timestep=None, rows=tuple(range(len(images))))
@@ -205,7 +247,7 @@ class Work:
             channels=channels,
             limit=request.count,
             seed=request.seed,
-            report=self.report,
+            progress=self.progress,
         )
         if len(images) < 2:
             raise UsageError(f"--data {request.data} holds {len(images)} image: at least 2 are needed")
@@ -227,7 +269,7 @@ class Work:
             factor = upscaling(component, name)
             pixels = (shape[1] * factor, shape[2] * factor)
         loaded = self.loaded(pixels, 3)
-        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.report)
+        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.progress)
         return found, fingerprint(loaded)
 
     def drawn(
@@ -265,13 +307,13 @@ class Work:
                         conditions=conditions,
                         shape=shape,
                         device=self.device,
-                        report=self.report,
+                        progress=self.progress,
                         batch=batch,
                     )
                 },
                 None,
             ),
-            self.report,
+            self.progress,
         )
         return tensors["images"]
 
@@ -302,11 +344,11 @@ class Work:
                         count=request.count,
                         steps=request.sample_steps,
                         seed=request.seed,
-                        report=self.report,
+                        progress=self.progress,
                     ).cpu()
                 },
                 None,
             ),
-            self.report,
+            self.progress,
         )
         return tensors["images"]

@@ -1,20 +1,22 @@
 """Samples that a network draws of itself, and what they need to know of its configuration."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import read_config, trusted_roots
+from gfprune_cli.checkpoint.files import read_config
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import cause
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.recording import PipelineOptions
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 SAMPLE_BATCH = 32
 
@@ -47,7 +49,7 @@ def refuse_options(options: PipelineOptions, component: Component) -> None:
 
 def upscaling(component: Component, name: str) -> int:
     """Pixels per latent, each way, by the configuration of a pipeline's autoencoder."""
-    config = read_config(component.root / name / "config.json", trusted_roots(component.root))
+    config = read_config(component.root / name / "config.json", component.roots)
     stages = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
     return int(2 ** (len(stages) - 1))
 
@@ -90,7 +92,7 @@ def self_images(
     conditions: Condition,
     shape: tuple[int, ...],
     device: torch.device,
-    report: Report,
+    progress: Progress,
     batch: int = SAMPLE_BATCH,
 ) -> torch.Tensor:
     """[count, *shape] samples of the model, from a few deterministic steps; every image has its own seed.
@@ -109,12 +111,12 @@ def self_images(
         def denoise(
             x: torch.Tensor, timesteps: torch.Tensor, chosen: Condition = chosen, done: int = first
         ) -> torch.Tensor:
-            report(Event("calibrate", done, count))
+            progress(Event("calibrate", done, count))
             return call(model, x, timesteps, chosen)
 
         images.append(process.sample(denoise, noise.to(device), steps).cpu())
-    report(Event("calibrate", count, count))
-    drawn = torch.cat(images)
-    if not bool(drawn.isfinite().all()):
-        raise GfpruneError("images drawn from the model are not finite: pass --data, or more --sample-steps")
-    return drawn
+        if not bool(images[-1].isfinite().all()):
+            why = cause(partial(process.sample, noise=noise.to(device), steps=steps), denoise)
+            raise GfpruneError(f"images drawn from the model are not finite: {why}")
+    progress(Event("calibrate", count, count))
+    return torch.cat(images)

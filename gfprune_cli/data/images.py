@@ -25,10 +25,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from gfprune_cli.data.dataset_names import check_dataset, looks_like_dataset, missing_offline
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.progress import Event, Progress, notice, silent
 
 _Errors = tuple[type[Exception], ...]
 _Frames = Iterator[tuple[str, Image.Image]]
@@ -45,7 +46,6 @@ NPZ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 # Chosen by content, not by name: left open, Pillow hands a PostScript file called `a.png` to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
-_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # What Pillow, zipfile and numpy raise on damaged bytes. MemoryError is not damage and passes through.
 _DAMAGE: _Errors = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError),
@@ -54,7 +54,13 @@ _DAMAGE: _Errors = (
 
 
 def load_images(
-    source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int = 0, report: Report = silent
+    source: str,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    limit: int,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> torch.Tensor:
     """Read at most `limit` images, in the model's size and number of channels.
 
@@ -81,7 +87,7 @@ def load_images(
         GfpruneError: an image, array or row that cannot be read; damaged ones are named, never skipped.
     """
     batches = image_batches(
-        source, size=size, channels=channels, limit=limit, batch=limit, seed=seed, report=report
+        source, size=size, channels=channels, limit=limit, batch=limit, seed=seed, progress=progress
     )
     return torch.cat(list(batches))
 
@@ -94,15 +100,15 @@ def image_batches(
     limit: int,
     batch: int,
     seed: int = 0,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Iterator[torch.Tensor]:
     """What `load_images` returns, in pieces of at most `batch` images: for more than memory holds."""
-    frames, total = _open(source, size=size, channels=channels, limit=limit, seed=seed, report=report)
-    return _assemble(frames, total, size, channels, report, source, batch)
+    frames, total = _open(source, size=size, channels=channels, limit=limit, seed=seed, progress=progress)
+    return _assemble(frames, total, size, channels, progress, source, batch)
 
 
 def _open(
-    source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int, report: Report
+    source: str, *, size: tuple[int, int], channels: int, limit: int, seed: int, progress: Progress
 ) -> tuple[_Frames, int]:
     """The images of a source as they are stored, and how many there are (at most)."""
     _check_request(size, channels, limit)
@@ -111,7 +117,7 @@ def _open(
     if os.path.exists(place):
         path = Path(place)
         if path.is_dir():
-            files = _list_images(path, report)
+            files = _list_images(path, progress)
             chosen = _subset(len(files), limit, seed)
             frames, total = _folder_frames([files[i] for i in chosen]), len(chosen)
         elif path.suffix.lower() == ".npz" and path.is_file():
@@ -122,7 +128,7 @@ def _open(
             raise UsageError(
                 f"--data {source!r} is neither a folder nor an .npz file; for an image, give its folder"
             )
-    elif _DATASET_ID.fullmatch(source) and not source.lower().endswith(".npz"):
+    elif looks_like_dataset(source):
         frames, total = _dataset_frames(source, limit), limit
     else:
         raise UsageError(f"--data {source!r}: no such folder or .npz file, and not a dataset id (owner/name)")
@@ -146,7 +152,7 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-def _list_images(folder: Path, report: Report) -> list[Path]:
+def _list_images(folder: Path, progress: Progress) -> list[Path]:
     """The image files of a folder and its subfolders, by relative path with `/`: the same on every system.
 
     Linked folders are entered, each place once, so that a loop of links ends. What is left out is said.
@@ -176,7 +182,7 @@ def _list_images(folder: Path, report: Report) -> list[Path]:
     if others:
         kinds = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(others.items()))
         notice(
-            report, f"--data {str(folder)!r}: files that are no images by their names are left out: {kinds}"
+            progress, f"--data {str(folder)!r}: files that are no images by their names are left out: {kinds}"
         )
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
@@ -196,6 +202,8 @@ def _subset(count: int, limit: int, seed: int) -> list[int]:
 
 def _reason(error: BaseException) -> str:
     """One line on a foreign error, without the query strings of URLs: those of storage hosts are signed."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the object that it read from
+        return f"empty, or no {', '.join(_FORMATS)} file"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", lines[0])
 
@@ -300,12 +308,15 @@ def _dataset_frames(source: str, limit: int) -> _Frames:
     except ImportError as error:
         hint = "no such folder or file; for a Hugging Face dataset, pip install gfprune[data]"
         raise UsageError(f"--data {source!r}: {hint}") from error
+    check_dataset(source)
     # Builders, HTTP clients and Arrow readers raise types of their own: every Exception is translated.
     try:
         stream = datasets.load_dataset(source, split="train", streaming=True)
     except GfpruneError:  # a signal may arrive in here
         raise
     except Exception as error:
+        if (absent := missing_offline(source)) is not None:
+            raise absent from error
         what = "no such folder or file, and no Hugging Face dataset with a train split could be opened"
         raise GfpruneError(f"--data {source!r}: {what} ({_reason(error)})") from error
     features = stream.features or {}
@@ -325,7 +336,13 @@ def _dataset_frames(source: str, limit: int) -> _Frames:
 
 
 def _assemble(
-    frames: _Frames, total: int, size: tuple[int, int], channels: int, report: Report, source: str, batch: int
+    frames: _Frames,
+    total: int,
+    size: tuple[int, int],
+    channels: int,
+    progress: Progress,
+    source: str,
+    batch: int,
 ) -> Iterator[torch.Tensor]:
     images: list[npt.NDArray[np.uint8]] = []
     resized: Counter[tuple[int, int]] = Counter()
@@ -339,7 +356,7 @@ def _assemble(
             pixels = np.asarray(image).reshape(*size, channels)
             images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         count += 1
-        report(Event("load", count, total, "images"))
+        progress(Event("load", count, total, "images"))
         if len(images) == batch:
             yield torch.from_numpy(np.stack(images))
             images = []
@@ -351,7 +368,7 @@ def _assemble(
         sizes = [f"{width}x{height}" for (width, height), _ in resized.most_common()]
         sizes[3:] = sizes[3:4] if len(sizes) <= 4 else [f"{len(sizes) - 3} other sizes"]
         what = f"{resized.total()} of {count} images resized to {size[1]}x{size[0]} (width x height)"
-        notice(report, f"{what}, cropped about the centre, from {', '.join(sizes)}")
+        notice(progress, f"{what}, cropped about the centre, from {', '.join(sizes)}")
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

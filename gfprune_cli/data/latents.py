@@ -7,20 +7,19 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline import load_component, quiet
 from gfprune_cli.inputs.recording import PipelineOptions, call_arguments
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 DECODERS = ("vae", "vqvae")
 
 
 def decoder_name(component: Component) -> str | None:
     """The component that a pipeline's latents belong to; None for pixels."""
-    entries = pipeline_components(component.pipeline or {})
+    entries = component.entries
     return next((name for name in DECODERS if name in entries), None)
 
 
@@ -31,7 +30,7 @@ def encode_images(
     scheduler: Any,
     shape: tuple[int, ...],
     device: torch.device,
-    report: Report,
+    progress: Progress,
 ) -> torch.Tensor:
     """[N, *shape] latents of images, as the pipeline's denoiser sees them.
 
@@ -48,11 +47,11 @@ def encode_images(
     dtype = next(vae.parameters()).dtype
     found = []
     for number, image in enumerate(images):
-        report(Event("calibrate", number, len(images)))
+        progress(Event("calibrate", number, len(images)))
         pixels = to_model_range(image)[None].to(device, dtype)
         latents = normalised(vae, encoded(vae, pixels).float(), scheduler)
         found.append(laid_out(latents, shape, images.shape[2:]).cpu())
-    report(Event("calibrate", len(images), len(images)))
+    progress(Event("calibrate", len(images), len(images)))
     return torch.cat(found)
 
 
@@ -128,7 +127,7 @@ def pictures(
     count: int,
     steps: int,
     seed: int,
-    report: Report,
+    progress: Progress,
 ) -> torch.Tensor:
     """[count, C, H, W] images in [-1, 1] that a pipeline draws and its autoencoder decodes, one by one.
 
@@ -139,7 +138,7 @@ def pictures(
     name = type(pipeline).__name__
     found = []
     for number in range(count):
-        report(Event("calibrate", number, count))
+        progress(Event("calibrate", number, count))
         made = {**arguments, "generator": generator(seed, "image", number)}
         if asked:
             made["class_labels" if isinstance(asked[0], int) else "prompt"] = [asked[number % len(asked)]]
@@ -153,5 +152,5 @@ def pictures(
         if image.ndim != 4:
             raise GfpruneError(f"{name} draws no images: pass --data")
         found.append(image.permute(0, 3, 1, 2).float() * 2 - 1)
-    report(Event("calibrate", count, count))
+    progress(Event("calibrate", count, count))
     return torch.cat(found)

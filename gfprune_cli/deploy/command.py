@@ -9,13 +9,14 @@ from gfprune_cli.deploy.plan import check_settings, default_output
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_destination, check_space
-from gfprune_cli.progress import Report, silent
+from gfprune_cli.progress import Progress, silent
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import check_alone
 
 
-def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -> ExportResult:
+def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silent) -> ExportResult:
     """Export the denoiser of a checkpoint, dense or pruned.
 
     Raises:
@@ -23,6 +24,7 @@ def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -
         tolerance; nothing was written. GfpruneError: anything else that went wrong at run time.
     """
     start = time.monotonic()
+    check_alone("export")
     check_settings(recipe)
     destination = options.out or default_output(recipe)
     check = check_file_destination if recipe.single_file else check_destination
@@ -33,10 +35,10 @@ def export(recipe: ExportRecipe, options: RunOptions, report: Report = silent) -
             variant=recipe.variant,
             offline=options.offline,
             config_only=options.dry_run,
-            report=report,
+            progress=progress,
         )
         required = not options.dry_run or source.kind != "hub"
-        job = ExportJob(recipe, source, destination, report, weights_required=required)
+        job = ExportJob(recipe, source, destination, progress, weights_required=required)
         if options.dry_run:
             return job.planned(time.monotonic() - start)
         output.refuse_inputs({"--model": source.folder})

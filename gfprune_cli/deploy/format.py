@@ -16,7 +16,7 @@ from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.signature import Signature
 from gfprune_cli.errors import UsageError
 from gfprune_cli.inputs.unknown_classes import with_inputs
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.export import ExportRecipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,7 +61,7 @@ class Job:
     recipe: ExportRecipe
     component: Component
     scheduler: Any
-    report: Report
+    progress: Progress
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,7 +73,7 @@ class Job:
 
     def known(self, model: nn.Module) -> nn.Module:
         """A network whose inputs are known."""
-        return with_inputs(model, self.component, self.scheduler, self.report)
+        return with_inputs(model, self.component, self.scheduler, self.progress)
 
     def traced(self, dtype: torch.dtype) -> Exported:
         """Its graph in any dtype."""

@@ -20,8 +20,9 @@ from gfprune_cli.deploy.record import RECORD, export_record, write_export_card
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.safetensors import run_model
 from gfprune_cli.deploy.signature import AREA, workable
-from gfprune_cli.outputs.durable import default_mode, staged, write_json
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.outputs.durable import staged, write_json
+from gfprune_cli.outputs.filesystem import give_default_mode
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.export import ExportRecipe
 
 
@@ -37,11 +38,11 @@ class ExportJob:
         recipe: ExportRecipe,
         source: Source,
         destination: Path,
-        report: Report,
+        progress: Progress,
         *,
         weights_required: bool,
     ) -> None:
-        self.recipe, self.source, self.destination, self.report = recipe, source, destination, report
+        self.recipe, self.source, self.destination, self.progress = recipe, source, destination, progress
         self.component = inspect(
             source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
         )
@@ -92,24 +93,24 @@ class ExportJob:
     def folder(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Write a folder, run what stands in it, and publish it if it computes what the source computes."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler, self.report)
+        job = Job(self.recipe, self.component, scheduler, self.progress)
         with staged(self.destination, force=force, needed=self.needed) as staging:
-            self.report(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
+            self.progress(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
             artefact = self.format.write(job, staging)
             known = job.known(model)
             source = deployed(known) if self.format.is_graph else known
             parity = self.verify(source, scheduler, artefact)
             files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
             self.complete(staging, model, job, artefact, files, parity)
-            self.report(Event("write", text=f"writing {self.destination}"))
+            self.progress(Event("write", text=f"writing {self.destination}"))
         return artefact, files, parity
 
     def single_file(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
         """Likewise, one file."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler, self.report)
+        job = Job(self.recipe, self.component, scheduler, self.progress)
         with staged_file(self.destination, force=force, needed=self.needed) as path:
-            self.report(Event("export", text=f"writing {path.name}"))
+            self.progress(Event("export", text=f"writing {path.name}"))
             write_single_file(path, job.network(), self.record({}))
             known = job.known(model)
             signature = workable(known, scheduler)
@@ -123,9 +124,11 @@ class ExportJob:
         """Compare what was written with the source, both on the same seeded inputs."""
         signature, free = artefact.signature, artefact.free
         if artefact.inputs is not None and not free.issuperset(signature.labels & set(AREA)):
-            notice(self.report, "height and width are fixed: this architecture does not trace with free ones")
+            notice(
+                self.progress, "height and width are fixed: this architecture does not trace with free ones"
+            )
         batches = draw_inputs(source, scheduler, signature, free=free, seed=self.recipe.seed)
-        return compare(run_model(source, signature), artefact.run, batches, self.tolerance, self.report)
+        return compare(run_model(source, signature), artefact.run, batches, self.tolerance, self.progress)
 
     def record(self, details: dict[str, Any]) -> dict[str, Any]:
         hashes = sha256_of_weights(self.component)
@@ -160,4 +163,4 @@ class ExportJob:
         )
         for path in staging.rglob("*"):
             if path.is_file():
-                path.chmod(default_mode())
+                give_default_mode(path)

@@ -24,7 +24,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter logs and warns of what it tries and skips; what fails raises."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -39,14 +39,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def convert(program: torch.export.ExportedProgram, names: list[str], opset: int) -> torch.onnx.ONNXProgram:
+def to_onnx(program: torch.export.ExportedProgram, names: list[str], opset: int) -> torch.onnx.ONNXProgram:
     """A traced network in ONNX operators.
 
     Raises:
         GfpruneError: an operator has no translation in this operator set.
     """
     try:
-        with quiet():
+        with quiet_exporter():
             found = torch.onnx.export(
                 program, input_names=names, output_names=[OUTPUT], opset_version=opset, verbose=False
             )
@@ -89,10 +89,10 @@ def write_onnx(
     """
     import onnx
 
-    found = convert(program, names, opset)
+    found = to_onnx(program, names, opset)
     clear(found.model)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    with quiet():
+    with quiet_exporter():
         found.save(folder / FILE, external_data=needed > EXTERNAL_BYTES)
     try:
         onnx.checker.check_model(folder / FILE, full_check=True)
@@ -139,13 +139,13 @@ def write(job: Job, folder: Path) -> Artefact:
     return Artefact.of_graph(found, run_onnx(folder / FILE), *files)
 
 
-def planned(weights: int) -> dict[str, int]:
+def planned_file(weights: int) -> dict[str, int]:
     return {FILE: 0, DATA: weights} if weights > EXTERNAL_BYTES else {FILE: weights}
 
 
 FORMAT = Format(
     write=write,
-    files=planned,
+    files=planned_file,
     loading=lambda job, name: f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/{FILE}")',
     packages=PACKAGES,
     library="onnx",

@@ -13,7 +13,7 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.errors import GateMissed, GfpruneError
 from gfprune_cli.families.table import family_of
 from gfprune_cli.inputs.unknown_classes import RecordedNetwork
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 Inputs = dict[str, torch.Tensor]
 Runner = Callable[[Inputs], torch.Tensor]
@@ -133,7 +133,7 @@ def random_input(
 
 @torch.no_grad()
 def compare(
-    source: Runner, artefact: Runner, batches: Sequence[Inputs], tolerance: float, report: Report
+    source: Runner, artefact: Runner, batches: Sequence[Inputs], tolerance: float, progress: Progress
 ) -> Parity:
     """Run both networks on every batch.
 
@@ -144,7 +144,7 @@ def compare(
     count = sum(len(samples_of(batch)) for batch in batches)
     done = 0
     for batch in batches:
-        report(Event("verify", done, count))
+        progress(Event("verify", done, count))
         expected, found = source(batch).double(), artefact(batch).double()
         if found.shape != expected.shape or not bool(found.isfinite().all()):
             raise GateMissed(
@@ -156,7 +156,7 @@ def compare(
         absolute = max(absolute, float(difference.max()))
         relative = max(relative, float((difference / peak).max()))
         done += len(samples_of(batch))
-    report(Event("verify", count, count, values={"max_abs": absolute, "max_rel": relative}))
+    progress(Event("verify", count, count, values={"max_abs": absolute, "max_rel": relative}))
     if relative > tolerance:
         raise GateMissed(
             f"the export is off by {relative:.3g} of the source's largest output, and --tolerance is "

@@ -67,5 +67,7 @@ def planned_files(recipe: ExportRecipe, component: Component, destination: Path)
     if form.files is not None:
         return form.files(total)
     return (
-        {destination.name: total} if recipe.single_file else safetensors.planned(recipe, component, tensors)
+        {destination.name: total}
+        if recipe.single_file
+        else safetensors.shard_sizes(recipe, component, tensors)
     )

@@ -8,7 +8,7 @@ import yaml
 
 from gfprune_cli.checkpoint.card import inherited
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import read_json, trusted_roots
+from gfprune_cli.checkpoint.files import read_json
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.deploy.formats import FORMATS
@@ -42,7 +42,7 @@ def export_record(
         "weights": dict(hashes),
     }
     if path.is_file():
-        base = read_json(path, trusted_roots(component.root), limit=RECORD_BYTES)
+        base = read_json(path, component.roots, limit=RECORD_BYTES)
     else:  # a dense checkpoint: nothing was pruned
         base = {
             "schema_version": SCHEMA_VERSION,

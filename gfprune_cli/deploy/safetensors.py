@@ -71,7 +71,7 @@ def run_folder(
     return run_model(load_model(written, dtype=dtype), signature, dtype)
 
 
-def variant_of(recipe: ExportRecipe) -> str | None:
+def variant_name(recipe: ExportRecipe) -> str | None:
     """The variant in the names of the weight files."""
     return recipe.dtype if recipe.as_variant else None
 
@@ -82,16 +82,18 @@ def shard_limit(recipe: ExportRecipe) -> int | None:
 
 def write(job: Job, folder: Path) -> Artefact:
     """Write the pipeline or bare model, and read the network back."""
-    variant, network = variant_of(job.recipe), job.network()
+    variant, network = variant_name(job.recipe), job.network()
     signature = workable(job.known(network), job.scheduler, job.dtype)
     files = write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
     run = run_folder(folder, job.component, variant, job.dtype, signature)
     return Artefact.of_class(signature, run, *files)
 
 
-def planned(recipe: ExportRecipe, component: Component, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def shard_sizes(
+    recipe: ExportRecipe, component: Component, tensors: dict[str, torch.Tensor]
+) -> dict[str, int]:
     """The weight files -> their bytes, from shapes alone."""
-    parts = split(tensors, variant_of(recipe), shard_limit(recipe))
+    parts = split(tensors, variant_name(recipe), shard_limit(recipe))
     prefix = f"{component.name}/" if component.pipeline is not None else ""
     return {
         prefix + name: sum(tensors[member].numel() * tensors[member].element_size() for member in members)

@@ -8,12 +8,13 @@ import torch
 
 from gfprune_cli.diffusion.conditions import Condition, inputs_of
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
+REMEDY = "check the checkpoint and --data; what was trained needs a lower --learning-rate"
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 
 
@@ -27,25 +28,33 @@ def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
 
 @torch.no_grad()
 def denoising_loss(
-    network: Network, process: NoisingProcess, draws: Draws, count: int, report: Report
+    network: Network,
+    process: NoisingProcess,
+    draws: Draws,
+    count: int,
+    progress: Progress,
+    at_once: int = CHUNK,
 ) -> float:
     """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
 
     Args:
         network: (noisy images [N, ...], timesteps [N], their condition) -> output.
         draws: where images and noise come from; equal draws at every call.
+        at_once: samples that go through the network together.
 
     Raises:
-        GfpruneError: the loss is not finite.
+        GfpruneError: the loss is not finite; names the timesteps.
     """
-    total = 0.0
-    for first in range(0, count, CHUNK):
-        report(Event("evaluate", first, count))
-        batch = draws.batch("report", 0, min(CHUNK, count - first), first=first, of=count)
+    total, taken, levels = 0.0, [], []
+    for first in range(0, count, at_once):
+        progress(Event("evaluate", first, count))
+        batch = draws.batch("report", 0, min(at_once, count - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)
         losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
         total += float(losses.double().sum())
+        taken.append(losses)
+        levels.append(process.timesteps(batch.index))
     if not math.isfinite(total):
-        raise GfpruneError("a reported loss is not finite: lower --learning-rate, or check the checkpoint")
+        raise lost_at("a reported loss", ~torch.cat(taken).isfinite(), torch.cat(levels), REMEDY)
     return total / count

@@ -32,17 +32,18 @@ from gfprune_cli.outputs.durable import (
 from gfprune_cli.outputs.locks import claimed, exclusive, lock_of, state_folder
 from gfprune_cli.outputs.samples import SampleStore
 from gfprune_cli.outputs.state import not_finished
-from gfprune_cli.progress import Report, silent
+from gfprune_cli.progress import Progress, notice, silent
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import unused_settings
 from gfprune_cli.runtime.processes import Processes
 
 
 def evaluate(
     recipe: EvalRecipe,
     options: RunOptions,
-    report: Report = silent,
+    progress: Progress = silent,
     publish: Callable[[EvalResult], None] | None = None,
 ) -> EvalResult | None:
     """Evaluate a model, against a dense reference if there is one.
@@ -55,12 +56,14 @@ def evaluate(
 
     Raises:
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
-        Interrupted: raised by `report`; finished chunks of samples are durable by then.
+        Interrupted: raised by `progress`; finished chunks of samples are durable by then.
     """
     start = time.monotonic()
     processes = Processes.start(options.device)
-    inputs = checked_inputs(recipe, options, processes, report)
-    report, out = inputs.remarks.report, options.out
+    for unused in unused_settings():
+        notice(progress, unused)
+    inputs = checked_inputs(recipe, options, processes, progress)
+    progress, out = inputs.remarks.progress, options.out
     store = sample_store(inputs, processes.device, out or written_beside(options))
     if out is None:
         lock = exclusive(store.folder)
@@ -76,12 +79,12 @@ def evaluate(
         processes.wait()
         networks = {role: subject.load(processes.device) for role, subject in inputs.subjects.items()}
         with deterministic():
-            draw_all(inputs, networks, store, processes, report)
+            draw_all(inputs, networks, store, processes, progress)
         processes.wait()
         processes.part()
         if not processes.main:
             return None
-        measures = Measures(inputs, store, networks, processes.device, report)
+        measures = Measures(inputs, store, networks, processes.device, progress)
         result = measured(measures, start)
         if out is not None:
             write_samples(out, measures, result, force=options.force or options.resume)
@@ -93,7 +96,9 @@ def evaluate(
     return result
 
 
-def checked_inputs(recipe: EvalRecipe, options: RunOptions, processes: Processes, report: Report) -> Inputs:
+def checked_inputs(
+    recipe: EvalRecipe, options: RunOptions, processes: Processes, progress: Progress
+) -> Inputs:
     """What the evaluation works on, once nothing stands in the way of what it is to write.
 
     Raises:
@@ -109,7 +114,7 @@ def checked_inputs(recipe: EvalRecipe, options: RunOptions, processes: Processes
             f"--save-stats {save_stats} lies in --out {out}, which is written whole: name another"
         )
     inputs = gather(
-        recipe, processes, save_stats=save_stats is not None, offline=options.offline, report=report
+        recipe, processes, save_stats=save_stats is not None, offline=options.offline, progress=progress
     )
     if out is not None:
         refuse_overlaps(out, named_by_flags(inputs))

@@ -17,7 +17,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.runtime.device import Precision
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.trace import Trace, observe
@@ -42,7 +42,7 @@ def peak_memory(
     batch: int,
     device: torch.device,
     precision: Precision,
-    report: Report,
+    progress: Progress,
     inputs: NetworkInputs = batch_inputs,
 ) -> int | None:
     """Bytes that one forward pass needs: weights, buffers, and the peak of what torch allocates above them.
@@ -67,7 +67,7 @@ def peak_memory(
     except (RuntimeError, TypeError, MemoryError) as error:
         if not (out_of_memory(error) or any(words in str(error).lower() for words in TOO_LARGE)):
             raise
-        notice(report, f"peak memory is not measured: a batch of {batch} does not fit")
+        notice(progress, f"peak memory is not measured: a batch of {batch} does not fit")
         return None
     return resident + rise
 
@@ -101,18 +101,18 @@ def macs(model: nn.Module, inputs: Callable[[nn.Module], dict[str, Any]] = examp
     Args:
         inputs: keyword arguments of the network for one image.
     """
-    return counted(model, partial(model, **inputs(model)))
+    return counted_macs(model, partial(model, **inputs(model)))
 
 
 @torch.no_grad()
 def cycle_macs(cache: DeepCache) -> int:
     """Multiply-accumulates of one DeepCache cycle on one image."""
     inputs = example_inputs(cache.model)
-    full = counted(cache.model, partial(cache.full_step, **inputs))
-    return full + (cache.interval - 1) * counted(cache.shallow, partial(cache.shallow_step, **inputs))
+    full = counted_macs(cache.model, partial(cache.full_step, **inputs))
+    return full + (cache.interval - 1) * counted_macs(cache.shallow, partial(cache.shallow_step, **inputs))
 
 
-def counted(model: nn.Module, call: Call) -> int:
+def counted_macs(model: nn.Module, call: Call) -> int:
     """Multiply-accumulates of the layers of `model` that a call runs."""
     trace = Trace()
     hooks = list(observe(model, trace))

@@ -28,7 +28,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.statistics import Features
 from gfprune_cli.outputs.cache import cache_room
 from gfprune_cli.outputs.durable import write_file
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.recipes.evaluate import FidMode
 
 BATCH = 32
@@ -145,7 +145,7 @@ def find_extractor(
     *,
     offline: bool,
     device: torch.device,
-    report: Report,
+    progress: Progress,
 ) -> Extractor:
     """The extractor of `--inception`, or the official one from the cache or the network.
 
@@ -169,8 +169,8 @@ def find_extractor(
             raise UsageError(f"--inception: {missing}") from error
         raise Unavailable(missing) from error
     if path is None:
-        return official(fetch(OFFICIAL[mode], offline=offline, report=report), mode, device)
-    content = read_weights(path, expected, mode)
+        return official(fetch_weights(OFFICIAL[mode], offline=offline, progress=progress), mode, device)
+    content = read_network(path, expected, mode)
     digest = hashlib.sha256(content).hexdigest()
     try:
         if digest == OFFICIAL[mode].sha256:
@@ -180,7 +180,7 @@ def find_extractor(
         raise UsageError(f"--inception {path}: {' '.join(str(error).split())}") from error
 
 
-def read_weights(path: str, expected: str | None, mode: FidMode) -> bytes:
+def read_network(path: str, expected: str | None, mode: FidMode) -> bytes:
     """The bytes of a file whose hash is known.
 
     Raises:
@@ -216,7 +216,7 @@ def read_file(path: Path) -> bytes | None:
     return path.read_bytes()
 
 
-def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
+def fetch_weights(weights: Weights, *, offline: bool, progress: Progress) -> bytes:
     """An official file from the cache, or from its place on the network.
 
     Raises:
@@ -234,7 +234,7 @@ def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
     remedy = f"fetch {weights.url} elsewhere and name it with --inception"
     if offline or is_offline_mode():
         raise Unavailable(f"{weights.name} is not here and the network may not be used: {remedy}")
-    report(Event("load", text=f"fetching {weights.url} ({weights.bytes:,} bytes)"))
+    progress(Event("load", text=f"fetching {weights.url} ({weights.bytes:,} bytes)"))
     try:
         with urllib.request.urlopen(weights.url, timeout=TIMEOUT_S) as stream:  # noqa: S310 - one of two constants
             content = stream.read(weights.bytes + 1)
@@ -247,7 +247,7 @@ def fetch(weights: Weights, *, offline: bool, report: Report) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     except (OSError, GfpruneError) as error:
-        report(Event("notice", text=f"{weights.name} was not kept in {path.parent}: {error}"))
+        progress(Event("notice", text=f"{weights.name} was not kept in {path.parent}: {error}"))
     return content
 
 

@@ -14,11 +14,12 @@ from gfprune_cli.evaluation.inception import Extractor, Unavailable, find_extrac
 from gfprune_cli.evaluation.protocols import Settings, settings_of
 from gfprune_cli.evaluation.quality import is_statistics, read_statistics
 from gfprune_cli.evaluation.result import check_gates
+from gfprune_cli.evaluation.sampling import make_sampling
 from gfprune_cli.evaluation.statistics import Gaussian
 from gfprune_cli.evaluation.subjects import NoReference, Subject, model_of, reference_of, same_noise
 from gfprune_cli.evaluation.task import Task, task_of
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.runtime.processes import Processes
 
@@ -29,17 +30,17 @@ NOT_EMA = "google/ddpm-cifar10-32"
 class Remarks:
     """What the user should know: told at once, and kept for the result."""
 
-    told: Report
+    told: Progress
     texts: list[str] = field(default_factory=list)
 
-    def report(self, event: Event) -> None:
+    def progress(self, event: Event) -> None:
         """Pass an event on, and keep it if it is a notice."""
         if event.phase == "notice" and event.text not in self.texts:
             self.texts.append(event.text)
         self.told(event)
 
     def add(self, text: str) -> None:
-        notice(self.report, text)
+        notice(self.progress, text)
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,27 @@ class Inputs:
 
 
 def gather(
-    recipe: EvalRecipe, processes: Processes, *, save_stats: bool, offline: bool, report: Report
+    recipe: EvalRecipe, processes: Processes, *, save_stats: bool, offline: bool, progress: Progress
 ) -> Inputs:
     """Read everything but the weights, and refuse what cannot be answered.
 
     Raises:
         UsageError: wrong settings; GfpruneError: a checkpoint or file cannot be read.
     """
-    remarks = Remarks(report)
-    report = remarks.report
+    remarks = Remarks(progress)
+    progress = remarks.progress
     why_not: dict[str, str] = {}
-    model = model_of(recipe, offline=offline, report=report)
+    model = model_of(recipe, offline=offline, progress=progress)
     settings = settings_of(recipe, model.process)
     reference = None
     try:
-        reference = reference_of(recipe, model, offline=offline, report=report)
+        reference = reference_of(recipe, model, offline=offline, progress=progress)
     except NoReference as reason:
         why_not |= dict.fromkeys(("ssim", "speedup"), str(reason))
         remarks.add(f"no reference: {reason}; name one with --reference to compare with")
     with processes.main_first():
-        task = task_of(recipe, settings, model, processes.device, report)
+        task = task_of(recipe, settings, model, processes.device, progress)
+    make_sampling(settings, task.plain, model.scheduler, task.mu)  # refuses what cannot be sampled
     if task.reconstructs and task.given is not None:
         settings = replace(settings, samples=len(task.given.images))
     if recipe.no_latency:
@@ -150,7 +152,7 @@ def gather(
             for text in found:
                 remarks.add(text)
         check_gates(recipe, why_not)
-        data = loss_images(recipe, model, task.shape, report)
+        data = loss_images(recipe, model, task.shape, progress)
         if save_stats and (data is None or extractor is None):
             raise UsageError(
                 "--save-stats needs images in --data and Inception weights: "
@@ -205,7 +207,7 @@ def quality_extractor(
             settings.fid_mode,
             offline=offline,
             device=device,
-            report=remarks.report,
+            progress=remarks.progress,
         )
     except Unavailable as error:
         why_not["fid"] = str(error)
@@ -218,7 +220,7 @@ def quality_extractor(
 
 
 def loss_images(
-    recipe: EvalRecipe, model: Subject, shape: tuple[int, ...], report: Report
+    recipe: EvalRecipe, model: Subject, shape: tuple[int, ...], progress: Progress
 ) -> torch.Tensor | None:
     """Images of `--data` to measure the loss on; None if it names none, or the network works on latents."""
     if recipe.data is None or is_statistics(recipe.data) or model.latent:
@@ -229,7 +231,7 @@ def loss_images(
         channels=shape[0],
         limit=LOSS_DRAWS,
         seed=recipe.seed,
-        report=report,
+        progress=progress,
     )
     if len(loaded) < 2:
         raise UsageError(f"--data {recipe.data} holds {len(loaded)} image: at least 2 are needed")

@@ -17,7 +17,7 @@ from gfprune_cli.evaluation.metrics import all_metrics
 from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
 from gfprune_cli.evaluation.sampling import draw, make_sampling
 from gfprune_cli.outputs.samples import SampleStore
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.runtime.device import autocast, deterministic
 from gfprune_cli.runtime.processes import Processes
@@ -30,7 +30,7 @@ def measured(measures: Measures, start: float) -> EvalResult:
     inputs, recipe = measures.inputs, measures.inputs.recipe
     with deterministic():
         metrics = all_metrics(measures)
-    costs = measure_costs(inputs, measures.networks, measures.device, measures.report)
+    costs = measure_costs(inputs, measures.networks, measures.device, measures.progress)
     return EvalResult(
         model=inputs.model.label,
         reference=inputs.reference.label if inputs.reference else None,
@@ -62,7 +62,7 @@ def draw_all(
     networks: Mapping[str, nn.Module],
     store: SampleStore,
     processes: Processes,
-    report: Report,
+    progress: Progress,
 ) -> None:
     """Draw what is not there yet; each process every so-manyth chunk, so that chunks are always the same."""
     task = inputs.task
@@ -78,7 +78,7 @@ def draw_all(
 
             def draw_some(members: range, role: str = role, done: int = done) -> torch.Tensor:
                 chosen = None if conditions is None else conditions[list(members)].to(processes.device)
-                tick = partial(report, Event("sample", done, total))
+                tick = partial(progress, Event("sample", done, total))
                 return draw(
                     sampling,
                     task.sampled(denoiser(networks[role], chosen, inputs.recipe, tick)),
@@ -88,11 +88,12 @@ def draw_all(
                     device=processes.device,
                     what=inputs.subjects[role].label,
                     given=None if starts is None else starts[list(members)],
+                    precision=inputs.recipe.precision,
                 )
 
             store.put(role, chunk, in_parts(draw_some, members))
         done += len(members)
-        report(Event("sample", done, total))
+        progress(Event("sample", done, total))
 
 
 def in_parts(draw_some: Callable[[range], torch.Tensor], members: range) -> torch.Tensor:
@@ -149,7 +150,7 @@ def latency_batches(recipe: EvalRecipe) -> list[int]:
 
 
 def measure_costs(
-    inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, report: Report
+    inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, progress: Progress
 ) -> Costs:
     """How large, and unless `--no-latency` how fast: both networks in one interleaved run."""
     from gfprune_cli.evaluation.latency import macs, measure_latency, memory_measured, peak_memory
@@ -177,7 +178,7 @@ def measure_costs(
             batch=batches[-1],
             device=device,
             precision=recipe.precision,
-            report=report,
+            progress=progress,
             inputs=inputs.task.network_inputs,
         )
         for role, network in both.items()
@@ -191,7 +192,7 @@ def measure_costs(
         precision=recipe.precision,
         mac_ratio=ratio,
         repeats=REPEATS,
-        report=report,
+        progress=progress,
         inputs=inputs.task.network_inputs,
     )
     return Costs([asdict(row) for row in rows], params, work, memory | {"what": what})

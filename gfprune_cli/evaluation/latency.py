@@ -25,7 +25,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.runtime.device import Precision
 
 __all__ = ["Latency", "macs", "measure_latency", "memory_measured", "peak_memory"]
@@ -122,7 +122,7 @@ def measure_latency(
     precision: Precision,
     mac_ratio: float | None,
     repeats: int,
-    report: Report,
+    progress: Progress,
     inputs: NetworkInputs = batch_inputs,
     seconds: float = ROW_SECONDS,
     clock: Clock = time.perf_counter,
@@ -151,16 +151,16 @@ def measure_latency(
     networks = [prepare(network, device) for network in (model, reference) if network is not None]
     with default_kernels():
         for number, (mode, batch) in enumerate(wanted):
-            pulse = partial(report, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
+            pulse = partial(progress, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
             stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
-            row = attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, report)
+            row = timed_attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, progress)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
-    report(Event("latency", len(wanted), len(wanted)))
+    progress(Event("latency", len(wanted), len(wanted)))
     return list(rows.values())
 
 
-def attempt(
+def timed_attempt(
     networks: Sequence[Any],
     mode: Any,
     batch: int,
@@ -168,7 +168,7 @@ def attempt(
     precision: Precision,
     mac_ratio: float | None,
     inputs: NetworkInputs,
-    report: Report,
+    progress: Progress,
 ) -> Latency | None:
     """One row at the largest batch that fits, None if there is none; the user is told of either."""
     size = batch
@@ -181,11 +181,13 @@ def attempt(
             problem = error.with_traceback(None)  # its frames hold the tensors that did not fit
         else:
             if size != batch:
-                notice(report, f"latency ({mode}): batch {batch} does not fit in memory, {size} is measured")
+                notice(
+                    progress, f"latency ({mode}): batch {batch} does not fit in memory, {size} is measured"
+                )
             return row
         if not out_of_memory(problem) or size == 1:
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            notice(report, f"latency ({mode}, batch {size}) is left out: {line}")
+            notice(progress, f"latency ({mode}, batch {size}) is left out: {line}")
             return None
         size //= 2
         if stopwatch.device.type == "cuda":
@@ -222,14 +224,14 @@ def time_row(
         if mode == "compile":
             torch.compiler.reset()  # gives back the memory, and the next row its own graph
     times[0] = [value / steps for value in times[0]]
-    (ms, spread), (ms_reference, spread_reference) = summary(times[0]), (None, None)
+    (ms, spread), (ms_reference, spread_reference) = latency_row(times[0]), (None, None)
     if len(times) > 1:
-        ms_reference, spread_reference = summary(times[1])
+        ms_reference, spread_reference = latency_row(times[1])
     speedup = ms_reference / ms if ms_reference is not None and ms > 0 else None
     return Latency(mode, batch, ms, ms_reference, spread, spread_reference, speedup, mac_ratio)
 
 
-def summary(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def latency_row(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Median and quartiles, in milliseconds."""
     times = [1000 * value for value in seconds]
     if len(times) == 1:

@@ -26,7 +26,7 @@ from gfprune_cli.evaluation.teacher import (
     teacher_features,
 )
 from gfprune_cli.outputs.samples import SampleStore
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 
 GRID = 16  # pairs of pictures
 FEATURE_BATCH = 32
@@ -45,7 +45,7 @@ class Measures:
     store: SampleStore
     networks: dict[str, nn.Module]
     device: torch.device
-    report: Report
+    progress: Progress
     real: Gaussian | None = None
 
     def value_range(self) -> tuple[float, float]:
@@ -87,13 +87,15 @@ class Measures:
                 extractor,
                 size=(inputs.shape[1], inputs.shape[2]),
                 channels=inputs.shape[0],
-                report=self.report,
+                progress=self.progress,
             )
         self.real = real.gaussian
         found: Values = {}
         for role, suffix in (("model", ""), ("reference", "_reference")):
             if role in self.networks:
-                features = sample_features(self.shown(role), extractor, inputs.settings.samples, self.report)
+                features = sample_features(
+                    self.shown(role), extractor, inputs.settings.samples, self.progress
+                )
                 values = distances(features, real, extractor, inputs.recipe.seed)
                 found |= {name + suffix: value for name, value in values.items()}
         dimensions = len(real.gaussian.mean)
@@ -156,7 +158,7 @@ class Measures:
             limit=count,
             batch=FEATURE_BATCH,
             seed=inputs.recipe.seed,
-            report=self.report,
+            progress=self.progress,
         )
         return (inputs.in_network_range(images) for images in batches)
 
@@ -170,7 +172,7 @@ class Measures:
                 images,
                 conditions=conditions,
                 seed=self.inputs.recipe.seed,
-                report=self.report,
+                progress=self.progress,
                 total=count,
             )
         )
@@ -205,7 +207,7 @@ class Measures:
             inputs.task.process,
             draws,
             precision=inputs.recipe.precision,
-            report=self.report,
+            progress=self.progress,
         )
 
     def grid(self) -> list[tuple[bytes, bytes]]:

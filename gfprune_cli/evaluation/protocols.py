@@ -27,16 +27,16 @@ class Protocol:
     fid_mode: FidMode
 
 
-def diff_pruning(spacing: Spacing) -> Protocol:
+def diff_pruning_protocol(spacing: Spacing) -> Protocol:
     """Fang et al., "Structural Pruning for Diffusion Models" (arXiv 2305.10924), section 4 and its code."""
     return Protocol(DIFF_PRUNING_SAMPLES, DIFF_PRUNING_STEPS, "ddim", spacing, 0.0, "legacy_pytorch")
 
 
 PROTOCOLS = {
-    "ddpm-cifar10": diff_pruning("quad"),
-    "celeba64": diff_pruning("uniform"),
-    "lsun-church": diff_pruning("uniform"),
-    "lsun-bedroom": diff_pruning("uniform"),
+    "ddpm-cifar10": diff_pruning_protocol("quad"),
+    "celeba64": diff_pruning_protocol("uniform"),
+    "lsun-church": diff_pruning_protocol("uniform"),
+    "lsun-bedroom": diff_pruning_protocol("uniform"),
 }
 
 

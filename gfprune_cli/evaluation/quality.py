@@ -22,7 +22,7 @@ from gfprune_cli.evaluation.statistics import (
     gaussian,
     kernel_distance,
 )
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 
 REAL_IMAGES = 10**6  # no more than these are read from --data
 REAL_BATCH = 64
@@ -90,7 +90,7 @@ def has(archive: zipfile.ZipFile, name: str) -> bool:
     return f"{name}.npy" in archive.namelist()
 
 
-def read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of an array, which are those of the bytes stored.
 
     Raises:
@@ -115,7 +115,7 @@ def array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     Raises:
         ValueError: it holds something else.
     """
-    shape, dtype = read_header(archive, name)
+    shape, dtype = read_array_header(archive, name)
     if dtype.kind != "f" or dtype.itemsize not in (4, 8):
         raise ValueError(f"{name} holds {dtype}, not float32 or float64")
     return shape
@@ -133,7 +133,7 @@ def note(archive: zipfile.ZipFile, name: str, kinds: str) -> Any:
     Raises:
         ValueError: it is something else.
     """
-    shape, dtype = read_header(archive, name)
+    shape, dtype = read_array_header(archive, name)
     if shape or dtype.kind not in kinds or dtype.itemsize > LARGEST_NOTE:
         raise ValueError(f"{name} is {list(shape)} of {dtype}, not a single value")
     with archive.open(f"{name}.npy") as stream:
@@ -202,7 +202,7 @@ def statistics_bytes(found: Gaussian, extractor: Extractor) -> bytes:
 
 
 def real_features(
-    data: str, extractor: Extractor, *, size: tuple[int, int], channels: int, report: Report
+    data: str, extractor: Extractor, *, size: tuple[int, int], channels: int, progress: Progress
 ) -> Real:
     """Features of the images of `--data`, in the network's size.
 
@@ -210,7 +210,7 @@ def real_features(
         UsageError: too few images; GfpruneError: an image cannot be read.
     """
     batches = image_batches(
-        data, size=size, channels=channels, limit=REAL_IMAGES, batch=REAL_BATCH, report=report
+        data, size=size, channels=channels, limit=REAL_IMAGES, batch=REAL_BATCH, progress=progress
     )
     features = np.concatenate([extractor.features(images) for images in batches])
     if len(features) < 2:
@@ -219,7 +219,7 @@ def real_features(
 
 
 def sample_features(
-    chunks: Iterable[torch.Tensor], extractor: Extractor, total: int, report: Report
+    chunks: Iterable[torch.Tensor], extractor: Extractor, total: int, progress: Progress
 ) -> Features:
     """[N, D] features of samples [n, C, H, W] in [0, 1], as 8-bit images."""
     found = []
@@ -227,7 +227,7 @@ def sample_features(
     for images in chunks:
         found.append(extractor.features((images * 255).round().to(torch.uint8)))
         done += len(images)
-        report(Event("inception", done, total))
+        progress(Event("inception", done, total))
     return np.concatenate(found)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.finite import cause, refuse_zero_snr, zero_levels
 from gfprune_cli.diffusion.schedulers import (
     Denoiser,
     NoisingProcess,
@@ -26,7 +27,9 @@ from gfprune_cli.diffusion.variance import Limits
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.recipes.evaluate import Spacing
+from gfprune_cli.runtime.device import Precision
 
+LEADING = "sample with --timestep-spacing leading"
 QUAD_SHARE = 0.8  # of the schedule, as in the DDIM code
 Generators = list[torch.Generator]
 Sampling = Callable[[Denoiser, torch.Tensor, Generators], torch.Tensor]
@@ -148,18 +151,23 @@ def make_sampling(
         mu: shift for the size of the samples, of schedulers with dynamic shifting.
 
     Raises:
-        UsageError: the pipeline's scheduler cannot do it.
+        UsageError: the pipeline's scheduler cannot do it; GfpruneError: it starts where no image can be told.
     """
     spacing, steps = settings.timestep_spacing, settings.steps
     if settings.sampler == "euler" or isinstance(process, Reconstruction):
         return lambda denoise, noise, generators: process.sample(denoise, noise, steps)
     if settings.sampler == "pipeline":
+        starts = own_scheduler(scheduler, settings, mu).timesteps
+        if {int(level) for level in starts} & set(zero_levels(process)):
+            refuse_zero_snr(process, LEADING)
         return lambda denoise, noise, generators: own_loop(own_scheduler(scheduler, settings, mu))(
             denoise, noise, generators
         )
     assert spacing is not None
     assert isinstance(process, VariancePreserving)
     grid = timestep_list(spacing, process.steps, steps, scheduler.config.get("steps_offset", 0))
+    if set(grid) & set(zero_levels(process)):
+        refuse_zero_snr(process, LEADING)
     if settings.sampler == "ddpm":
         return lambda denoise, noise, generators: scheduled(
             ddpm_scheduler(scheduler, grid), denoise, noise, generators
@@ -221,22 +229,30 @@ def draw(
     device: torch.device,
     what: str,
     given: torch.Tensor | None = None,
+    precision: Precision = "fp32",
 ) -> torch.Tensor:
     """[N, *shape] samples number `members`, on the CPU, in the network's range.
 
     Args:
         given: [N, *shape] what to start from, in the place of noise.
+        precision: of the passes, for the message.
 
     Raises:
-        GfpruneError: a sample is not finite.
+        GfpruneError: a sample is not finite; says where that began.
     """
     # not the noise of calibration images: a model must not be judged on what it was distilled on
     noise = given
     if noise is None:
         noise = torch.stack([torch.randn(shape, generator=generator(seed, "evaluate", i)) for i in members])
-    steps = [generator(seed, "evaluate", "steps", i) for i in members]
+
+    def fresh() -> Generators:
+        return [generator(seed, "evaluate", "steps", i) for i in members]
+
     with torch.no_grad():
-        images = sampling(denoise, noise.to(device), steps).float().cpu()
+        images = sampling(denoise, noise.to(device), fresh()).float().cpu()
     if not bool(images.isfinite().all()):
-        raise GfpruneError(f"samples of {what} are not finite: try --precision fp32 or more --steps")
+        with torch.no_grad():
+            why = cause(lambda watched: sampling(watched, noise.to(device), fresh()), denoise)
+        narrow = "" if precision == "fp32" else "; or use --precision fp32"
+        raise GfpruneError(f"samples of {what} are not finite: {why}{narrow}")
     return images

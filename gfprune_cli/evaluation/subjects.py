@@ -14,12 +14,12 @@ from gfprune_cli.checkpoint.layout import is_autoencoder, stock_name
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, read_record
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.data.calibration import image_size, training_process
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.progress import Report
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
+from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 MUST_AGREE = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
@@ -94,15 +94,15 @@ class Subject:
         return self.loaded[device]
 
 
-def model_of(recipe: EvalRecipe, *, offline: bool, report: Report) -> Subject:
+def model_of(recipe: EvalRecipe, *, offline: bool, progress: Progress) -> Subject:
     """What `--model` names."""
     source = resolve(
-        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, report=report
+        recipe.model, revision=recipe.revision, variant=recipe.variant, offline=offline, progress=progress
     )
     return Subject(recipe.model, source, inspect(source, component=recipe.component, variant=recipe.variant))
 
 
-def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: Report) -> Subject:
+def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, progress: Progress) -> Subject:
     """What `--reference` names, or else the dense model that the model's record names.
 
     Raises:
@@ -110,18 +110,14 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
         UsageError: the two networks do not denoise the same thing.
     """
     if recipe.reference is not None:
-        try:
+        with named(model="reference", revision="reference_revision", variant="reference_variant"):
             source = resolve(
                 recipe.reference,
                 revision=recipe.reference_revision,
                 variant=recipe.reference_variant,
                 offline=offline,
-                report=report,
+                progress=progress,
             )
-        except Interrupted:
-            raise
-        except GfpruneError as error:
-            raise said_of(error, "--reference") from error
         pipeline = (source.folder / "model_index.json").exists()
         name = model.component.name if pipeline and model.component.name else None
         component = inspect(source, component=name, variant=recipe.reference_variant)
@@ -130,7 +126,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
         for name in ("reference_revision", "reference_variant"):
             if getattr(recipe, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --reference")
-        found = recorded_reference(model, offline=offline, report=report)
+        found = recorded_reference(model, offline=offline, progress=progress)
     for key in MUST_AGREE:
         one, other = model.component.config.get(key), found.component.config.get(key)
         if one != other:
@@ -141,7 +137,7 @@ def reference_of(recipe: EvalRecipe, model: Subject, *, offline: bool, report: R
     return found
 
 
-def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subject:
+def recorded_reference(model: Subject, *, offline: bool, progress: Progress) -> Subject:
     """The dense model that `gfprune.json` says the model was pruned from, if it is still the same.
 
     Raises:
@@ -153,14 +149,15 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
         record = read_record(root)
         if record is None:
             raise NoReference(f"{model.label} has no {RECORD} that names a dense model it was pruned from")
-        source = resolve(
-            record.dense_label(),
-            revision=record.source.commit,
-            variant=record.variant,
-            config_from=record.config_from,
-            offline=offline,
-            report=report,
-        )
+        with named(teacher="reference", model="reference"):
+            source = resolve(
+                record.dense_label(),
+                revision=record.source.commit,
+                variant=record.variant,
+                config_from=record.config_from,
+                offline=offline,
+                progress=progress,
+            )
         component = inspect(source, component=model.component.name or None, variant=record.variant)
         found = Subject(record.source.label, source, component)
     except Interrupted:
@@ -168,7 +165,7 @@ def recorded_reference(model: Subject, *, offline: bool, report: Report) -> Subj
     except GfpruneError as error:
         if failing_disk(error):
             raise
-        raise NoReference(str(error).replace("--teacher", "--reference")) from error
+        raise NoReference(str(error)) from error
     if source.kind != record.source.kind or found.hashes != record.source.weights:
         raise NoReference(f"the weights of {found.label} are not those that {root / RECORD} names")
     return found

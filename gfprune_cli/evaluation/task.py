@@ -19,7 +19,7 @@ from gfprune_cli.evaluation.subjects import Subject
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
 from gfprune_cli.inputs.conditioning import asked_of, made_up, recorded, recording_fingerprint
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
 
 
@@ -102,7 +102,7 @@ class Task:
 
 
 def task_of(
-    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, report: Report
+    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, progress: Progress
 ) -> Task:
     """What the model's checkpoint says of its samples; a pipeline that conditions it is asked.
 
@@ -110,31 +110,31 @@ def task_of(
         UsageError: options or data that do not fit; GfpruneError: the network cannot be sampled.
     """
     if subject.autoencoder:
-        return reconstruction_task(recipe, settings, subject, device, report)
+        return reconstruction_task(recipe, settings, subject, device, progress)
     if subject.unconditional:
         refuse_options(PipelineOptions.of(recipe), subject.component)
         config: Any = type("Config", (), dict(subject.component.config))
         classes = subject.component.config.get("num_class_embeds")
         task = Task(subject.shape(config), subject.process, recipe.seed, classes)
-        return replace(task, given=encoded_data(recipe, settings, subject, device, report))
-    return conditioned_task(recipe, settings, subject, device, report)
+        return replace(task, given=encoded_data(recipe, settings, subject, device, progress))
+    return conditioned_task(recipe, settings, subject, device, progress)
 
 
 def conditioned_task(
-    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, report: Report
+    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, progress: Progress
 ) -> Task:
     """Of a network that its pipeline conditions."""
     options, network = PipelineOptions.of(recipe), subject.load(device)
     component, count = subject.component, settings.samples
     if component.pipeline is None:
         refuse_options(options, component)
-        recording = made_up(network, min(count, LOSS_DRAWS), recipe.seed, report)
+        recording = made_up(network, min(count, LOSS_DRAWS), recipe.seed, progress)
     else:
         asked = asked_of(component, network.config, options, count, recipe.seed, shuffled=False)
-        recording = recorded(network, component, subject.scheduler, asked, options, report)
+        recording = recorded(network, component, subject.scheduler, asked, options, progress)
         recording = replace(recording, conditions=in_turn(recording.conditions, asked.rows))
     for remark in recording.remarks:
-        notice(report, remark)
+        notice(progress, remark)
     process = with_guidance(noising_process(subject.scheduler, recording.mu), recording.conditions)
     return Task(
         recording.shape,
@@ -143,7 +143,7 @@ def conditioned_task(
         pool=recording.conditions,
         fingerprint=recording_fingerprint(recording),
         mu=recording.mu,
-        given=encoded_data(recipe, settings, subject, device, report),
+        given=encoded_data(recipe, settings, subject, device, progress),
     )
 
 
@@ -153,12 +153,12 @@ def in_turn(conditions: Conditions, rows: list[int]) -> Conditions:
 
 
 def reconstruction_task(
-    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, report: Report
+    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, progress: Progress
 ) -> Task:
     """Of an autoencoder: pictures of `--data`, or that its pipeline draws, to be given back."""
     statistics = is_statistics(recipe.data)
     images = request(recipe, settings, settings.samples, data=None if statistics else recipe.data).answer(
-        subject.load(device), subject.component, subject.scheduler, subject.hashes, report
+        subject.load(device), subject.component, subject.scheduler, subject.hashes, progress
     )
     assert isinstance(images.conditions, Conditions)
     return Task(
@@ -172,13 +172,13 @@ def reconstruction_task(
 
 
 def encoded_data(
-    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, report: Report
+    recipe: EvalRecipe, settings: Settings, subject: Subject, device: torch.device, progress: Progress
 ) -> Images | None:
     """Images of `--data` as latents; None where there are none, or the network works on pixels."""
     if recipe.data is None or not subject.latent or is_statistics(recipe.data):
         return None
     return request(recipe, settings, LOSS_DRAWS, data=recipe.data).answer(
-        subject.load(device), subject.component, subject.scheduler, subject.hashes, report
+        subject.load(device), subject.component, subject.scheduler, subject.hashes, progress
     )
 
 

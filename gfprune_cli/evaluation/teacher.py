@@ -12,10 +12,10 @@ from torch import nn
 
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws, generator
+from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError
 from gfprune_cli.evaluation.statistics import Features, mean_with_interval
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import Precision, autocast
 
 FEATURE_NOISE = 0.05  # of the schedule: images are little disturbed and the input is one the network knows
@@ -61,7 +61,7 @@ def teacher_features(
     *,
     conditions: Condition,
     seed: int,
-    report: Report,
+    progress: Progress,
     total: int,
 ) -> Features:
     """[N, D] means over places of what `feature_layer` sees of slightly noisy samples.
@@ -88,7 +88,7 @@ def teacher_features(
             call(teacher, noisy, process.timesteps(index), chosen)
             found.append(caught.pop().unflatten(0, (len(images), -1))[:, -1])
             done += len(images)
-            report(Event("features", done, total))
+            progress(Event("features", done, total))
     finally:
         hook.remove()
     return torch.cat(found).double().numpy()
@@ -142,7 +142,7 @@ def denoising_losses(
     draws: Draws,
     *,
     precision: Precision,
-    report: Report,
+    progress: Progress,
 ) -> Losses:
     """Denoising loss (arXiv 2006.11239, equation 14, in the scheduler's prediction type) draw by draw.
 
@@ -152,7 +152,7 @@ def denoising_losses(
     networks = {"model": model} | ({} if reference is None else {"reference": reference})
     found: dict[str, list[torch.Tensor]] = {name: [] for name in ("index", *networks)}
     for first in range(0, LOSS_DRAWS, CHUNK):
-        report(Event("loss", first, LOSS_DRAWS))
+        progress(Event("loss", first, LOSS_DRAWS))
         batch = draws.batch("evaluate loss", 0, min(CHUNK, LOSS_DRAWS - first), first=first, of=LOSS_DRAWS)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         found["index"].append(batch.index.cpu())
@@ -161,9 +161,11 @@ def denoising_losses(
                 output = call(network, noisy, process.timesteps(batch.index), batch.condition)
             losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
             found[name].append(losses.double().cpu())
-    report(Event("loss", LOSS_DRAWS, LOSS_DRAWS))
+    progress(Event("loss", LOSS_DRAWS, LOSS_DRAWS))
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     for name in networks:
         if not math.isfinite(float(arrays[name].sum())):
-            raise GfpruneError(f"the denoising loss of the {name} is not finite: check the checkpoint")
+            bad = ~torch.from_numpy(arrays[name]).isfinite()
+            levels = process.timesteps(torch.from_numpy(arrays["index"]))
+            raise lost_at(f"the denoising loss of the {name}", bad, levels, "check the checkpoint and --data")
     return Losses(arrays["index"], arrays["model"], arrays.get("reference"), process.steps)

@@ -33,7 +33,7 @@ def family_of(model: Any) -> Family | None:
     return next((family for family in FAMILIES if names & set(family.classes)), None)
 
 
-def is_known(model: nn.Module) -> bool:
+def has_known_inputs(model: nn.Module) -> bool:
     """Whether the inputs of a network follow from its configuration."""
     return family_of(model) is not None
 

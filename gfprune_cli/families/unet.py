@@ -1,12 +1,17 @@
 """U-Nets of images, with and without text."""
 
-from gfprune_cli.families.family import Family, Inputs, Request
+from typing import Any
+
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.families.family import Family, Inputs, Request, Sizes
 
 
 def unet(request: Request) -> Inputs:
     model, config = request.model, request.config
     size = config.sample_size or 8 * 2 ** len(config.block_out_channels)
     height, width = request.area(*((size, size) if isinstance(size, int) else size))
+    if not hasattr(config, "cross_attention_dim") and request.sizes == Sizes():
+        check_halvings(config, height, width)
     inputs = {"sample": request.zeros(1, config.in_channels, height, width), "timestep": request.time()}
     if config.time_embedding_type == "learned":
         inputs["timestep"] = inputs["timestep"].long()
@@ -19,6 +24,20 @@ def unet(request: Request) -> Inputs:
     if hasattr(config, "cross_attention_dim"):
         inputs |= conditioning_inputs(request)
     return inputs
+
+
+def check_halvings(config: Any, height: int, width: int) -> None:
+    """Refuse a size that `UNet2DModel`, whose upsampling only doubles, does not come back to.
+
+    Raises:
+        GfpruneError: the network cannot be run at the size that its configuration says.
+    """
+    times = len(config.block_out_channels) - 1
+    if height % 2**times or width % 2**times:
+        raise GfpruneError(
+            f"'sample_size' {config.sample_size} in the network's config.json is no multiple of {2**times}, "
+            f"and its {times + 1} stages halve what they get: set the size that it was trained at"
+        )
 
 
 def conditioning_inputs(request: Request) -> Inputs:

@@ -14,8 +14,8 @@ the loss is a square, so J^T J is its Gauss-Newton matrix. One Cholesky factor g
 weakest unit to all of them, and one pass forward and back over a few samples serves all groups.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,21 +58,50 @@ class Curves:
     energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
+    powers: dict[str, torch.Tensor] = field(default_factory=dict)  # [channels] squares of the slopes, summed
+    seen: set[str] = field(default_factory=set)  # layers and blocks whose energies are known
 
-    def take(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Masks:
+    def take(
+        self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition, piece: int | None = None
+    ) -> Masks:
         """Group name -> [steps] rise of the loss after each step, up to one factor for all.
+
+        Where the way back does not fit for all samples at once, all go forward first, and then one piece
+        after the other there and back.
 
         Args:
             x: [N, ...] noisy samples, timesteps: [N].
+            piece: samples that go there and back at once; None for all.
         """
+        weights = {name: w.detach().requires_grad_() for name, w in self.masked.effective().items()}
+        whole = piece is None or piece >= len(x)
+        if not whole:
+            with self.hooked(), torch.no_grad():
+                self.masked.forward(weights, x, timesteps, condition)
+        size = len(x) if piece is None else piece
+        for first in range(0, len(x), size):
+            part = slice(first, min(len(x), first + size))
+            self.outputs.clear()
+            with self.hooked(), torch.enable_grad():
+                chosen = condition if whole or condition is None else condition[part]
+                output = self.masked.forward(weights, x[part], timesteps[part], chosen)
+                along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
+                slopes = torch.autograd.grad(
+                    (output * along[part].to(output)).sum(), list(self.outputs.values()), allow_unused=True
+                )
+            self.add_powers(dict(zip(self.outputs, slopes, strict=True)))
+        return {group.name: self.rises(group) for group in self.masked.groups}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Look at layers that read groups, and at blocks, while the network runs."""
         readers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
         for group in self.masked.groups:
-            for member in () if group.stack else group.members:
+            for member in () if group.is_block else group.members:
                 if member.side == "in":
                     readers.setdefault(member.module, []).append((group, member))
-        blocks = {group.name for group in self.masked.groups if group.stack}
-        weights = {name: w.detach().requires_grad_() for name, w in self.masked.effective().items()}
-        with ExitStack() as stack, torch.enable_grad():
+        blocks = {group.name for group in self.masked.groups if group.is_block}
+        with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
                 if name in blocks:
                     hook: Any = module.register_forward_hook(self.block_hook(name), with_kwargs=True)
@@ -81,30 +110,30 @@ class Curves:
                 else:
                     continue
                 stack.callback(hook.remove)
-            output = self.masked.forward(weights, x, timesteps, condition)
-            along = torch.randn(output.shape, generator=generator(self.seed, "curves")).to(output)
-            slopes = torch.autograd.grad(
-                (output * along).sum(), list(self.outputs.values()), allow_unused=True
-            )
-        curvature = dict(zip(self.outputs, slopes, strict=True))
-        return {group.name: self.rises(group, curvature) for group in self.masked.groups}
+            yield
 
-    def rises(self, group: ChannelGroup, curvature: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def add_powers(self, slopes: Mapping[str, torch.Tensor | None]) -> None:
+        """Add the squares of slopes, channel by channel."""
+        for source, slope in slopes.items():
+            if slope is not None:
+                power = channel_rows(slope, self.axes[source]).square().sum(0)
+                self.powers[source] = self.powers[source] + power if source in self.powers else power
+
+    def rises(self, group: ChannelGroup) -> torch.Tensor:
         total = torch.zeros(len(self.order[group.name]), dtype=torch.float64)
         for (source, name), energy in self.energies.items():
-            slope = curvature.get(source)
-            if name == group.name and slope is not None:
-                power = channel_rows(slope, self.axes[source]).square().sum(0)
-                total += (energy @ power).cpu()
+            if name == group.name and source in self.powers:
+                total += (energy @ self.powers[source]).cpu()
         return total
 
     def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
         def hook(layer: Any, inputs: Any, output: torch.Tensor) -> None:
-            if name in self.outputs or not output.requires_grad:
-                return
-            self.outputs[name], self.axes[name] = output, 1 if isinstance(layer, CONVOLUTIONS) else -1
-            with torch.no_grad():
-                self.read(name, layer, inputs[0].detach(), read)
+            if output.requires_grad and name not in self.outputs:
+                self.outputs[name], self.axes[name] = output, 1 if isinstance(layer, CONVOLUTIONS) else -1
+            if name not in self.seen:
+                self.seen.add(name)
+                with torch.no_grad():
+                    self.read(name, layer, inputs[0].detach(), read)
 
         return hook
 
@@ -113,7 +142,8 @@ class Curves:
         shape = places(layer, output_shape(layer, x))
         source = generator(self.seed, "curve rows", name)
         rows = input_rows(x, layer, rows_drawn(shape, ROWS_PER_INPUT * fan_in(layer), source))
-        moments = (rows.T @ rows).double() / len(rows)
+        moments = (rows.T @ rows).double().div_(len(rows))
+        del rows
         moments.diagonal().add_(RIDGE * moments.diagonal().mean() + torch.finfo(torch.float32).tiny)
         weight = layer.weight.detach().flatten(1).double()
         for group, member in read:
@@ -144,10 +174,13 @@ class Curves:
             outputs = (output,) if isinstance(output, torch.Tensor) else output
             pairs = zip(streams_of(module, args, kwargs), outputs, strict=True)
             for number, (before, after) in enumerate(pairs):
+                key = f"{name} {number}"
+                axis = 1 if after.ndim > 3 else -1
                 if after.requires_grad:
-                    key = f"{name} {number}"
-                    self.outputs[key], self.axes[key] = after, 1 if after.ndim > 3 else -1
-                    added = channel_rows((after - before).detach(), self.axes[key])
+                    self.outputs[key], self.axes[key] = after, axis
+                if key not in self.seen:
+                    self.seen.add(key)
+                    added = channel_rows((after - before).detach(), axis)
                     self.energies[key, name] = added.square().mean(0, keepdim=True)
 
         return hook
@@ -172,18 +205,20 @@ def comparable(
     timesteps: torch.Tensor,
     condition: Condition,
     seed: int,
+    piece: int | None = None,
 ) -> Masks:
     """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
 
     Args:
         scores: group name -> [units]; they say in which order the units of a group go.
         x, timesteps, condition: noisy samples to look at.
+        piece: samples that go through the network and back at once; None for all.
 
     Returns:
         group name -> [units] float64; within a group the order of the units is that of the scores.
     """
     order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
-    rises = Curves(masked, order, seed).take(x, timesteps, condition)
+    rises = Curves(masked, order, seed).take(x, timesteps, condition, piece)
     # a greedy search walks up convex curves: what a step adds never falls
     steps = {
         name: rise.diff(prepend=rise.new_zeros(1)).clamp_min(0).sort().values for name, rise in rises.items()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gfprune_cli.diffusion.draws import generator
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.structure.blocks import inside
@@ -29,6 +29,7 @@ class Evidence:
         losses: the denoising loss, one function per chunk of the draws, in ascending order of noise.
         seed: of the run.
         way: how Hessian-gradient products are taken; chosen by measurement where None.
+        fused: take first derivatives by the fused kernels of attention.
         gradients: filled with the cost of the scoring, counted in gradients.
     """
 
@@ -36,6 +37,7 @@ class Evidence:
     losses: Sequence[Loss]
     seed: int
     way: Way | None = None
+    fused: bool = False
     gradients: float = field(default=0.0)
 
     def energy_flow(self) -> dict[str, torch.Tensor]:
@@ -44,17 +46,17 @@ class Evidence:
         The statistics of the norms are held fixed: their own dependence on the masks is left out.
         """
         weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(self.losses, weights)
+        _, first = gradient(self.losses, weights, fused=self.fused)
         if self.way is None:
-            self.way = choose_way(self.losses, weights, first)
-        product = hessian_gradient_product(self.losses, weights, first, self.way)
+            self.way = choose_way(self.losses, weights, first, fused=self.fused)
+        product = hessian_gradient_product(self.losses, weights, first, self.way, fused=self.fused)
         self.gradients += 3 if self.way == "finite-difference" else 4.5
         return {name: self.masked.weights[name].detach() * tensor for name, tensor in product.items()}
 
     def first_order(self, losses: Sequence[Loss]) -> dict[str, torch.Tensor]:
         """theta * g for every parameter, at the masked network."""
         weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(losses, weights)
+        _, first = gradient(losses, weights, fused=self.fused)
         self.gradients += len(losses) / len(self.losses)
         return {name: self.masked.weights[name].detach() * tensor for name, tensor in first.items()}
 
@@ -122,7 +124,9 @@ def add_blocks(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
     Its own score stands where no channels may go, as in the native layout.
     """
     for block in groups:
-        within = [scores[group.name].sum() for group in groups if block.stack and inside(group, block.name)]
+        within = [
+            scores[group.name].sum() for group in groups if block.is_block and inside(group, block.name)
+        ]
         if within:
             scores[block.name] = torch.stack(within).sum().view(1)
     return scores
@@ -169,12 +173,12 @@ def score(criterion: str, evidence: Evidence) -> Masks:
     """Scores by group name, [units] float64 on the CPU.
 
     Raises:
-        GfpruneError: a score is not finite; names the group.
+        NotFinite: a score is not finite; names the group.
     """
     scores = CRITERIA[criterion].score(evidence)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
-            raise GfpruneError(
+            raise NotFinite(
                 f"the {criterion} scores of channel group {name} are not finite: "
                 "use --criterion magnitude, or check the checkpoint and --data"
             )

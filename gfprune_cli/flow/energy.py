@@ -9,7 +9,9 @@ that of GraSP, arXiv 2002.07376):
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,23 +20,44 @@ Weights = dict[str, torch.Tensor]
 Loss = Callable[[Weights], torch.Tensor]  # weights by name -> mean loss of one chunk of the draws
 Way = Literal["exact", "finite-difference"]
 
+
+@dataclass(frozen=True)
+class Pieced:
+    """The loss of one chunk of the draws in pieces that fit in memory: their sum."""
+
+    pieces: tuple[Loss, ...]
+
+    def __call__(self, weights: Weights) -> torch.Tensor:
+        return torch.stack([piece(weights) for piece in self.pieces]).sum()
+
+
+def pieces_of(loss: Loss) -> tuple[Loss, ...]:
+    return loss.pieces if isinstance(loss, Pieced) else (loss,)
+
+
+def attention(*, fused: bool) -> AbstractContextManager[Any]:
+    """Fused kernels of attention keep no attention weights, and have first derivatives only."""
+    return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+
+
 RELATIVE_STEP = 3e-5  # of the weight norm: below it float32 rounding wins, above it curvature changes
 AGREEMENT = 1e-2  # two finite-difference steps must agree this well to be trusted
 
 
-def gradient(losses: Sequence[Loss], weights: Weights) -> tuple[float, Weights]:
-    """Mean loss and gradient over all chunks, one chunk in memory at a time.
+def gradient(losses: Sequence[Loss], weights: Weights, *, fused: bool = False) -> tuple[float, Weights]:
+    """Mean loss and gradient over all chunks, one piece of one in memory at a time.
 
     Args:
         losses: one function per chunk; chunks count equally.
         weights: point of evaluation; leaves this function untouched.
+        fused: take the fused kernels of attention, where there are some.
     """
     total: torch.Tensor | None = None  # read once: every look at a number waits for the device
     summed: Weights = {}
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        for loss in losses:
+    with attention(fused=fused), torch.enable_grad():
+        for piece in (piece for loss in losses for piece in pieces_of(loss)):
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
-            value = loss(leaves)
+            value = piece(leaves)
             found = torch.autograd.grad(
                 value, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
@@ -61,12 +84,12 @@ def norm(tensors: Weights) -> float:
 def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Weights:
     """H v by differentiating the gradient again: (3 to 4 gradients, about 2.7 times the memory of one)."""
     product = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        for loss in losses:
+    with attention(fused=False), torch.enable_grad():
+        for piece in (piece for loss in losses for piece in pieces_of(loss)):
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             inputs = list(leaves.values())
             first = torch.autograd.grad(
-                loss(leaves), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+                piece(leaves), inputs, create_graph=True, allow_unused=True, materialize_grads=True
             )
             along = torch.stack(
                 [(part * vector[name]).sum() for name, part in zip(leaves, first, strict=True)]
@@ -78,31 +101,43 @@ def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> 
 
 
 def finite_difference_product(
-    losses: Sequence[Loss], weights: Weights, vector: Weights, relative_step: float = RELATIVE_STEP
+    losses: Sequence[Loss],
+    weights: Weights,
+    vector: Weights,
+    relative_step: float = RELATIVE_STEP,
+    *,
+    fused: bool = False,
 ) -> Weights:
     """H v as a central difference of two gradients: (grad(w + h v) - grad(w - h v)) / 2h."""
     length = norm(vector)
     if length == 0:
         return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     step = relative_step * norm(weights) / length
-    _, ahead = gradient(losses, {name: tensor + step * vector[name] for name, tensor in weights.items()})
-    _, behind = gradient(losses, {name: tensor - step * vector[name] for name, tensor in weights.items()})
+
+    def moved(by: float) -> Weights:
+        return {name: tensor + by * vector[name] for name, tensor in weights.items()}
+
+    _, ahead = gradient(losses, moved(step), fused=fused)
+    _, behind = gradient(losses, moved(-step), fused=fused)
     for name, tensor in ahead.items():
         tensor -= behind.pop(name)
         tensor /= 2 * step
     return ahead
 
 
-def choose_way(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Way:
+def choose_way(losses: Sequence[Loss], weights: Weights, vector: Weights, *, fused: bool = False) -> Way:
     """Finite differences when two step sizes agree on the first chunk, else the exact product."""
-    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP)
-    fine = finite_difference_product(losses[:1], weights, vector)
+    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP, fused=fused)
+    fine = finite_difference_product(losses[:1], weights, vector, fused=fused)
     scale = norm(fine)
     gap = norm({name: fine[name] - coarse[name] for name in fine})
     return "finite-difference" if gap <= AGREEMENT * scale else "exact"
 
 
-def hessian_gradient_product(losses: Sequence[Loss], weights: Weights, vector: Weights, way: Way) -> Weights:
+def hessian_gradient_product(
+    losses: Sequence[Loss], weights: Weights, vector: Weights, way: Way, *, fused: bool = False
+) -> Weights:
     """H v over all chunks, in the way asked for."""
-    product = exact_product if way == "exact" else finite_difference_product
-    return product(losses, weights, vector)
+    if way == "exact":
+        return exact_product(losses, weights, vector)
+    return finite_difference_product(losses, weights, vector, fused=fused)

@@ -9,23 +9,25 @@ from typing import Any, Protocol
 import torch
 
 from gfprune_cli.diffusion.draws import Batch, Draws
+from gfprune_cli.diffusion.finite import NotFinite, lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.comparison import comparable
 from gfprune_cli.flow.criteria import Evidence, score
-from gfprune_cli.flow.energy import Loss, Way
+from gfprune_cli.flow.energy import Loss, Pieced, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.structure.groups import select
 
 FORWARD = 1 / 3  # of the cost of a gradient
 REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
+SCORE_CHUNK = 16  # draws whose losses are one number
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
-]  # scores, progress -> channels kept
+]  # scores, share of the sparsity -> channels kept
 
 
 class Store(Protocol):
@@ -54,7 +56,7 @@ class RefitResult:
 
 
 @dataclass
-class Flow:
+class LoopState:
     """Everything that a run changes beside weights and masks."""
 
     iteration: int = 1
@@ -76,9 +78,11 @@ class PruningLoop:
             nothing else sees. Its draws are `judging`.
         schedule: when what happens.
         criterion: how units are scored.
-        allocate: from scores and the progress of the budget to channels kept per group.
+        allocate: from scores and the share of the sparsity that is due to channels kept per group.
         draws: for scoring and refit.
-        scoring_draws, chunk: samples per scoring, and how many of them are in memory at once.
+        scoring_draws, chunk: samples per scoring, and how many of them share a loss.
+        piece: how many are in memory at once while derivatives are taken.
+        fused: take first derivatives by the fused kernels of attention.
         fixed: the widths do not follow from scores, so that groups need not be compared.
     """
 
@@ -94,9 +98,11 @@ class PruningLoop:
     scoring_draws: int
     chunk: int
     store: Store
-    report: Report
+    progress: Progress
     fixed: bool = False
-    flow: Flow = field(default_factory=Flow)
+    piece: int = SCORE_CHUNK
+    fused: bool = False
+    state: LoopState = field(default_factory=LoopState)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Run to the end, from the last durable state if there is one.
@@ -106,7 +112,7 @@ class PruningLoop:
         """
         self.restore()
         try:
-            while self.flow.iteration <= self.schedule.iterations:
+            while self.state.iteration <= self.schedule.iterations:
                 self.iterate()
                 self.save()
         except Interrupted as stop:
@@ -120,22 +126,22 @@ class PruningLoop:
         return {name: mask.cpu() == 1 for name, mask in self.masked.masks.items()}
 
     def iterate(self) -> None:
-        flow, schedule = self.flow, self.schedule
-        if not flow.moved:
-            support = self.rescore() if schedule.selects(flow.iteration) else flow.support
-            last = flow.iteration == schedule.iterations
+        state, schedule = self.state, self.schedule
+        if not state.moved:
+            support = self.rescore() if schedule.selects(state.iteration) else state.support
+            last = state.iteration == schedule.iterations
             masks = move(self.masked.masks, support, schedule.bound)
             self.masked.set_masks({name: mask.round() for name, mask in masks.items()} if last else masks)
-            flow.support, flow.moved = support, True
-            self.report(Event("mask", flow.iteration, schedule.iterations, values=self.levels()))
+            state.support, state.moved = support, True
+            self.progress(Event("mask", state.iteration, schedule.iterations, values=self.levels()))
         refitted = None if self.refit is None else self.fit(self.refit)
-        flow.iteration, flow.moved = flow.iteration + 1, False
+        state.iteration, state.moved = state.iteration + 1, False
         if refitted is not None:  # said when it is over: a run that stops here does not fit again
-            self.report(refitted)
+            self.progress(refitted)
 
     def levels(self) -> dict[str, float]:
         """Share of units outside the support, and mean mask."""
-        inside = torch.cat([support.flatten() for support in self.flow.support.values()])
+        inside = torch.cat([support.flatten() for support in self.state.support.values()])
         masks = torch.cat([mask.flatten() for mask in self.masked.masks.values()])
         return {"leaving": float((~inside.bool()).float().mean()), "mask": float(masks.mean())}
 
@@ -144,37 +150,51 @@ class PruningLoop:
 
         What changes the flow comes last: a run that stops on the way scores again.
         """
-        flow = self.flow
+        state = self.state
         losses = scoring_losses(
-            self.masked, self.process, self.draws, flow.iteration, self.scoring_draws, self.chunk, self.report
+            self.masked,
+            self.process,
+            self.draws,
+            state.iteration,
+            self.scoring_draws,
+            self.chunk,
+            self.progress,
+            piece=self.piece,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, flow.way)
-        scores = score(self.criterion, evidence)
-        self.report(Event("score", self.scoring_draws, self.scoring_draws))
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.fused)
+        try:
+            scores = score(self.criterion, evidence)
+        except NotFinite:
+            total, piece = self.scoring_draws, self.piece
+            look_for_timesteps(self.masked, self.process, self.draws, state.iteration, total, piece)
+            raise
+        self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.chunk))
-            compared = comparable(self.masked, scores, x, timesteps, batch.condition, self.draws.seed)
+            compared = comparable(
+                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece
+            )
             cost += len(batch)
-        kept = self.allocate(compared, self.schedule.progress(flow.iteration))
-        flow.way, flow.gradients = evidence.way, flow.gradients + cost
+        kept = self.allocate(compared, self.schedule.share(state.iteration))
+        state.way, state.gradients = evidence.way, state.gradients + cost
         groups = self.masked.groups
         return {group.name: select(group, scores[group.name], kept[group.name]) for group in groups}
 
     def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         """Noisy samples of this iteration, their timesteps, and what they were made of."""
-        batch = self.draws.batch(purpose, self.flow.iteration, count)
+        batch = self.draws.batch(purpose, self.state.iteration, count)
         noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
         return noisy, self.process.timesteps(batch.index), batch
 
     def fit(self, refit: Refit) -> Event:
         """Refit, and take it back where it does not lower the loss; returns what to say of it."""
-        flow = self.flow
-        dense = flow.refits[-1].dense if flow.refits else self.judge(True)
+        state = self.state
+        dense = state.refits[-1].dense if state.refits else self.judge(True)
         before = self.judge(False)
         x, timesteps, batch = self.noisy("refit", REFIT_SAMPLES)
-        poll = lambda: self.report(Event("refit", flow.iteration, self.schedule.iterations))  # noqa: E731
-        changed = refit.fit(x, timesteps, batch.condition, flow.iteration, poll)
+        poll = lambda: self.progress(Event("refit", state.iteration, self.schedule.iterations))  # noqa: E731
+        changed = refit.fit(x, timesteps, batch.condition, state.iteration, poll)
         layers = len({name.rpartition(".")[0] for name in changed})
         try:
             after = self.judge(False)
@@ -184,28 +204,30 @@ class PruningLoop:
         if not after < before:  # true for NaN as well
             refit.restore(changed)
             after, layers = before, 0
-        judged = 2 + (not flow.refits)
-        flow.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
-        flow.refits.append(RefitResult(flow.iteration, dense, before, after, layers))
+        judged = 2 + (not state.refits)
+        state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
+        state.refits.append(RefitResult(state.iteration, dense, before, after, layers))
         values = {"before": before, "after": after, "layers": float(layers)}
-        return Event("refitted", flow.iteration, self.schedule.iterations, values=values)
+        return Event("refitted", state.iteration, self.schedule.iterations, values=values)
 
     def save(self) -> None:
-        flow = self.flow
+        state = self.state
         tensors: dict[str, torch.Tensor] = {}
         families: dict[str, Mapping[str, torch.Tensor]] = {
             "weight": self.masked.weights,
             "mask": self.masked.masks,
-            "support": flow.support,
+            "support": state.support,
         }
         for family, members in families.items():
             tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
         numbers = {
-            "iteration": flow.iteration,
-            "moved": flow.moved,
-            "way": flow.way,
-            "gradients": flow.gradients,
-            "refits": [asdict(refit) for refit in flow.refits],
+            "iteration": state.iteration,
+            "moved": state.moved,
+            "way": state.way,
+            "gradients": state.gradients,
+            "piece": self.piece,
+            "fused": self.fused,
+            "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
 
@@ -222,7 +244,9 @@ class PruningLoop:
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
-        self.flow = Flow(
+        # other memory may be free by now, and sums of other pieces round otherwise
+        self.piece, self.fused = numbers["piece"], numbers["fused"]
+        self.state = LoopState(
             numbers["iteration"],
             numbers["moved"],
             families.get("support", {}),
@@ -239,26 +263,62 @@ def scoring_losses(
     iteration: int,
     total: int,
     chunk: int,
-    report: Report,
+    progress: Progress,
+    *,
+    piece: int | None = None,
 ) -> list[Loss]:
     """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
     Chunks are as equal as they can be, and weighted so that their mean counts every draw once.
+
+    Args:
+        piece: draws that are in memory at once; None for a whole chunk.
     """
+    size = piece or chunk
     chunks = math.ceil(total / chunk)
     edges = [total * number // chunks for number in range(chunks + 1)]
 
     def chunk_loss(first: int, end: int) -> Loss:
+        starts = range(first, end, size)
+        return Pieced(tuple(piece_loss(start, min(end, start + size)) for start in starts))
+
+    def piece_loss(first: int, end: int) -> Loss:
         count = end - first
 
         def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            report(Event("score", first + count, total, values={"iteration": iteration}))
+            progress(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
-            noisy = process.add_noise(batch.images, batch.noise, batch.index)
-            output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.condition)
-            losses = process.losses(output, batch.images, batch.noise, batch.index)
-            return losses.sum() * (chunks / total)
+            return drawn_losses(masked, process, batch, weights).sum() * (chunks / total)
 
         return loss
 
     return [chunk_loss(first, end) for first, end in itertools.pairwise(edges)]
+
+
+def drawn_losses(
+    masked: MaskedModel, process: NoisingProcess, batch: Batch, weights: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """[N] denoising loss of each draw at the given effective weights."""
+    noisy = process.add_noise(batch.images, batch.noise, batch.index)
+    output = masked.forward(weights, noisy, process.timesteps(batch.index), batch.condition)
+    return process.losses(output, batch.images, batch.noise, batch.index)
+
+
+def look_for_timesteps(
+    masked: MaskedModel, process: NoisingProcess, draws: Draws, iteration: int, total: int, chunk: int
+) -> None:
+    """The losses behind scores that are not finite, one by one.
+
+    Raises:
+        GfpruneError: some of them are not finite either; names their timesteps.
+    """
+    weights = {name: tensor.detach() for name, tensor in masked.effective().items()}
+    levels, losses = [], []
+    with torch.no_grad():
+        for first in range(0, total, chunk):
+            batch = draws.batch("score", iteration, min(chunk, total - first), first=first, of=total)
+            levels.append(process.timesteps(batch.index))
+            losses.append(drawn_losses(masked, process, batch, weights))
+    bad = ~torch.cat(losses).isfinite()
+    if bool(bad.any()):
+        raise lost_at("the loss", bad, torch.cat(levels), "check the checkpoint and --data")

@@ -73,7 +73,7 @@ class MaskedModel:
     sizes: dict[tuple[str, Side], int] = field(init=False)
 
     def __post_init__(self) -> None:
-        channels = [group for group in self.groups if not group.stack]
+        channels = [group for group in self.groups if not group.is_block]
         members = {member.module for group in channels for member in group.members}
         self.sizes = {
             (member.module, member.side): dimension_size(self.model, member.module, member.side)
@@ -86,7 +86,7 @@ class MaskedModel:
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))
         for group in self.groups:
-            if group.stack:
+            if group.is_block:
                 self.model.get_submodule(group.name).register_forward_hook(
                     lambda module, args, kwargs, output, name=group.name: gate(
                         module, self.gates[name], args, kwargs, output
@@ -105,7 +105,7 @@ class MaskedModel:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""
         self.masks = {name: mask.cpu() for name, mask in masks.items()}
         members = self.member_masks()
-        stacked = [group.name for group in self.groups if group.stack]
+        stacked = [group.name for group in self.groups if group.is_block]
         cast = self.sent([*members.values(), *(self.masks[name] for name in stacked)])
         exact = cast(torch.float64)
         self.gates = {name: gate[0] for name, gate in zip(stacked, exact[len(members) :], strict=True)}
@@ -142,11 +142,11 @@ class MaskedModel:
         """
         found: dict[tuple[str, int], torch.Tensor] = {}
         for group in self.groups:
-            if group.stack:
+            if group.is_block:
                 continue  # the mask of a block multiplies what it adds to its stream: see `gate`
             per_channel = self.masks[group.name].repeat_interleave(group.unit_size)
             for member in (member for member in group.members if member.side == side):
-                key = (member.module, dimension_of(member))
+                key = (member.module, masked_dimension(member))
                 if key not in found:
                     found[key] = per_channel.new_ones(self.sizes[member.module, side])
                 found[key][member.positions] = per_channel[member.channels]
@@ -180,7 +180,7 @@ class MaskedModel:
         """
         sums = {}
         for group in self.groups:
-            if group.stack:
+            if group.is_block:
                 within = [value for name, value in values.items() if name.startswith(f"{group.name}.")]
                 sums[group.name] = torch.stack([value.double().sum().cpu() for value in within]).sum().view(1)
                 continue
@@ -189,7 +189,7 @@ class MaskedModel:
                 for key in leaves(member.module):
                     value = values.get(key)
                     if value is not None:
-                        per_row = value.double().movedim(dimension_of(member) if value.ndim > 1 else 0, 0)
+                        per_row = value.double().movedim(masked_dimension(member) if value.ndim > 1 else 0, 0)
                         per_row = per_row.flatten(1).sum(1) if value.ndim > 1 else per_row
                         rows = per_row.cpu()[member.positions]
                         total.index_add_(0, member.channels // group.unit_size, rows)
@@ -202,7 +202,7 @@ def leaves(name: str) -> tuple[str, ...]:
     return f"{name}.weight", f"{name}.bias", name
 
 
-def dimension_of(member: Member) -> int:
+def masked_dimension(member: Member) -> int:
     """The dimension of a member's tensors that its channels run along."""
     return {"embedding": 1, "parameter": -1}.get(member.kind, 0)
 

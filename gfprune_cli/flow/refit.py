@@ -129,10 +129,22 @@ class Refit:
         for carrier in self.residuals.values():
             carriers.setdefault(carrier.module, set()).add(carrier)
         gone = tuple(f"{name}." for name, gate in self.masked.gates.items() if float(gate) == 0)
+        waiting: dict[str, set[str]] = {}  # stream -> layers that have not seen it yet
+
+        def visit_and_let_go(name: str, *seen: Any) -> None:
+            visit(name, *seen)
+            carrier = self.residuals.get(name)
+            if carrier is not None:
+                waiting[carrier.key].discard(name)
+                if not waiting[carrier.key]:
+                    self.streams.pop(carrier.key, None)
+
         for name, module in model.named_modules():
             hooks += [carrier.watch(module, self.streams) for carrier in carriers.get(name, ())]
             if is_fittable(module) and not name.startswith(gone):
-                hooks.append(hook(name, module, visit, after=after))
+                hooks.append(hook(name, module, visit_and_let_go, after=after))
+                if name in self.residuals:
+                    waiting.setdefault(self.residuals[name].key, set()).add(name)
         try:
             yield
         finally:

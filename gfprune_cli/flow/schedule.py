@@ -14,7 +14,7 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    sparsity: float = Field(gt=0, lt=1)
+    sparsity: float = Field(ge=0, lt=1)
     scorings: int = Field(ge=1)
     bound: float = Field(gt=0, le=1)
 
@@ -27,7 +27,7 @@ class Schedule(BaseModel):
     def iterations(self) -> int:
         return self.scorings + self.closing
 
-    def progress(self, iteration: int) -> float:
+    def share(self, iteration: int) -> float:
         """Share of the sparsity that is asked for after an iteration, 1 to `iterations`.
 
         Cubic, gentle at the end (arXiv 1710.01878).

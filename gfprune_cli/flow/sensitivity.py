@@ -7,16 +7,16 @@ import torch
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
-from gfprune_cli.progress import Event, Report
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.structure.groups import ChannelGroup, select
 
 WORST = 1e30  # stands for a loss that is not finite: JSON has no infinity
 
 
-def spared(group: ChannelGroup, share: float) -> int:
+def least_units(group: ChannelGroup, share: float) -> int:
     """Steps of a group that a measurement masks: at least one, and all of a block."""
     steps = group.channels // group.step
-    return steps if group.stack else max(1, min(steps - 1, round(steps * share)))
+    return steps if group.is_block else max(1, min(steps - 1, round(steps * share)))
 
 
 def measured_rises(
@@ -24,7 +24,7 @@ def measured_rises(
     scores: Mapping[str, torch.Tensor],
     share: float,
     loss: Callable[[], float],
-    report: Report,
+    progress: Progress,
 ) -> dict[str, float]:
     """Group name -> rise of the loss when `share` of its channels, or the block, is masked.
 
@@ -44,13 +44,13 @@ def measured_rises(
     rises = {}
     try:
         for number, group in enumerate(groups):
-            report(Event("probe", number, len(groups)))
-            keep = group.channels - spared(group, share) * group.step
+            progress(Event("probe", number, len(groups)))
+            keep = group.channels - least_units(group, share) * group.step
             support = select(group, scores[group.name], keep)
             masked.set_masks(whole | {group.name: whole[group.name] * support})
             rise = loss() - before
             rises[group.name] = rise if math.isfinite(rise) else WORST
     finally:
         masked.set_masks(whole)  # a run that stops here saves them
-    report(Event("probe", len(groups), len(groups)))
+    progress(Event("probe", len(groups), len(groups)))
     return rises

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
-from gfprune_cli.checkpoint.layout import pipeline_components
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -24,7 +23,7 @@ from gfprune_cli.inputs.recording import PipelineOptions, Recording, record
 from gfprune_cli.inputs.rows import flattened
 from gfprune_cli.outputs.cache import Tensors, cached
 from gfprune_cli.outputs.digests import fingerprint
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 
 FIELDS = (
     "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows",
@@ -90,7 +89,7 @@ def recorded(
     scheduler: Any,
     asked: Asked,
     options: PipelineOptions,
-    report: Report,
+    progress: Progress,
 ) -> Recording:
     """What the pipeline passes to `model`: from the cache, or from the pipeline, which is then let go."""
     device = next(model.parameters()).device
@@ -98,14 +97,14 @@ def recorded(
 
     def make() -> tuple[Tensors, Any]:
         pipeline = open_pipeline(component, model, scheduler)
-        made = record(pipeline, model, asked.distinct, options, report)
+        made = record(pipeline, model, asked.distinct, options, progress)
         del pipeline
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return as_tensors(made)
 
-    return as_recording(*cached(key, make, report))
+    return as_recording(*cached(key, make, progress))
 
 
 def recording_key(
@@ -118,7 +117,7 @@ def recording_key(
     root = component.root
     decided = [
         path
-        for name in pipeline_components(component.pipeline or {})
+        for name in component.entries
         if (root / name).is_dir() and name not in (component.name, "scheduler")
         for path in (root / name).iterdir()
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
@@ -214,7 +213,7 @@ def as_recording(tensors: Tensors, document: Mapping[str, Any]) -> Recording:
     )
 
 
-def made_up(model: nn.Module, count: int, seed: int, report: Report) -> Recording:
+def made_up(model: nn.Module, count: int, seed: int, progress: Progress) -> Recording:
     """Standard normal values in place of text states, for a network without its pipeline.
 
     Raises:
@@ -227,7 +226,7 @@ def made_up(model: nn.Module, count: int, seed: int, report: Report) -> Recordin
     shape = tuple(inputs.pop(sample).shape[1:])
     timestep = next(name for name in inputs if name.startswith("timestep"))
     del inputs[timestep]
-    notice(report, "there is no pipeline around this network: normal noise stands in for text states")
+    notice(progress, "there is no pipeline around this network: normal noise stands in for text states")
     tensors: dict[str, torch.Tensor] = {}
     shared: dict[str, Any] = {}
     for name, value in flattened(inputs, set()).items():

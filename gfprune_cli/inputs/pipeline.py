@@ -6,6 +6,7 @@ Autoencoders come without weights where nothing is decoded: pipelines read their
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +16,23 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import pipeline_components, weights_variant
+from gfprune_cli.checkpoint.files import first_line, quoted, read_config
+from gfprune_cli.checkpoint.layout import OPTIONAL, is_autoencoder, weights_variant
 from gfprune_cli.checkpoint.reader import inspect as inspect_component
 from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.component_files import check_folder, check_size
+from gfprune_cli.outputs.tensor_files import cannot_map
 
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # they judge images, or read them
-AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+LEFT_OUT = OPTIONAL  # they judge images, or read them
+DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
 
-def is_autoencoder(class_name: str) -> bool:
-    return class_name.removeprefix("Pruned").startswith(AUTOENCODERS)
+def is_decoder(class_name: str) -> bool:
+    """Whether a pipeline makes its images of latents with a component of that class."""
+    return class_name.removeprefix("Pruned").startswith(DECODERS)
 
 
 def open_pipeline(
@@ -63,7 +67,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         for name, value in component.pipeline.items()
         if name in accepted and isinstance(value, bool | int | float | str)
     }
-    entries = pipeline_components(component.pipeline)
+    entries = component.entries
     for name in component.pipeline:
         if name not in accepted or name in made:
             continue
@@ -93,22 +97,44 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
 
 
 def pipeline_class(component: Component) -> Any:
-    """The diffusers class that model_index.json names."""
-    import diffusers
+    """The diffusers class that model_index.json names.
 
+    Where that one changes images and its network is one that draws from noise alone, the class that does.
+
+    Raises:
+        GfpruneError: it is no pipeline of diffusers.
+    """
     name = (component.pipeline or {}).get("_class_name")
-    with quiet():  # importing a pipeline imports what it may use of transformers
-        known = isinstance(name, str) and name.endswith("Pipeline")
-        found = getattr(diffusers, str(name), None) if known else None
-    if not (
-        isinstance(found, type)
-        and found.__module__.startswith("diffusers.pipelines.")
-        and issubclass(found, diffusers.DiffusionPipeline)
-    ):
+    found = _pipeline_named(name) if isinstance(name, str) else None
+    if found is None:
         raise GfpruneError(
             f"{component.root / 'model_index.json'} names {quoted(name)}, which is no pipeline of diffusers"
         )
-    return found
+    from_noise = CHANGES_IMAGES.sub("", found.__name__)
+    channels = component.config.get("in_channels")
+    whole = (component.config.get("out_channels") or channels) == channels  # no mask or image comes along
+    if from_noise == found.__name__ or not whole or is_autoencoder(component.class_name):
+        return found
+    plain = _pipeline_named(from_noise)
+    if plain is None:
+        return found
+    known = inspect.signature(plain.__init__).parameters  # of the SDXL refiner not all
+    asked = {key for key, value in (component.pipeline or {}).items() if value is True}
+    return plain if asked <= known.keys() else found
+
+
+def _pipeline_named(name: str) -> Any:
+    """A pipeline of diffusers; None for anything else."""
+    import diffusers
+
+    with quiet():  # importing a pipeline imports what it may use of transformers
+        found = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    known = (
+        isinstance(found, type)
+        and found.__module__.startswith("diffusers.pipelines.")
+        and issubclass(found, diffusers.DiffusionPipeline)
+    )
+    return found if known else None
 
 
 def _on_device(found: type, device: torch.device) -> Any:
@@ -123,7 +149,7 @@ def load_component(component: Component, name: str, device: torch.device) -> Any
     Raises:
         GfpruneError: it cannot be loaded.
     """
-    entries = pipeline_components(component.pipeline or {})
+    entries = component.entries
     with quiet():
         return _load(component, name, *entries[name], device, decode=True)
 
@@ -146,19 +172,19 @@ def _load(
     textual = found.__module__.startswith("transformers.")
     if not folder.is_dir():
         raise GfpruneError(f"{folder} is missing, and the pipeline needs it: fetch the checkpoint again")
-    check_folder(folder, trusted_roots(component.root))
+    check_folder(folder, component.roots)
     try:
         if not issubclass(found, nn.Module):
             remote = {"trust_remote_code": False} if textual else {}
             return found.from_pretrained(folder, local_files_only=True, **remote)
         if not textual and not decode and _only_described(class_name):
-            config = read_config(folder / "config.json", trusted_roots(component.root))
+            config = read_config(folder / "config.json", component.roots)
             with torch.device("meta"):
                 return found.from_config(config).eval()
         if textual:
             check_size(found, folder)
         else:
-            read_config(folder / "config.json", trusted_roots(component.root))
+            read_config(folder / "config.json", component.roots)
         loaded, names = found.from_pretrained(
             folder,
             local_files_only=True,
@@ -173,8 +199,9 @@ def _load(
     except GfpruneError:
         raise
     except Exception as error:
+        remedy = "; copy the checkpoint to a disk that can map files into memory" * cannot_map(error)
         raise GfpruneError(
-            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}"
+            f"{folder}: the pipeline's {name} ({class_name}) cannot be loaded: {first_line(error)}{remedy}"
         ) from error
     return _usable(loaded, device)
 
@@ -185,7 +212,7 @@ def _source(root: Path) -> Source:
 
 def _only_described(class_name: str) -> bool:
     """Networks that no conditioning comes from: autoencoders, and other denoisers than the one in memory."""
-    return is_autoencoder(class_name) or "Transformer" in class_name or "UNet" in class_name
+    return is_decoder(class_name) or "Transformer" in class_name or "UNet" in class_name
 
 
 def _component_class(library: str, class_name: str) -> Any:

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pipeline import quiet
+from gfprune_cli.inputs.refusals import not_run
 from gfprune_cli.inputs.rows import check_shared, flattened, own_row, shared_values, stacked
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -93,7 +93,7 @@ def record(
     network: nn.Module,
     asked: Sequence[str] | Sequence[int],
     options: PipelineOptions,
-    report: Report = silent,
+    progress: Progress = silent,
 ) -> Recording:
     """Run a pipeline once per prompt, up to its first call of the network.
 
@@ -108,7 +108,7 @@ def record(
     observer = Observer(network, pipeline.scheduler)
     arguments = call_arguments(pipeline, options)
     with quiet(), observer.watching(pipeline), torch.no_grad():
-        run(pipeline, observer, arguments, asked[:1], None)
+        run_pipeline(pipeline, observer, arguments, asked[:1], None)
         guidance, time = conventions(pipeline, observer, options)
         sample, timestep = argument_names(network, observer.calls[0])
         shape = tuple(observer.calls[0][sample].shape[1:])
@@ -118,12 +118,12 @@ def record(
         own = per_sample_names(pipeline, observer, arguments, asked[0], single, left_out)
         rows, shared = [own_row(single, own)], shared_values(single, own)
         for number, ask in enumerate(asked[1:], 1):
-            report(Event("encode", number, len(asked)))
-            run(pipeline, observer, arguments, [ask], count)
+            progress(Event("encode", number, len(asked)))
+            run_pipeline(pipeline, observer, arguments, [ask], count)
             calls = [flattened(call, left_out) for call in observer.calls]
             rows.append(own_row(calls, own))
             check_shared(pipeline, shared, shared_values(calls, own))
-    report(Event("encode", len(asked), len(asked)))
+    progress(Event("encode", len(asked), len(asked)))
     tensors = stacked(rows)
     if guidance.order == (1, 0):
         tensors = {name: tensor.flip(1) for name, tensor in tensors.items()}
@@ -171,7 +171,7 @@ def call_arguments(
     return made
 
 
-def run(
+def run_pipeline(
     pipeline: Any, observer: Observer, arguments: dict[str, Any], asked: Sequence[Any], limit: int | None
 ) -> None:
     """Call the pipeline for some prompts until `observer` has seen enough.
@@ -197,7 +197,7 @@ def run(
     except GfpruneError:
         raise
     except Exception as error:  # another library's pipeline: anything
-        raise GfpruneError(f"{type(pipeline).__name__} cannot be run: {first_line(error)}") from error
+        raise not_run(pipeline, observer.network, made, error) from error
     if not observer.calls:
         raise GfpruneError(
             f"{type(pipeline).__name__} never calls its {type(observer.network).__name__}:"
@@ -254,7 +254,7 @@ def per_sample_names(
     left_out: set[str],
 ) -> set[str]:
     """Arguments that grow with the batch: seen by asking for the same thing twice."""
-    run(pipeline, observer, arguments, [ask, ask], 1)
+    run_pipeline(pipeline, observer, arguments, [ask, ask], 1)
     double, found = flattened(observer.calls[0], left_out), set()
     for name, value in single[0].items():
         leaves = pytree.tree_leaves(value)

@@ -9,10 +9,10 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.diffusion.conditions import keywords
-from gfprune_cli.families.table import is_known
+from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.conditioning import asked_of, recorded
 from gfprune_cli.inputs.recording import PipelineOptions
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Passed:
     time_factor: float
 
 
-def passed_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> Passed | None:
+def passed_inputs(
+    model: nn.Module, component: Component, scheduler: Any, progress: Progress
+) -> Passed | None:
     """What the pipeline around a network passes to it; None if its class is known, or there is no pipeline.
 
     Args:
@@ -37,12 +39,12 @@ def passed_inputs(model: nn.Module, component: Component, scheduler: Any, report
     Raises:
         GfpruneError: the pipeline cannot be run.
     """
-    if is_known(model) or component.pipeline is None:
+    if has_known_inputs(model) or component.pipeline is None:
         return None
     config: Any = model.config
     options = PipelineOptions()
     asked = asked_of(component, config, options, 1, 0, shuffled=False)
-    found = recorded(model, component, scheduler, asked, options, report)
+    found = recorded(model, component, scheduler, asked, options, progress)
     single = {name: tensor[:1, -1:] for name, tensor in found.conditions.tensors.items()}
     conditions = replace(found.conditions, tensors=single, branches=1, rows=(0,))
     inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditions)
@@ -50,9 +52,9 @@ def passed_inputs(model: nn.Module, component: Component, scheduler: Any, report
     return Passed(inputs, conditions.time_factor)
 
 
-def pipeline_inputs(network: nn.Module, component: Component, report: Report) -> dict[str, Any] | None:
+def pipeline_inputs(network: nn.Module, component: Component, progress: Progress) -> dict[str, Any] | None:
     """What `discover` needs to run a network: None where its class is known."""
-    passed = passed_inputs(network, component, load_scheduler(component), report)
+    passed = passed_inputs(network, component, load_scheduler(component), progress)
     return None if passed is None else passed.inputs
 
 
@@ -74,11 +76,11 @@ class RecordedNetwork(nn.Module):
         return self.network(**inputs)
 
 
-def with_inputs(model: nn.Module, component: Component, scheduler: Any, report: Report) -> nn.Module:
+def with_inputs(model: nn.Module, component: Component, scheduler: Any, progress: Progress) -> nn.Module:
     """`model`, or if its class is unknown and there is a pipeline around it, with inputs from there.
 
     Raises:
         GfpruneError: the pipeline cannot be run.
     """
-    found = passed_inputs(model, component, scheduler, report)
+    found = passed_inputs(model, component, scheduler, progress)
     return model if found is None else RecordedNetwork(model, found.inputs, found.time_factor)

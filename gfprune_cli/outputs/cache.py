@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from gfprune_cli.outputs.durable import replacing, write_tensors
 from gfprune_cli.outputs.locks import sweep_folder
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.outputs.tensor_files import read_whole
+from gfprune_cli.progress import Progress, notice
 
 DOCUMENT = "document"
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ def sweep_caches() -> None:
 
 
 def cached(
-    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], report: Report
+    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], progress: Progress
 ) -> tuple[Tensors, Any]:
     """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
 
@@ -53,9 +53,8 @@ def cached(
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     path = cache_room("calibration") / f"{digest}.safetensors"
     try:
-        with safe_open(path, framework="pt") as reader:
-            document = json.loads(reader.metadata()[DOCUMENT])
-            return {name: reader.get_tensor(name) for name in reader.keys()}, document  # noqa: SIM118
+        found, metadata = read_whole(path)
+        return found, json.loads(metadata[DOCUMENT])
     except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
         pass
     tensors, document = make()
@@ -64,5 +63,5 @@ def cached(
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
-        notice(report, f"calibration images were not cached in {path.parent}: {error.strerror}")
+        notice(progress, f"calibration images were not cached in {path.parent}: {error.strerror}")
     return tensors, document

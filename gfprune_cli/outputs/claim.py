@@ -42,14 +42,19 @@ class Claim:
         return StateFolder(self.destination, identity)
 
     def prepare(self, state: StateFolder) -> None:
-        """Discard or refuse the state of an earlier run, unless it is to be continued.
+        """Discard or refuse the state of an earlier run, unless it is to be continued."""
+        if self.force and not self.resume:
+            state.clear()
+        self.refuse_state()
+
+    def refuse_state(self) -> None:
+        """Refuse the state of an earlier run.
 
         Raises:
             UsageError: there is one, and neither flag says what to do with it.
         """
-        if self.force and not self.resume:
-            state.clear()
-        if state.exists() and not self.resume:
+        state = self.state({})
+        if state.exists() and not (self.force or self.resume):
             raise UsageError(
                 f"an interrupted run left its state in {state.folder}: "
                 "continue it with --resume, or discard it with --force"
@@ -64,7 +69,7 @@ def claim(
     main: bool = True,
     check: Callable[..., None] = check_destination,
 ) -> Iterator[Claim]:
-    """Work on an output as the only run that does; a dry run works on none.
+    """Work on an output as the only run that does; a dry run works on none, and is refused what a run is.
 
     Args:
         main: whether this process writes; the others only ask what it asks, so that none waits for another.
@@ -76,7 +81,7 @@ def claim(
     own = Claim(destination, options.force, options.resume)
     resumed = {"resume": True} if options.resume else {}
     asked = partial(check, destination, force=options.force, **resumed)
-    if not main and not options.dry_run:
+    if not main or options.dry_run:
         asked()
     with claimed(destination, asked) if main and not options.dry_run else nullcontext():
         yield own

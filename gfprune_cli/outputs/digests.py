@@ -2,10 +2,12 @@
 
 import hashlib
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from gfprune_cli.errors import GfpruneError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def sha256_of(path: Path) -> str:
@@ -21,7 +23,7 @@ def sha256_of(path: Path) -> str:
         raise GfpruneError(f"{path} cannot be read: {error}") from error
 
 
-def fingerprint(images: torch.Tensor) -> str:
+def fingerprint(images: "torch.Tensor") -> str:
     """Name a set of images by its content, for recipes and caches.
 
     Args:
@@ -30,6 +32,8 @@ def fingerprint(images: torch.Tensor) -> str:
     Returns:
         The SHA-256 of its shape and bytes, 64 hexadecimal digits.
     """
+    import torch
+
     digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
     digest.update(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

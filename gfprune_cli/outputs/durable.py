@@ -17,31 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.filesystem import give_default_mode, sync, sync_tree
 from gfprune_cli.outputs.locks import hidden, own_folder, sweep
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-
-
-def default_mode() -> int:
-    """The mode that the umask gives to new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def sync(path: Path) -> None:
-    """Make a file's or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
-    sync(folder)
 
 
 def write_tensors(
@@ -61,7 +40,7 @@ def write_tensors(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    path.chmod(default_mode())
+    give_default_mode(path)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -159,6 +138,7 @@ def check_destination(destination: Path, *, force: bool, resume: bool = False) -
     `--force` replaces only what gfprune wrote: a folder with a gfprune.json. With `--resume` such a folder
     may be the output of the very run that is resumed; the caller has to make sure before it is replaced.
     """
+    check_name(destination)
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         kind = "link" if destination.is_symlink() else "file"
         raise UsageError(f"--out {destination} is a {kind}: name a folder")
@@ -169,6 +149,21 @@ def check_destination(destination: Path, *, force: bool, resume: bool = False) -
     if destination.is_dir() and any(destination.iterdir()):
         check_replaceable(destination, force=force or (resume and is_output(destination)))
     check_writable(destination)
+
+
+def check_name(destination: Path) -> None:
+    """Refuse a name that neither JSON nor a model card can hold, nor the terminal.
+
+    Raises:
+        UsageError: it is no text, but bytes in another encoding, as old archives leave them.
+    """
+    try:
+        str(destination).encode("utf-8")
+        os.fsencode(destination)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--out {str(destination)!a}: the name is not text in UTF-8: name an output with --out"
+        ) from error
 
 
 def check_writable(destination: Path) -> None:

@@ -120,12 +120,12 @@ def claimed(destination: Path, check: Callable[[], None]) -> Iterator[None]:
     """
     check()
     with exclusive(state_folder(destination), what=f"--out {destination}"):
-        recover(destination)
+        restore_output(destination)
         check()
         yield
 
 
-def recover(destination: Path) -> None:
+def restore_output(destination: Path) -> None:
     """Clean up after killed runs: bring back an output that was never replaced, drop staging folders.
 
     For the one that holds the lock: whatever is there has no owner any more, in this container or another.

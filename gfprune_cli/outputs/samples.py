@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import write_file
 from gfprune_cli.outputs.locks import discard, sweep
+from gfprune_cli.outputs.tensor_files import load_tensors
 
 IDENTITY = "identity.json"
 
@@ -92,7 +93,7 @@ class SampleStore:
             GfpruneError: the file is missing or damaged.
         """
         try:
-            images = load_file(self.path(role, chunk))["images"]
+            images = load_tensors(self.path(role, chunk))["images"]
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise GfpruneError(
                 f"{self.path(role, chunk)} cannot be read ({error}): remove it and continue with --resume; "

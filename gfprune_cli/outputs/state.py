@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.durable import (
     free_space_error,
-    sync,
-    sync_tree,
     write_json,
     write_tensors,
 )
+from gfprune_cli.outputs.filesystem import sync, sync_tree
 from gfprune_cli.outputs.locks import discard, state_folder
+from gfprune_cli.outputs.tensor_files import load_tensors
 
 KEPT_STATES = 2
 
@@ -76,7 +75,7 @@ class StateFolder:
                 numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
                 intact = numbers["sha256"] == sha256_of(state / "state.safetensors")
                 identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
-                tensors = load_file(state / "state.safetensors") if intact else {}
+                tensors = load_tensors(state / "state.safetensors") if intact else {}
             except (GfpruneError, OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
                 continue  # RuntimeError: PyTorch's own when a file cannot be mapped
             if not intact:

@@ -17,7 +17,7 @@ from gfprune_cli.pages.drawing import (
     ORANGE,
     PURPLE,
     Tips,
-    draw,
+    draw_svg,
     fill,
     human,
     percent,
@@ -147,7 +147,7 @@ def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
         f"{human(largest['params'])}, are in {largest['name']}."
     )
     bottom = below(groups)
-    return draw("where", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
+    return draw_svg("where", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
 
 
 def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
@@ -179,7 +179,7 @@ def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
 
     label = f"Heat map: share of channels that each of {len(groups)} groups loses at {len(plans)} sparsities."
     bottom = below(groups)
-    return draw("widths", label, (WIDE, 4 + 34 * len(plans) + bottom), (SIDE, bottom, 4, 4), paint)
+    return draw_svg("widths", label, (WIDE, 4 + 34 * len(plans) + bottom), (SIDE, bottom, 4, 4), paint)
 
 
 def blocks(groups: Sequence[Group]) -> list[tuple[str, int, int, bool]]:
@@ -255,7 +255,7 @@ def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
         + ", ".join(f"{percent(ratio(last[key], document[key]))} of the {text}" for key, text, *_ in LEFT)
         + "."
     )
-    return draw("left", label, (440, 300), (SIDE, 48, 14, 8), paint)
+    return draw_svg("left", label, (440, 300), (SIDE, 48, 14, 8), paint)
 
 
 def sensitivity_plot(measured: Sequence[Group]) -> Markup:
@@ -288,4 +288,4 @@ def sensitivity_plot(measured: Sequence[Group]) -> Markup:
     side = 16 + round(6.1 * max(len(shorten(group["name"])) for group in shown))
     first = measured[0]
     label = f"Bar chart of sensitivity. Most sensitive: {first['name']}, {percent(first['sensitivity'])}."
-    return draw("sensitivity", label, (440 + side, 34 + 19 * (len(shown) + gap)), (side, 26, 8, 4), paint)
+    return draw_svg("sensitivity", label, (440 + side, 34 + 19 * (len(shown) + gap)), (side, 26, 8, 4), paint)

@@ -78,7 +78,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{number} {prefixes[0]}{unit}".strip()
 
 
-def draw(
+def draw_svg(
     salt: str,
     label: str,
     size: tuple[int, int],

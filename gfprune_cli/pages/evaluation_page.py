@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from gfprune_cli.pages.drawing import BLUE, GREY, Tips, draw, fill, human, percent, ratio
+from gfprune_cli.pages.drawing import BLUE, GREY, Tips, draw_svg, fill, human, percent, ratio
 from gfprune_cli.pages.evaluation_tables import (
     SIZES,
     Document,
@@ -231,7 +231,7 @@ def loss_plot(bins: Sequence[Mapping[str, Any]]) -> Markup:
         f"Curves of the denoising loss: the model's goes from {number(first['loss'])} "
         f"at timestep {first['from']} to {number(last['loss'])} at {last['to']}."
     )
-    return draw("loss", label, (520, 320), (64, 48, 22, 8), paint)
+    return draw_svg("loss", label, (520, 320), (64, 48, 22, 8), paint)
 
 
 def inline_png(image: bytes) -> str:

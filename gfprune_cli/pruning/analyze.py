@@ -11,7 +11,7 @@ from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.sensitivity import measured_rises
-from gfprune_cli.progress import Event, Report, silent
+from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import Plan
 from gfprune_cli.pruning.units import find_units
@@ -72,7 +72,7 @@ class Analysis:
         return {"schema_version": SCHEMA_VERSION, "command": "analyze", **asdict(self)}
 
 
-def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent) -> Analysis:
+def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = silent) -> Analysis:
     """Describe a checkpoint, from its configuration and headers alone unless `sensitivity` is asked for.
 
     Raises:
@@ -89,13 +89,13 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent)
         config_from=recipe.config_from,
         offline=options.offline,
         config_only=not recipe.sensitivity,
-        report=report,
+        progress=progress,
     )
     found = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=recipe.sensitivity
     )
-    report(Event("trace", text=f"tracing {found.class_name}"))
-    meta, groups, trace = find_units(found, report, width=recipe.prune_width, blocks=recipe.blocks)
+    progress(Event("trace", text=f"tracing {found.class_name}"))
+    meta, groups, trace = find_units(found, progress, width=recipe.prune_width, blocks=recipe.blocks)
     cost = CostModel(meta, groups, trace)
     stored = {info.dtype for info in found.tensors.values()}
     width = PARAMETER_BYTES.get(stored.pop(), 4) if len(stored) == 1 else 4
@@ -108,8 +108,10 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, report: Report = silent)
             for name in ("model", "revision", "variant", "config_from", "component")
         }
         plan = Plan(found, groups, cost, None, None)
-        job = PruneJob(PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), report)
-        rises = measure_sensitivity(job, report)
+        job = PruneJob(
+            PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), progress
+        )
+        rises = measure_sensitivity(job, progress)
     total = cost.params({})
     return Analysis(
         model=recipe.model,
@@ -164,7 +166,7 @@ def plan_for(
     )
 
 
-def measure_sensitivity(job: PruneJob, report: Report) -> dict[str, float]:
+def measure_sensitivity(job: PruneJob, progress: Progress) -> dict[str, float]:
     """Group name -> relative rise of the denoising loss when its weakest quarter, or the block, is masked.
 
     The weakest units by first-order Taylor score go, the same number in every norm group; everything else
@@ -175,6 +177,6 @@ def measure_sensitivity(job: PruneJob, report: Report) -> dict[str, float]:
     masked, draws = scored.masked, scored.draws
     baseline = job.masked_loss(draws, masked, PROBE_DRAWS)
     rises = measured_rises(
-        masked, scored.scores, PROBE_SHARE, lambda: job.masked_loss(draws, masked, PROBE_DRAWS), report
+        masked, scored.scores, PROBE_SHARE, lambda: job.masked_loss(draws, masked, PROBE_DRAWS), progress
     )
     return {name: rise / baseline for name, rise in rises.items()}

@@ -11,32 +11,36 @@ from gfprune_cli.checkpoint.writer import write_checkpoint
 from gfprune_cli.outputs.cache import sweep_caches
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.state import not_finished, run_digest
-from gfprune_cli.progress import Event, PhaseClock, Report, notice, silent
+from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
 from gfprune_cli.pruning.job import PruneJob
-from gfprune_cli.pruning.plan import make_plan, planned
+from gfprune_cli.pruning.plan import make_plan, planned_result
 from gfprune_cli.pruning.record import make_record
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import choose_device, deterministic
+from gfprune_cli.runtime.launch import check_alone
 
 
 def default_output(recipe: PruneRecipe) -> Path:
     """A name derived from the model and the settings."""
     stem = Path(recipe.model).name or "model"
+    if not recipe.sparsity:
+        return Path(f"{stem}-fold")
     parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
 
-def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> PruneResult:
+def prune(recipe: PruneRecipe, options: RunOptions, progress: Progress = silent) -> PruneResult:
     """Prune a checkpoint and write the result; what is told to `recipe` decides its bytes.
 
     Raises:
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
-        Interrupted: raised by `report`; the state is durable by then.
+        Interrupted: raised by `progress`; the state is durable by then.
     """
     start = time.monotonic()
-    report = clock = PhaseClock(report)
+    check_alone("prune")
+    progress = clock = PhaseClock(progress)
     destination = options.out or default_output(recipe)
     device = choose_device(options.device)
     with claim(destination, options) as output:
@@ -47,13 +51,20 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
             config_from=recipe.config_from,
             offline=options.offline,
             config_only=options.dry_run,
-            report=report,
+            progress=progress,
         )
-        plan = make_plan(source, recipe, report, weights_required=not options.dry_run or source.kind != "hub")
-        if options.dry_run:
-            return planned(plan, recipe, time.monotonic() - start)
+        plan = make_plan(
+            source, recipe, progress, weights_required=not options.dry_run or source.kind != "hub"
+        )
         output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
-        job = PruneJob(recipe, source, plan, device, report, offload_teacher=options.offload_teacher)
+        job = PruneJob(recipe, source, plan, device, progress, offload_teacher=options.offload_teacher)
+        if options.dry_run:
+            output.refuse_state()
+            if plan.fold:
+                notice(
+                    progress, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights"
+                )
+            return planned_result(plan, recipe, time.monotonic() - start)
         state = output.state(job.identity())
         if output.finished:
             record = finished_run(job, destination)
@@ -63,7 +74,7 @@ def prune(recipe: PruneRecipe, options: RunOptions, report: Report = silent) -> 
             output.prepare(state)
             with deterministic():
                 model, outcome = job.execute(state)
-            report(Event("write", text=f"writing {destination}"))
+            progress(Event("write", text=f"writing {destination}"))
             record = make_record(job, model, outcome)
             record = write_checkpoint(destination, model, plan.component, record, force=options.force)
             state.end()
@@ -84,7 +95,7 @@ def finished_run(job: PruneJob, destination: Path) -> dict[str, Any]:
         if record["source"]["data"] != job.data_fingerprint:
             raise not_finished(destination)
     sweep_caches()
-    notice(job.report, f"{destination} is finished: there is nothing left to do")
+    notice(job.progress, f"{destination} is finished: there is nothing left to do")
     return record
 
 
@@ -103,5 +114,6 @@ def result_of(
         seed=recipe.seed,
         seconds=round(time.monotonic() - start, 3),
         seconds_by_phase=clock.finish(),
+        fold=record.get("fold"),
         **{name: record[name] for name in shared},
     )

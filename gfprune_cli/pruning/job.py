@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.reader import build_meta, cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.reader import build_meta, cast_model, check_weights, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
@@ -17,19 +17,25 @@ from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, denoising_loss, one_sample
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
-from gfprune_cli.flow.loop import PruningLoop, scoring_losses
+from gfprune_cli.families.table import has_known_inputs
+from gfprune_cli.flow.criteria import Evidence, score
+from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.outputs.state import StateFolder
-from gfprune_cli.progress import Event, Report, notice
-from gfprune_cli.pruning.memory import FLOAT, Need, activations, check_memory
-from gfprune_cli.pruning.plan import Plan, uniform_scores
+from gfprune_cli.progress import Event, Progress, notice
+from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
+from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
+from gfprune_cli.pruning.phases import LOSSES, RECOVERING, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.plan import Plan, folded_plan, uniform_scores
+from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -39,15 +45,12 @@ from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.removal import carry_over, remove, remove_native
+from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
-SCORE_CHUNK = 16
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
 JUDGE_DRAWS = 32  # of them, behind each loss that judges a refit
 SAVE_EVERY = 100  # recovery steps
-RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments, their average
-REMEDY = "use --offload-teacher, fewer --draws, or a larger device"
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
     memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
@@ -64,7 +67,13 @@ class Scored:
 
 
 class PruneJob:
-    """One prune run: its inputs, and the steps from dense to pruned network."""
+    """One prune run: its inputs, and the steps from dense to pruned network.
+
+    To make one is to take every check that reads no weight; a dry run does, and goes no further.
+
+    Raises:
+        UsageError: settings that do not fit the checkpoint; GfpruneError: what no run can work on.
+    """
 
     def __init__(
         self,
@@ -72,13 +81,18 @@ class PruneJob:
         source: Source,
         plan: Plan,
         device: torch.device,
-        report: Report,
+        progress: Progress,
         *,
         offload_teacher: bool = False,
     ) -> None:
-        self.recipe, self.source, self.plan, self.device, self.report = recipe, source, plan, device, report
+        self.recipe, self.source, self.plan, self.device, self.progress = (
+            recipe,
+            source,
+            plan,
+            device,
+            progress,
+        )
         self.offload_teacher = offload_teacher and device.type != "cpu"
-        self.hashes = sha256_of_weights(plan.component)
         scheduler = load_scheduler(plan.component)
         if scheduler is None:
             raise GfpruneError(
@@ -86,14 +100,29 @@ class PruneJob:
             )
         if scheduler_config_path(plan.component) is None:
             notice(
-                report,
+                progress,
                 "no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)",
             )
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
+        options = PipelineOptions.of(recipe)
+        self.request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
+        network: Any = build_meta(plan.component)
+        self.request.check(plan.component, network.config, scheduler)
+        check_weights(plan.component, network)
         self.schedule = schedule_of(recipe)
+        self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
+        self.folding: Folding | None = None
+        self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
-        check_memory(self.need(0), device, REMEDY)
+        self.free = available(device)
+        known = example_inputs(network) if has_known_inputs(network) else None
+        self.plan_memory(Pass() if known is None else one_pass(network, known))
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file."""
+        return sha256_of_weights(self.plan.component)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -114,68 +143,124 @@ class PruneJob:
             "tools": installed_tools(),
         }
 
-    def need(self, kept: int) -> Need:
-        """The most memory that the run will hold at once; on CUDA batches shrink to what fits.
+    def plan_memory(self, one: Pass) -> None:
+        """Decide how many samples go through a network at once, in each phase.
+
+        Second derivatives are taken exactly only where there is memory for that.
 
         Args:
-            kept: numbers that autograd keeps for one sample.
+            one: what one sample takes in the dense network.
+
+        Raises:
+            GfpruneError: the run does not fit.
         """
-        dense = int((self.recipe.refit or self.recipe.recover > 0) and not self.offload_teacher)
-        recovery = RECOVERY_COPIES * (1 - self.recipe.sparsity) if self.recipe.recover else 0
-        copies = dense + max(CRITERIA[self.recipe.criterion].copies, recovery)
-        samples = 1 if self.device.type == "cuda" else SCORE_CHUNK
-        return Need(round(copies * self.plan.cost.params({}) * FLOAT), samples * kept * FLOAT)
+        recipe, offload = self.recipe, self.offload_teacher
+        weights = self.plan.cost.params({}) * FLOAT
+        others = alternatives(recipe, one, offload=offload, device=self.device.type)
+        plans = [
+            MemoryPlan(
+                self.device,
+                self.free,
+                weights,
+                phases_of(recipe, one, offload=offload, second_order=second_order),
+                others,
+            )
+            for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))
+        ]
+        self.memory = next((plan for plan in plans if plan.fits(plan.phases)), plans[-1])
+        self.memory.check()
+        self.exact = self.memory is plans[0]
+        self.fused = one.fuses
 
     def execute(self, state: StateFolder) -> tuple[nn.Module, Outcome]:
         """The pruned network, and what was measured on the way."""
-        self.report(Event("load", text="reading weights"))
+        self.progress(Event("load", text="reading weights"))
         dense = self.load()
-        self.report(Event("calibrate", text="preparing calibration images"))
-        draws, reports = self.draws(dense)
+        self.progress(Event("calibrate", text="preparing calibration images"))
+        draws, held_out = self.draws(dense)
         state.identity["data contents"] = self.data_fingerprint
-        check_memory(self.need(activations(self.plan.component, self.process, draws)), self.device, REMEDY)
-        self.report(Event("check", text="checking that removal is exact"))
-        check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         recovery = RecoveryState(state)
+        before = 0.0 if recovery.begun() else self.loss(held_out, dense)
+        if self.plan.fold:
+            dense = self.fold(dense, draws, held_out)
+        self.progress(Event("check", text="checking that removal is exact"))
+        if self.plan.groups:
+            check_removal(dense, self.plan.groups, one_sample(self.process, draws))
         if not recovery.begun():
-            outcome, trained = self.prune(dense, draws, reports, state)
+            outcome, trained = self.prune(dense, draws, held_out, state, before)
             narrow = self.narrow(trained, outcome.kept)
-            outcome.losses["removed"] = self.loss(reports, narrow)
+            outcome.losses["removed"] = self.loss(held_out, narrow)
             gap = outcome.losses.pop("judged", None)
             if gap is not None:  # of two networks that should be one, on the same few draws
-                removed = self.loss(reports, narrow, JUDGE_DRAWS)
+                removed = self.loss(held_out, narrow, JUDGE_DRAWS)
                 outcome.losses["masked"] = outcome.losses["removed"] + gap - removed
         else:
             outcome = recovery.outcome()
             narrow = self.narrow(dense, outcome.kept)
-        if self.recipe.recover:
-            self.recover(narrow, dense, draws, recovery.of(outcome))
+        if self.steps:
+            self.recover(narrow, self.teacher(dense), draws, recovery.of(outcome))
         model = self.stored(narrow)
-        if self.recipe.recover:
+        if self.steps:
             outcome.losses["recovered"] = self.loss(
-                reports, nn.Module.to(copy.deepcopy(model), torch.float32)
+                held_out, nn.Module.to(copy.deepcopy(model), torch.float32)
             )
         return model, outcome
 
+    def fold(self, dense: nn.Module, draws: Draws, held_out: Draws) -> nn.Module:
+        """The dense network with layers that see few inputs as two; the plan is then for that."""
+        shape = tuple(draws.images.shape[1:])
+        probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
+        dtype = stored_dtype(self.plan.component)
+        folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
+        asked = self.recipe.fold is not None or not self.recipe.sparsity
+        found = folding_attempt(folder, self.process, held_out, asked=asked)
+        if found is None:
+            return dense
+        network, self.folding = found
+        self.plan = folded_plan(self.plan, network, self.recipe, self.progress)
+        if self.device.type == "cuda":
+            network = channels_last(network)
+        return nn.Module.to(network, self.device)
+
     def prune(
-        self, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+        self, dense: nn.Module, draws: Draws, held_out: Draws, state: StateFolder, before: float
     ) -> tuple[Outcome, nn.Module]:
-        """Let the masks flow to their end; the network after the last refit, all of its channels there."""
-        before = self.loss(reports, dense)
-        student = copy.deepcopy(dense) if self.recipe.refit or self.recipe.recover else dense
+        """Let the masks flow to their end; the network after the last refit, all of its channels there.
+
+        Args:
+            before: loss of the network as it was given.
+        """
+        if not self.recipe.sparsity:
+            kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.plan.groups}
+            return Outcome(kept, {"before": before}), dense
+        student = copy.deepcopy(dense) if self.recipe.refit or self.steps else dense
         if student is not dense and self.offload_teacher:
             offload(dense, self.device)
         masked = MaskedModel(student.requires_grad_(True), self.plan.groups)
-        loop = self.loop(masked, dense, draws, reports, state)
+        loop = self.loop(masked, dense, draws, held_out, state)
         kept = loop.run()
-        refits = loop.flow.refits
-        judged = refits[-1].after if refits else self.masked_loss(reports, masked, JUDGE_DRAWS)
+        refits = loop.state.refits
+        judged = refits[-1].after if refits else self.masked_loss(held_out, masked, JUDGE_DRAWS)
         losses = {"before": before, "judged": judged, "masked": judged}
-        return Outcome(kept, losses, refits, loop.flow.gradients), masked.model
+        return Outcome(kept, losses, refits, loop.state.gradients), masked.model
+
+    def teacher(self, dense: nn.Module) -> nn.Module:
+        """The network as it was given, whatever it was folded to."""
+        if self.folding is None:
+            return dense
+        teacher = self.load()
+        if self.offload_teacher:
+            offload(teacher, self.device)
+        return teacher
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        recipe = FinetuneRecipe(model=self.recipe.model, steps=self.recipe.recover, seed=self.recipe.seed)
+        recipe = FinetuneRecipe(
+            model=self.recipe.model,
+            steps=self.steps,
+            seed=self.recipe.seed,
+            micro_batch=self.memory.at_once(RECOVERING),
+        )
         recover(
             channels_last(narrow),
             channels_last(dense),
@@ -185,7 +270,7 @@ class PruneJob:
             processes=Processes(None, self.device),
             precision=self.precision,
             state=state,
-            report=self.report,
+            progress=self.progress,
             save_every=SAVE_EVERY,
             remedies=RECOVERY_REMEDIES,
         )
@@ -215,13 +300,22 @@ class PruneJob:
     def scored(self) -> "Scored":
         """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
         dense = self.load()
-        draws, reports = self.draws(dense)
+        draws, held_out = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
-        losses = scoring_losses(masked, self.process, draws, 1, self.recipe.draws, SCORE_CHUNK, self.report)
-        return Scored(masked, reports, score("taylor", Evidence(masked, losses, self.recipe.seed)))
+        count = self.recipe.draws
+        piece = self.memory.at_once(SCORING)
+        losses = scoring_losses(
+            masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
+        )
+        try:
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed, fused=self.fused))
+        except NotFinite:
+            look_for_timesteps(masked, self.process, draws, 1, count, piece)
+            raise
+        return Scored(masked, held_out, scores)
 
     def loop(
-        self, masked: MaskedModel, dense: nn.Module, draws: Draws, reports: Draws, state: StateFolder
+        self, masked: MaskedModel, dense: nn.Module, draws: Draws, held_out: Draws, state: StateFolder
     ) -> PruningLoop:
         recipe = self.recipe
         refit = None
@@ -232,8 +326,8 @@ class PruneJob:
 
         def judge(of_dense: bool) -> float:
             if of_dense:
-                return self.loss(reports, dense, JUDGE_DRAWS)
-            return self.masked_loss(reports, masked, JUDGE_DRAWS)
+                return self.loss(held_out, dense, JUDGE_DRAWS)
+            return self.masked_loss(held_out, masked, JUDGE_DRAWS)
 
         return PruningLoop(
             masked=masked,
@@ -247,19 +341,22 @@ class PruneJob:
             draws=draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
+            piece=self.memory.at_once(SCORING),
+            fused=self.fused,
+            state=LoopState(way=None if self.exact else "finite-difference"),
             store=state,
-            report=self.report,
+            progress=self.progress,
             fixed=self.plan.native is not None,
         )
 
     def allocator(self) -> Any:
-        """(scores, progress in [0, 1]) -> channels kept by each group."""
+        """(scores, share of the sparsity in [0, 1]) -> channels kept by each group."""
         plan, recipe = self.plan, self.recipe
 
-        def adaptive(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
-            target = recipe.sparsity * progress
+        def adaptive(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
+            target = recipe.sparsity * share
             try:
-                final = progress >= 1 and not plan.nearest
+                final = share >= 1 and not plan.nearest
                 widths = allocate(
                     plan.cost, scores, target, budget=recipe.budget, align=recipe.align, strict=final
                 )
@@ -269,12 +366,12 @@ class PruneJob:
                 widths = allocate(plan.cost, uniform_scores(plan.groups), target, budget=recipe.budget)
             return widths.kept
 
-        def native(scores: Mapping[str, torch.Tensor], progress: float) -> Mapping[str, int]:
+        def native(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
             assert plan.native is not None
             kept = {}
             for group in plan.groups:
                 goal = plan.native.kept[group.name]
-                units = round((group.channels - (group.channels - goal) * progress) / group.unit_size)
+                units = round((group.channels - (group.channels - goal) * share) / group.unit_size)
                 kept[group.name] = max(goal, units * group.unit_size)
             return kept
 
@@ -282,13 +379,17 @@ class PruneJob:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
-        recipe = self.recipe
-        options = PipelineOptions.of(recipe)
-        request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
-        found = request.answer(dense, self.plan.component, self.scheduler, self.hashes, self.report)
+        found = self.request.answer(
+            dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
+        )
         self.data_fingerprint = found.fingerprint
-        self.process = found.process
+        self.process, self.conditions = found.process, found.conditions
         return found.images.to(self.device), found.conditions
+
+    def see_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
+        more than its configuration says."""
+        self.plan_memory(one_pass(build_meta(self.plan.component), inputs))
 
     def loss(self, draws: Draws, model: nn.Module, count: int = LOSS_DRAWS) -> float:
         """Denoising loss of a network over the fixed report draws."""
@@ -300,19 +401,19 @@ class PruneJob:
         return self.measured(draws, partial(masked.forward, effective), count)
 
     def measured(self, draws: Draws, network: Network, count: int) -> float:
-        return denoising_loss(network, self.process, draws, count, self.report)
+        return denoising_loss(network, self.process, draws, count, self.progress, self.memory.at_once(LOSSES))
 
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""
-        self.report(Event("remove", text="removing channels"))
-        dense = carry_over(wide, build_meta(self.plan.component)).requires_grad_(False)
+        self.progress(Event("remove", text="removing channels"))
+        dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
         weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
         dense.load_state_dict(weights, assign=True)
         if self.plan.native_config is not None:
             model = remove_native(dense, self.plan.groups, kept, self.plan.native_config)
         else:
             model = remove(dense, self.plan.groups, kept)
-        if not self.recipe.recover:
+        if not self.steps:
             cast_model(model, stored_dtype(self.plan.component))  # what is measured and written is one
             cast_model(model, torch.float32)
         return nn.Module.to(model, self.device)

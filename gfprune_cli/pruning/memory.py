@@ -1,49 +1,64 @@
-"""How much memory a run will need, from the meta device, before a weight is read."""
+"""How much memory a run will need, from the meta device, before a weight is read; and how it is split to fit.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+    memory = MemoryPlan(device, params, one_pass(network, inputs), phases)
+    memory.check()
+    memory.at_once("scoring")
+
+Results do not depend on how many samples go through a network at once, beyond the rounding of sums.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.reader import build_meta
-from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.diffusion.loss import one_sample
-from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.structure.norms import plain_stand_ins
 
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
 MARGIN = 0.95  # of what is free
+LARGE_MAPS = 1 << 26  # numbers in the attention weights of one sample, from which they are not kept
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes on the device that does the work.
+class Pass:
+    """Numbers that one sample takes in a network, its branches of guidance included.
 
     Args:
-        weights: of every copy of the weights, gradients and moments included.
-        sample: for one sample on its way through the network and back.
+        kept: by autograd for the backward pass, attention weights left out.
+        maps: attention weights, which a kernel that is not fused keeps as well.
+        forward: alive at once without autograd.
+        layers: positions, inputs of each, and channels of the outputs of those with a matrix of weights.
     """
 
-    weights: int
-    sample: int
+    kept: int = 0
+    maps: int = 0
+    forward: int = 0
+    layers: tuple[tuple[int, int, int], ...] = ()
 
     @property
-    def total(self) -> int:
-        return self.weights + self.sample
+    def widest(self) -> int:
+        """Inputs of the layer that has most of them."""
+        return max((inputs for _, inputs, _ in self.layers), default=0)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether first derivatives are taken by fused attention kernels; small networks need none."""
+        return self.maps > LARGE_MAPS
 
 
 class AttentionMaps(TorchFunctionMode):
-    """Counts the numbers in the attention weights of a pass: the kernel without fusion, which scoring needs,
-    keeps them for the backward pass."""
+    """Counts the numbers in the attention weights of a pass, and leaves them out of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,41 +66,151 @@ class AttentionMaps(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is nn.functional.scaled_dot_product_attention:
-            query, key = (*args, *(kwargs or {}).values())[:2]
+            query, key, value = (*args, *(kwargs or {}).values())[:3]
             self.counted += query.shape[:-1].numel() * key.shape[-2]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
         return function(*args, **(kwargs or {}))
 
 
-def kept_for_backward(model: nn.Module, call: Callable[[nn.Module], Any]) -> int:
-    """Numbers that autograd keeps of one pass, nearly; runs on the meta device too.
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made within hold at once.
 
     Args:
-        call: runs the model.
+        held: tensors that exist already; views of them are not counted.
     """
+
+    def __init__(self, held: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in held}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return output
+
+    def add(self, storage: Any) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.seen:
+            self.seen.add(address)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.gone, address, size)
+
+    def gone(self, address: int, size: int) -> None:
+        self.seen.discard(address)
+        self.now -= size
+
+
+def measured_pass(model: nn.Module, call: Callable[[nn.Module], Any]) -> Pass:
+    """What one call of a network takes, nearly; runs on the meta device too."""
     counted = 0
+    layers = []
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal counted
-        counted += output.numel() if isinstance(output, torch.Tensor) else 0
+        if isinstance(output, torch.Tensor):
+            counted += output.numel()
+            if is_fittable(module):
+                weight: Any = module.weight
+                layers.append((output.numel() // len(weight), weight[0].numel(), len(weight)))
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
+    alive = Alive([*model.parameters(), *model.buffers()])
     try:
-        with plain_stand_ins(model), torch.no_grad(), AttentionMaps() as maps:
+        with plain_stand_ins(model), torch.no_grad(), AttentionMaps() as maps, alive:
             call(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return counted + maps.counted
+    return Pass(counted, maps.counted, alive.most // FLOAT, tuple(layers))
 
 
-def activations(component: Component, process: NoisingProcess, draws: Draws) -> int:
-    """Numbers that autograd keeps for one sample of a run; 0 where a network's shapes depend on values."""
-    given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), one_sample(process, draws))
+def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:
+    """The same for keyword arguments of one sample; nothing where a network's shapes depend on values.
+
+    Args:
+        model: on the meta device.
+    """
+    given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
     try:
-        return kept_for_backward(build_meta(component), lambda network: network(**given, return_dict=False))
+        return measured_pass(model, lambda network: network(**given | {"return_dict": False}))
     except (RuntimeError, NotImplementedError):
-        return 0
+        return Pass()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run, and what it holds.
+
+    Args:
+        name: as in "while scoring".
+        copies: of the weights of the dense network.
+        sample: bytes of one sample.
+        wanted: samples at once, where there is memory for them.
+        least: fewer will not do.
+        rest: bytes beside weights and samples.
+    """
+
+    name: str
+    copies: float
+    sample: int
+    wanted: int
+    least: int = 1
+    rest: int = 0
+
+    def need(self, weights: int, samples: int) -> float:
+        return self.copies * weights + samples * self.sample + self.rest
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Whether the phases of a run fit, and how many samples go through a network at once in each.
+
+    Args:
+        device: that does the work.
+        free: bytes on it, before the run has loaded anything.
+        weights: bytes of the dense network's.
+        phases: of the run.
+        alternatives: flags -> the phases of the run with them; the advice of those that would help.
+    """
+
+    device: torch.device
+    free: int
+    weights: int
+    phases: Sequence[Phase]
+    alternatives: Mapping[str, Sequence[Phase]] = field(default_factory=dict)
+
+    def fits(self, phases: Sequence[Phase]) -> bool:
+        return all(phase.need(self.weights, phase.least) <= MARGIN * self.free for phase in phases)
+
+    def check(self) -> None:
+        """Refuse a run that cannot fit, before it has cost anything.
+
+        Raises:
+            GfpruneError: with both numbers, and flags with which it would fit.
+        """
+        if self.fits(self.phases):
+            return
+        worst = max(self.phases, key=lambda phase: phase.need(self.weights, phase.least))
+        found = [flags for flags, phases in self.alternatives.items() if self.fits(phases)]
+        helping = [flags for flags in found if not any(other in flags and other != flags for other in found)]
+        remedy = f"use {' or '.join(helping)}" if helping else "use a machine with more memory"
+        raise GfpruneError(
+            f"this run needs about {worst.need(self.weights, worst.least) / GIB:.1f} GiB on"
+            f" {self.device.type} while {worst.name}, and {self.free / GIB:.1f} GiB are free: {remedy}"
+        )
+
+    def at_once(self, name: str) -> int:
+        """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""
+        phase = next(phase for phase in self.phases if phase.name == name)
+        samples = phase.wanted
+        while samples > phase.least and phase.need(self.weights, samples) > MARGIN * self.free:
+            samples = max(phase.least, samples // 2)
+        return samples
 
 
 def available(device: torch.device) -> int:
@@ -104,20 +229,3 @@ def limit_of_group() -> int:
         return limit - int((CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return 1 << 62
-
-
-def check_memory(need: Need, device: torch.device, remedy: str) -> None:
-    """Refuse a run that cannot fit, before it has cost anything.
-
-    Args:
-        remedy: what would need less, for the message.
-
-    Raises:
-        GfpruneError: with both numbers.
-    """
-    free = available(device)
-    if need.total > MARGIN * free:
-        raise GfpruneError(
-            f"this run needs about {need.total / GIB:.1f} GiB on {device.type}, and {free / GIB:.1f} GiB "
-            f"are free: {remedy}"
-        )

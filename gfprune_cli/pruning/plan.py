@@ -1,17 +1,18 @@
 """The structure of a checkpoint, and the widths that a recipe asks for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import check_pipeline
+from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Report, notice
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -19,9 +20,12 @@ from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.native import native_allocation
-from gfprune_cli.structure.search import Allocation
+from gfprune_cli.structure.native import narrows_streams, native_allocation
+from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
+from gfprune_cli.structure.transformer import is_transformer
+
+FOLD = 0.01  # tolerance of folding where nothing was said
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Plan:
     native: Allocation | None
     native_config: Mapping[str, Any] | None
     nearest: bool = False  # the nearest reachable sparsity serves
+    fold: float = 0.0  # tolerance of folding; 0 for none
 
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
     names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
-    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.total({}, key) for key in names}
+    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
     return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
 
@@ -49,7 +54,9 @@ def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
     return {group.name: torch.ones(group.units) for group in groups}
 
 
-def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_required: bool = True) -> Plan:
+def make_plan(
+    source: Source, recipe: PruneRecipe, progress: Progress, *, weights_required: bool = True
+) -> Plan:
     """Read configuration and headers, find the channel groups, check that the budget can be reached.
 
     Raises:
@@ -63,25 +70,28 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
     )
     if weights_required:
         check_pipeline(component)
+        if absent := absent_parts(component):
+            notice(progress, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
+    width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
     meta, groups, trace = find_units(
-        component,
-        report,
-        width=recipe.prune_width,
-        blocks=recipe.blocks,
-        interfaces=recipe.keep_interfaces,
+        component, progress, width=width, blocks=recipe.blocks, interfaces=recipe.keep_interfaces
     )
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"
         )
+    if recipe.layout == "native" and recipe.fold:
+        raise UsageError("--layout native: the stock classes know no factors; drop --fold, or use adaptive")
+    if not recipe.sparsity and recipe.fold == 0:
+        raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
-        return plan_depth(component, meta, groups, trace, recipe, report)
+        return plan_depth(component, meta, groups, trace, recipe, progress)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None)
+        found = allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+        return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, meta, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
@@ -92,11 +102,26 @@ def make_plan(source: Source, recipe: PruneRecipe, report: Report, *, weights_re
             f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
         )
     notice(
-        report,
+        progress,
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
     )
     return Plan(component, groups, cost, allocation, config)
+
+
+def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) -> float:
+    """How closely modulation is to be folded.
+
+    Where nothing was said, only transformers are, whose modulation no channel narrows, and only where
+    parameters are what binds: those that a budget of MACs leaves over anyway are no gain.
+    """
+    if recipe.fold is not None:
+        return recipe.fold
+    if recipe.sparsity and not is_transformer(network):
+        return 0.0
+    shares = widths.sparsities
+    binds = "params" in shares and shares["params"] - min(shares.values()) <= TOLERANCE
+    return FOLD if binds or not recipe.sparsity else 0.0
 
 
 def plan_depth(
@@ -105,7 +130,7 @@ def plan_depth(
     groups: tuple[ChannelGroup, ...],
     trace: Trace,
     recipe: PruneRecipe,
-    report: Report,
+    progress: Progress,
 ) -> Plan:
     """The native layout of a transformer: fewer blocks, each as wide as it was.
 
@@ -132,13 +157,32 @@ def plan_depth(
             f"{recipe.sparsity:g}; ask for more, or use adaptive"
         )
     notice(
-        report,
+        progress,
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
 
 
-def planned(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
+def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: Progress) -> Plan:
+    """The plan of the same budget for what the network has become by folding.
+
+    Raises:
+        UsageError: the budget is out of reach.
+    """
+    meta, groups, trace = find_units(
+        plan.component,
+        progress,
+        width=recipe.prune_width,
+        blocks=recipe.blocks,
+        interfaces=recipe.keep_interfaces,
+        folded=network,
+    )
+    cost = CostModel(meta, groups, trace, plan.cost)
+    allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+    return replace(plan, groups=groups, cost=cost)
+
+
+def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
     """The numbers of a dry run: widths of the native layout, or uniform scores for the adaptive one."""
     if plan.native is not None:
         allocation = plan.native

@@ -46,7 +46,7 @@ def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Ma
             which the two differ is named.
     """
     kept = half_of(groups)
-    with comparable(model) as network:
+    with comparable_inputs(model) as network:
         dtype = next(network.parameters()).dtype
         given = noisy(inputs, dtype)
         narrow = remove(network, groups, kept)
@@ -74,7 +74,7 @@ def half_of(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def comparable(model: nn.Module) -> Iterator[nn.Module]:
+def comparable_inputs(model: nn.Module) -> Iterator[nn.Module]:
     """The network in a type in which rounding is told from a real difference."""
     parameter = next(model.parameters())
     small = sum(one.numel() for one in model.parameters()) <= DOUBLES and parameter.device.type != "mps"

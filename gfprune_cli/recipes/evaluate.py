@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size, refuse_idle
 
 Sampler = Literal["ddim", "ddpm", "euler", "pipeline"]
 Spacing = Literal["quad", "uniform", "leading", "trailing", "linspace"]
@@ -77,6 +77,10 @@ class EvalRecipe:
     frames: Frames = None
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.no_latency:
+            refuse_idle(self, "--no-latency", "compile", "deepcache", "latency_batches")
 
     def document(self) -> dict[str, Any]:
         """The recipe, as it is written and read."""

@@ -105,7 +105,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if not isinstance(value, (str, int, float, type(None))):
             kind = type(value).__name__
             raise UsageError(f"--config {path}: {shown(key)} is a {kind}; give one value, text or a number")
-        if isinstance(value, str) and not is_plain(value):
+        if isinstance(value, str) and not is_plain_text(value):
             raise UsageError(
                 f"--config {path}: {shown(key)} is longer than {VALUE_CHARACTERS} characters, or holds some "
                 "that no name has"
@@ -113,7 +113,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return document
 
 
-def is_plain(text: str) -> bool:
+def is_plain_text(text: str) -> bool:
     """Whether a path or name can be of that text: not endless, no null bytes, no halves of characters."""
     halves = any("\ud800" <= character <= "\udfff" for character in text)
     return len(text) <= VALUE_CHARACTERS and "\0" not in text and not halves
@@ -196,6 +196,22 @@ def meant(given: object, choices: Iterable[str]) -> str:
     """The end of a message about a name that is not known: which one it resembles, if any."""
     close = difflib.get_close_matches(str(given)[:80], list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_idle(recipe: Any, because: str, *names: str) -> None:
+    """Refuse settings that another one leaves without effect.
+
+    Args:
+        because: the flag that does so.
+        names: of settings that have to be at their defaults then.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    defaults = {field.name: field.default for field in fields(recipe)}
+    for name in names:
+        if getattr(recipe, name) != defaults[name]:
+            raise UsageError(f"{flag(name)} has no effect with {because}: drop one of the two")
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
 
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
@@ -28,7 +28,9 @@ class PruneRecipe:
         Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
     ] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
-    sparsity: Annotated[float, Gt(0), Lt(1), Help("Fraction of the budget to remove, between 0 and 1.")] = 0.5
+    sparsity: Annotated[
+        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
+    ] = 0.5
     budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
     layout: Annotated[
         Literal["adaptive", "native"],
@@ -37,6 +39,15 @@ class PruneRecipe:
     blocks: Annotated[
         bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
     ] = False
+    fold: Annotated[
+        float | None,
+        Ge(0),
+        Lt(1),
+        Help(
+            "Relative error to which layers that see timestep and pooled conditions alone are factored; 0: "
+            "none (default: 0.01 for transformers whose parameters bind, else 0)."
+        ),
+    ] = None
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
     keep_interfaces: Annotated[
         bool, Help("Keep the channels at which ControlNets, T2I adapters and IP-Adapters enter.")
@@ -70,6 +81,15 @@ class PruneRecipe:
     frames: Frames = None
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.one_shot:
+            refuse_idle(self, "--one-shot", "iterations", "bound")
+        if not self.sparsity:
+            scoring = ("criterion", "iterations", "draws", "bound", "one_shot", "recover", "align")
+            refuse_idle(self, "--sparsity 0", *scoring)
+        if self.layout == "native":
+            refuse_idle(self, "--layout native", "align")
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -14,7 +14,7 @@ from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.cache import sweep_caches
 from gfprune_cli.outputs.claim import Claim, claim
 from gfprune_cli.outputs.state import not_finished, run_digest
-from gfprune_cli.progress import Event, Report, notice, silent
+from gfprune_cli.progress import Event, Progress, notice, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.recovery.job import FinetuneJob, default_output
@@ -22,15 +22,16 @@ from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_fold
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
+from gfprune_cli.runtime.launch import unused_settings
 from gfprune_cli.runtime.processes import Processes
 
 
-def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silent) -> FinetuneResult:
+def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = silent) -> FinetuneResult:
     """Train a pruned checkpoint, with the dense model as teacher, and write the result.
 
     Raises:
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
-        Interrupted: raised by `report`; the state is durable by then.
+        Interrupted: raised by `progress`; the state is durable by then.
     """
     start = time.monotonic()
     destination = options.out or default_output(recipe)
@@ -38,17 +39,21 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
     check_recipe(recipe)
     check_logger(options.logger)
     processes = Processes.start(options.device)
+    for unused in unused_settings():
+        notice(progress, unused)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
     with claim(destination, options, main=processes.main) as output:
-        component, record = pruned_checkpoint(recipe, offline=options.offline, report=report)
-        teacher = find_teacher(component, record, recipe, offline=options.offline, report=report)
+        component, record = pruned_checkpoint(recipe, offline=options.offline, progress=progress)
+        teacher = find_teacher(component, record, recipe, offline=options.offline, progress=progress)
         job = FinetuneJob(
-            recipe, component, record, teacher, processes, report, offload_teacher=options.offload_teacher
+            recipe, component, record, teacher, processes, progress, offload_teacher=options.offload_teacher
         )
-        if options.dry_run:
-            return summary(job, {}, None, None, time.monotonic() - start)
         refuse_folders(output, logs, recipe, component, teacher.component)
+        if options.dry_run:
+            output.refuse_state()
+            refuse_logs(output, logs)
+            return result_of(job, {}, None, None, time.monotonic() - start)
         state = output.state(job.identity())
         if processes.told(output.finished):
             losses = finished_run(job, destination)
@@ -56,10 +61,10 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
                 sweep_logs(logs)
                 if not state.foreign():  # killed after the output was published
                     state.end()
-            return summary(job, losses, destination, logs, time.monotonic() - start)
+            return result_of(job, losses, destination, logs, time.monotonic() - start)
         if processes.main:
             output.prepare(state)
-            check_logs(logs, may_replace=options.force or state.begun())
+            refuse_logs(output, logs)
         processes.wait()
         tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
         with deterministic():
@@ -70,11 +75,11 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, report: Report = silen
                 open_watch=(lambda done: Watch(logs, done, tracker)) if processes.main else None,
             )
         if processes.main:
-            report(Event("write", text=f"writing {destination}"))
+            progress(Event("write", text=f"writing {destination}"))
             write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
             state.end()
     processes.wait()
-    return summary(job, losses, destination, logs, time.monotonic() - start)
+    return result_of(job, losses, destination, logs, time.monotonic() - start)
 
 
 def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
@@ -92,12 +97,12 @@ def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
         if entry["data"] != job.fingerprint:
             raise not_finished(destination)
     sweep_caches()
-    notice(job.report, f"{destination} is finished: there is nothing left to do")
+    notice(job.progress, f"{destination} is finished: there is nothing left to do")
     losses: Mapping[str, float] = entry["loss"]
     return losses
 
 
-def summary(
+def result_of(
     job: FinetuneJob, losses: Mapping[str, float], output: Path | None, logs: Path | None, seconds: float
 ) -> FinetuneResult:
     """The numbers of a run; no losses in a dry one."""
@@ -117,6 +122,12 @@ def summary(
     )
 
 
+def refuse_logs(output: Claim, logs: Path) -> None:
+    """Refuse logs of another run, which this one neither replaces nor continues."""
+    own = output.finished or output.state({}).begun()
+    check_logs(logs, may_replace=output.force or own)
+
+
 def check_recipe(recipe: FinetuneRecipe) -> None:
     """Refuse settings that no run can follow.
 
@@ -129,13 +140,15 @@ def check_recipe(recipe: FinetuneRecipe) -> None:
         raise UsageError("--compile, --checkpointing and --features do not go together: drop one of them")
 
 
-def pruned_checkpoint(recipe: FinetuneRecipe, *, offline: bool, report: Report) -> tuple[Component, Record]:
+def pruned_checkpoint(
+    recipe: FinetuneRecipe, *, offline: bool, progress: Progress
+) -> tuple[Component, Record]:
     """The checkpoint to train, and its record.
 
     Raises:
         UsageError: it was never pruned.
     """
-    source = resolve(recipe.model, revision=recipe.revision, offline=offline, report=report)
+    source = resolve(recipe.model, revision=recipe.revision, offline=offline, progress=progress)
     component = inspect(source, component=recipe.component)
     record = read_record(component.root)
     if record is None:

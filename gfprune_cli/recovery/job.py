@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.reader import cast_model, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.reader import build_meta, cast_model, check_weights, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record, as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.writer import stored_dtype
@@ -18,18 +18,19 @@ from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
-from gfprune_cli.recovery.teacher import Teacher, correspondence
+from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
 
@@ -41,7 +42,7 @@ ALL_IMAGES = 10**7
 
 @dataclass
 class FinetuneJob:
-    """The inputs of one run, checked.
+    """The inputs of one run. To make one is to take every check that reads no weight of the student.
 
     Args:
         component: the pruned network on disk.
@@ -54,22 +55,42 @@ class FinetuneJob:
     record: Record
     teacher: Teacher
     processes: Processes
-    report: Report
+    progress: Progress
     offload_teacher: bool = False
-    hashes: dict[str, str] = field(init=False)
     fingerprint: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.hashes = sha256_of_weights(self.component)
         scheduler = load_scheduler(self.component) or load_scheduler(self.teacher.component)
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler
         self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
+        teacher: Any = build_meta(self.teacher.component)
+        self.request.check(self.teacher.component, teacher.config, scheduler)
+        check_weights(self.teacher.component, teacher)
+        check_weights(self.component, build_meta(self.component))
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
         self.channels_last = self.device.type in ("cuda", "cpu") if wanted is None else wanted
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file of the student."""
+        return sha256_of_weights(self.component)
+
+    @property
+    def request(self) -> ImageRequest:
+        """The images to train on: of the user's data, or drawn from the teacher."""
+        recipe = self.recipe
+        drawn = recipe.data == "self"
+        return ImageRequest(
+            None if drawn else recipe.data,
+            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
+            recipe.sample_steps,
+            recipe.seed,
+            PipelineOptions.of(recipe),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that left the state."""
@@ -97,23 +118,23 @@ class FinetuneJob:
     ) -> tuple[nn.Module, dict[str, float]]:
         """The trained network (averaged weights, in the type it is stored in), and the losses."""
         teacher = self.place(load_model(self.teacher.component))
-        draws, reports = self.draws(teacher)
+        draws, held_out = self.draws(teacher)
         state.identity["data contents"] = self.fingerprint
-        losses = {"teacher": self.loss(reports, teacher)}
+        losses = {"teacher": self.loss(held_out, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
         if self.offload_teacher and self.device.type != "cpu":
             offload(teacher, self.device)
         student = self.place(load_model(self.component))
-        losses["before"] = self.loss(reports, student)
+        losses["before"] = self.loss(held_out, student)
         recover(
             student, teacher, self.process, draws, self.recipe,
-            processes=self.processes, precision=self.precision, state=state, report=self.report,
+            processes=self.processes, precision=self.precision, state=state, progress=self.progress,
             save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
             pair=self.features(student, teacher),
         )  # fmt: skip
         cast_model(student, stored_dtype(self.component))
         check_finite(student)
-        losses["after"] = self.loss(reports, cast_model(student, torch.float32))
+        losses["after"] = self.loss(held_out, cast_model(student, torch.float32))
         return cast_model(student, stored_dtype(self.component)), losses
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -124,17 +145,9 @@ class FinetuneJob:
     def draws(self, teacher: nn.Module) -> tuple[Draws, Draws]:
         """Draws for training, and for the reported losses; from different images."""
         recipe = self.recipe
-        drawn = recipe.data == "self"
-        request = ImageRequest(
-            None if drawn else recipe.data,
-            recipe.images or (DRAWN_IMAGES if drawn else ALL_IMAGES),
-            recipe.sample_steps,
-            recipe.seed,
-            PipelineOptions.of(recipe),
-        )
         with self.processes.main_first():
-            found = request.answer(
-                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.report
+            found = self.request.answer(
+                teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.progress
             )
         self.fingerprint = found.fingerprint
         self.process = found.process
@@ -155,14 +168,17 @@ class FinetuneJob:
         """The layers of both that can be compared; None if the recipe compares none."""
         if not self.recipe.features:
             return None
-        inputs = pipeline_inputs(teacher, self.teacher.component, self.report)
-        return FeaturePair(student, teacher, correspondence(teacher, self.record, inputs))
+        inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
+        return FeaturePair(student, teacher, paired_layers(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
-        """The dense row of the sample grids; None for latents, which are no pictures."""
+        """The dense row of the sample grids; None for latents, or where none can be drawn."""
         config: Any = teacher.config
         pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
         if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
+            return None
+        if self.process.steps - 1 in zero_levels(self.process):
+            notice(self.progress, f"no grids of samples are drawn: {ZERO_SNR}")
             return None
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -174,7 +190,7 @@ class FinetuneJob:
             seed=self.recipe.seed,
             steps=self.recipe.sample_steps,
             device=self.device,
-            report=self.report,
+            progress=self.progress,
         )
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
@@ -183,7 +199,7 @@ class FinetuneJob:
             self.process,
             draws,
             REPORT_DRAWS,
-            self.report,
+            self.progress,
         )
 
     def make_record(self, losses: dict[str, float]) -> dict[str, Any]:

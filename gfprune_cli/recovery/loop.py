@@ -12,7 +12,7 @@ from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.trainer import Stopped, Trainer
 
@@ -49,7 +49,7 @@ class Samples:
     steps: int
 
 
-def draw(
+def draw_grid(
     network: nn.Module,
     process: NoisingProcess,
     noise: torch.Tensor,
@@ -78,14 +78,14 @@ def dense_samples(
     seed: int,
     steps: int,
     device: torch.device,
-    report: Report,
+    progress: Progress,
 ) -> Samples:
     """The upper row of every grid."""
     noise = torch.stack(
         [torch.randn(shape, generator=generator(seed, "grid", index)) for index in range(GRID_SAMPLES)]
     ).to(device)
     labels = None if classes is None else (torch.arange(GRID_SAMPLES) % classes).to(device)
-    dense = draw(teacher, process, noise, labels, steps, lambda: report(Event("pass")))
+    dense = draw_grid(teacher, process, noise, labels, steps, lambda: progress(Event("pass")))
     return Samples(noise, labels, dense, steps)
 
 
@@ -104,7 +104,7 @@ class Loop:
     trainer: Trainer
     process: NoisingProcess
     state: State
-    report: Report
+    progress: Progress
     save_every: int
     sample_every: int = 0
     samples: Samples | None = None
@@ -123,7 +123,7 @@ class Loop:
             tensors, numbers = saved
             self.trainer.restore(tensors, numbers)
             self.done = numbers["done"]
-            notice(self.report, f"continuing after step {self.done}")
+            notice(self.progress, f"continuing after step {self.done}")
         if self.trainer.processes.main:
             self.state.begin()  # before the logs, which are then known as this run's
         watch = self.open_watch(self.done) if self.open_watch else None
@@ -160,7 +160,7 @@ class Loop:
     def tell(self, event: Event) -> None:
         """Report, and keep an interrupt until all processes agree on it."""
         try:
-            self.report(event)
+            self.progress(event)
         except Interrupted as stop:
             self.stop = stop
 
@@ -186,14 +186,14 @@ class Loop:
         samples = self.samples
         try:
             with self.trainer.averaged() as network:
-                pruned = draw(
+                pruned = draw_grid(
                     network, self.process, samples.noise, samples.condition, samples.steps, self.poll
                 )
             watch.picture(self.done, samples.dense, pruned)
         except Stopped:
             pass  # the next step saves and stops, together with the other processes
         except OSError as error:
-            notice(self.report, f"no samples were written in {watch.folder}: {error.strerror}")
+            notice(self.progress, f"no samples were written in {watch.folder}: {error.strerror}")
 
     def poll(self) -> None:
         if self.stopping():

@@ -188,6 +188,17 @@ class RecoveryLoss:
             terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)
         return terms
 
+    def not_finite(self, batch: Batch) -> torch.Tensor:
+        """[2, N] bool: where an output of the student, and of the teacher, is not finite."""
+        noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
+        timesteps = self.process.timesteps(batch.index)
+        rows = []
+        for network in (self.student, self.teacher):
+            with autocast(noisy.device, self.precision):
+                output = call(network, noisy, timesteps, batch.condition)
+            rows.append(~output.isfinite().flatten(1).all(1))
+        return torch.stack(rows)
+
     def jacobian(
         self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition, probe: torch.Tensor
     ) -> torch.Tensor:

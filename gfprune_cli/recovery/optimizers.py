@@ -65,7 +65,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         matrices, others = (group["params"] for group in groups)
-        self.views = {weight: nn.Parameter(flattened(weight.detach(), weight)) for weight in matrices}
+        self.views = {weight: nn.Parameter(as_matrix(weight.detach(), weight)) for weight in matrices}
         assert all(view.data_ptr() == weight.data_ptr() for weight, view in self.views.items())
         self.muon = torch.optim.Muon(
             self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -82,18 +82,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for weight, view in self.views.items():
             if weight.grad is None:
                 continue
-            view.grad = flattened(weight.grad, weight)
+            view.grad = as_matrix(weight.grad, weight)
             state = self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-            self.muon.state[view] = {"momentum_buffer": flattened(state["momentum_buffer"], weight)}
+            self.muon.state[view] = {"momentum_buffer": as_matrix(state["momentum_buffer"], weight)}
         self.muon.step()
         self.adamw.step()
         for view in self.views.values():
             view.grad = None
 
 
-def flattened(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def as_matrix(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[out, in * kernel] of a tensor of a weight's shape, columns in the order in which the weight is stored.
 
     A view if the tensor is stored like the weight.

@@ -7,7 +7,7 @@ from torch import nn
 
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.progress import Report
+from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Loop, Samples, State
@@ -27,7 +27,7 @@ def recover(
     processes: Processes,
     precision: Precision,
     state: State,
-    report: Report,
+    progress: Progress,
     save_every: int,
     sample_every: int = 0,
     samples: Samples | None = None,
@@ -52,7 +52,7 @@ def recover(
         remedies: what the command can advise when training fails.
 
     Raises:
-        Interrupted: raised by `report`; the state is saved by then.
+        Interrupted: raised by `progress`; the state is saved by then.
         GfpruneError: a loss or gradient is not finite, or a sample does not fit in memory.
     """
     if recipe.checkpointing:
@@ -61,7 +61,7 @@ def recover(
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
     loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
     trainer = Trainer(student, loss, draws, recipe, processes, remedies or Remedies())
-    Loop(trainer, process, state, report, save_every, sample_every, samples, open_watch).run()
+    Loop(trainer, process, state, progress, save_every, sample_every, samples, open_watch).run()
     trainer.ema.copy_to(student.parameters())
     student.requires_grad_(False)
 

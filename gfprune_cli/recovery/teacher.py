@@ -12,12 +12,13 @@ from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.reader import build_meta, inspect, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record
 from gfprune_cli.checkpoint.scheduler import load_scheduler
-from gfprune_cli.checkpoint.source import Source, resolve, said_of
-from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.progress import Event, Report, notice
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.native import narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
 # what pruning may change in a configuration: widths, and what follows from them
@@ -42,7 +43,7 @@ class Teacher:
 
 
 def find_teacher(
-    student: Component, record: Record, recipe: FinetuneRecipe, *, offline: bool, report: Report
+    student: Component, record: Record, recipe: FinetuneRecipe, *, offline: bool, progress: Progress
 ) -> Teacher:
     """The teacher that the user named, or the one that the student was pruned from.
 
@@ -55,14 +56,20 @@ def find_teacher(
     variant = recipe.variant or (None if recipe.teacher else record.variant)
     try:
         config = None if recipe.teacher else record.config_from
-        source = resolve(
-            label, revision=revision, variant=variant, config_from=config, offline=offline, report=report
-        )
+        with named(model="teacher", revision="teacher_revision"):
+            source = resolve(
+                label,
+                revision=revision,
+                variant=variant,
+                config_from=config,
+                offline=offline,
+                progress=progress,
+            )
     except Interrupted:
         raise
     except GfpruneError as error:
         if recipe.teacher is not None or (isinstance(error, UsageError) and revision):
-            raise said_of(error, "--teacher") from error
+            raise
         raise GfpruneError(
             f"the dense model this checkpoint was pruned from, {quoted(label)}, cannot be read "
             f"({error}): name it with --teacher"
@@ -72,7 +79,7 @@ def find_teacher(
         source, component=student.name if student.name and pipeline else None, variant=variant
     )
     check_fit(student, component, label)
-    report(Event("load", text=f"hashing {source.folder}"))
+    progress(Event("load", text=f"hashing {source.folder}"))
     hashes = sha256_of_weights(component)
     if sorted(hashes.values()) != sorted(origin.weights.values()):
         if recipe.teacher is None:
@@ -80,7 +87,7 @@ def find_teacher(
                 f"the weights of {quoted(label)} have changed since this checkpoint was pruned from them: "
                 "restore them, or accept them as they are with --teacher"
             )
-        notice(report, f"--teacher {label}: not the weights that this checkpoint was pruned from")
+        notice(progress, f"--teacher {label}: not the weights that this checkpoint was pruned from")
     return Teacher(source, component, hashes)
 
 
@@ -97,7 +104,7 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
         )
     mine, theirs = dict(build_config(student)), dict(build_config(teacher))
     for key in sorted((mine.keys() | theirs.keys()) - WIDTHS - OWN):
-        if not key.startswith("_") and plain(mine.get(key)) != plain(theirs.get(key)):
+        if not key.startswith("_") and plain_network(mine.get(key)) != plain_network(theirs.get(key)):
             raise UsageError(
                 f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
                 "name the model it was pruned from"
@@ -116,7 +123,7 @@ def build_config(component: Component) -> Any:
     return build_meta(component).config
 
 
-def plain(value: Any) -> Any:
+def plain_network(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -135,7 +142,7 @@ class Correspondence:
     scales: dict[str, float]
 
 
-def correspondence(
+def paired_layers(
     teacher: nn.Module, record: Record, inputs: Mapping[str, Any] | None = None
 ) -> Correspondence:
     """Which outputs of the teacher's layers a student still has.
@@ -148,15 +155,17 @@ def correspondence(
         GfpruneError: the record does not describe a pruning of this network.
     """
     settings: Any = record.document.get("recipe") or {}
-    groups, _ = discover(teacher, inputs, width=bool(settings.get("prune_width")))
+    layout = settings.get("layout", "")
+    width = bool(settings.get("prune_width")) or narrows_streams(type(teacher).__name__, layout)
+    groups, _ = discover(teacher, inputs, width=width)
     if settings.get("blocks"):
         groups += block_groups(teacher)
-    if settings.get("layout") == "native":
+    if layout == "native":
         groups = tuple(group for group in groups if group.name in record.kept)
     alive = {}
     for group in groups:
         kept = record.kept.get(group.name)
-        if kept is None or not (kept or group.stack) or (kept and kept[-1] >= group.channels):
+        if kept is None or not (kept or group.is_block) or (kept and kept[-1] >= group.channels):
             raise GfpruneError(
                 f"gfprune.json keeps no valid channels of {quoted(group.name)}: it belongs to another model"
             )

@@ -10,7 +10,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.draws import Batch, Draws
+from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
@@ -142,13 +143,18 @@ class Trainer:
     def backward(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
         """Gradients of `count` draws of the batch; their share in the mean of each term."""
         recipe, of = self.recipe, self.recipe.batch
-        batch = self.draws.batch("train", step, count, first=first, of=of, levels=recipe.timesteps)
+        batch = self.batch(step, first, count)
         probe = self.draws.directions("probe", step, count, first=first) if recipe.jacobian else None
         terms = self.loss.terms(batch, probe, step / recipe.steps)
         loss = torch.stack([weight * values.sum() / of for weight, values in terms.values()]).sum()
         self.scaler.scale(loss).backward()
         shares = {name: (values.detach().sum() / of) for name, (_, values) in terms.items()}
         return {"loss": loss.detach(), **shares}
+
+    def batch(self, step: int, first: int, count: int) -> Batch:
+        """`count` draws of a step."""
+        recipe = self.recipe
+        return self.draws.batch("train", step, count, first=first, of=recipe.batch, levels=recipe.timesteps)
 
     def reduce_and_clip(self, step: int, sums: Mapping[str, float]) -> float:
         """Sum the gradients over the processes, undo their scale, clip them; returns their norm.
@@ -169,11 +175,32 @@ class Trainer:
             )
             culprit = next(names, "none")
             self.optimizer.zero_grad(set_to_none=True)
+            self.look_for_timesteps(step)
             raise GfpruneError(
                 f"the training loss at step {step} is not finite (first bad gradient: {culprit}): "
                 f"{self.remedies.not_finite}"
             )
         return norm if math.isfinite(norm) else 0.0  # an overflow in float16: the scaler skips this step
+
+    def look_for_timesteps(self, step: int) -> None:
+        """The share of this process in a batch whose loss is not finite, looked at once more.
+
+        Raises:
+            GfpruneError: the dense network's outputs are not finite, or the student's at some timesteps and
+                not at others: the learning rate is not to blame.
+        """
+        share, bad, levels = self.processes.share(self.recipe.batch), [], []
+        with torch.no_grad():
+            for first in range(share.start, share.stop, self.micro_batch):
+                batch = self.batch(step, first, min(self.micro_batch, share.stop - first))
+                levels.append(self.loss.process.timesteps(batch.index))
+                bad.append(self.loss.not_finite(batch))
+        student, teacher = torch.cat(bad, dim=1)
+        remedy = "check the checkpoint and its dense model"
+        if bool(teacher.any()):
+            raise lost_at("the dense model's output", teacher, torch.cat(levels), remedy)
+        if bool(student.any()) and not bool(student.all()):
+            raise lost_at("the network's output", student, torch.cat(levels), remedy)
 
     def halve(self, step: int) -> None:
         """Halve the micro-batch and forget the gradients so far."""

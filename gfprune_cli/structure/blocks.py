@@ -75,7 +75,7 @@ def block_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
 
 def inside(group: ChannelGroup, block: str) -> bool:
     """Whether a group of channels lives in one block alone, and goes with it."""
-    return not group.stack and all(member.module.startswith(f"{block}.") for member in group.members)
+    return not group.is_block and all(member.module.startswith(f"{block}.") for member in group.members)
 
 
 def floor_of_stack(blocks: int, ratio: float) -> int:
@@ -138,7 +138,7 @@ class Depth:
 def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str, torch.Tensor]) -> Depth:
     """What goes, given group name -> bool [units]."""
     network: Any = model
-    gone = [group for group in groups if group.stack and not bool(kept[group.name].all())]
+    gone = [group for group in groups if group.is_block and not bool(kept[group.name].all())]
     moved: dict[str, str | None] = {}
     config: dict[str, int] = {}
     skipped = []

@@ -69,7 +69,7 @@ def attempt(
         for floor in FLOORS:
             depth = floor * math.sqrt(1 - sparsity)
             found = Search(cost, scores, 1 - sparsity, counted(budget), align, depth).cheapest(strict=strict)
-            if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE:
+            if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE or spared(cost, found, sparsity):
                 return found, found
             if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
                 best = found
@@ -77,6 +77,11 @@ def attempt(
         if align == 1:
             return None, best
         align //= 2
+
+
+def spared(cost: CostModel, found: Allocation, sparsity: float) -> bool:
+    """Whether what was saved before is enough, and every channel stays."""
+    return found.sparsity >= sparsity and not any(cost.removed(found.kept).values())
 
 
 def rounded_down(sparsity: float) -> float:

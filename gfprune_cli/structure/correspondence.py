@@ -8,7 +8,7 @@ from torch import nn
 from gfprune_cli.checkpoint.correspondence import Correspondence, Layer, Stays
 from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.removal import attention_scales, cuts_of, dimension_size, named
+from gfprune_cli.structure.removal import attention_scales, cuts_of, dimension_size, part_of
 from gfprune_cli.structure.trace import is_attention
 
 
@@ -26,7 +26,7 @@ def correspondence(
     layers = {}
     for old, cut in cuts.items():
         new = depth.rename(old)
-        if new is not None and not is_attention(named(model, old)):
+        if new is not None and not is_attention(part_of(model, old)):
             out, into = (
                 None if stays is None else Stays(tuple(stays.tolist()), dimension_size(model, old, side))
                 for side, stays in (("out", cut.out), ("in", cut.into))

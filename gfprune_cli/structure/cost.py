@@ -85,12 +85,20 @@ class CostModel:
     (queries x keys and weights x values). Norms, activations and resampling are not counted.
     """
 
-    def __init__(self, model: nn.Module, groups: tuple[ChannelGroup, ...], trace: Trace) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: tuple[ChannelGroup, ...],
+        trace: Trace,
+        dense: "CostModel | None" = None,
+    ) -> None:
+        """Args: dense: of what the model was before it was folded; shares are of that."""
+        self.dense = dense or self
         self.groups = {group.name: group for group in groups}
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
         for group in groups:
-            for member in () if group.stack else group.members:
+            for member in () if group.is_block else group.members:
                 share = len(member.positions) // group.channels
                 shares.setdefault((member.module, member.side), []).append((group.name, share))
         self.layers: list[LayerCost] = []
@@ -113,7 +121,7 @@ class CostModel:
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
-        for block in (name for name, group in self.groups.items() if group.stack):
+        for block in (name for name, group in self.groups.items() if group.is_block):
             whole, in_layers = dict.fromkeys(self.groups, 0), 0
             for index, layer in enumerate(self.layers):
                 if layer.name.startswith(f"{block}."):
@@ -123,6 +131,10 @@ class CostModel:
             rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - in_layers
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
+
+    def before(self, key: str) -> int:
+        """All of a cost: what shares are shares of."""
+        return self.dense.total({}, key)
 
     def removed(self, kept: Mapping[str, int]) -> dict[str, int]:
         return {name: group.channels - kept.get(name, group.channels) for name, group in self.groups.items()}

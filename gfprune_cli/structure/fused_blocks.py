@@ -20,10 +20,10 @@ def fused_groups(model: nn.Module, rotary: Rotary) -> Iterator[ChannelGroup]:
     """Heads and feed-forward units of every fused block; none of one to which the rule does not fit."""
     for name, module in model.named_modules():
         if is_fused(module):
-            yield from block_groups(name, module, rotary)
+            yield from groups_of_block(name, module, rotary)
 
 
-def block_groups(name: str, block: Any, rotary: Rotary) -> Iterator[ChannelGroup]:
+def groups_of_block(name: str, block: Any, rotary: Rotary) -> Iterator[ChannelGroup]:
     inner, units, gates = block.inner_dim, block.mlp_hidden_dim, block.mlp_mult_factor
     unknown = any(
         leaf not in KNOWN and any(True for _ in child.parameters()) for leaf, child in block.named_children()

@@ -12,6 +12,7 @@ import torch_pruning
 from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
@@ -59,7 +60,7 @@ def discover(
         inputs = example_inputs(model)
     with plain_stand_ins(model):
         found, trace = trace_groups(model, inputs, width=width)
-    order = {name: index for index, name in enumerate(trace.positions)}
+    order = {whole_layer(model, name): index for index, name in enumerate(trace.positions)}
     return tuple(sorted(found, key=lambda group: order[group.name])), trace
 
 
@@ -90,14 +91,17 @@ def touches(group: ChannelGroup, protected: set[str]) -> bool:
 
 
 def fixed_layers(model: Any) -> list[nn.Module]:
-    """Layers whose output width belongs to the outside world, beside those that reach the output."""
+    """Layers whose output width belongs to the outside world, beside those that reach the output; and first
+    factors, whose rank followed from a tolerance."""
     names = ["quant_conv", "post_quant_conv", "encoder.conv_out", "quantize.embedding"]
     if any(True for _ in getattr(model, "time_proj", nn.Identity()).parameters()):
         names.append("time_proj")
     if getattr(model.config, "class_embed_type", None) == "identity":
         names.append("time_embedding.linear_2")
-    layers = {name: module for name, module in model.named_modules() if name in names}
-    return [layer for layer in layers.values() if any(True for _ in layer.parameters())]
+    layers: list[Any] = [module for name, module in model.named_modules() if name in names]
+    layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
+    ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
+    return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
 
 
 def read_group(
@@ -143,7 +147,13 @@ def read_group(
             return member.module  # it sees some channels only, or other things than channels
     unit_size = head_size(model, members)
     cells = selection_cells(model, members, count, unit_size)
-    return ChannelGroup(members[0].module, count, unit_size, cells, tuple(members))
+    return ChannelGroup(whole_layer(model, members[0].module), count, unit_size, cells, tuple(members))
+
+
+def whole_layer(model: nn.Module, name: str) -> str:
+    """The name of a layer; that of the layer in whose place two factors stand, for one of them."""
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), FactoredLinear) else name
 
 
 def dimension_of(model: nn.Module, member: Member) -> int:

@@ -51,6 +51,11 @@ class ChannelGroup:
     stack: str = ""
 
     @property
+    def is_block(self) -> bool:
+        """Whether its one unit is a whole residual block."""
+        return bool(self.stack)
+
+    @property
     def units(self) -> int:
         return self.channels // self.unit_size
 

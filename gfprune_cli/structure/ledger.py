@@ -48,7 +48,7 @@ class Ledger:
             for name, shares in shares_of(layer).items()
         ]
         self.group, self.layer, self.a, self.b = np.array(entries, np.int64).reshape(-1, 4).T
-        self.blocks = {name: cost.layers_of[name] for name, group in cost.groups.items() if group.stack}
+        self.blocks = {name: cost.layers_of[name] for name, group in cost.groups.items() if group.is_block}
         self.contents = {
             block: [name for name, group in cost.groups.items() if inside(group, block)]
             for block in self.blocks

@@ -1,20 +1,43 @@
 """Widths that the stock diffusers class can express, so that the result loads with no flag.
 
 The first stage keeps its width: `Timesteps(block_out_channels[0])` derives the sinusoidal features from it.
+Where a stage attends to text (`UNet2DConditionModel`), whole heads leave with its channels: its transformer
+blocks are as wide as the stage, and a head keeps its dimension.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gfprune_cli.structure.cost import CostModel, counted
+from gfprune_cli.structure.groups import select
 from gfprune_cli.structure.removal import cuts_of, empty, slice_state
 from gfprune_cli.structure.search import Allocation
+from gfprune_cli.structure.trace import is_attention
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
+TEXT_TO_IMAGE = "UNet2DConditionModel"
+
+
+def narrows_streams(class_name: str, layout: str) -> bool:
+    """Whether the streams of transformer blocks inside a U-Net narrow without being asked to."""
+    return layout == "native" and class_name == TEXT_TO_IMAGE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of `block_out_channels`: its width, its heads (0: none is counted), and what they come in."""
+
+    width: int
+    heads: int
+    step: int
+
+    def heads_at(self, width: int) -> int:
+        return max(1, width * self.heads // self.width)
 
 
 def native_allocation(
@@ -23,48 +46,85 @@ def native_allocation(
     """The stock configuration nearest to the target.
 
     Returns:
-        (channels kept by each group, the stock configuration that has them).
+        (channels kept by each group, the stock configuration that has them); those of the dense network where
+        the stock class can express no narrower one.
     """
-    config = dict(model.config)
-    best: tuple[float, Allocation, dict[str, Any]] | None = None
-    tried: set[tuple[int, ...]] = set()
+    best = Allocation({name: group.channels for name, group in cost.groups.items()}, 0.0, {})
+    found: dict[str, Any] = dict(model.config)
+    stages = stages_of(model)
     ratios = (index / RATIOS for index in range(1, RATIOS + 1))
-    for widths in itertools.chain.from_iterable(scaled_widths(config, ratio) for ratio in ratios):
-        if widths in tried:
-            continue
-        tried.add(widths)
-        candidate = {**config, "block_out_channels": widths}
-        kept = kept_by_shapes(cost, model, candidate)
+    candidates = itertools.chain.from_iterable(scaled_widths(stages, ratio) for ratio in ratios)
+    for widths in dict.fromkeys(candidates):
+        tried = ((config, kept_by_shapes(cost, model, config)) for config in narrower(model, stages, widths))
+        config, kept = next(((config, kept) for config, kept in tried if kept is not None), ({}, None))
         if kept is None:
             continue
         shares: dict[str, float] = {
             key: 1 - cost.total(kept, key) / cost.total({}, key) for key in counted(budget)
         }
         achieved = min(shares.values())
-        if best is None or abs(achieved - sparsity) < best[0]:
-            best = abs(achieved - sparsity), Allocation(kept, achieved, shares), candidate
-    assert best is not None  # ratio 1 is always expressible
-    return best[1], best[2]
+        if not best.sparsities or abs(achieved - sparsity) < abs(best.sparsity - sparsity):
+            best, found = Allocation(kept, achieved, shares), config
+    return best, found
 
 
-def scaled_widths(config: Mapping[str, Any], ratio: float) -> Iterator[tuple[int, ...]]:
-    """Stage widths near one ratio, in multiples of the norm groups; the first stage stays."""
-    first, *stages = config["block_out_channels"]
-    step = config["norm_num_groups"] or 4  # NCSN++ derives its groups: a quarter of the channels
+def stages_of(model: Any) -> list[Stage]:
+    """The stages of a U-Net, with the steps in which each may narrow: whole norm groups, and whole heads."""
+    config = model.config
+    groups = config["norm_num_groups"] or 4  # NCSN++ derives its groups: a quarter of the channels
+    widths = config["block_out_channels"]
+    heads, attending = [0] * len(widths), set()
+    if type(model).__name__ == TEXT_TO_IMAGE:
+        given = config["attention_head_dim"]  # in this class the number of heads
+        heads = [given] * len(widths) if isinstance(given, int) else list(given)
+        parts = (name for name, module in model.named_modules() if is_attention(module))
+        attending = {stage_of(name, len(widths)) for name in parts}
+    stages = []
+    for number, (width, count) in enumerate(zip(widths, heads, strict=True)):
+        whole = count and number in attending and width % count == 0
+        stages.append(Stage(width, count, math.lcm(groups, width // count) if whole else groups))
+    return stages
+
+
+def stage_of(module: str, stages: int) -> int:
+    """The stage in which a module lies, -1 for none; the middle block is as wide as the last one."""
+    part, _, rest = module.partition(".")
+    if part not in ("down_blocks", "up_blocks"):
+        return stages - 1 if part == "mid_block" else -1
+    number = int(rest.partition(".")[0])
+    return stages - 1 - number if part == "up_blocks" else number
+
+
+def scaled_widths(stages: list[Stage], ratio: float) -> Iterator[tuple[int, ...]]:
+    """Stage widths near one ratio, in the steps of each; the first stage stays."""
+    first, *others = stages
     choices = [
-        {min(width, max(step, step * rounded(width * ratio / step))) for rounded in (math.floor, math.ceil)}
-        for width in stages
+        {
+            min(stage.width, max(stage.step, stage.step * rounded(stage.width * ratio / stage.step)))
+            for rounded in (math.floor, math.ceil)
+        }
+        for stage in others
     ]
     for widths in itertools.product(*(sorted(choice) for choice in choices)):
-        yield (first, *widths)
+        yield (first.width, *widths)
+
+
+def narrower(model: Any, stages: list[Stage], widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Stock configurations of these widths: with fewer heads, and with the key of the heads as it is.
+
+    Blocks of another kind in the same class read that key as the dimension of a head.
+    """
+    config = {**model.config, "block_out_channels": widths}
+    if any(stage.heads for stage in stages):
+        heads = [stage.heads_at(width) for stage, width in zip(stages, widths, strict=True)]
+        yield {**config, "attention_head_dim": tuple(heads)}
+    yield config
 
 
 def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> dict[str, int] | None:
     """Channels kept by each group in the stock network of a configuration; None if there is none."""
-    options = dict(config)
-    options["time_embedding_dim"] = options.get("time_embedding_dim") or options["block_out_channels"][0] * 4
     try:
-        target = empty(type(model), options)
+        target = empty(type(model), config)
     except (ValueError, ZeroDivisionError):
         return None
     if target.state_dict().keys() != model.state_dict().keys():
@@ -80,18 +140,20 @@ def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> di
         kept[name] = width // share
         if kept[name] % group.unit_size or not 0 < kept[name] <= group.channels:
             return None
-    return kept if fits(cost, model, target, kept) else None
+    return kept if expresses(target, model, cost, kept) else None
 
 
-def fits(cost: CostModel, model: Any, target: Any, kept: Mapping[str, int]) -> bool:
-    """Whether a network of these widths has the shapes of a stock one, layers without a group included.
-
-    In U-Nets with text, the stock class ties the width inside an attention block to that of its stage, and no
-    group has the former.
-    """
-    first = {
-        name: torch.arange(group.units) < kept[name] // group.unit_size for name, group in cost.groups.items()
-    }
-    left = slice_state(model, cuts_of(model, tuple(cost.groups.values()), first))
-    wanted = {name: tensor.shape for name, tensor in target.state_dict().items()}
-    return all(left[name].shape == shape for name, shape in wanted.items())
+def expresses(target: Any, model: Any, cost: CostModel, kept: Mapping[str, int]) -> bool:
+    """Whether a stock network takes what is left of the dense one: every tensor, and heads as they are."""
+    groups = tuple(cost.groups.values())
+    alive = {group.name: select(group, torch.ones(group.units), kept[group.name]) for group in groups}
+    left = slice_state(model, cuts_of(model, groups, alive))
+    shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    if any(left[name].shape != shape for name, shape in shapes.items()):
+        return False
+    dense: dict[str, Any] = dict(model.named_modules())
+    return all(
+        module.heads * dense[name].to_q.out_features == dense[name].heads * module.to_q.out_features
+        for name, module in target.named_modules()
+        if is_attention(module) and dense[name].heads > 1
+    )

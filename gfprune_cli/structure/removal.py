@@ -63,7 +63,7 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
 
 def dimension_size(model: nn.Module, name: str, side: str) -> int:
     """Size of one dimension of a module, or the last one of a parameter."""
-    found: Any = named(model, name)
+    found: Any = part_of(model, name)
     if isinstance(found, torch.Tensor):
         return found.shape[-1]
     if isinstance(found, NORMS):
@@ -78,7 +78,7 @@ def dimension_size(model: nn.Module, name: str, side: str) -> int:
     return weight.shape[0] if side == "out" else weight.shape[1]
 
 
-def named(model: nn.Module, name: str) -> Any:
+def part_of(model: nn.Module, name: str) -> Any:
     """The module, parameter or buffer of a name."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
@@ -127,7 +127,7 @@ def module_shapes(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, 
     """The configuration entry of the pruned class: module name -> shape."""
     shapes: dict[str, dict[str, Any]] = {}
     for name, cut in cuts.items():
-        module = named(model, name)
+        module = part_of(model, name)
         if is_attention(module):
             shapes.setdefault(name, {}).update(rotary_shape(module, cut))
             continue
@@ -262,6 +262,11 @@ def empty(cls: Any, config: Mapping[str, Any]) -> Any:
         model = cls(**{key: value for key, value in given.items() if key in known})
     model.register_to_config(**{key: value for key, value in given.items() if key not in known})
     return model
+
+
+def skeleton(model: nn.Module) -> Any:
+    """A network of the same structure on the meta device, without weights."""
+    return empty(type(model), stock_config(model)).eval()
 
 
 def carry_over(source: nn.Module, target: nn.Module) -> nn.Module:

@@ -71,7 +71,7 @@ class Search:
         self.groups = [cost.groups[name] for name in self.names]
         minimum = minimum_widths(cost, depth, align)
         self.minimum = [minimum[name] for name in self.names]
-        self.dense = np.array([cost.total({}, key) for key in counted], np.float64)
+        self.dense = np.array([cost.before(key) for key in counted], np.float64)
         # score lost by a group's first steps, 0 of them first
         self.lost_by = [
             list(accumulate(step_scores(group, scores[group.name]), initial=0.0)) for group in self.groups
@@ -135,7 +135,7 @@ class Search:
             if strict and self.room(ledger) > TOLERANCE:
                 ledger = self.exchange(ledger, granularity)
         kept = ledger.kept()
-        left = {key: self.cost.total(kept, key) / self.cost.total({}, key) for key in self.counted}
+        left = {key: self.cost.total(kept, key) / self.cost.before(key) for key in self.counted}
         return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
 
     def descend(self, weights: Mapping[str, float], *, patient: bool = False) -> Ledger:
@@ -162,7 +162,7 @@ class Search:
                 continue
             for other in ledger.move(name, step, savings[:, number]):
                 closed[ledger.index[other]] = True  # it goes with the block
-            if self.groups[number].stack:
+            if self.groups[number].is_block:
                 closed[number] = True
                 continue
             steps[number] = self.down(number, ledger)
@@ -208,7 +208,7 @@ class Search:
         """[groups] channels that a step back gives, negative; 0 where there is none to give."""
         steps = []
         for number, group in enumerate(self.groups):
-            step = 0 if group.stack else width_step(group, self.align)
+            step = 0 if group.is_block else width_step(group, self.align)
             steps.append(-step if step <= ledger.removed[number] else 0)
         return np.array(steps, np.int64)
 
@@ -237,7 +237,7 @@ class Search:
         """
         kept = ledger.kept()
         best, room = kept, self.room(ledger)
-        free = [not group.stack and not narrows_a_head(group) for group in self.groups]
+        free = [not group.is_block and not narrows_a_head(group) for group in self.groups]
         down = np.array(
             [
                 step_down(group, kept[group.name], align)

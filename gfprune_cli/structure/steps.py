@@ -39,7 +39,7 @@ def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
     """The floor of every group: at least one step, and at least `ratio` of its channels; none for a block."""
     minimum = {}
     for name, group in cost.groups.items():
-        if group.stack:
+        if group.is_block:
             minimum[name] = 0
             continue
         step = width_step(group, align)

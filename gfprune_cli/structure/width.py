@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import APART, Ends
 from gfprune_cli.families.table import family_of
@@ -41,7 +42,12 @@ class Stream:
     def layer(self, name: str, role: str) -> None:
         """A linear layer or convolution, or the last one of a sequence, that reads or writes the stream."""
         layer: Any = self.model.get_submodule(name)
-        if isinstance(layer, nn.Sequential):
+        if isinstance(layer, FactoredLinear) and role == "both":
+            self.layer(f"{name}.0", "in")
+            role = "out"
+        if isinstance(layer, FactoredLinear) and role == "in":
+            name, layer = f"{name}.0", layer[0]
+        elif isinstance(layer, nn.Sequential):
             name, layer = f"{name}.{len(layer) - 1}", layer[-1]
         weight = getattr(layer, "weight", None)
         if weight is None or weight.ndim < 2:
@@ -109,7 +115,7 @@ def read_child(stream: Stream, name: str, module: nn.Module) -> None:
     elif is_feature_norm(module):
         stream.add(name, "out", "norm", feature_count(module))
     elif is_attention(module):
-        attention(stream, name, module)
+        attention_streams(stream, name, module)
     elif isinstance(module, nn.ModuleList) or type(module).__name__.endswith("Block"):
         block(stream, name, module)
     elif units_of(module) is not None:
@@ -144,7 +150,7 @@ def own_tables(stream: Stream, name: str, module: nn.Module) -> None:
         stream.table(path, stream.width)
 
 
-def attention(stream: Stream, name: str, module: Any) -> None:
+def attention_streams(stream: Stream, name: str, module: Any) -> None:
     text = stream.ends.text
     reads = ["to_q"]
     if text == "read" or not getattr(module, "is_cross_attention", False):
@@ -189,6 +195,7 @@ def shared_modulation(stream: Stream, name: str, module: Any) -> None:
         embedder = getattr(module.emb, leaf, None)
         if embedder is not None:
             path = f"{name}.emb.{leaf}.linear_2"
+            path += ".1" if isinstance(embedder.linear_2, FactoredLinear) else ""
             size = embedder.linear_2.out_features
             positions = torch.arange(size)
             stream.members.append(Member(path, "out", "linear", positions, positions % stream.period))

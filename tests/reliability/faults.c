@@ -19,7 +19,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { READ, WRITE, SYNC, RENAME, MAKE, REMOVE, CHANGE, KINDS };
+enum { READ, WRITE, SYNC, RENAME, MAKE, REMOVE, CHANGE, MODES, KINDS };
 
 /* Shared with the processes that are forked later, so that counts outlive a kill. */
 static struct shared {
@@ -98,11 +98,11 @@ static void note(const char *word, const char *path, const char *other) {
 /* Count one call; returns 0 to go on, else the error to give. `due` tells a write that it is the one to tear. */
 static int counted(int kind, int *due) {
     long number = __atomic_add_fetch(&shared->seen[kind], 1, __ATOMIC_SEQ_CST);
-    if (kind != READ) {
+    if (kind != READ && kind != MODES) {
         long change = __atomic_add_fetch(&shared->seen[CHANGE], 1, __ATOMIC_SEQ_CST);
         if (armed_kind == CHANGE) number = change;
     }
-    if (armed_kind != kind && !(armed_kind == CHANGE && kind != READ)) return 0;
+    if (armed_kind != kind && !(armed_kind == CHANGE && kind != READ && kind != MODES)) return 0;
     if (number != armed_at && !(armed_lasting && number > armed_at)) return 0;
     __atomic_add_fetch(&shared->hits, 1, __ATOMIC_SEQ_CST);
     if (due && number == armed_at) *due = 1;
@@ -263,6 +263,19 @@ int unlinkat(int folder, const char *name, int flags) {
 }
 int unlink(const char *name) { return unlinkat(AT_FDCWD, name, 0); }
 int rmdir(const char *name) { return unlinkat(AT_FDCWD, name, AT_REMOVEDIR); }
+
+int fchmodat(int folder, const char *name, mode_t mode, int flags) {
+    int error = on_name(MODES, folder, name, NULL);
+    if (error) GIVE(error);
+    return syscall(SYS_fchmodat, folder, name, mode);
+}
+int chmod(const char *name, mode_t mode) { return fchmodat(AT_FDCWD, name, mode, 0); }
+
+int fchmod(int descriptor, mode_t mode) {
+    int error = on_descriptor(MODES, descriptor, NULL, NULL);
+    if (error) GIVE(error);
+    return syscall(SYS_fchmod, descriptor, mode);
+}
 
 ssize_t read(int descriptor, void *data, size_t size) {
     int error = on_descriptor(READ, descriptor, NULL, NULL);

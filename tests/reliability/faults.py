@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-KINDS = ("read", "write", "sync", "rename", "make", "remove", "change")  # as in faults.c
+KINDS = ("read", "write", "sync", "rename", "make", "remove", "change", "mode")  # as in faults.c
 LIMIT = 120  # seconds: a trial that takes longer hangs
 
 
@@ -198,9 +198,9 @@ def warm_up() -> None:
 
     torch.set_num_threads(1)
     for module, constant, value in (
-        ("data.measure", "REPORT_DRAWS", 16), ("evaluation.teacher", "LOSS_DRAWS", 16),
-        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.run", "JUDGE_DRAWS", 16),
-        ("pruning.run", "SAVE_EVERY", 1),  # recovery leaves states, too
+        ("diffusion.loss", "REPORT_DRAWS", 16), ("evaluation.teacher", "LOSS_DRAWS", 16),
+        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.job", "JUDGE_DRAWS", 16),
+        ("pruning.job", "SAVE_EVERY", 1),  # recovery leaves states, too
     ):  # fmt: skip
         setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, value)
     for name in ("UNet2DModel", "DDPMPipeline", "DDIMScheduler", "DDPMScheduler"):
@@ -209,8 +209,8 @@ def warm_up() -> None:
     Image.preinit()
     matplotlib.figure.Figure().savefig(io.BytesIO(), format="svg")
     for name in (
-        "cli.main", "pruning", "recovery", "recovery.teacher", "evaluation", "evaluation.cost", "deploy",
-        "checkpoint.modeling.gfprune_models_v2", "report.evaluation_page", "recipes.options", "cli.tables",
+        "cli.main", "pruning.command", "recovery.command", "evaluation.command", "evaluation.latency",
+        "deploy.command", "checkpoint.modeling.gfprune_models_v2", "pages.evaluation_page", "cli.tables",
     ):  # fmt: skip
         importlib.import_module(f"gfprune_cli.{name}")
     for name in ("rich.console", "rich.markup", "pydantic.dataclasses"):

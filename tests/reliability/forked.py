@@ -214,9 +214,9 @@ def play(trial: Trial, folder: Path) -> int:
     for name, value in trial.constants.items():
         module, _, constant = name.partition(":")
         setattr(importlib.import_module(module), constant, value)
-    original, seen = Session.report, {"count": 0}
+    original, seen = Session.progress, {"count": 0}
 
-    def report(session: Session, event: Any) -> None:
+    def progress(session: Session, event: Any) -> None:
         if event.phase != "pass":
             note(folder, event.phase)
         if event.phase == trial.phase:
@@ -225,7 +225,7 @@ def play(trial: Trial, folder: Path) -> int:
                 happen(trial, folder)
         original(session, event)
 
-    Session.report = report  # type: ignore[method-assign]
+    Session.progress = progress  # type: ignore[method-assign]
     try:
         app(trial.arguments, prog_name="gfprune")
     except SystemExit as end:

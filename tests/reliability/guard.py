@@ -230,7 +230,8 @@ def warm(shared: Path) -> None:
 
     Without a backward pass: the threads that it starts do not survive a fork.
     """
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    tests = Path(__file__).parent.parent
+    sys.path[:0] = [str(tests), str(tests / "support")]
     import torch
     from conftest import TINY
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel

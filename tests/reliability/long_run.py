@@ -27,7 +27,7 @@ class Meter:
         self.points: list[dict[str, int]] = []
         self.last = -1
 
-    def report(self, event: Event) -> None:
+    def progress(self, event: Event) -> None:
         mark = event.step // self.every
         if event.phase != self.phase or mark == self.last:
             return
@@ -44,11 +44,11 @@ def main(command: str, model: str, other: str, count: int) -> dict[str, Any]:
     if command == "finetune":
         gfprune_cli.finetune(
             model, out=other, images=16, sample_steps=2, steps=count, batch=4, save_every=max(1, count // 20),
-            sample_every=max(1, count // 20), report=meter.report,
+            sample_every=max(1, count // 20), progress=meter.progress,
         )  # fmt: skip
     else:
         gfprune_cli.evaluate(
-            model, reference=other, samples=count, steps=2, batch=8, no_latency=True, report=meter.report
+            model, reference=other, samples=count, steps=2, batch=8, no_latency=True, progress=meter.progress
         )
     return {"points": meter.points, "peak": psutil.Process().memory_info().rss}
 

@@ -124,23 +124,13 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
 
     Muon orthogonalises in bfloat16: the rounding of a gradient may show as a two-hundredth of an update.
     """
-    from gfprune_cli.flow import loop
-    from gfprune_cli.pruning import job as pruning
-    from gfprune_cli.recovery.trainer import Trainer
+    from gfprune_cli.pruning.memory import MemoryPlan
 
-    monkeypatch.setattr(loop, "COMPARED_SAMPLES", 1)  # they are one batch: a smaller one holds fewer
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "whole", **BRIEF)
     tune = TUNE | dict(optimizer="adamw")
     gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "whole-tuned", **tune)
     gfprune_cli.finetune(tmp_path / "whole", out=tmp_path / "split-tuned", micro_batch=size, **tune)
-    monkeypatch.setattr(pruning, "SCORE_CHUNK", size)
-    made = Trainer.__post_init__
-
-    def split(trainer: Trainer) -> None:
-        made(trainer)
-        trainer.micro_batch = size
-
-    monkeypatch.setattr(Trainer, "__post_init__", split)
+    monkeypatch.setattr(MemoryPlan, "at_once", lambda plan, phase: size)
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "split", **BRIEF)
     assert kept(tmp_path / "split") == kept(tmp_path / "whole")
     for one, other, bound in (("whole", "split", 5e-4), ("whole-tuned", "split-tuned", 1e-5)):

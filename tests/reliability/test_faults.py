@@ -53,6 +53,7 @@ FAULTS = (
     Fault("write", 0, errno.EIO),
     Fault("make", 0, errno.EIO),
     Fault("sync", 0, errno.EIO),
+    Fault("mode", 0, errno.EIO),
     Fault("rename", 0, errno.EIO),
     Fault("remove", 0, errno.EIO),
     Fault("read", 0, errno.EIO),
@@ -298,6 +299,28 @@ def test_failing_calls_leave_what_stands_whole_and_resuming_gives_the_same_bytes
     tried = tried_some(bench, name)
     print(f"faults: {name}: {sum(tried.values())} in {time.monotonic() - start:.0f} s: {dict(tried)}")
     assert 2 * sum(tried.values()) > len(FAULTS), "most runs ended before the call that was to fail"
+
+
+@pytest.mark.parametrize("name", ["replace", "single-file"])
+def test_a_file_system_that_knows_neither_modes_nor_durability_ends_no_run(bench: Bench, name: str) -> None:
+    """As SMB, FUSE and some NFS do: the same bytes are written, and a notice for each says so once."""
+    reference, scene, place = bench.reference(name), SCENES[name], bench.base / "place"
+    for fault in (
+        Fault("sync", 1, errno.EINVAL, lasting=True),
+        Fault("mode", 1, errno.EPERM, lasting=True),
+        Fault("mode", 1, errno.ENOTSUP, lasting=True),
+    ):
+        bench.place(scene)
+        ended = bench.run(scene, again=False, fault=fault)
+        assert ended.code == 0, ended.err
+        assert ended.hits > 0
+        notes = [line for line in ended.err.splitlines() if "file system of the output" in line]
+        assert len(notes) == 1, ended.err
+        assert contents(place) == reference
+    bench.place(scene)
+    ended = bench.run(scene, again=False, fault=Fault("sync", 1, errno.EIO, lasting=True))
+    assert ended.code == 1
+    assert len(ended.errors) == 1
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -18,6 +18,8 @@ to the shapes written there:
     {"parameter": [1, 40]}             a parameter or buffer of its own, named by its full name
     {"attributes": {"inner_dim": 40}}  numbers that a module's forward reads
     {"identity": true}                 a residual block that is skipped; or the names of what it hands on
+    {"rank": 16}                       a linear layer as two thin ones, `name.0` and `name.1`, which may have
+                                       shapes of their own
 """
 
 import functools
@@ -51,6 +53,7 @@ STOP = (
 )
 
 ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
+FIRST = "rank"  # what is applied before them: the factors may be narrowed in their turn
 
 ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a tensor of a LoRA and its kin
 SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
@@ -319,8 +322,45 @@ def resize_parameter(model: nn.Module, name: str, sizes: list[int]) -> None:
         setattr(owner, leaf, narrow)
 
 
+class FactoredLinear(nn.Sequential):
+    """A linear layer as the product of two thin ones, [in -> rank] and [rank -> out]; the second is biased.
+
+    Args:
+        layer: the linear layer whose place it takes; gives shapes, type and device.
+        rank: of its weight from now on.
+    """
+
+    def __init__(self, layer: Any, rank: int) -> None:
+        first = nn.Linear(layer.in_features, rank, bias=False, device="meta")
+        second = nn.Linear(rank, layer.out_features, device="meta")
+        bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(layer.out_features)
+        first.weight = nn.Parameter(layer.weight.detach()[:rank].clone())
+        second.weight = nn.Parameter(layer.weight.detach()[:, :rank].clone())
+        second.bias = nn.Parameter(bias.detach().clone())
+        super().__init__(first, second)
+
+    # What code around a linear layer looks at: its type, device and sizes.
+    @property
+    def weight(self) -> Any:
+        return self[1].weight
+
+    @property
+    def bias(self) -> Any:
+        return self[1].bias
+
+    @property
+    def in_features(self) -> Any:
+        return self[0].in_features
+
+    @property
+    def out_features(self) -> Any:
+        return self[1].out_features
+
+
 def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
     """Give one module of a stock network the shape that the configuration asks for."""
+    if FIRST in shape:
+        return model.set_submodule(name, FactoredLinear(model.get_submodule(name), shape[FIRST]))
     if "parameter" in shape:
         return resize_parameter(model, name, shape["parameter"])
     module: Any = model.get_submodule(name)
@@ -368,6 +408,11 @@ def refresh_attributes(model: nn.Module) -> None:
                 module.scale = (module.to_q.out_features // module.heads) ** -0.5
 
 
+def turn(shape: dict[str, Any]) -> list[bool]:
+    """When a shape is applied: what sorts first comes first."""
+    return [FIRST not in shape, *(key in shape for key in ORDER)]
+
+
 class PrunedModel(ModelMixin, ConfigMixin):
     """A stock class plus one configuration key, `gfprune`: module name -> shape. See `pruned_class`."""
 
@@ -377,7 +422,7 @@ class PrunedModel(ModelMixin, ConfigMixin):
         self.stock_class.__init__(self, **stock)
         modules = (gfprune or {}).get("modules", {})
         # heads follow from the linears they sit on, and what lies in a skipped block goes with it
-        for name, shape in sorted(modules.items(), key=lambda item: [key in item[1] for key in ORDER]):
+        for name, shape in sorted(modules.items(), key=lambda item: turn(item[1])):
             resize_module(self, name, shape)
         refresh_attributes(self)
         self.register_to_config(gfprune=gfprune)
@@ -479,6 +524,8 @@ def refuse_misfits(model: Any, state: dict[str, Any], prefix: str | None) -> Non
         name, side = found["layer"], found["side"]
         if name not in modules:
             misfits[name] = name
+        elif isinstance(modules[name], FactoredLinear):
+            misfits[name] = f"{name}: two factors"
         elif name in narrowed and side in SIDES and tensor.ndim > 1:
             given, has = tensor.shape[SIDES.index(side)], width_of(modules[name], side)
             if has not in (given, None):

@@ -1,0 +1,89 @@
+"""Tensors from safetensors files, mapped into memory, or read where the file system cannot map files."""
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+# ENODEV, of FUSE, mergerfs, Ceph and some network drives; safetensors gives the number in words alone
+_CANNOT_MAP = ("os error 19", "No such device")
+
+
+class TensorReader(Protocol):
+    """An open file of tensors."""
+
+    def get_tensor(self, name: str) -> "torch.Tensor": ...
+
+
+class _Read:
+    """A file that was read as a whole."""
+
+    def __init__(self, tensors: "dict[str, torch.Tensor]") -> None:
+        self.tensors = tensors
+
+    def get_tensor(self, name: str) -> "torch.Tensor":
+        return self.tensors[name]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TensorReader]:
+    """The tensors of a file by name, one at a time.
+
+    Raises:
+        OSError, SafetensorError: as safetensors.
+    """
+    from safetensors import safe_open
+
+    try:
+        reader: Any = safe_open(path, framework="pt", device="cpu")
+    except OSError as error:
+        if not cannot_map(error):
+            raise
+        yield _Read(_whole(path))
+        return
+    with reader as mapped:
+        yield mapped
+
+
+def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """All tensors of a file by name.
+
+    Raises:
+        OSError, SafetensorError: as safetensors.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        if not cannot_map(error):
+            raise
+        return _whole(path)
+
+
+def read_whole(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """All tensors of a file by name, and its metadata.
+
+    Raises:
+        OSError, SafetensorError: as safetensors.
+    """
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return load_tensors(path), header.get("__metadata__", {})
+
+
+def _whole(path: Path) -> "dict[str, torch.Tensor]":
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def cannot_map(error: BaseException) -> bool:
+    """Whether a library failed because the file system cannot map files into memory."""
+    return any(words in str(error) for words in _CANNOT_MAP)

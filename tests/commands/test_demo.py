@@ -1,0 +1,132 @@
+"""The demo checkpoint and the documents: what users see first has to be true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Gfprune
+
+import gfprune_cli
+from gfprune_cli.checkpoint.source import DEMO
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_demo_is_a_trained_model_of_the_promised_size() -> None:
+    """At least 1.5 M parameters, at most 8 MB with its images and notices, and far better than untrained."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from yardstick import demo, losses
+
+    model = gfprune_cli.load("demo")
+    assert sum(parameter.numel() for parameter in model.parameters()) >= 1_500_000
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 8_000_000
+    assert "Apache" in (DEMO / "NOTICE").read_text()
+    with np.load(DEMO / "images.npz") as images:
+        assert images["x"].shape == (413, 32, 32, 3)
+        assert images["held_out"].shape == (46, 32, 32, 3)
+    assert losses(demo(), model)[0] < 0.045  # predicting no noise at all scores 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["both", "params", "macs"])
+def test_removal_changes_nothing_on_the_demo(tmp_path: Path, budget: str) -> None:
+    """|loss removed - loss masked| is at most 2 % of the masked loss; the budget is met within one point."""
+    result = gfprune_cli.prune(
+        "demo", sparsity=0.5, budget=budget, iterations=2, recover=0, images=64, out=tmp_path / "out"
+    )
+    masked, removed = result.loss["masked"], result.loss["removed"]
+    assert masked is not None
+    assert removed is not None
+    assert abs(removed - masked) <= 0.02 * masked
+    assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
+
+
+@pytest.mark.parametrize("budget", ["both", "params", "macs"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.44, 0.5, 0.7])
+def test_every_budget_is_met_within_one_point_on_the_demo(sparsity: float, budget: str) -> None:
+    plan = gfprune_cli.analyze("demo", sparsity=[sparsity], budget=budget).plan[0]  # type: ignore[arg-type]
+    assert abs(plan.achieved - sparsity) <= 0.01
+    assert plan.achieved == (min(plan.removed.values()) if budget == "both" else plan.removed[budget])
+
+
+@pytest.mark.slow
+def test_an_sdxl_size_network_is_analyzed_from_its_configuration(tmp_path: Path) -> None:
+    """2.57 billion parameters, no weights, less than 2 GB of memory."""
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [320, 640, 1280],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    script = (
+        "import sys, gfprune_cli\n"
+        "found = gfprune_cli.analyze(sys.argv[1], sparsity=[0.3])\n"
+        "status = open('/proc/self/status').read()\n"
+        "peak = int(status.split('VmHWM:')[1].split()[0]) * 1024\n"
+        "print(found.params, len(found.groups), peak)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    params, groups, peak = map(int, done.stdout.split()[-3:])
+    assert params == 2_567_463_684
+    assert groups > 200
+    assert peak < 2e9
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = next(block for block in blocks if "OUT=$(gfprune prune" in block)
+    script = script.replace(". .venv/bin/activate\n", "")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    # as many threads as the user's run would have, and remote code as free as in the user's shell
+    del environment["OMP_NUM_THREADS"]
+    environment.pop("DIFFUSERS_DISABLE_REMOTE_CODE", None)
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo-sample.png").stat().st_size > 500
+    assert (tmp_path / "demo-analysis.html").exists()
+
+
+@pytest.mark.slow
+def test_the_python_example_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "gfprune.analyze(" in block)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "channel groups" in done.stdout
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_cli_reads_the_demo(gfprune: Gfprune) -> None:
+    done = gfprune("prune", "--model", "demo", "--sparsity", "0.5", "--dry-run", "--json", "--quiet")
+    assert json.loads(done.stdout)["params"]["before"] == 1_740_323

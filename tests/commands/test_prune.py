@@ -1,0 +1,460 @@
+"""`prune` end to end on a tiny pipeline: what is written, loads elsewhere, repeats and resumes."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ONE_SHOT, QUICK, TINY, Gfprune, quick_flags
+from safetensors import SafetensorError, safe_open
+
+import gfprune_cli
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
+from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
+from gfprune_cli.progress import Event
+from gfprune_cli.pruning.job import JUDGE_DRAWS
+from gfprune_cli.recipes.prune import CRITERIA
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+LOAD_ELSEWHERE = """
+import sys
+sys.modules["gfprune_cli"] = None  # an environment without gfprune
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+out, saved, half, results = sys.argv[1:]
+x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+found = {"pipeline": pipeline.unet(x, 7).sample}
+found["auto"] = AutoModel.from_pretrained(out + "/unet", trust_remote_code=True)(x, 7).sample
+pipeline.save_pretrained(saved)
+found["saved"] = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True).unet(x, 7).sample
+pipeline.to(torch.float16).save_pretrained(half, variant="fp16")
+options = dict(variant="fp16", torch_dtype=torch.float16)
+again = DiffusionPipeline.from_pretrained(half, trust_remote_code=True, **options)
+assert again.unet.dtype == torch.float16
+for name, tensor in again.unet.state_dict().items():
+    assert torch.equal(tensor, pipeline.unet.state_dict()[name]), name
+image = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True)(num_inference_steps=2).images[0]
+assert image.size == (16, 16)
+torch.save({name: tensor.detach() for name, tensor in found.items()}, results)
+"""
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Name -> content: weights, record, card and code; but for where it all lies."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"OUT")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline, half of its parameters gone."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **QUICK)
+    return out
+
+
+def run_elsewhere(script: str, *arguments: object) -> None:
+    environment = dict(os.environ)
+    environment.pop("DIFFUSERS_DISABLE_REMOTE_CODE", None)
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], check=True, env=environment, timeout=300
+    )
+
+
+def test_adaptive_output_loads_without_gfprune_and_survives_saving(pruned: Path, tmp_path: Path) -> None:
+    """Bit-identical through DiffusionPipeline, AutoModel, save_pretrained and an fp16 variant."""
+    results = tmp_path / "results.pt"
+    run_elsewhere(LOAD_ELSEWHERE, pruned, tmp_path / "saved", tmp_path / "half", results)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = gfprune_cli.load(pruned)(x, 7).sample
+    for name, output in torch.load(results, weights_only=True).items():
+        assert torch.equal(output, expected), name
+
+
+def test_native_output_loads_in_the_stock_class_without_a_flag(pipeline_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "native"
+    result = gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, layout="native", out=out, **QUICK)
+    script = (
+        "import sys; sys.modules['gfprune_cli'] = None\n"
+        "from diffusers import DDPMPipeline, UNet2DModel\n"
+        "unet = DDPMPipeline.from_pretrained(sys.argv[1]).unet\n"
+        "assert type(unet) is UNet2DModel\n"
+        "assert sum(p.numel() for p in unet.parameters()) == int(sys.argv[2])"
+    )
+    run_elsewhere(script, out, result.params["after"])
+    assert not list(out.rglob("*.py"))
+    assert result.class_name == "UNet2DModel"
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "native"])
+def test_keys_that_the_class_does_not_know_are_carried_along(
+    pipeline_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    """Training scripts and other versions of diffusers write them; diffusers itself ignores them."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline_folder, model)
+    config = model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_with": "a script"}))
+    settings = QUICK | dict(recover=0, refit=False)
+    gfprune_cli.prune(str(model), sparsity=0.4, layout=layout, out=tmp_path / "out", **settings)
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["trained_with"] == "a script"
+    assert gfprune_cli.load(tmp_path / "out").config["trained_with"] == "a script"
+
+
+def test_the_record_names_everything_needed_to_repeat_the_run(pruned: Path, pipeline_folder: Path) -> None:
+    record = json.loads((pruned / "gfprune.json").read_text())
+    assert record["recipe"]["sparsity"] == 0.5
+    source = pipeline_folder / WEIGHTS
+    assert record["source"]["weights"] == {source.name: hashlib.sha256(source.read_bytes()).hexdigest()}
+    model = gfprune_cli.load(pruned)
+    assert record["params"]["after"] == sum(parameter.numel() for parameter in model.parameters())
+    assert record["bytes"]["after"] == (pruned / WEIGHTS).stat().st_size
+    assert model.conv_in.out_channels == len(record["kept"]["conv_in"])
+    loss, sparsity, refit = record["loss"], record["sparsity"], record["refit"]
+    assert abs(loss["removed"] - loss["masked"]) <= 1e-4 * loss["masked"]
+    assert loss.keys() == {"before", "masked", "removed", "recovered"}
+    assert loss["recovered"] != loss["removed"]
+    assert sparsity.keys() == {"target", "achieved", "of", "params", "macs"}
+    for key in ("params", "macs"):
+        assert sparsity[key] == 1 - record[key]["after"] / record[key]["before"]
+    assert sparsity["achieved"] == min(sparsity["params"], sparsity["macs"]) >= sparsity["target"] == 0.5
+    assert [entry["iteration"] for entry in refit["iterations"]] == [1, 2, 3], (
+        "2 scorings, and one that closes"
+    )
+    assert all(entry["layers"] and entry["after"] < entry["before"] for entry in refit["iterations"])
+
+
+def test_the_card_says_both_shares_and_the_loss_after_recovery(pruned: Path) -> None:
+    record, card = json.loads((pruned / "gfprune.json").read_text()), (pruned / "README.md").read_text()
+    shares = [f"{record['sparsity'][key]:.1%}" for key in ("params", "macs")]
+    assert f"removed {shares[0]} of the parameters and {shares[1]} of the multiply-accumulates" in card
+    assert f"| {record['loss']['before']:.4f} | {record['loss']['recovered']:.4f} |" in card
+
+
+def test_no_pickle_and_ordinary_modes(pruned: Path) -> None:
+    suffixes = {path.suffix for path in pruned.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".md", ".py", ".safetensors"}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in pruned.rglob("*") if path.is_file()} == {0o666 & ~mask}
+
+
+def test_same_seed_same_bytes_and_another_seed_differs(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    for seed, same in ((0, True), (1, False)):
+        out = tmp_path / f"seed{seed}"
+        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, seed=seed, **QUICK)
+        assert (digest(out) == digest(pruned)) is same
+
+
+def test_the_written_recipe_reproduces_the_output(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
+    recipe = json.loads((pruned / "gfprune.json").read_text())["recipe"]
+    config = tmp_path / "recipe.yaml"
+    config.write_text(json.dumps(recipe))
+    done = gfprune("prune", "--config", config, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "again") == digest(pruned)
+
+
+EVENTS = [
+    ("score", 4),
+    *[(phase, step) for step in (1, 2, 3) for phase in ("mask", "refit", "refitted")],
+    *[("remove", 0), ("pass", 0), ("finetune", 1), ("finetune", 2), ("write", 0)],
+]  # phase and step, in the order of a `QUICK` run
+
+
+@pytest.mark.parametrize(("layout", "stops"), [("adaptive", EVENTS), ("native", EVENTS[5:13:3])])
+def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path, layout: str, stops: list[tuple[str, int]]
+) -> None:
+    """Weights, record and card: each run goes on from what the one before it saved."""
+    settings: dict[str, Any] = dict(sparsity=0.5, layout=layout, out=tmp_path / "out", **QUICK)
+    whole, left = pruned, list(stops)
+    if layout == "native":
+        whole = tmp_path / "whole" / "out"
+        gfprune_cli.prune(str(pipeline_folder), **settings | {"out": whole})
+
+    def stopper() -> Callable[[Event], None]:
+        seen = Counter[tuple[str, int]]()
+
+        def stop(event: Event) -> None:
+            here = (event.phase, event.step)
+            seen[here] += 1
+            within = event.phase != "refit" or seen[here] == 20  # with some of its layers fitted
+            if within and left and here == left[0]:
+                left.pop(0)
+                raise Interrupted("stop", signal.SIGTERM)
+
+        return stop
+
+    for run in itertools.count():
+        with contextlib.suppress(Interrupted):
+            gfprune_cli.prune(str(pipeline_folder), resume=run > 0, progress=stopper(), **settings)
+            break
+        if run == 2:
+            with pytest.raises(UsageError, match="--resume"):
+                gfprune_cli.prune(str(pipeline_folder), **settings)
+            with pytest.raises(UsageError, match="other sparsity"):
+                gfprune_cli.prune(str(pipeline_folder), resume=True, **settings | {"sparsity": 0.4})
+    assert left == []
+    assert files(tmp_path / "out") == files(whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGKILL, "finetune 1/2"), (signal.SIGTERM, "refit 2/3")]
+)
+def test_a_killed_process_resumes_to_the_same_bytes(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals, line: str
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        "prune",
+        "--model",
+        str(pipeline_folder),
+        "--sparsity",
+        "0.5",
+        "--out",
+        str(out),
+        *quick_flags(),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gfprune_cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said.startswith(line):
+            process.send_signal(number)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert not out.exists()
+    done = gfprune(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert digest(out) == digest(pruned)
+
+
+def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_path: Path) -> None:
+    """A job that is killed after the output appeared, and repeated, succeeds; only on its own output."""
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+    settings: dict[str, Any] = dict(data=str(data), out=out, one_shot=True, draws=8, images=8, recover=1)
+    first = gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, **settings)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    phases = []
+    again = gfprune_cli.prune(
+        str(pipeline_folder),
+        sparsity=0.5,
+        resume=True,
+        progress=lambda event: phases.append(event.phase),
+        **settings,
+    )
+    times: dict[str, Any] = dict(seconds=0, seconds_by_phase={})
+    assert replace(again, **times) == replace(first, **times)
+    assert not {"score", "refit", "remove", "finetune", "write"} & set(phases)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, resume=True, **settings)
+    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+    with pytest.raises(UsageError, match="another run"):
+        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, resume=True, **settings)
+
+
+def test_a_pruned_checkpoint_can_be_pruned_again(pruned: Path, tmp_path: Path) -> None:
+    """Uneven norms are traced, masked and narrowed like plain ones, and removal stays exact."""
+    result = gfprune_cli.prune(str(pruned), sparsity=0.2, out=tmp_path / "twice", **QUICK)
+    masked, removed = result.loss["masked"], result.loss["removed"]
+    assert masked is not None
+    assert removed is not None
+    assert abs(removed - masked) <= 1e-4 * masked
+    model = gfprune_cli.load(tmp_path / "twice")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result.params["after"]
+
+
+@pytest.mark.parametrize("layout", ["flat", "bare", "latent", "variance-exploding", "v-prediction"])
+def test_other_layouts_and_schedulers(tmp_path: Path, layout: str) -> None:
+    from diffusers import DDIMScheduler, DDPMScheduler, ScoreSdeVeScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    channels = 4 if layout == "latent" else 3
+    schedulers = {
+        "variance-exploding": ScoreSdeVeScheduler(),
+        "v-prediction": DDIMScheduler(prediction_type="v_prediction"),
+    }
+    extra = {"time_embedding_type": "fourier"} if layout == "variance-exploding" else {}
+    UNet2DModel(**TINY | {"in_channels": channels, "out_channels": channels} | extra).save_pretrained(folder)
+    if layout != "bare":
+        schedulers.get(layout, DDPMScheduler()).save_pretrained(folder)
+        name = type(schedulers.get(layout, DDPMScheduler())).__name__
+        pipeline = "ScoreSdeVePipeline" if layout == "variance-exploding" else "DDPMPipeline"
+        index = {
+            "_class_name": pipeline,
+            "scheduler": ["diffusers", name],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index))
+    out = tmp_path / "out"
+    result = gfprune_cli.prune(str(folder), sparsity=0.3, out=out, **QUICK)
+    assert abs(result.sparsity["achieved"] - 0.3) <= 0.01
+    assert (out / "config.json").exists() is (layout == "bare")
+    assert (out / "unet" / "config.json").exists() is (layout != "bare")
+    x = torch.randn(1, channels, 16, 16)
+    assert bool(gfprune_cli.load(out)(x, 1).sample.isfinite().all())
+
+
+def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    data = tmp_path / "images"
+    data.mkdir()
+    for index in range(4):
+        Image.new("RGB", (20, 20), (index * 60, 0, 0)).save(data / f"{index}.png")
+    notices: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event.phase == "notice":
+            notices.append(event.text)
+
+    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **QUICK)
+    assert any("resized" in text for text in notices)
+
+
+def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_path: Path) -> None:
+    """On images that neither saw; what it costs is counted in gradients of single samples."""
+    settings = ONE_SHOT | {"recover": 0}
+    results = {
+        refit: gfprune_cli.prune(str(pipeline_folder), out=tmp_path / f"{refit}", refit=refit, **settings)
+        for refit in (False, True)
+    }
+    plain, mended = (results[refit].loss["removed"] for refit in (False, True))
+    assert plain is not None
+    assert mended is not None
+    assert mended < plain - 0.01
+    assert results[False].refit == {"draws": JUDGE_DRAWS, "iterations": []}
+    scored = QUICK["draws"] + COMPARED_SAMPLES
+    assert results[False].scoring_gradients == scored
+    passes = 2 * REFIT_SAMPLES + 3 * JUDGE_DRAWS  # both networks; before, after, and the dense one
+    assert results[True].scoring_gradients == pytest.approx(scored + passes / 3, abs=0.01)
+
+
+def test_without_refit_and_recovery_the_weights_that_stay_are_the_dense_ones(
+    pruned: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: every number of a tensor is one of the dense tensor; fitted ones are not."""
+    dense = dict(gfprune_cli.load(pipeline_folder).named_parameters())
+    plain = gfprune_cli.prune(
+        str(pipeline_folder), out=tmp_path / "plain", **QUICK | {"refit": False, "recover": 0}
+    )
+    assert plain.loss["recovered"] is None
+    for folder, same in ((tmp_path / "plain", True), (pruned, False)):
+        found = {
+            name: bool(torch.isin(tensor, dense[name]).all())
+            for name, tensor in gfprune_cli.load(folder).named_parameters()
+        }
+        assert len(found) == len(dense)
+        assert all(found.values()) is same
+
+
+def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path, tmp_path: Path) -> None:
+    chosen = {}
+    for criterion in CRITERIA:
+        result = gfprune_cli.prune(
+            str(pipeline_folder), criterion=criterion, out=tmp_path / criterion,
+            **ONE_SHOT | {"refit": False, "recover": 0},
+        )  # fmt: skip
+        assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
+        chosen[criterion] = json.loads((tmp_path / criterion / "gfprune.json").read_text())["kept"]
+    # as few draws are one chunk, of which diff-pruning leaves nothing out
+    assert chosen.pop("diff-pruning") == chosen["taylor"]
+    assert not any(one == other for one, other in itertools.combinations(chosen.values(), 2))
+
+
+def test_low_precision_recovery_runs_on_the_cpu(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """What came before it is the same."""
+    result = gfprune_cli.prune(str(pipeline_folder), precision="bf16", out=tmp_path / "out", **QUICK)
+    loss = json.loads((pruned / "gfprune.json").read_text())["loss"]
+    assert {key for key in loss if result.loss[key] == loss[key]} == {"before", "masked", "removed"}
+    assert digest(tmp_path / "out") != digest(pruned)
+
+
+def test_force_replaces_only_what_gfprune_wrote(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Neither a folder of the user's, nor the model that is being pruned, nor a folder around it."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="only what gfprune wrote"):
+        gfprune_cli.prune(str(pipeline_folder), out=mine, force=True, **QUICK)
+    assert (mine / "thesis.txt").read_text() == "keep me"
+    copy = tmp_path / "around" / "model"
+    shutil.copytree(pruned, copy)
+    shutil.copy(copy / "gfprune.json", copy.parent)
+    for out in (copy, copy.parent):
+        with pytest.raises(UsageError, match="would replace --model"):
+            gfprune_cli.prune(str(copy), sparsity=0.2, out=out, force=True, **QUICK)
+    assert digest(copy) == digest(pruned)
+
+
+def test_a_full_disk_is_said_and_changes_nothing(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
+    with pytest.raises(GfpruneError, match="no space left"):
+        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+
+    def stop(event: Event) -> None:
+        if event.phase == "refitted":
+            raise Interrupted("stop", signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, progress=stop, **QUICK)
+    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+    with pytest.raises(UsageError, match="data contents"):
+        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, resume=True, **QUICK)
+
+
+def test_half_precision_in_half_precision_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline
+
+    folder = tmp_path / "half"
+    DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(folder)
+    result = gfprune_cli.prune(str(folder), out=tmp_path / "out", **QUICK)
+    with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+    assert result.bytes["after"] < result.bytes["before"]

@@ -1,0 +1,179 @@
+"""What a run will need is known before it starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from networks import PLAIN
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import gfprune_cli
+from gfprune_cli.diffusion.variance import VariancePreserving
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.flow.energy import gradient
+from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.pruning import job, memory
+from gfprune_cli.pruning.memory import GIB, LARGE_MAPS, MemoryPlan, Pass, Phase, measured_pass, one_pass
+from gfprune_cli.pruning.phases import REFITTING, SCORING, alternatives, phases_of
+from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.device import offload
+
+TEXT = dict(
+    sample_size=16,
+    block_out_channels=(32, 64),
+    norm_num_groups=8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=32,
+    attention_head_dim=4,
+    layers_per_block=1,
+)
+
+
+def kept_by_autograd(model: nn.Module) -> int:
+    """Numbers in the tensors that a forward pass saves for its backward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+        output = model(**example_inputs(model), return_dict=False)[0]
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("cls", "config"), [(UNet2DModel, PLAIN), (UNet2DConditionModel, TEXT)])
+def test_the_estimate_from_the_meta_device_is_near_what_autograd_keeps(cls: type, config: dict) -> None:
+    with torch.device("meta"):
+        planned = cls(**config)
+    inputs = example_inputs(planned)
+    one = one_pass(planned, inputs)
+    assert 0.7 < kept_by_autograd(cls(**config)) / (one.kept + one.maps) < 1.4
+
+
+def test_what_is_alive_at_once_is_what_a_pass_allocates() -> None:
+    """Three layers in a row: an input, an output, and nothing of what went before."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 32), nn.Linear(32, 8))
+    given = torch.empty(1, 8, device="meta")
+    one = measured_pass(model, lambda network: network(given))
+    assert one.forward == 64 + 32
+    assert one.kept == 64 + 32 + 8
+    assert one.layers == ((1, 8, 64), (1, 64, 32), (1, 32, 8))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_attention_keeps_no_maps_and_gives_the_same_gradient(fused: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 256, 8).unbind(0)
+    sizes: list[int] = []
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mixed = nn.functional.scaled_dot_product_attention(query * weights["scale"], key, value)
+        return mixed.square().sum()
+
+    at = {"scale": torch.ones(8)}
+    _, found = gradient([loss], at, fused=fused)
+    assert (max(sizes) < 256 * 256) is fused
+    _, plain = gradient([loss], at)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def plan(free: float, *phases: Phase, **others: list[Phase]) -> MemoryPlan:
+    """Gigabytes in the place of bytes."""
+    alternatives = {flags.replace("_", "-"): phases for flags, phases in others.items()}
+    return MemoryPlan(torch.device("cpu"), round(free * GIB), GIB, phases, alternatives)
+
+
+def test_as_many_samples_at_once_as_fit() -> None:
+    scoring = Phase("scoring", 4, GIB // 2, 16)
+    for free, samples in ((4.8, 1), (5.4, 2), (6.5, 4), (8.6, 8), (100, 16)):
+        found = plan(free, scoring)
+        found.check()
+        assert found.at_once("scoring") == samples
+
+
+def test_a_run_that_cannot_fit_is_refused_with_both_numbers_and_advice_that_helps() -> None:
+    scoring, refitting = Phase("scoring", 3, GIB, 16), Phase("refitting", 3, GIB // 8, 64, 64)
+    others = dict(no_refit=[scoring], recover=[scoring, refitting], no_refit_recover=[scoring])
+    with pytest.raises(
+        GfpruneError, match=r"about 11\.0 GiB on cpu while refitting, and 8\.0 GiB are free: use no-refit$"
+    ):
+        plan(8, scoring, refitting, **others).check()
+    with pytest.raises(GfpruneError, match=r"2\.0 GiB are free: use a machine with more memory$"):
+        plan(2, scoring, refitting, **others).check()
+
+
+def test_few_draws_need_what_few_draws_take_and_nothing_given_is_advised() -> None:
+    recipe = PruneRecipe(draws=4, one_shot=True, refit=False, recover=0)
+    one = Pass(kept=100, maps=1000, forward=10)
+    phases = {phase.name: phase for phase in phases_of(recipe, one, offload=False)}
+    assert (phases[SCORING].wanted, phases[SCORING].sample) == (4, 4 * 1100)
+    assert REFITTING not in phases
+    assert list(alternatives(recipe, one, offload=False, device="cpu")) == []
+    large = Pass(kept=100, maps=LARGE_MAPS + 1, forward=10)
+    assert {phase.name: phase for phase in phases_of(recipe, large, offload=False)}[SCORING].sample == 400
+    flow = PruneRecipe(criterion="gradient-flow")
+    assert list(alternatives(flow, one, offload=False, device="cuda")) == [
+        "--no-refit", "--recover 0", "--no-refit --recover 0", "--criterion taylor", "--offload-teacher",
+    ]  # fmt: skip
+
+
+def test_memory_is_settled_before_anything_is_drawn(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in less memory than it would like takes pieces, and keeps the same channels."""
+    found, pieces = {}, []
+    at_once = MemoryPlan.at_once
+
+    def noted(plan: MemoryPlan, name: str) -> int:
+        pieces.append((name, at_once(plan, name)))
+        return pieces[-1][1]
+
+    monkeypatch.setattr(MemoryPlan, "at_once", noted)
+    for name, free in (("plenty", 1 << 34), ("little", 15_000_000), ("none", 1 << 20)):
+        monkeypatch.setattr(job, "available", lambda device, free=free: free)
+        settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=16, refit=False, recover=2)
+        if name == "none":
+            monkeypatch.setattr(VariancePreserving, "sample", lambda *_: pytest.fail("images were drawn"))
+            with pytest.raises(GfpruneError, match="are free: use a machine with more memory"):
+                gfprune_cli.prune(str(pipeline_folder), out=tmp_path / name, **settings)
+        else:
+            gfprune_cli.prune(str(pipeline_folder), out=tmp_path / name, **settings)
+            found[name] = json.loads((tmp_path / name / "gfprune.json").read_text())["kept"]
+    assert found["plenty"] == found["little"]
+    assert {samples for phase, samples in pieces if phase == SCORING} == {16, 4}
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = memory.available(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert memory.available(torch.device("cpu")) == 4_000_000 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available(torch.device("cpu")) > 4_000_000
+
+
+def test_an_offloaded_teacher_says_the_same_and_holds_no_weights_between_calls() -> None:
+    torch.manual_seed(0)
+    teacher = UNet2DModel(**PLAIN).requires_grad_(False)
+    x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    expected = teacher(x, timesteps).sample
+    offload(teacher, torch.device("cpu"))
+    assert torch.equal(teacher(x, timesteps).sample, expected)
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
