@@ -34,10 +34,7 @@ ALL_IMAGES = 10**6
 SAMPLES, SAMPLE_STEPS = 64, 20
 RECOVER, SHORT = 400, 100  # steps of 8 samples
 SHARES = ("params", "macs")
-BUDGETS: dict[str, dict[str, Any]] = {
-    "params, 0.75": dict(budget="params", sparsity=0.75),
-    "both, 0.5": dict(budget="both", sparsity=0.5),
-}
+BUDGETS: dict[str, dict[str, Any]] = {"params, 0.75": dict(budget="params", sparsity=0.75)}
 FOLDS = (0.0, 0.01)
 NAMES = ("demo", *FAMILIES)
 

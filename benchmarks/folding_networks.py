@@ -39,6 +39,7 @@ RATE = 1e-2  # of Adafactor, relative to the size of the weights
 TOKENS = 8  # of a prompt
 HELD_OUT = 48  # images
 LOSS_DRAWS = 512
+TIGHT, WIDE = (0.003, 0.01, 0.03, 0.1), (0.01, 0.03, 0.1, 0.2)
 LOOSE = (0.1, 0.2)  # where pooled vectors are random, nothing less is of use
 
 
@@ -61,7 +62,7 @@ class Family:
     steps: int = 20
     batch: int = 2
     samples: int = 4
-    tolerances: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    tolerances: tuple[float, ...] = WIDE
 
 
 def word(name: str, width: int) -> torch.Tensor:
@@ -180,7 +181,9 @@ def flow() -> Any:
 
 FAMILIES: dict[str, Family] = {
     "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32),
-    "DiT-XL/2, 2 blocks": Family(dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4),
+    "DiT-XL/2, 2 blocks": Family(
+        dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4, tolerances=TIGHT
+    ),
     "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048), tolerances=LOOSE),
     "FLUX.1, 1 + 1 blocks": Family(
         flux,
@@ -201,6 +204,9 @@ def one_class(count: int) -> Conditions:
     return Conditions({"class_labels": labels}, sample="hidden_states", rows=(0,) * count)
 
 
+DEMO_FAMILY = Family(
+    lambda: gfprune.load("demo"), lambda: load_scheduler(inspect(resolve("demo"))), 32, tolerances=TIGHT
+)
 SMALL_DIT = Family(small_dit, diffusers.DDPMScheduler, condition=one_class, steps=300, batch=16)
 
 
@@ -286,49 +292,66 @@ def small_dit_numbers(network: Any, work: Path) -> dict[str, float]:
 def folded_numbers(name: str, work: Path) -> list[dict[str, Any]]:
     """What folding does to one network at each tolerance; kept in `work`."""
     torch.set_num_threads(1)
+    family = DEMO_FAMILY if name == "demo" else FAMILIES[name]
     kept = work / f"{name.replace(' ', '-').replace('/', '-')}.json"
-    if kept.exists():
-        return list(json.loads(kept.read_text()))
-    if name == "demo":
-        family = Family(lambda: gfprune.load("demo"), lambda: load_scheduler(inspect(resolve("demo"))), 32)
-    else:
-        family = FAMILIES[name]
-    process = noising_process(family.scheduler())
-    images = images_of(family)
-    conditions: Any = family.condition(len(images))
-    split = len(images) - HELD_OUT
-    parts = [
-        Draws(images[part], process.steps, 0, None if conditions is None else conditions[part])
-        for part in (slice(split), slice(split, None))
-    ]
-    if name == "demo":
-        network = gfprune.load("demo").requires_grad_(False)
-    else:
-        network = trained(name, family, process, parts[0], work)
-    pictures = sampled(network, process, family, parts[1])
-    rows = []
-    for tolerance in family.tolerances:
-        probes = Probes(process, conditions, tuple(images.shape[1:]), torch.device("cpu"), 0)
-        found = Folder(network, probes, tolerance, torch.float32, silent).fold(process, parts[1])
-        row: dict[str, Any] = {"tolerance": tolerance}
-        if found is not None:
-            folded, numbers = found
-            ranks = [layer.rank for layer in numbers.layers]
-            row |= {
-                "folded": len(numbers.layers),
-                "layers": len(numbers.layers) + len(numbers.whole),
-                "ranks": f"{min(ranks)} to {max(ranks)}",
-                **numbers.params,
-                "layer_error": numbers.layer_error,
-                "output_error": numbers.output_error,
-                "ssim": float(ssim(pictures, sampled(folded, process, family, parts[1])).mean()),
-                "share": sum(
-                    network.get_submodule(n).weight.numel()
-                    for n in [layer.name for layer in numbers.layers] + list(numbers.whole)
-                )
-                / numbers.params["before"],
-            }
-        print(name, row, flush=True)
-        rows.append(row)
-    kept.write_text(json.dumps(rows))
-    return rows
+    known = {row["tolerance"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    missing = [tolerance for tolerance in family.tolerances if tolerance not in known]
+    if missing:
+        trial = Trial.of(name, family, work)
+        known |= {tolerance: trial.row(tolerance) for tolerance in missing}
+        kept.write_text(json.dumps(list(known.values())))
+    return [known[tolerance] for tolerance in family.tolerances]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network, what it is given, and pictures that it makes of images that were held out."""
+
+    family: Family
+    process: NoisingProcess
+    network: Any
+    conditions: Any
+    held_out: Draws
+    pictures: torch.Tensor
+
+    @staticmethod
+    def of(name: str, family: Family, work: Path) -> "Trial":
+        process, images = noising_process(family.scheduler()), images_of(family)
+        conditions: Any = family.condition(len(images))
+        split = len(images) - HELD_OUT
+        known, held_out = (
+            Draws(images[part], process.steps, 0, None if conditions is None else conditions[part])
+            for part in (slice(split), slice(split, None))
+        )
+        network = (
+            family.build().requires_grad_(False)
+            if name == "demo"
+            else trained(name, family, process, known, work)
+        )
+        pictures = sampled(network, process, family, held_out)
+        return Trial(family, process, network, conditions, held_out, pictures)
+
+    def row(self, tolerance: float) -> dict[str, Any]:
+        """The numbers of one tolerance; nothing but that where no layer is folded."""
+        shape = tuple(self.held_out.images.shape[1:])
+        probes = Probes(self.process, self.conditions, shape, torch.device("cpu"), 0)
+        folder = Folder(self.network, probes, tolerance, torch.float32, silent)
+        found = folder.fold(self.process, self.held_out)
+        if found is None:
+            return {"tolerance": tolerance}
+        folded, numbers = found
+        ranks = [layer.rank for layer in numbers.layers]
+        names = [*(layer.name for layer in numbers.layers), *numbers.whole]
+        unseeing = sum(self.network.get_submodule(name).weight.numel() for name in names)
+        pictures = sampled(folded, self.process, self.family, self.held_out)
+        return {
+            "tolerance": tolerance,
+            "folded": len(numbers.layers),
+            "layers": len(names),
+            "ranks": f"{min(ranks)} to {max(ranks)}",
+            **numbers.params,
+            "layer_error": numbers.layer_error,
+            "output_error": numbers.output_error,
+            "ssim": float(ssim(self.pictures, pictures).mean()),
+            "share": unseeing / numbers.params["before"],
+        }
