@@ -63,7 +63,7 @@ CONTROLNET = Kind(
 )
 
 
-def kind_of(adapter: Adapter) -> Kind:
+def adapter_kind(adapter: Adapter) -> Kind:
     """What an adapter is.
 
     Raises:
@@ -95,7 +95,7 @@ def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
         progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
-        kind = kind_of(adapter)
+        kind = adapter_kind(adapter)
         carried = kind.carry(adapter, target)
         if not carried.layers or len(carried.dropped) == carried.layers:
             raise GfpruneError(
