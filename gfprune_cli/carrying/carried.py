@@ -1,6 +1,7 @@
 """What is carried, of every kind of adapter."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ class Carried:
         layers: of the adapter, those that were dropped included.
         narrowed, moved, dropped: of them, those that lost rows or columns, that have a new name, and that
             have no place left.
+        network: of an adapter that is one, with `tensors` as its weights.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -25,6 +27,7 @@ class Carried:
     narrowed: int = 0
     moved: int = 0
     dropped: list[str] = field(default_factory=list)
+    network: Any = None
 
 
 def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int) -> torch.Tensor:

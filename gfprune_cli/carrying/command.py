@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gfprune_cli.carrying.carried import Carried
+from gfprune_cli.carrying.controlnet import CLASS, carry_controlnet, class_of
 from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
 from gfprune_cli.carrying.image_prompts import carry_image_prompts, is_image_prompt
 from gfprune_cli.carrying.lora import carry_lora
@@ -15,6 +16,7 @@ from gfprune_cli.carrying.spelling import common_name
 from gfprune_cli.carrying.target import Target, find_target
 from gfprune_cli.checkpoint.reader import sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
+from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
@@ -29,7 +31,8 @@ class Kind:
 
     Args:
         name: in documents.
-        file: what its tensors are written to; of a LoRA, the name that diffusers looks for.
+        file: what its tensors are written to; of a LoRA, the name that diffusers looks for;
+            of a network, none.
         loading: the Python that loads it; FOLDER stands for its place.
         carry: makes it fit.
     """
@@ -52,6 +55,29 @@ IMAGE_PROMPTS = Kind(
     'pipeline.load_ip_adapter("FOLDER", subfolder="", weight_name="ip_adapter.safetensors")',
     lambda adapter, target: carry_image_prompts(adapter.tensors, target),
 )
+CONTROLNET = Kind(
+    "controlnet",
+    "",
+    'controlnet = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
+    carry_controlnet,
+)
+
+
+def kind_of(adapter: Adapter) -> Kind:
+    """What an adapter is.
+
+    Raises:
+        GfpruneError: of a kind that cannot be carried over.
+    """
+    named = class_of(adapter)
+    if named == CLASS:
+        return CONTROLNET
+    if named.endswith("Adapter") or "control_model." in next(iter(adapter.tensors), ""):
+        raise GfpruneError(
+            f"{adapter.path} cannot be carried over: what a T2I adapter puts out is what its next stage "
+            "reads; ControlNets are read in diffusers' layout (from_single_file, then save_pretrained)"
+        )
+    return IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
 
 
 def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent) -> CarryResult:
@@ -69,7 +95,7 @@ def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
         progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
-        kind = IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
+        kind = kind_of(adapter)
         carried = kind.carry(adapter, target)
         if not carried.layers or len(carried.dropped) == carried.layers:
             raise GfpruneError(
@@ -82,13 +108,19 @@ def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent)
             result = replace(result, output=str(destination))
             progress(Event("write", text=f"writing {destination}"))
             with staged(destination, force=options.force, needed=result.bytes["after"]) as staging:
-                # converters give several layers one tensor, which a file may not hold twice
-                write_tensors(
-                    staging / kind.file, {name: part.clone() for name, part in carried.tensors.items()}
-                )
+                write_adapter(staging, kind, carried)
                 write_json(staging / RECORD, make_record(recipe, adapter, target, result))
                 (staging / "README.md").write_text(card(recipe, result, kind), encoding="utf-8")
     return replace(result, seconds=round(time.monotonic() - start, 3))
+
+
+def write_adapter(staging: Path, kind: Kind, carried: Carried) -> None:
+    """The files of an adapter."""
+    if carried.network is not None:
+        write_weights(staging, carried.network, None, SHARD_BYTES)
+        return
+    # converters give several layers one tensor, which a file may not hold twice
+    write_tensors(staging / kind.file, {name: part.clone() for name, part in carried.tensors.items()})
 
 
 def default_output(recipe: CarryRecipe, path: Path) -> Path:

@@ -76,6 +76,31 @@ def fetch(
     return fetched(wanted), commit
 
 
+def fetch_file(
+    repo_id: str, name: str, *, revision: str | None, offline: bool, progress: Progress
+) -> tuple[Path, str]:
+    """One file of a repository, verified, and the commit that it is read at.
+
+    Raises:
+        GfpruneError: the repository, revision, file or network are not there.
+    """
+    import huggingface_hub
+
+    offline = offline or huggingface_hub.is_offline_mode()
+    with explained(repo_id, revision):
+        check_token(huggingface_hub.get_token())
+        commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
+    if sizes and name not in sizes:
+        raise GfpruneError(f"{repo_id} has no file {quoted(name)} at {commit[:12]}: check its name")
+    progress(Event("load", text=f"{repo_id}/{name} at {commit[:12]}{' from the cache' if offline else ''}"))
+    folder = _download(
+        repo_id, revision, commit, [name], declared=declared, offline=offline, progress=progress
+    )
+    if not (folder / name).is_file():
+        raise GfpruneError(f"{repo_id}/{name} is not in the cache: run once without --offline")
+    return folder / name, commit
+
+
 def _is_description(name: str) -> bool:
     # The model card comes along for the licence that a pruned model inherits.
     vocabulary = name.endswith((".txt", ".model")) and name.count("/") == 1

@@ -23,6 +23,7 @@ NO_REPOSITORY = (
     *(".json", ".yaml", ".yml", ".txt", ".onnx", ".pt2", ".xml", ".engine", ".zip", ".tar", ".gz"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{{0,200}}\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def resolve(
     """Turn what the user wrote after `--model` into a folder, downloading it if need be.
 
     Args:
-        model: "demo", a local diffusers folder, a file in the naming of the model's authors, or a Hub id
-            "owner/name". What exists here wins.
+        model: "demo", a local diffusers folder, a file in the naming of the model's authors, a Hub id
+            "owner/name", or such a file there, "owner/name/file.safetensors". What exists here wins.
         revision: branch, tag or commit; Hub only.
         variant: "fp16" and the like: download those weights, and the plain ones of components that lack them.
         offline: use only what the Hub cache holds, as HF_HUB_OFFLINE=1 does.
@@ -73,7 +74,11 @@ def resolve(
         GfpruneError: the Hub model cannot be had, or holds nothing that gfprune can read.
     """
     check_variant(variant)
-    file = None if model == "demo" else _original_file(model)
+    file, commit = (None, None) if model == "demo" else (_original_file(model), None)
+    if file is None and (match := _HUB_FILE.fullmatch(model)) is not None and not os.path.exists(model):
+        from gfprune_cli.checkpoint.hub import fetch_file
+
+        file, commit = fetch_file(match[1], match[2], revision=revision, offline=offline, progress=progress)
     if config_from is not None and file is None:
         raise UsageError(
             f"--config-from is for models in one file, and {quoted(model)} is none: drop the flag"
@@ -81,7 +86,8 @@ def resolve(
     if model == "demo":
         source = _local(model, DEMO, "demo")
     elif file is not None:
-        source = Source(model, _converted(file, config_from, offline, progress), "local", None)
+        made = _converted(file, config_from, offline, progress)
+        source = Source(model, made, "local" if commit is None else "hub", commit)
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
     elif looks_like_hub_id(model):
@@ -100,7 +106,7 @@ def resolve(
         raise UsageError(
             f"--model {quoted(model)}: no such folder (a Hub id looks like owner/name; or use demo)"
         )
-    if revision is not None:
+    if revision is not None and source.commit is None:
         raise UsageError(
             f"--revision is for Hub models, but {quoted(model)} is a folder on this machine: drop the flag"
         )

@@ -52,11 +52,10 @@ def cached(
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     path = cache_room("calibration") / f"{digest}.safetensors"
-    try:
-        found, metadata = read_whole(path)
-        return found, json.loads(metadata[DOCUMENT])
-    except Exception:  # noqa: S110 - absent, truncated or foreign: make it again
-        pass
+    if path.exists():
+        with suppress(Exception):  # truncated or foreign: make it again
+            found, metadata = read_whole(path)
+            return found, json.loads(metadata[DOCUMENT])
     tensors, document = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -155,14 +155,14 @@ class PruneJob:
             GfpruneError: the run does not fit.
         """
         recipe, offload = self.recipe, self.offload_teacher
-        weights = self.plan.cost.params({}) * FLOAT
-        others = alternatives(recipe, one, offload=offload, device=self.device.type)
+        params = self.plan.cost.params({})
+        others = alternatives(recipe, one, offload=offload, device=self.device.type, params=params)
         plans = [
             MemoryPlan(
                 self.device,
                 self.free,
-                weights,
-                phases_of(recipe, one, offload=offload, second_order=second_order),
+                params * FLOAT,
+                phases_of(recipe, one, offload=offload, second_order=second_order, params=params),
                 others,
             )
             for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))

@@ -9,6 +9,7 @@ from gfprune_cli.flow.criteria import CRITERIA
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES, SCORE_CHUNK
 from gfprune_cli.flow.refit import ROWS_PER_INPUT
 from gfprune_cli.pruning.memory import FLOAT, Pass, Phase
+from gfprune_cli.pruning.verify import DOUBLES
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 
@@ -16,23 +17,30 @@ RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments
 COMPARING_MATRICES = 6  # of inputs by inputs, in float32: moments, ordered ones, their factor
 REFITTING_MATRICES = 4  # a system and its factor
 SECOND_ORDER = 3  # times what autograd keeps for first derivatives
-LOSSES, SCORING, COMPARING, REFITTING, RECOVERING = (
-    "taking losses", "scoring", "comparing groups", "refitting", "recovering"
+DOUBLE_COPIES = 6  # of a network that is checked in float64, and what it narrows to, counted in float32
+SINGLE_COPIES = 3  # of one that is too large for that
+LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
+    "taking losses", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
 )  # fmt: skip
 
 
-def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool = False) -> list[Phase]:
+def phases_of(
+    recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool = False, params: int = 0
+) -> list[Phase]:
     """What a run does with its memory; bytes of a sample are 0 where `one` is not known.
 
     Args:
         one: of the dense network.
         offload: the teacher stays in main memory.
         second_order: scoring may take the product with the Hessian exactly.
+        params: of the dense network.
     """
-    return list(_phases(recipe, one, offload=offload, second_order=second_order))
+    return list(_phases(recipe, one, offload=offload, second_order=second_order, params=params))
 
 
-def _phases(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool) -> Iterator[Phase]:
+def _phases(
+    recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool, params: int
+) -> Iterator[Phase]:
     copied = recipe.refit or recipe.recover > 0
     dense = int(copied and not offload)
     masked = dense + 2  # the weights that change, and what the masks leave of them
@@ -41,6 +49,8 @@ def _phases(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool
     yield Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)
     if not recipe.sparsity:  # folding alone
         return
+    checked = DOUBLE_COPIES if params <= DOUBLES else SINGLE_COPIES
+    yield Phase(CHECKING, checked, 2 * FLOAT * one.forward, 1)
     yield Phase(SCORING, dense + CRITERIA[recipe.criterion].copies, scored, min(SCORE_CHUNK, recipe.draws))
     if recipe.layout == "adaptive":
         count, rest = COMPARED_SAMPLES, FLOAT * COMPARING_MATRICES * one.widest**2
@@ -62,7 +72,9 @@ def targets(one: Pass) -> int:
     )
 
 
-def alternatives(recipe: PruneRecipe, one: Pass, *, offload: bool, device: str) -> dict[str, list[Phase]]:
+def alternatives(
+    recipe: PruneRecipe, one: Pass, *, offload: bool, device: str, params: int = 0
+) -> dict[str, list[Phase]]:
     """Flags that were not given and take memory away -> the phases with them."""
     found: dict[str, list[Phase]] = {}
     without: dict[str, dict[str, Any]] = {
@@ -73,7 +85,7 @@ def alternatives(recipe: PruneRecipe, one: Pass, *, offload: bool, device: str) 
     }
     for flags, changes in without.items():
         if all(getattr(recipe, name) != value for name, value in changes.items()):
-            found[flags] = phases_of(replace(recipe, **changes), one, offload=offload)
+            found[flags] = phases_of(replace(recipe, **changes), one, offload=offload, params=params)
     if device != "cpu" and not offload:
-        found["--offload-teacher"] = phases_of(recipe, one, offload=True)
+        found["--offload-teacher"] = phases_of(recipe, one, offload=True, params=params)
     return found

@@ -62,6 +62,9 @@ def make_plan(
     Raises:
         UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
     """
+    if recipe.keep_interfaces and (recipe.blocks or recipe.layout == "native"):
+        other = "--blocks" if recipe.blocks else "--layout native"
+        raise UsageError(f"--keep-interfaces keeps what {other} takes away or narrows: drop one of the two")
     component = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
     )
@@ -70,7 +73,9 @@ def make_plan(
         if absent := absent_parts(component):
             notice(progress, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
     width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
-    meta, groups, trace = find_units(component, progress, width=width, blocks=recipe.blocks)
+    meta, groups, trace = find_units(
+        component, progress, width=width, blocks=recipe.blocks, interfaces=recipe.keep_interfaces
+    )
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
             "--layout native needs a checkpoint of the stock class, and this one is already pruned"
@@ -165,7 +170,12 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
         UsageError: the budget is out of reach.
     """
     meta, groups, trace = find_units(
-        plan.component, progress, width=recipe.prune_width, blocks=recipe.blocks, folded=network
+        plan.component,
+        progress,
+        width=recipe.prune_width,
+        blocks=recipe.blocks,
+        interfaces=recipe.keep_interfaces,
+        folded=network,
     )
     cost = CostModel(meta, groups, trace, plan.cost)
     allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)

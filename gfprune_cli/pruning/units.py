@@ -12,12 +12,19 @@ from gfprune_cli.progress import Progress
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.interfaces import beside_interfaces
 from gfprune_cli.structure.removal import skeleton
 from gfprune_cli.structure.trace import Trace
 
 
 def find_units(
-    component: Component, progress: Progress, *, width: bool, blocks: bool, folded: nn.Module | None = None
+    component: Component,
+    progress: Progress,
+    *,
+    width: bool,
+    blocks: bool,
+    interfaces: bool = False,
+    folded: nn.Module | None = None,
 ) -> tuple[Any, tuple[ChannelGroup, ...], Trace]:
     """A network of the component's structure, its groups, and the trace of its forward pass.
 
@@ -27,6 +34,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
+        interfaces: not the channels at which adapters enter.
         folded: what the component has become, with its weights; the network is its own structure then.
 
     Raises:
@@ -38,4 +46,6 @@ def find_units(
         inputs = pipeline_inputs(dense, component, progress)
         network = dense if folded is None else folded
     groups, trace = discover(network, inputs, width=width)
+    if interfaces:
+        groups = beside_interfaces(network, groups)
     return network, groups + (block_groups(network) if blocks else ()), trace

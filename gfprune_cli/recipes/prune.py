@@ -49,6 +49,9 @@ class PruneRecipe:
         ),
     ] = None
     prune_width: Annotated[bool, Help("The residual width of a transformer may narrow too.")] = False
+    keep_interfaces: Annotated[
+        bool, Help("Keep the channels at which ControlNets, T2I adapters and IP-Adapters enter.")
+    ] = False
     criterion: Annotated[CriterionName, Help("How units are scored (docs/method.md).")] = "taylor"
     iterations: Annotated[int, Ge(1), Le(1000), Help("Scorings; the budget tightens after each.")] = 1
     draws: Annotated[int, Ge(1), Le(10**6), Help("Noisy samples per scoring.")] = 64

@@ -265,7 +265,8 @@ class TestModelingFile:
             assert torch.equal(output, expected), name
         assert (tmp_path / "half" / "gfprune_models_v2.py").exists()
 
-    def test_the_file_in_the_folder_is_never_executed(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("stem", ["gfprune_unet2d_v1", "gfprune_models_v1"])
+    def test_the_file_in_the_folder_is_never_executed(self, tmp_path: Path, stem: str) -> None:
         """A checkpoint of the earlier format, whose own file would fail, loads in the installed class."""
         modules = {name: shape for name, shape in NARROW.items() if "identity" not in shape}
         model = modeling.pruned_class("UNet2DModel")(
@@ -274,12 +275,12 @@ class TestModelingFile:
         )
         folder = pipeline(tmp_path / "old", unet=model)
         (folder / "unet" / "gfprune_models_v2.py").unlink()
-        (folder / "unet" / "gfprune_unet2d_v1.py").write_text("raise SystemExit('executed')")
+        (folder / "unet" / f"{stem}.py").write_text("raise SystemExit('executed')")
         index = json.loads((folder / "model_index.json").read_text())
-        index["unet"] = ["gfprune_unet2d_v1", "PrunedUNet2DModel"]
+        index["unet"] = [stem, "PrunedUNet2DModel"]
         (folder / "model_index.json").write_text(json.dumps(index))
         config = json.loads((folder / "unet" / "config.json").read_text())
-        config["auto_map"] = {"AutoModel": "gfprune_unet2d_v1.PrunedUNet2DModel"}
+        config["auto_map"] = {"AutoModel": f"{stem}.PrunedUNet2DModel"}
         (folder / "unet" / "config.json").write_text(json.dumps(config))
         loaded = gfprune_cli.load(folder)
         assert loaded.config.gfprune["modules"].keys() == modules.keys()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import hub_server
 from pipelines import FAMILIES
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +105,33 @@ def test_a_folder_with_one_file_is_that_file(folder: Path, file: Path, tmp_path:
     assert first == resolve(str(file), config_from=str(folder)).folder
     assert (first / "unet" / "config.json").is_file()
     assert not list(first.rglob("*.bin"))
+
+
+def test_a_file_on_the_hub(
+    folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gfprune: Any
+) -> None:
+    """owner/name/file.safetensors: that file alone is fetched, at one commit."""
+    repo = tmp_path / "repo" / "models"
+    repo.mkdir(parents=True)
+    (repo / "one.safetensors").write_bytes(file.read_bytes())
+    (repo / "two.safetensors").write_bytes(b"not asked for")
+    with hub_server({"owner/name": repo.parent}) as hub:
+        ask = [
+            "analyze",
+            "--model",
+            "owner/name/models/one.safetensors",
+            "--config-from",
+            folder,
+            "--json",
+            "-q",
+        ]
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        done = gfprune(*ask, **settings)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["class_name"] == "UNet2DConditionModel"
+        assert hub.downloads() == ["models/one.safetensors"]
+        missing = gfprune("analyze", "--model", "owner/name/three.safetensors", "-q", **settings)
+        assert "has no file 'three.safetensors'" in missing.stderr
 
 
 class TestRefused:

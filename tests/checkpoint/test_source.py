@@ -24,7 +24,7 @@ from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError
 events = []
 try:
-    source = resolve(report=events.append, **json.loads(sys.argv[1]))
+    source = resolve(progress=events.append, **json.loads(sys.argv[1]))
 except GfpruneError as error:
     print(json.dumps({"error": str(error), "code": error.exit_code}))
 else:
@@ -181,7 +181,7 @@ class TestHub:
     def test_no_such_variant_downloads_no_weights(self, hub: Hub, tmp_path: Path) -> None:
         result = run_resolve(tmp_path / "home", hub, variant="bf16")
         assert result["code"] == 2
-        assert "drop --variant, or pass --variant fp16" in result["error"]
+        assert "drop variant, or pass variant fp16" in result["error"]
         assert not any(name.endswith(".safetensors") for name in hub.downloads())
 
     def test_a_gated_repository_needs_the_token(self, hub: Hub, tmp_path: Path) -> None:

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from pruned_folders import Pruned
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
 import gfprune_cli
+from gfprune_cli.checkpoint.correspondence import Stays
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class, receivers
 from gfprune_cli.cli.main import app
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.progress import silent
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.structure.removal import remove
 
 Tensors = dict[str, torch.Tensor]
@@ -397,6 +402,85 @@ class TestImagePrompts:
             if "attn2" in name
         ]
         assert rows == [carried[f"ip_adapter.{number}.to_k_ip.weight"].shape[0] for number in numbers]
+
+
+class TestControlNet:
+    """What it adds to the streams of the U-Net has the channels that are left."""
+
+    @pytest.fixture
+    def controlnet(self, made: Callable[[str], Pruned], tmp_path: Path) -> Path:
+        """One of the dense U-Net, whose outputs are not zero."""
+        network = ControlNetModel.from_unet(made("stable-diffusion").load().train())
+        for name, parameter in network.named_parameters():
+            if name.startswith("controlnet_"):
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+        network.save_pretrained(tmp_path / "controlnet")
+        return tmp_path / "controlnet"
+
+    def outputs(self, network: Any) -> list[torch.Tensor]:
+        source = torch.Generator().manual_seed(5)
+        sample, text = torch.randn(1, 4, 8, 8, generator=source), torch.randn(1, 7, 32, generator=source)
+        picture = torch.randn(1, 3, 64, 64, generator=source)
+        with torch.no_grad():
+            down, middle = network(sample, torch.tensor([5]), text, picture, return_dict=False)
+        return [*down, middle]
+
+    def test_its_outputs_are_those_of_the_dense_one_at_the_channels_that_are_left(
+        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
+    ) -> None:
+        pruned = made("stable-diffusion")
+        found = gfprune_cli.carry(controlnet, pruned.folder, out=tmp_path / "out")
+        assert (found.kind, found.layers["total"], found.layers["dropped"]) == ("controlnet", 5, 0)
+        assert found.layers["narrowed"] > 0
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"config.json", "gfprune_models_v2.py", "gfprune.json", "README.md"} < names
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        carried: Any = pruned_class("ControlNetModel").from_pretrained(tmp_path / "out")
+        assert config["_class_name"] == type(carried).__name__ == "PrunedControlNetModel"
+        network: Any = gfprune_cli.load(pruned.folder)
+        layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
+        streams = ["conv_in", "down_blocks.0.attentions.0.proj_out", "down_blocks.0.downsamplers.0.conv"]
+        streams += ["down_blocks.1.resnets.0.conv2", "mid_block.resnets.1.conv2"]
+        dense = self.outputs(ControlNetModel.from_pretrained(controlnet))
+        left = self.outputs(carried.eval())
+        for before, after, stream in zip(dense, left, streams, strict=True):
+            entry = layers.get(stream, {})
+            if "out" in entry:
+                before = before[:, list(Stays.parse(entry["out"]).indices)]
+            assert after.shape[1] == network.get_submodule(stream).weight.shape[0]
+            torch.testing.assert_close(after, before)
+        source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
+        down = dict(down_block_additional_residuals=left[:-1], mid_block_additional_residual=left[-1])
+        assert network(*source, **down).sample.isfinite().all()
+
+    def test_one_for_another_network_is_refused(
+        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(GfpruneError, match=r"another network|no U-Net"):
+            gfprune_cli.carry(controlnet, made("sdxl").folder, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
+def test_kept_interfaces_take_adapters_of_the_dense_network(family: str, tmp_path: Path) -> None:
+    """ControlNets and T2I adapters find their streams, IP-Adapters their heads, as they were."""
+    pruned = Pruned(family, tmp_path, interfaces=True)
+    network: Any = gfprune_cli.load(pruned.folder)
+    dense = pruned.load()
+    assert 0 < len(pruned.groups) < len(find_units(pruned.component, silent, width=False, blocks=False)[1])
+    assert sum(map(torch.numel, network.parameters())) < sum(map(torch.numel, dense.parameters()))
+    for _, name in receivers(dense):
+        assert network.get_submodule(name).to_k.out_features == dense.get_submodule(name).to_k.out_features
+    if family == "stable-diffusion":
+        source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
+        controlnet = ControlNetModel.from_unet(dense)
+        down, middle = controlnet(*source, torch.randn(1, 3, 64, 64), return_dict=False)
+        added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        assert network(*source, **added).sample.isfinite().all()
+
+
+def test_kept_interfaces_exclude_blocks(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--keep-interfaces keeps what --blocks takes away"):
+        gfprune_cli.prune("demo", keep_interfaces=True, blocks=True, out=tmp_path / "out", dry_run=True)
 
 
 class TestThePrunedClassRefuses:

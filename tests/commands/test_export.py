@@ -468,7 +468,9 @@ def test_a_missing_extra_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str, missing: list[str]
 ) -> None:
     find: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(onnx_model, "find_spec", lambda name: None if name in missing else find("json"))
+    monkeypatch.setattr(
+        "gfprune_cli.deploy.format.find_spec", lambda name: None if name in missing else find("json")
+    )
     with pytest.raises(UsageError, match=rf"pip install 'gfprune\[{extra}\]'"):
         gfprune_cli.export("demo", format=extra, out=tmp_path / "out")
 

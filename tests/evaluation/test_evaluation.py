@@ -175,13 +175,9 @@ def test_schedulers_that_cannot_be_seeded_or_spaced_are_refused() -> None:
         ("quad", diffusers.DDIMScheduler(), "quad"),
         (None, type("DPMSolverSDEScheduler", (), {})(), "seeded"),
     ):
-        sampling = make_sampling(
-            Settings(2, 5, "pipeline", spacing, 0.0, "clean"),  # type: ignore[arg-type]
-            process,
-            scheduler,
-        )
+        settings = Settings(2, 5, "pipeline", spacing, 0.0, "clean")  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=words):
-            drawn(sampling, [0])
+            make_sampling(settings, process, scheduler)
 
 
 def test_a_protocol_sets_everything_and_flags_override_it() -> None:

@@ -23,15 +23,23 @@ class Pruned:
     Args:
         blocks: whole blocks go as well, the first of each stack that may.
         width: of transformers, the residual width too.
+        interfaces: where adapters enter, everything stays.
         only: part of the names of the groups that lose units; the others stay whole.
     """
 
     def __init__(
-        self, family: str, place: Path, *, blocks: bool = False, width: bool = False, only: str = ""
+        self,
+        family: str,
+        place: Path,
+        *,
+        blocks: bool = False,
+        width: bool = False,
+        interfaces: bool = False,
+        only: str = "",
     ) -> None:
         self.dense = FAMILIES[family](place / "dense")
         self.component = inspect(resolve(str(self.dense)))
-        found = find_units(self.component, silent, width=width, blocks=blocks)
+        found = find_units(self.component, silent, width=width, blocks=blocks, interfaces=interfaces)
         self.network, self.groups, _ = found
         self.kept = {
             name: kept if only in name else torch.ones_like(kept)
