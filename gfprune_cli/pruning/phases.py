@@ -83,7 +83,7 @@ def alternatives(
         "--no-refit --recover 0": dict(refit=False, recover=0),
         "--criterion taylor": dict(criterion="taylor"),
     }
-    for flags, changes in without.items():
+    for flags, changes in without.items() if recipe.sparsity else ():  # folding alone does none of that
         if all(getattr(recipe, name) != value for name, value in changes.items()):
             found[flags] = phases_of(replace(recipe, **changes), one, offload=offload, params=params)
     if device != "cpu" and not offload:
