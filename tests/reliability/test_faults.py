@@ -201,8 +201,17 @@ def check_what_stands(bench: Bench, name: str) -> None:
         assert numbers["sha256"] == hashlib.sha256((state / "state.safetensors").read_bytes()).hexdigest()
 
 
-def check_failure(ended: Ended, fault: Fault, place: Path, scene: Scene) -> None:
-    """An error is one line that says what; nothing is left but what a resumed run can use."""
+def hidden(place: Path) -> set[str]:
+    return {path.name for path in place.iterdir() if path.name.startswith(".")}
+
+
+def check_failure(ended: Ended, fault: Fault, place: Path, scene: Scene, earlier: set[str]) -> None:
+    """An error is one line that says what; nothing is left but what a resumed run can use.
+
+    Args:
+        earlier: hidden names that were there before: a run that fails in its first look at the output has not
+            come to what a killed one left.
+    """
     assert ended.code in (0, 1), f"{fault}: {ended.code}: {ended.err}"
     assert len(ended.errors) == ended.code, ended.err
     assert "Traceback" not in ended.err
@@ -211,7 +220,9 @@ def check_failure(ended: Ended, fault: Fault, place: Path, scene: Scene) -> None
         assert "space left" in ended.err
     if fault.kind == "remove":  # what cannot be removed stays until the next run
         return
-    left = {path.name for path in place.iterdir() if path.name.startswith(".")}
+    left = hidden(place)
+    if ended.seen["make"] == 0:
+        left -= {name for name in earlier if "-staging-" in name}
     states = {name for name in left if re.fullmatch(r"\.[\w.]+\.gfprune-state", name)}
     assert left == states, f"{fault}: {left}"
     orphans = [path.name for state in states for path in (place / state).iterdir() if path.name[0] in ".n"]
@@ -247,11 +258,12 @@ def finish(bench: Bench, name: str, *faults: Fault) -> None:
 def disturb(bench: Bench, name: str, fault: Fault, *, again: bool) -> Ended:
     """One run with one fault, and what has to hold after it."""
     scene, place = SCENES[name], bench.base / "place"
+    earlier = hidden(place) if again else set()
     ended = bench.run(scene, again=again, fault=fault)
     if not fault.error and ended.hits:
         assert ended.code == -9, ended.err
     elif ended.hits:
-        check_failure(ended, fault, place, scene)
+        check_failure(ended, fault, place, scene, earlier)
     else:
         assert ended.code == 0, ended.err
     check_what_stands(bench, name)
