@@ -484,7 +484,7 @@ def test_samples_without_an_identity_are_never_used(
     state = tmp_path / ".a.html.gfprune-state"
     state.mkdir()
     write_tensors(state / "model-000000.safetensors", {"images": torch.zeros(4, 3, 16, 16)})
-    again = run_evaluation(EvalRecipe(model=str(pruned), **FAST), beside=page, resume=True)
+    again = run_evaluation(EvalRecipe(model=str(pruned), **FAST), RunOptions(html=page, resume=True))
     assert again is not None
     assert again.metrics["ssim"] == clean.metrics["ssim"]
     assert not state.exists()
@@ -497,8 +497,8 @@ def test_two_runs_into_one_place_do_not_mix(pruned: Path, tmp_path: Path) -> Non
         exclusive(tmp_path / ".a.html.gfprune-state"),
         pytest.raises(UsageError, match="another run is working"),
     ):
-        run_evaluation(recipe, beside=page, resume=True)
-    assert run_evaluation(recipe, beside=page) is not None
+        run_evaluation(recipe, RunOptions(html=page, resume=True))
+    assert run_evaluation(recipe, RunOptions(html=page)) is not None
     assert list(tmp_path.iterdir()) == [], "neither state nor lock is left"
 
 
@@ -508,9 +508,9 @@ def test_samples_survive_a_report_that_cannot_be_written(pruned: Path, tmp_path:
 
     recipe, page = EvalRecipe(model=str(pruned), **FAST), tmp_path / "a.html"
     with pytest.raises(GfpruneError, match="no space"):
-        run_evaluation(recipe, beside=page, publish=fail)
+        run_evaluation(recipe, RunOptions(html=page), publish=fail)
     drawn = []
-    run_evaluation(recipe, beside=page, resume=True, progress=lambda event: drawn.append(event.phase))
+    run_evaluation(recipe, RunOptions(html=page, resume=True), lambda event: drawn.append(event.phase))
     assert drawn.count("sample") <= 4, "one event for each chunk that is there, none for a pass"
 
 
