@@ -104,7 +104,8 @@ def options(family: str, prompts: Path) -> dict[str, Any]:
 
 
 def evaluated(model: Path, **settings: Any) -> Any:
-    result = gfprune_cli.evaluate(str(model), samples=2, steps=2, latency_batches="1", **settings)
+    timed = {} if settings.get("no_latency") else {"latency_batches": "1"}
+    result = gfprune_cli.evaluate(str(model), samples=2, steps=2, **timed, **settings)
     page = render(result.document(), result.grid)
     assert page.count("<img") == 2 * len(result.grid)
     assert result.class_name in page
