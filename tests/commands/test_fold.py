@@ -70,7 +70,7 @@ def test_a_run_stopped_while_it_folds_and_while_it_trains_resumes_to_the_same_by
     for number in range(3):
         with pytest.raises(Interrupted):
             gfprune_cli.prune(
-                str(pipeline_folder), out=tmp_path / "out", resume=number > 0, report=stop, **settings
+                str(pipeline_folder), out=tmp_path / "out", resume=number > 0, progress=stop, **settings
             )
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", resume=True, **settings)
     for name in ("unet/diffusion_pytorch_model.safetensors", "gfprune.json", "unet/config.json"):
