@@ -4,7 +4,7 @@ import os
 import re
 from typing import Any
 
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import UsageError
 
 SECONDS = 10.0  # for the Hub to answer; the library of data sets would try for half a minute and more
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -26,8 +26,7 @@ def check_dataset(source: str) -> None:
     """Ask the Hub for a data set.
 
     Raises:
-        UsageError: there is none of that name.
-        GfpruneError: the Hub cannot be reached.
+        UsageError: there is none of that name, or the Hub cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -47,7 +46,7 @@ def check_dataset(source: str) -> None:
     except errors.HfHubHTTPError:  # a mirror that does not answer this question
         return
     except no_answer:
-        raise GfpruneError(
+        raise UsageError(  # a path that was mistyped is likelier than a network that is away
             f"--data {source!r}: no such folder or .npz file, and the Hub cannot be asked for a data set of "
             "that name: check the path, or the network"
         ) from None

@@ -637,7 +637,7 @@ NO_ANSWER: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that the Hub's
     ("answer", "kind", "words"),
     [
         (RepositoryNotFoundError("x", response=Mock()), UsageError, "no data set of that name"),
-        (NO_ANSWER("refused"), GfpruneError, "the Hub cannot be asked"),
+        (NO_ANSWER("refused"), UsageError, "the Hub cannot be asked"),
     ],
 )
 def test_a_mistyped_folder_costs_one_request(
