@@ -130,23 +130,36 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gfprune(tmp_path_factory: pytest.TempPathFactory) -> Gfprune:
-    """Run the command line in a process of its own."""
+def gfprune(server: Any) -> Gfprune:
+    """Run the command line in a process of its own, which is forked: the imports are paid for once.
+
+    With variables, which libraries may read when they are imported, it is a process from the start.
+    """
 
     def run(
         *arguments: object, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env=os.environ | environment,
-            timeout=600,
-            check=False,
-        )
+        if environment:
+            return fresh(*arguments, cwd=cwd, **environment)
+        done = server.run(*arguments, folder=str(cwd or ""))
+        return subprocess.CompletedProcess(list(arguments), done.code, done.stdout, done.stderr)
 
     return run
+
+
+def fresh(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a shell would."""
+    return subprocess.run(
+        [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        timeout=600,
+        check=False,
+    )
 
 
 def quick_flags() -> list[str]:
@@ -154,13 +167,13 @@ def quick_flags() -> list[str]:
     return [part for name, value in QUICK.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-# --- of the reliability tests --------------------------------------------------------------------
+# --- processes
 
 
 @pytest.fixture(scope="session")
 def server(thorough: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Commands in forked processes: the imports are paid for once."""
-    from forked import Server  # beside the tests that ask for it
+    from forked import Server
 
     served = Server(tmp_path_factory.mktemp("forked"), onnx=thorough)
     yield served
