@@ -46,7 +46,7 @@ def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -
     names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
     shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
-    return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
+    return {"target": recipe.goal, "achieved": achieved, "of": recipe.budget, **shares}
 
 
 def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def make_plan(
         )
     if recipe.layout == "native" and recipe.fold:
         raise UsageError("--layout native: the stock classes know no factors; drop --fold, or use adaptive")
-    if not recipe.sparsity and recipe.fold == 0:
+    if not recipe.goal and recipe.fold == 0:
         raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
         return plan_depth(component, meta, groups, trace, recipe, progress)
@@ -90,13 +90,13 @@ def make_plan(
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        found = allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+        found = check_reachable(cost, groups, recipe)
         return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, meta, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
         )
-    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
+    allocation, config = native_allocation(meta, cost, recipe.goal, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(
             f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
@@ -104,9 +104,20 @@ def make_plan(
     notice(
         progress,
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
-        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
     )
     return Plan(component, groups, cost, allocation, config)
+
+
+def check_reachable(cost: CostModel, groups: tuple[ChannelGroup, ...], recipe: PruneRecipe) -> Allocation:
+    """Widths of the least sparsity that is asked for, where units count alike.
+
+    Raises:
+        UsageError: a budget is out of reach, unless the loss decides how far to go.
+    """
+    scores, strict = uniform_scores(groups), recipe.keep_loss is None
+    found = [allocate(cost, scores, target, budget=recipe.budget, strict=strict) for target in recipe.targets]
+    return found[0]
 
 
 def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) -> float:
@@ -117,11 +128,11 @@ def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) ->
     """
     if recipe.fold is not None:
         return recipe.fold
-    if recipe.sparsity and not is_transformer(network):
+    if recipe.goal and not is_transformer(network):
         return 0.0
     shares = widths.sparsities
     binds = "params" in shares and shares["params"] - min(shares.values()) <= TOLERANCE
-    return FOLD if binds or not recipe.sparsity else 0.0
+    return FOLD if binds or not recipe.goal else 0.0
 
 
 def plan_depth(
@@ -149,16 +160,16 @@ def plan_depth(
         raise UsageError(f"--layout native: the stock {component.class_name} {why}")
     cost = CostModel(meta, stacks, trace)
     reached = allocate(
-        cost, uniform_scores(stacks), recipe.sparsity, budget=recipe.budget, align=1, strict=False
+        cost, uniform_scores(stacks), recipe.goal, budget=recipe.budget, align=1, strict=False
     ).sparsity
     if reached <= 0:
         raise UsageError(
             f"--layout native: no block of this {component.class_name} is small enough for --sparsity "
-            f"{recipe.sparsity:g}; ask for more, or use adaptive"
+            f"{recipe.goal:g}; ask for more, or use adaptive"
         )
     notice(
         progress,
-        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
+        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.goal:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
 
@@ -178,7 +189,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
         folded=network,
     )
     cost = CostModel(meta, groups, trace, plan.cost)
-    allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
+    check_reachable(cost, groups, recipe)
     return replace(plan, groups=groups, cost=cost)
 
 
@@ -190,9 +201,9 @@ def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResu
         allocation = allocate(
             plan.cost,
             uniform_scores(plan.groups),
-            recipe.sparsity,
+            recipe.goal,
             budget=recipe.budget,
-            strict=not plan.nearest,
+            strict=not plan.nearest and recipe.keep_loss is None,
         )
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand

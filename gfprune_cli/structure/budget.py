@@ -25,6 +25,7 @@ def allocate(
     budget: str = "both",
     align: int = 1,
     strict: bool = True,
+    start: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Spend the budget where the least score is lost per saved parameter and MAC.
 
@@ -36,16 +37,17 @@ def allocate(
     Args:
         scores: group name -> [units].
         strict: False for a budget on the way, where the nearest reachable serves.
+        start: channels by group of the network that narrows further; None for the dense one.
 
     Raises:
         UsageError: the budget cannot be reached; names the nearest reachable sparsity.
     """
-    found, nearest = attempt(cost, scores, sparsity, budget, align, strict=strict)
+    found, nearest = attempt(cost, scores, sparsity, budget, align, start, strict=strict)
     for _ in range(ADVICES):
         if found is not None:
             break
         advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
-        accepted, other = attempt(cost, scores, advised, budget, align, strict=True)
+        accepted, other = attempt(cost, scores, advised, budget, align, start, strict=True)
         if accepted is not None:
             break
         nearest = other
@@ -60,6 +62,7 @@ def attempt(
     sparsity: float,
     budget: str,
     align: int,
+    start: Mapping[str, int] | None,
     *,
     strict: bool,
 ) -> tuple[Allocation | None, Allocation]:
@@ -68,7 +71,8 @@ def attempt(
     while True:
         for floor in FLOORS:
             depth = floor * math.sqrt(1 - sparsity)
-            found = Search(cost, scores, 1 - sparsity, counted(budget), align, depth).cheapest(strict=strict)
+            search = Search(cost, scores, 1 - sparsity, counted(budget), align, depth, start)
+            found = search.cheapest(strict=strict)
             if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE or spared(cost, found, sparsity):
                 return found, found
             if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):

@@ -55,6 +55,7 @@ class Search:
         counted: the costs.
         align: see `width_step`.
         depth: share of the uniform width ratio that every group keeps, and of the blocks of a stack.
+        start: channels by group of the network that narrows further; what is not named has all.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Search:
         counted: tuple[str, ...],
         align: int,
         depth: float,
+        start: Mapping[str, int] | None = None,
     ) -> None:
         self.cost, self.left, self.counted, self.align, self.depth = cost, left, counted, align, depth
         self.names = sorted(cost.groups)
         self.groups = [cost.groups[name] for name in self.names]
+        self.start = self.ledger({} if start is None else start)
         minimum = minimum_widths(cost, depth, align)
         self.minimum = [minimum[name] for name in self.names]
         self.dense = np.array([cost.before(key) for key in counted], np.float64)
@@ -145,11 +148,13 @@ class Search:
             weights: what a share of each cost is worth.
             patient: what would take more than is wanted waits until nothing else is left.
         """
-        ledger = self.ledger({})
+        ledger = self.ledger(self.start.kept())
         prices = np.array([weights[key] for key in self.counted]) / self.dense
         steps = np.array([self.down(number, ledger) for number in range(len(self.names))], np.int64)
-        lost = np.array([self.loses(number, 0, int(step)) for number, step in enumerate(steps)])
-        closed = np.zeros(len(self.names), bool)
+        lost = np.array(
+            [self.loses(number, int(ledger.removed[number]), int(step)) for number, step in enumerate(steps)]
+        )
+        closed = np.array([ledger.is_inside_gone(name) for name in self.names])
         while self.room(ledger) < 0 and not closed.all():
             savings = ledger.savings(steps)
             worth = prices @ savings
@@ -209,7 +214,7 @@ class Search:
         steps = []
         for number, group in enumerate(self.groups):
             step = 0 if group.is_block else width_step(group, self.align)
-            steps.append(-step if step <= ledger.removed[number] else 0)
+            steps.append(-step if step <= ledger.removed[number] - self.start.removed[number] else 0)
         return np.array(steps, np.int64)
 
     def refill(self, ledger: Ledger) -> Ledger:
@@ -250,7 +255,7 @@ class Search:
         )
         for number, group in enumerate(self.groups):
             wider = kept[group.name] + width_step(group, align)
-            if not free[number] or wider > group.channels:
+            if not free[number] or wider > group.channels - self.start.removed[number]:
                 continue
             trial = self.ledger({**kept, group.name: wider})
             savings = trial.savings(np.where(np.arange(len(down)) == number, 0, down))

@@ -21,6 +21,7 @@ import gfprune_cli
 from gfprune_cli.evaluation import job as evaluation_run
 from gfprune_cli.evaluation import teacher
 from gfprune_cli.flow import loop as pruning_loop
+from gfprune_cli.pruning import flows
 from gfprune_cli.pruning import job as pruning_run
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery import job as recovery_run
@@ -81,7 +82,7 @@ class Journey:
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic is the same with fewer draws and repeats."""
     monkeypatch.setattr(pruning_loop, "REFIT_SAMPLES", 16)
-    monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 16)
+    monkeypatch.setattr(flows, "JUDGE_DRAWS", 16)
     monkeypatch.setattr(pruning_run.PruneJob.loss, "__defaults__", (64,))
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 64)
     monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
