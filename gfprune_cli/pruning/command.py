@@ -25,9 +25,12 @@ from gfprune_cli.runtime.launch import check_alone
 def default_output(recipe: PruneRecipe) -> Path:
     """A name derived from the model and the settings."""
     stem = Path(recipe.model).name or "model"
-    if not recipe.sparsity:
+    if not recipe.removes:
         return Path(f"{stem}-fold")
-    parts = [stem, recipe.criterion, f"{recipe.budget}{round(recipe.sparsity * 100)}"]
+    asked = {"speedup": recipe.speedup, "latency": recipe.latency}
+    parts = [stem, recipe.criterion]
+    parts += [f"{recipe.budget}{round(recipe.sparsity * 100)}"] if recipe.sparsity else []
+    parts += [f"{name}{value:g}" for name, value in asked.items() if value is not None]
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
 
@@ -54,7 +57,12 @@ def prune(recipe: PruneRecipe, options: RunOptions, progress: Progress = silent)
             progress=progress,
         )
         plan = make_plan(
-            source, recipe, progress, weights_required=not options.dry_run or source.kind != "hub"
+            source,
+            recipe,
+            progress,
+            weights_required=not options.dry_run or source.kind != "hub",
+            device=device,
+            facts=output.state({}).found() if options.resume else {},
         )
         output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
         job = PruneJob(recipe, source, plan, device, progress, offload_teacher=options.offload_teacher)
@@ -72,6 +80,7 @@ def prune(recipe: PruneRecipe, options: RunOptions, progress: Progress = silent)
                 state.end()
         else:
             output.prepare(state)
+            state.facts = {} if plan.time is None else plan.time.facts()
             with deterministic():
                 model, outcome = job.execute(state)
             progress(Event("write", text=f"writing {destination}"))
@@ -115,5 +124,6 @@ def result_of(
         seconds=round(time.monotonic() - start, 3),
         seconds_by_phase=clock.finish(),
         fold=record.get("fold"),
+        time=record.get("time"),
         **{name: record[name] for name in shared},
     )

@@ -1,7 +1,8 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -29,7 +30,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.outputs.state import StateFolder, run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
@@ -44,8 +45,8 @@ from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
-from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
+from gfprune_cli.timing.budget import TimeBudget
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
@@ -111,7 +112,7 @@ class PruneJob:
         self.request.check(plan.component, network.config, scheduler)
         check_weights(plan.component, network)
         self.schedule = schedule_of(recipe)
-        self.steps = recipe.recover if recipe.sparsity else 0  # folding alone leaves nothing to mend
+        self.steps = recipe.recover if recipe.removes else 0  # folding alone leaves nothing to mend
         self.folding: Folding | None = None
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
@@ -131,6 +132,7 @@ class PruneJob:
             "revision",
             "variant",
             "config_from",
+            "times",
         )  # the hashes below say what they stood for
         settings = {key: value for key, value in self.recipe.document().items() if key not in addresses}
         inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
@@ -140,8 +142,15 @@ class PruneJob:
             "commit": self.source.commit,
             "device": self.device.type,
             **{name: as_json(value) for name, value in inputs.items()},
+            **self.given_times(),
             "tools": installed_tools(),
         }
+
+    def given_times(self) -> dict[str, Any]:
+        """The table of `--times`: it decides widths. One that is measured does so as well, but never twice in
+        the same way: its run says what it found."""
+        given = self.plan.time if self.recipe.times is not None else None
+        return {} if given is None else {"times": run_digest(given.table.document())}
 
     def plan_memory(self, one: Pass) -> None:
         """Decide how many samples go through a network at once, in each phase.
@@ -212,7 +221,7 @@ class PruneJob:
         probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
         dtype = stored_dtype(self.plan.component)
         folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
-        asked = self.recipe.fold is not None or not self.recipe.sparsity
+        asked = self.recipe.fold is not None or not self.recipe.removes
         found = folding_attempt(folder, self.process, held_out, asked=asked)
         if found is None:
             return dense
@@ -230,7 +239,7 @@ class PruneJob:
         Args:
             before: loss of the network as it was given.
         """
-        if not self.recipe.sparsity:
+        if not self.recipe.removes:
             kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.plan.groups}
             return Outcome(kept, {"before": before}), dense
         student = copy.deepcopy(dense) if self.recipe.refit or self.steps else dense
@@ -337,7 +346,7 @@ class PruneJob:
             process=self.process,
             schedule=self.schedule,
             criterion=recipe.criterion,
-            allocate=self.allocator(),
+            allocate=self.allocator(dense, state),
             draws=draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
@@ -349,22 +358,25 @@ class PruneJob:
             fixed=self.plan.native is not None,
         )
 
-    def allocator(self) -> Any:
+    def allocator(self, dense: nn.Module, state: StateFolder) -> Any:
         """(scores, share of the sparsity in [0, 1]) -> channels kept by each group."""
         plan, recipe = self.plan, self.recipe
 
         def adaptive(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
-            target = recipe.sparsity * share
-            try:
-                final = share >= 1 and not plan.nearest
-                widths = allocate(
-                    plan.cost, scores, target, budget=recipe.budget, align=recipe.align, strict=final
-                )
-            except (
-                UsageError
-            ):  # these scores end short of the budget; equal ones did not, when it was planned
-                widths = allocate(plan.cost, uniform_scores(plan.groups), target, budget=recipe.budget)
-            return widths.kept
+            final = share >= 1 and not plan.nearest
+
+            def widths(left: float | None = None) -> Mapping[str, int]:
+                how: dict[str, Any] = {} if left is None else {"left": left}
+                try:
+                    return plan.allocate(scores, recipe, share, align=recipe.align, strict=final, **how).kept
+                except UsageError:  # these scores end short of it; equal ones did not, when it was planned
+                    return plan.allocate(uniform_scores(plan.groups), recipe, share, **how).kept
+
+            if plan.time is None:
+                return widths()
+            kept = self.in_time(plan.time, widths, dense) if final else widths()
+            state.facts = plan.time.facts()
+            return kept
 
         def native(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
             assert plan.native is not None
@@ -376,6 +388,21 @@ class PruneJob:
             return kept
 
         return adaptive if plan.native is None else native
+
+    def in_time(
+        self, time: TimeBudget, widths: Callable[[float | None], Mapping[str, int]], dense: nn.Module
+    ) -> Mapping[str, int]:
+        """Widths whose time was measured, if it can be."""
+        if time.bench is None:
+            return widths(None)
+
+        def propose(left: float) -> Mapping[str, int] | None:
+            with suppress(UsageError):  # the best of what was timed before stands
+                return widths(left)
+            return None
+
+        folded = None if self.folding is None else skeleton(dense)
+        return time.closed(self.plan.cost, propose, self.progress, folded)
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""

@@ -5,7 +5,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
+from gfprune_cli.recipes.timing import (
+    Latency,
+    Runtime,
+    Speedup,
+    TimeBatch,
+    Times,
+    TimeSize,
+    check_time_options,
+)
 
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
@@ -29,9 +39,25 @@ class PruneRecipe:
     ] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[
-        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
-    ] = 0.5
+        float,
+        Ge(0),
+        Lt(1),
+        Help(
+            "Fraction of the budget to remove, below 1; 0 only folds (--fold) (default: 0.5, and 0 beside "
+            "--speedup and --latency)."
+        ),
+    ] = None  # type: ignore[assignment]  # it is a number once the others are known
     budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
+    speedup: Annotated[
+        Speedup | None, Help("How many times as fast the network is to be, measured in --runtime.")
+    ] = None
+    latency: Annotated[
+        Latency | None, Help("Or: milliseconds that one evaluation may take in --runtime.")
+    ] = None
+    runtime: Runtime = "eager"
+    time_batch: TimeBatch = 1
+    time_size: TimeSize = None
+    times: Times = None
     layout: Annotated[
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
@@ -74,7 +100,7 @@ class PruneRecipe:
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn calibration image.")] = 20
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
-        Help("Of recovery passes (default: bf16 on CUDA, else fp32); all else is fp32."),
+        Help("Of recovery and timed passes (default: bf16 on CUDA, else fp32); all else is fp32."),
     ] = None
     prompts: PromptsFile = None
     size: Size = None
@@ -83,13 +109,29 @@ class PruneRecipe:
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def __post_init__(self) -> None:
+        if self.speedup is not None and self.latency is not None:
+            raise UsageError("--speedup and --latency say the same in two ways: drop one of the two")
+        check_time_options(self, self.timed, "--speedup or --latency")
+        given: float | None = self.sparsity
+        if given is None:
+            object.__setattr__(self, "sparsity", 0.0 if self.timed else 0.5)
         if self.one_shot:
             refuse_idle(self, "--one-shot", "iterations", "bound")
-        if not self.sparsity:
+        if not self.removes:
             scoring = ("criterion", "iterations", "draws", "bound", "one_shot", "recover", "align")
             refuse_idle(self, "--sparsity 0", *scoring)
         if self.layout == "native":
             refuse_idle(self, "--layout native", "align")
+
+    @property
+    def timed(self) -> bool:
+        """Whether time is what a budget is of."""
+        return self.speedup is not None or self.latency is not None
+
+    @property
+    def removes(self) -> bool:
+        """Whether channels or blocks go; else modulation is folded alone."""
+        return bool(self.sparsity) or self.timed
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""
