@@ -165,8 +165,8 @@ class TimeBudget:
         ]
         return UsageError(
             f"{self.flag} cannot be reached: at its narrowest the network is {dense / time:.3g} times as "
-            f"fast, {self.table.ms[0] * time / dense:.3g} ms, and {launching:.0%} of that is launching operators: "
-            f"try {' or '.join(advice)}"
+            f"fast, {self.table.ms[0] * time / dense:.3g} ms, and {launching:.0%} of that is launching "
+            f"operators: try {' or '.join(advice)}"
         )
 
     def closed(
