@@ -43,6 +43,16 @@ class Kind:
     head: int = 0
     keys: int = 0
 
+    def heads(self, width: int) -> int:
+        """Of attention so wide."""
+        return max(1, width // self.head) if self.head else 1
+
+    def weight_shape(self, out: int, into: int) -> tuple[int, ...]:
+        """Of a layer at these widths; () of attention, which has none."""
+        if self.operator == ATTENTION:
+            return ()
+        return out, 1 if self.operator == "depthwise" else into // self.groups, *self.kernel
+
     @property
     def label(self) -> str:
         """The name of its table: "conv 3x3 of 1x32x32"."""
