@@ -43,9 +43,7 @@ def measure(place: Place, seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             found = gfprune.prune(target.model, sparsity=sparsity, out=Path(folder) / "out", **shared)
             seconds = time.process_time() - start
-            networks: tuple[PruneResult, ...] = (
-                found.networks if isinstance(found, PruneResults) else (found,)
-            )
+            networks = found.networks if isinstance(found, PruneResults) else (found,)
             values = [losses(target, gfprune.load(str(one.output)), 1024)[0] for one in networks]
         return values, networks[-1].scoring_gradients, seconds
 

@@ -27,12 +27,12 @@ from gfprune_cli.runtime.launch import check_alone
 def default_output(recipe: PruneRecipe, sparsity: float) -> Path:
     """A name derived from the model and the settings."""
     stem = Path(recipe.model).name or "model"
-    if not sparsity:
+    if not recipe.removes:
         return Path(f"{stem}-fold")
-    share = f"{recipe.budget}{round(sparsity * 100)}"
-    if recipe.keep_loss is not None:
-        share = f"{recipe.budget}-loss{round(recipe.keep_loss * 100)}"
-    parts = [stem, recipe.criterion, share]
+    parts = [stem, recipe.criterion]
+    parts += [f"{recipe.budget}{round(sparsity * 100)}"] if sparsity and recipe.keep_loss is None else []
+    asked = {"speedup": recipe.speedup, "latency": recipe.latency, "loss": recipe.keep_loss}
+    parts += [f"{name}{value:g}" for name, value in asked.items() if value is not None]
     return Path("-".join(parts + (["native"] if recipe.layout == "native" else [])))
 
 
@@ -74,7 +74,12 @@ def prune(
             progress=progress,
         )
         plan = make_plan(
-            source, recipe, progress, weights_required=not options.dry_run or source.kind != "hub"
+            source,
+            recipe,
+            progress,
+            weights_required=not options.dry_run or source.kind != "hub",
+            device=device,
+            facts=outputs[0].state({}).found() if options.resume else {},
         )
         inputs = {"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts}
         for output in outputs:
@@ -114,6 +119,8 @@ def make_networks(job: PruneJob, outputs: Sequence[Claim]) -> list[dict[str, Any
                 state.end()
         else:
             output.prepare(state)
+    if job.plan.time is not None:
+        states[0].facts = job.plan.time.facts
     if None in records:
         with deterministic():
             done = [record is not None for record in records]
@@ -164,5 +171,6 @@ def result_of(
         seconds_by_phase=clock.finish(),
         fold=record.get("fold"),
         limit=record.get("limit"),
+        time=record.get("time"),
         **{name: record[name] for name in shared},
     )

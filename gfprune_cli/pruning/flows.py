@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import UsageError
-from gfprune_cli.flow.loop import SCORE_CHUNK, Allocator, LoopState, PruningLoop, RefitResult, Scoring, Store
+from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, RefitResult, Scoring, Store
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import Carrier, find_residuals
@@ -21,7 +23,8 @@ from gfprune_cli.pruning.phases import SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import offload
-from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.removal import skeleton
+from gfprune_cli.timing.budget import Scores, TimeBudget
 
 JUDGE_DRAWS = 32  # noisy samples behind each loss that judges a refit: of those of the reported losses
 Kept = dict[str, torch.Tensor]  # group name -> bool [units]
@@ -33,7 +36,7 @@ class Flow:
 
     Args:
         several: whether it goes on after a network has been made of it.
-        sparsity: where it is.
+        sparsity: where it is; of a budget of time, the share that is gone.
         drawn: iterations that it has behind it.
         gradients: spent so far, in gradients of one sample.
         refits: of the last flow.
@@ -83,7 +86,7 @@ class Flow:
             process=job.process,
             schedule=schedule_of(recipe),
             criterion=recipe.criterion,
-            allocate=allocator(job.plan, recipe, self.sparsity, target, lambda: loop.gone),
+            allocate=lambda scores, share: self.widths(scores, share, target, loop.gone),
             draws=self.draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
@@ -98,6 +101,49 @@ class Flow:
             fixed=job.plan.native is not None,
         )
         return loop
+
+    def widths(self, scores: Scores, share: float, target: float, gone: Masks) -> Mapping[str, int]:
+        """Channels that each group keeps.
+
+        Args:
+            share: of the way from where the flow is to the target.
+            gone: units that had left before it.
+        """
+        plan, recipe = self.job.plan, self.job.recipe
+        if plan.native is not None:
+            return native_widths(plan, share)
+        due = self.sparsity + (target - self.sparsity) * share
+        final = share >= 1 and not plan.nearest
+        how: dict[str, Any] = {
+            "start": {
+                group.name: group.channels - int(gone[group.name].sum()) * group.unit_size
+                for group in plan.groups
+                if group.name in gone
+            }
+        }
+
+        def narrowed(left: float | None = None) -> Mapping[str, int]:
+            if left is not None:
+                how["left"] = left
+            try:
+                return plan.allocate(scores, recipe, due, align=recipe.align, strict=final, **how).kept
+            except UsageError:  # these scores end short of it; equal ones did not, when it was planned
+                return plan.allocate(uniform_scores(plan.groups), recipe, due, strict=not gone, **how).kept
+
+        if plan.time is None or plan.time.bench is None or not final or due < plan.most(recipe):
+            return narrowed()
+        return self.in_time(plan.time, narrowed)
+
+    def in_time(self, time: TimeBudget, widths: Callable[[float], Mapping[str, int]]) -> Mapping[str, int]:
+        """Widths whose time was measured."""
+
+        def propose(left: float) -> Mapping[str, int] | None:
+            with suppress(UsageError):  # the best of what was timed before stands
+                return widths(left)
+            return None
+
+        folded = None if self.job.folding is None else skeleton(self.dense)
+        return time.closed(self.job.plan.cost, propose, self.job.progress, folded)
 
     def judged(self, of_dense: bool) -> float:
         """The loss that judges a refit, of the masked network or of the dense one."""
@@ -130,39 +176,12 @@ def schedule_of(recipe: PruneRecipe) -> Schedule:
     return Schedule(scorings=recipe.iterations, bound=recipe.bound)
 
 
-def allocator(
-    plan: Plan, recipe: PruneRecipe, since: float, target: float, left: Callable[[], Masks]
-) -> Allocator:
-    """How a flow from one sparsity to the next spends what it is due to remove.
-
-    Args:
-        left: says which units had left before it.
-    """
-
-    def adaptive(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
-        due, gone = since + (target - since) * share, left()
-        start = {
-            group.name: group.channels - int(gone[group.name].sum()) * group.unit_size
-            for group in plan.groups
-            if group.name in gone
-        }
-        final = share >= 1 and not plan.nearest
-        try:
-            widths = allocate(
-                plan.cost, scores, due, budget=recipe.budget, align=recipe.align, strict=final, start=start
-            )
-        except UsageError:  # these scores end short of the budget; equal ones did not, when it was planned
-            even = uniform_scores(plan.groups)
-            widths = allocate(plan.cost, even, due, budget=recipe.budget, strict=not gone, start=start)
-        return widths.kept
-
-    def native(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
-        assert plan.native is not None
-        kept = {}
-        for group in plan.groups:
-            goal = plan.native.kept[group.name]
-            units = round((group.channels - (group.channels - goal) * share) / group.unit_size)
-            kept[group.name] = max(goal, units * group.unit_size)
-        return kept
-
-    return adaptive if plan.native is None else native
+def native_widths(plan: Plan, share: float) -> Mapping[str, int]:
+    """Channels kept by each group on the way to the widths of the native layout."""
+    assert plan.native is not None
+    kept = {}
+    for group in plan.groups:
+        goal = plan.native.kept[group.name]
+        units = round((group.channels - (group.channels - goal) * share) / group.unit_size)
+        kept[group.name] = max(goal, units * group.unit_size)
+    return kept

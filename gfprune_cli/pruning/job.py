@@ -25,6 +25,7 @@ from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.loop import SCORE_CHUNK, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
@@ -102,7 +103,7 @@ class PruneJob:
         network: Any = build_meta(plan.component)
         self.request.check(plan.component, network.config, scheduler)
         check_weights(plan.component, network)
-        self.steps = recipe.recover if recipe.goal else 0  # folding alone leaves nothing to mend
+        self.steps = recipe.recover if recipe.removes else 0  # folding alone leaves nothing to mend
         self.folding: Folding | None = None
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
@@ -126,6 +127,7 @@ class PruneJob:
             "revision",
             "variant",
             "config_from",
+            "times",
         )  # the hashes below say what they stood for
         recipe = self.recipe.up_to(number).document()
         settings = {key: value for key, value in recipe.items() if key not in addresses}
@@ -136,8 +138,15 @@ class PruneJob:
             "commit": self.source.commit,
             "device": self.device.type,
             **{name: as_json(value) for name, value in inputs.items()},
+            **self.given_times(),
             "tools": installed_tools(),
         }
+
+    def given_times(self) -> dict[str, Any]:
+        """The table of `--times`: it decides widths. One that is measured does so as well, but never twice in
+        the same way: its run says what it found."""
+        given = self.plan.time if self.recipe.times is not None else None
+        return {} if given is None else {"times": run_digest(given.table.document())}
 
     def plan_memory(self, one: Pass) -> None:
         """Decide how many samples go through a network at once, in each phase.
@@ -184,7 +193,7 @@ class PruneJob:
         probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
         dtype = stored_dtype(self.plan.component)
         folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
-        asked = self.recipe.fold is not None or not self.recipe.goal
+        asked = self.recipe.fold is not None or not self.recipe.removes
         found = folding_attempt(folder, self.process, held_out, asked=asked)
         if found is None:
             return dense

@@ -19,7 +19,8 @@ from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning.flows import Flow, Kept
 from gfprune_cli.pruning.plan import uniform_scores
-from gfprune_cli.structure.budget import allocate
+from gfprune_cli.recipes.prune import MOST
+from gfprune_cli.structure.cost import TIME
 from gfprune_cli.structure.search import TOLERANCE
 
 FIRST = 0.5  # of the way to the most that may go, where nobody said how much that is
@@ -83,7 +84,7 @@ class LossLimit:
             nearest = self.trials[-1]
             raise UsageError(
                 f"--keep-loss {self.limit:g} cannot be kept: with {nearest.sparsity:.1%} of "
-                f"{self.flow.job.recipe.budget} gone the loss is {nearest.ratio:.3f} times that of the dense "
+                f"{self.of} gone the loss is {nearest.ratio:.3f} times that of the dense "
                 "network; allow more"
             )
         return self.put_back(), self.document(most)
@@ -91,9 +92,14 @@ class LossLimit:
     def most(self) -> float:
         """The most that may go: what was asked for, or the nearest to it that widths can reach."""
         plan, recipe = self.flow.job.plan, self.flow.job.recipe
-        even = uniform_scores(plan.groups)
-        widths = allocate(plan.cost, even, recipe.goal, budget=recipe.budget, strict=False)
-        return min(recipe.goal, widths.sparsity)
+        if plan.time is not None:
+            return plan.most(recipe)
+        return min(recipe.goal, plan.allocate(uniform_scores(plan.groups), recipe, strict=False).sparsity)
+
+    @property
+    def of(self) -> str:
+        """What the sparsities of trials are shares of."""
+        return self.flow.job.recipe.budget if self.flow.job.plan.time is None else TIME
 
     def last_kept(self) -> Trial | None:
         """The last network that keeps the limit; None while that is the dense one."""
@@ -117,7 +123,7 @@ class LossLimit:
             guess = crossing(below, above, self.limit)
             return round(min(max(guess, low + INSIDE * width), above.sparsity - INSIDE * width), 4)
         if below is None:
-            return FIRST * most if self.flow.job.recipe.sparsity is None else most
+            return FIRST * most if self.flow.job.recipe.goal == MOST else most
         guess = min(max(crossing(below, None, self.limit), low + TOLERANCE), (1 + low) / 2)
         return most if most - guess <= TOLERANCE else round(guess, 4)
 
@@ -156,6 +162,7 @@ class LossLimit:
         assert last is not None
         return {
             "limit": self.limit,
+            "of": self.of,
             "loss": last.ratio,
             "spread": last.spread,
             "stopped_by": "loss" if last.sparsity < most else "sparsity",

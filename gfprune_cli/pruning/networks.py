@@ -67,7 +67,7 @@ class Networks:
                 narrow = self.narrow(dense, outcome.kept)
             else:
                 outcome = self.outcome(flow, number, before)
-                narrow = self.narrow(flow.masked.model if job.recipe.goal else dense, outcome.kept)
+                narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
                 take_losses(flow, outcome, narrow)
             if number < last and not recovery.begun():
                 flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()
@@ -87,14 +87,14 @@ class Networks:
             before: loss of the network as it was given.
         """
         job, recipe, state = self.job, self.job.recipe, self.states[number]
-        if not recipe.goal:
+        if not recipe.removes:
             kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in job.plan.groups}
             return Outcome(kept, {"before": before})
         limit = None
         if recipe.keep_loss is not None:
             kept, limit = LossLimit(flow, state, recipe.keep_loss).run()
         else:
-            target = recipe.targets[number]
+            target = recipe.targets[number] if job.plan.time is None else job.plan.most(recipe)
             flow.sparsity = recipe.targets[number - 1] if number else 0.0
             flow.drawn = number * flow.iterations
             kept = flow.run(flow.loop(target, state), target)

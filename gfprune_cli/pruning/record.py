@@ -48,6 +48,7 @@ def make_record(job: PruneJob, number: int, model: nn.Module, outcome: Outcome) 
         "kept": {name: indices.tolist() for name, indices in channels.items()},
         MAP: correspondence(build_meta(plan.component), job.given.groups, outcome.kept).document(),
         "sparsity": sparsity_of(plan.cost, widths, recipe),
+        "time": None if plan.time is None else plan.time.document(plan.cost, widths),
         "params": {"before": plan.cost.before("params"), "after": params},
         "macs": {"before": plan.cost.before("macs"), "after": plan.cost.macs(widths)},
         "bytes": {"before": plan.component.bytes, "after": 0},

@@ -29,6 +29,7 @@ class PruneResult:
     seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
     fold: Mapping[str, Any] | None = None
     limit: Mapping[str, Any] | None = None
+    time: Mapping[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
