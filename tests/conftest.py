@@ -130,11 +130,12 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     from gfprune_cli.evaluation import job as evaluation
     from gfprune_cli.evaluation import teacher
     from gfprune_cli.flow import loop
+    from gfprune_cli.pruning import flows
     from gfprune_cli.pruning import job as pruning
     from gfprune_cli.recovery import job as recovery
 
     monkeypatch.setattr(loop, "REFIT_SAMPLES", 16)
-    monkeypatch.setattr(pruning, "JUDGE_DRAWS", 16)
+    monkeypatch.setattr(flows, "JUDGE_DRAWS", 16)
     monkeypatch.setattr(pruning.PruneJob.loss, "__defaults__", (64,))
     monkeypatch.setattr(recovery, "REPORT_DRAWS", 64)
     monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)

@@ -26,7 +26,7 @@ import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning.job import JUDGE_DRAWS
+from gfprune_cli.pruning.flows import JUDGE_DRAWS
 from gfprune_cli.recipes.prune import CRITERIA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
