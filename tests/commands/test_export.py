@@ -48,11 +48,13 @@ NEEDS_ONNX = pytest.mark.skipif(
 # of ncsnpp, whose noise levels are floats and whose outer blocks resample by FIR filters: class labels, and
 # inner blocks that resample within residual blocks
 MIXED = dict(
+    norm_num_groups=4,
     num_class_embeds=5,
     downsample_type="resnet",
     upsample_type="resnet",
-    down_block_types=("SkipDownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "SkipUpBlock2D"),
+    block_out_channels=(32, 64, 64),
+    down_block_types=("SkipDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
 )
 
 LOAD_ELSEWHERE = """
