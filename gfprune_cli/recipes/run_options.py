@@ -35,6 +35,11 @@ class RunOptions:
         Help("Also write a self-contained page."),
         Of.words("analyze eval", only_cli=True),
     ] = None
+    times_out: Annotated[
+        Path | None,
+        Help("Also measure the network here and write its times to this file, for --times."),
+        Of.words("analyze"),
+    ] = None
     markdown: Annotated[Path | None, Help("Also write Markdown."), Of.words("eval", only_cli=True)] = None
     out: Annotated[
         Path | None,
@@ -57,7 +62,7 @@ class RunOptions:
         Help(
             "Replace an output that exists, and discard saved state.",
             {
-                "analyze": "Replace the --html file if it exists.",
+                "analyze": "Replace the --html and --times-out files if they exist.",
             },
         ),
         Of.words("analyze prune finetune eval export carry"),
