@@ -32,8 +32,8 @@ SPEEDUPS = (1.25, 1.5, 2.0, 3.0)
 CLOSE = 0.03  # of what was asked: the aim
 WIDTH = 64  # of the second network
 TEXT = """*First try* is what the table of times alone proposes, before the loop closes. *Measured* is by the
-run when it chose, *written* of the checkpoint on disk, afterwards; in brackets quartiles of the turns. *Share*
-is what was gained of what the multiply-accumulates promise.
+run when it chose, *written* of the checkpoint on disk, afterwards; in brackets quartiles of the turns.
+*Share* is what was gained of what the multiply-accumulates promise.
 
 """
 PUBLISHED = """
