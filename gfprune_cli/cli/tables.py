@@ -1,6 +1,6 @@
 """Results as tables for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -54,6 +54,9 @@ def prune_table(result: PruneResult) -> Table:
         table.add_row("  error of outputs", "", f"{result.fold['output_error']:.2%}", "")
     if result.time is not None:
         time_rows(table, result.time)
+    if result.limit:
+        within = f"{result.limit['loss']:.3f} ± {result.limit['spread']:.3f} of the dense loss"
+        table.add_row(f"limit {result.limit['limit']:g}", "", within, f"by {result.limit['stopped_by']}")
     before = result.loss["before"]
     rows = {"masked": "denoising loss, masked", "removed": "  after removal", "recovered": "  after recovery"}
     for key, name in rows.items():
@@ -85,6 +88,29 @@ def time_rows(table: Table, time: Mapping[str, Any]) -> None:
             f"{measured['speedup']:.3f}x",
             f"{measured['low']:.3f} to {measured['high']:.3f}",
         )
+
+
+def networks_table(results: Sequence[PruneResult]) -> Table:
+    """The networks of one run, the least sparse first."""
+    first = results[0]
+    table = Table(title=Text(f"{first.model}: {len(results)} networks of one flow"), title_justify="left")
+    for column in ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    sizes = [short(pair["before"]) for pair in (first.params, first.macs, first.bytes)]
+    table.add_row("dense", *sizes, shown_loss(first.loss["before"]), "", "")
+    for result in results:
+        table.add_row(
+            f"{result.sparsity['target']:g}",
+            *(short(pair["after"]) for pair in (result.params, result.macs, result.bytes)),
+            shown_loss(result.loss["removed"]),
+            shown_loss(result.loss["recovered"]),
+            result.output,
+        )
+    return table
+
+
+def shown_loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def finetune_table(result: FinetuneResult) -> Table:

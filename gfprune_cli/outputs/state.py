@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class StateFolder:
     def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
         self.folder = state_folder(destination)
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
-        self.facts: Mapping[str, Any] = {}  # found out once by the run, and held by every state from then on
+        self.facts: Callable[[], Mapping[str, Any]] = dict  # what the run has found out once, for every state
 
     def exists(self) -> bool:
         """Whether there is a state to continue from."""
@@ -118,7 +118,7 @@ class StateFolder:
                 {
                     "identity": self.identity,
                     "numbers": dict(numbers),
-                    "facts": dict(self.facts),
+                    "facts": dict(self.facts()),
                     "sha256": digest,
                 },
             )

@@ -196,8 +196,8 @@ def measure_sensitivity(job: PruneJob, progress: Progress) -> dict[str, float]:
     with deterministic():
         scored = job.scored()
     masked, draws = scored.masked, scored.draws
-    baseline = job.masked_loss(draws, masked, PROBE_DRAWS)
+    baseline = job.loss(draws, masked, PROBE_DRAWS)
     rises = measured_rises(
-        masked, scored.scores, PROBE_SHARE, lambda: job.masked_loss(draws, masked, PROBE_DRAWS), progress
+        masked, scored.scores, PROBE_SHARE, lambda: job.loss(draws, masked, PROBE_DRAWS), progress
     )
     return {name: rise / baseline for name, rise in rises.items()}

@@ -60,7 +60,7 @@ def _phases(
         yield Phase(REFITTING, masked, FLOAT * one.forward, count, count, rest)
     if recipe.recover:
         batch = FinetuneRecipe.batch
-        copies = dense + RECOVERY_COPIES * (1 - recipe.sparsity)
+        copies = dense + RECOVERY_COPIES * (1 - recipe.targets[0])
         yield Phase(RECOVERING, copies, FLOAT * one.kept, batch)
 
 

@@ -43,18 +43,37 @@ class Plan:
     fold: float = 0.0  # tolerance of folding; 0 for none
     time: TimeBudget | None = None
 
+    def most(self, recipe: PruneRecipe) -> float:
+        """How far a recipe goes: the share of the time that is to go, or else the sparsity."""
+        return recipe.goal if self.time is None else self.time.gone
+
     def allocate(
-        self, scores: Mapping[str, torch.Tensor], recipe: PruneRecipe, share: float = 1.0, **how: Any
+        self, scores: Mapping[str, torch.Tensor], recipe: PruneRecipe, due: float | None = None, **how: Any
     ) -> Allocation:
-        """Widths for a share of what a recipe asks for; `how` as for `allocate` and `TimeBudget.widths`.
+        """Widths for what a recipe asks for; `how` as for `allocate` and `TimeBudget.widths`.
+
+        Args:
+            due: how far to go, if not all of `most`.
 
         Raises:
             UsageError: the budget is out of reach.
         """
+        settings = dict(budget=recipe.budget, **how)
         if self.time is None:
-            return allocate(self.cost, scores, recipe.sparsity * share, budget=recipe.budget, **how)
-        settings = dict(budget=recipe.budget, share=share, **how)
-        return self.time.widths(self.cost, scores, recipe.sparsity, **settings)
+            return allocate(self.cost, scores, recipe.goal if due is None else due, **settings)
+        share = 1.0 if due is None else due / self.time.gone
+        return self.time.widths(self.cost, scores, recipe.goal, share=share, **settings)
+
+    def check(self, recipe: PruneRecipe) -> Allocation:
+        """Widths of the first network that a recipe asks for, where units count alike.
+
+        Raises:
+            UsageError: a budget is out of reach, unless the loss decides how far to go.
+        """
+        even, strict = uniform_scores(self.groups), recipe.keep_loss is None
+        dues = recipe.targets if self.time is None else (None,)
+        found = [self.allocate(even, recipe, due, strict=strict) for due in dues]
+        return found[0]
 
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
@@ -62,7 +81,7 @@ def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -
     names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
     shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
-    return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
+    return {"target": recipe.goal, "achieved": achieved, "of": recipe.budget, **shares}
 
 
 def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
@@ -127,13 +146,13 @@ def make_plan(
                     "--times: the network is not timed, as it will run elsewhere: its speed is predicted",
                 )
             plan = replace(plan, time=times.asking(speedup=recipe.speedup, latency=recipe.latency))
-        found = plan.allocate(uniform_scores(groups), recipe)
+        found = plan.check(recipe)
         return replace(plan, fold=tolerance_of(recipe, meta, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
         )
-    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
+    allocation, config = native_allocation(meta, cost, recipe.goal, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(
             f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
@@ -141,7 +160,7 @@ def make_plan(
     notice(
         progress,
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
-        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
     )
     return Plan(component, groups, cost, allocation, config)
 
@@ -186,16 +205,16 @@ def plan_depth(
         raise UsageError(f"--layout native: the stock {component.class_name} {why}")
     cost = CostModel(meta, stacks, trace)
     reached = allocate(
-        cost, uniform_scores(stacks), recipe.sparsity, budget=recipe.budget, align=1, strict=False
+        cost, uniform_scores(stacks), recipe.goal, budget=recipe.budget, align=1, strict=False
     ).sparsity
     if reached <= 0:
         raise UsageError(
             f"--layout native: no block of this {component.class_name} is small enough for --sparsity "
-            f"{recipe.sparsity:g}; ask for more, or use adaptive"
+            f"{recipe.goal:g}; ask for more, or use adaptive"
         )
     notice(
         progress,
-        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
+        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.goal:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
 
@@ -218,7 +237,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
     if plan.time is not None:
         plan.time.attach(plan.cost, meta)
     if recipe.removes:
-        plan.allocate(uniform_scores(groups), recipe)
+        plan.check(recipe)
     return plan
 
 
@@ -227,7 +246,8 @@ def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResu
     if plan.native is not None:
         allocation = plan.native
     else:
-        allocation = plan.allocate(uniform_scores(plan.groups), recipe, strict=not plan.nearest)
+        strict = not plan.nearest and recipe.keep_loss is None
+        allocation = plan.allocate(uniform_scores(plan.groups), recipe, strict=strict)
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(

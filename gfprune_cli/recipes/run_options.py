@@ -32,8 +32,11 @@ class RunOptions:
 
     html: Annotated[
         Path | None,
-        Help("Also write a self-contained page."),
-        Of.words("analyze eval", only_cli=True),
+        Help(
+            "Also write a self-contained page.",
+            {"prune": "Also draw from each network, time it, and write a page that helps to choose."},
+        ),
+        Of.words("analyze prune eval", only_cli=True),
     ] = None
     times_out: Annotated[
         Path | None,
@@ -46,6 +49,7 @@ class RunOptions:
         Help(
             "Output folder (default: named after model and settings).",
             {
+                "prune": "Output folder (default: named after model and settings); OUT-0.3, ... of several.",
                 "eval": "Also write the samples as PNG files in this folder.",
             },
         ),

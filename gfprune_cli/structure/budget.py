@@ -13,7 +13,7 @@ from gfprune_cli.errors import UsageError
 from gfprune_cli.structure.cost import TIME, CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
 
-FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+FLOORS = (0.8, 0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
 SLACK = 1e-9  # of rounding
 ADVICES = 5  # tries to name a sparsity that can be reached
 
@@ -26,6 +26,7 @@ def allocate(
     budget: str = "both",
     align: int = 1,
     strict: bool = True,
+    start: Mapping[str, int] | None = None,
     time: float = 0.0,
 ) -> Allocation:
     """Spend the budget where the least score is lost per saved parameter and MAC.
@@ -39,6 +40,7 @@ def allocate(
         scores: group name -> [units].
         sparsity: share of what the budget counts that goes; 0 where only time counts.
         strict: False for a budget on the way, where the nearest reachable serves.
+        start: channels by group of the network that narrows further; None for the dense one.
         time: share of the time that goes, too.
 
     Raises:
@@ -46,13 +48,17 @@ def allocate(
             the nearest reachable sparsity.
     """
     if time:
-        return timed(cost, scores, sparsity, time, budget, align, strict=strict)
-    found, nearest = attempt(cost, scores, dict.fromkeys(counted(budget), sparsity), align, strict=strict)
+        return timed(cost, scores, sparsity, time, budget, align, start, strict=strict)
+    found, nearest = attempt(
+        cost, scores, dict.fromkeys(counted(budget), sparsity), align, start, strict=strict
+    )
     for _ in range(ADVICES):
         if found is not None:
             break
         advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
-        accepted, other = attempt(cost, scores, dict.fromkeys(counted(budget), advised), align, strict=True)
+        accepted, other = attempt(
+            cost, scores, dict.fromkeys(counted(budget), advised), align, start, strict=True
+        )
         if accepted is not None:
             break
         nearest = other
@@ -68,6 +74,7 @@ def timed(
     time: float,
     budget: str,
     align: int,
+    start: Mapping[str, int] | None,
     *,
     strict: bool,
 ) -> Allocation:
@@ -77,7 +84,7 @@ def timed(
     than met.
     """
     asked = {**(dict.fromkeys(counted(budget), sparsity) if sparsity else {}), TIME: time}
-    found, nearest = attempt(cost, scores, asked, align, strict=strict)
+    found, nearest = attempt(cost, scores, asked, align, start, strict=strict)
     if found is None and excess(nearest, asked) < -SLACK:
         raise OutOfTime(nearest, unreachable(sparsity, budget, nearest), 1 - nearest.sparsities[TIME])
     return found or nearest
@@ -110,6 +117,7 @@ def attempt(
     scores: Mapping[str, torch.Tensor],
     asked: Mapping[str, float],
     align: int,
+    start: Mapping[str, int] | None,
     *,
     strict: bool,
 ) -> tuple[Allocation | None, Allocation]:
@@ -123,7 +131,7 @@ def attempt(
     while True:
         for floor in FLOORS:
             depth = floor * math.sqrt(min(left.values()))
-            found = Search(cost, scores, left, tuple(asked), align, depth).cheapest(strict=strict)
+            found = Search(cost, scores, left, tuple(asked), align, depth, start).cheapest(strict=strict)
             distance = excess(found, asked)
             if not strict or 0 <= distance <= TOLERANCE or spared(cost, found, distance):
                 return found, found

@@ -103,6 +103,11 @@ class Ledger:
         self.into[self.layer[mine]] -= self.b[mine] * step
         return []
 
+    def is_inside_gone(self, name: str) -> bool:
+        """Whether a group is a block that has gone, or a part of one."""
+        gone = [block for block in self.blocks if self.removed[self.index[block]]]
+        return any(name == block or name in self.contents[block] for block in gone)
+
     def kept(self) -> dict[str, int]:
         """Channels by group, in the order of the cost model."""
         return {

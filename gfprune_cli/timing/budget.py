@@ -131,10 +131,12 @@ class TimeBudget:
         strict: bool = True,
         share: float = 1.0,
         left: float | None = None,
+        start: Mapping[str, int] | None = None,
     ) -> Allocation:
         """`allocate` for a share of this budget, and of the sparsity.
 
         Args:
+            start: see `allocate`.
             left: share of the time to ask for in the place of the budget's.
 
         Raises:
@@ -143,7 +145,14 @@ class TimeBudget:
         gone = self.gone if left is None else 1 - left
         try:
             return allocate(
-                cost, scores, sparsity * share, budget=budget, align=align, strict=strict, time=gone * share
+                cost,
+                scores,
+                sparsity * share,
+                budget=budget,
+                align=align,
+                strict=strict,
+                start=start,
+                time=gone * share,
             )
         except OutOfTime as error:
             reached = error.nearest.sparsities[TIME] >= gone * share
