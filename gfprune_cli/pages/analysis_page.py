@@ -86,13 +86,13 @@ def render(document: Mapping[str, Any]) -> str:
         plans=plans,
         faster=faster,
         time=time,
-        named=named,
+        titled=titled,
         measured=measured,
         plots=plots,
     )
 
 
-def named(plan: Plan) -> str:
+def titled(plan: Plan) -> str:
     """What a plan is for: a sparsity, or a speed-up."""
     return f"{plan['speedup']:g} times" if "speedup" in plan else target(plan["sparsity"])
 
@@ -209,12 +209,12 @@ def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
             axes.pcolormesh(edges, [row + 0.04, row + 0.96], [gone], cmap=colours, vmin=0, vmax=1)
         axes.set_ylim(len(plans), 0)
         places = [row + 0.5 for row in range(len(plans))]
-        axes.set_yticks(places, [named(plan) for plan in plans])
+        axes.set_yticks(places, [titled(plan) for plan in plans])
         along_network(axes, groups, shaded=False)
         return [
             "\n".join(
                 [group["name"], f"{group['channels']:,} channels"]
-                + [f"{named(plan)}: {kept(group, plan):,} kept" for plan in plans]
+                + [f"{titled(plan)}: {kept(group, plan):,} kept" for plan in plans]
             )
             for group in groups
         ]
