@@ -140,6 +140,11 @@ def make_plan(
         plan = Plan(component, groups, cost, None, None)
         if recipe.timed:
             times = time_budget(recipe, meta, cost, device, progress, facts)
+            if times.bench is None:
+                notice(
+                    progress,
+                    "--times: the network is not timed, as it will run elsewhere: its speed is predicted",
+                )
             plan = replace(plan, time=times.asking(speedup=recipe.speedup, latency=recipe.latency))
         found = plan.check(recipe)
         return replace(plan, fold=tolerance_of(recipe, meta, found))

@@ -38,6 +38,11 @@ class RunOptions:
         ),
         Of.words("analyze prune eval", only_cli=True),
     ] = None
+    times_out: Annotated[
+        Path | None,
+        Help("Also measure the network here and write its times to this file, for --times."),
+        Of.words("analyze"),
+    ] = None
     markdown: Annotated[Path | None, Help("Also write Markdown."), Of.words("eval", only_cli=True)] = None
     out: Annotated[
         Path | None,
@@ -61,7 +66,7 @@ class RunOptions:
         Help(
             "Replace an output that exists, and discard saved state.",
             {
-                "analyze": "Replace the --html file if it exists.",
+                "analyze": "Replace the --html and --times-out files if they exist.",
             },
         ),
         Of.words("analyze prune finetune eval export carry"),

@@ -16,6 +16,7 @@ from gfprune_cli.structure.steps import minimum_widths, narrows_a_head, step_dow
 from gfprune_cli.structure.times import Floats, Ints
 
 TOLERANCE = 0.01  # of the dense cost
+BLOCKS_KEPT = 0.5  # of the uniform width ratio: the least share of a stack, whatever widths keep
 BISECTIONS = 7  # of the weight that two costs have beside each other
 Weights = dict[str, float]  # cost -> what a share of it is worth
 
@@ -56,7 +57,7 @@ class Search:
         left: the share of every cost that may stay, or of each.
         counted: the costs.
         align: see `width_step`.
-        depth: share of the uniform width ratio that every group keeps, and of the blocks of a stack.
+        depth: share of its channels that every group keeps, and of the blocks of a stack at most.
         start: channels by group of the network that narrows further; what is not named has all.
     """
 
@@ -75,7 +76,8 @@ class Search:
         self.left = np.array([left[key] if isinstance(left, Mapping) else left for key in counted])
         self.names = sorted(cost.groups)
         self.groups = [cost.groups[name] for name in self.names]
-        self.start = self.ledger({} if start is None else start)
+        self.most = {} if start is None else start
+        self.start = self.ledger(self.most)
         minimum = minimum_widths(cost, depth, align)
         self.minimum = [minimum[name] for name in self.names]
         self.dense = np.array([cost.before(key) for key in counted], np.float64)
@@ -103,9 +105,7 @@ class Search:
         mix: Weights = {others[0]: 1.0}
         if len(others) > 1:
             left = dict(zip(self.counted, self.left, strict=True))
-            inner = Search(
-                self.cost, self.scores, left, tuple(others), self.align, self.depth, self.start.kept()
-            )
+            inner = Search(self.cost, self.scores, left, tuple(others), self.align, self.depth, self.most)
             mix = inner.balanced(strict=strict)[0]
         found: list[tuple[Weights, Allocation]] = []
 
@@ -160,7 +160,8 @@ class Search:
         for granularity in dict.fromkeys((self.align, 1)):  # aligned moves first: they cost no speed
             if strict and self.room(ledger) > TOLERANCE:
                 ledger = self.exchange(ledger, granularity)
-        kept = ledger.kept()
+        # channels in a block that goes are no longer counted; those that had gone before stay out
+        kept = {name: min(width, self.most.get(name, width)) for name, width in ledger.kept().items()}
         left = {key: self.cost.total(kept, key) / self.cost.before(key) for key in self.counted}
         return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
 
@@ -231,7 +232,8 @@ class Search:
             return True
         of_stack = [number for number, group in enumerate(self.groups) if group.stack == stack]
         left = len(of_stack) - int(ledger.removed[of_stack].sum())
-        return left > floor_of_stack(len(of_stack), self.depth)
+        ratio = min(self.depth, BLOCKS_KEPT * math.sqrt(self.left.min()))
+        return left > floor_of_stack(len(of_stack), ratio)
 
     def up(self, ledger: Ledger) -> Ints:
         """[groups] channels that a step back gives, negative; 0 where there is none to give."""

@@ -72,8 +72,10 @@ class LayerTimes:
         return found
 
     def launching(self, layers: Ints) -> float:
-        """Milliseconds that these layers take however narrow they are."""
-        return float((self.ms[layers, 0, 0] * self.calls[layers] + self.constants[layers]).sum())
+        """Milliseconds that these layers take however narrow they are: at no width, as the tables go on."""
+        none = np.zeros(len(layers), np.int64)
+        narrowest = self.ms[layers, 0, 0] * self.calls[layers] + self.constants[layers]
+        return float(np.minimum(self.of(layers, none, none), narrowest).sum())
 
 
 def lengthened(widths: Floats, points: int) -> Floats:

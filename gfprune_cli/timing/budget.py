@@ -175,7 +175,7 @@ class TimeBudget:
         return UsageError(
             f"{self.flag} cannot be reached: at its narrowest the network is {dense / time:.3g} times as "
             f"fast, {self.table.ms[0] * time / dense:.3g} ms, and {launching:.0%} of that is launching "
-            f"operators: try {' or '.join(advice)}"
+            f"operators: try {', '.join(advice[:-1])}{' or ' if advice[:-1] else ''}{advice[-1]}"
         )
 
     def closed(
@@ -293,7 +293,6 @@ def time_budget(
                 "this one with gfprune analyze --times-out"
             )
         found = TimeBudget(network, table, None)
-        notice(progress, "--times: the loop is not closed, as the network made cannot be timed there")
     else:
         bench = bench_of(options, device)
         if facts:

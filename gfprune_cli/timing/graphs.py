@@ -17,8 +17,8 @@ def noise(*shape: int) -> Any:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def layers_graph(kind: Kind, out: int, into: int, copies: int) -> tuple[bytes, Feed]:
-    """(a model, what it is given): layers side by side, or one attention product as networks are exported."""
+def layer_graph(kind: Kind, out: int, into: int) -> tuple[bytes, Feed]:
+    """(a model, what it is given): one layer, or one attention product as networks are exported."""
     from onnx import helper
 
     def node(operator: str, inputs: str, output: str, **attributes: Any) -> Any:
@@ -32,8 +32,8 @@ def layers_graph(kind: Kind, out: int, into: int, copies: int) -> tuple[bytes, F
             "k": noise(batch, heads, out // heads, kind.keys),
             "v": noise(batch, heads, kind.keys, out // heads),
         }
-        nodes = [node("MatMul", "q k", "a"), node("Softmax", "a", "b", axis=-1), node("MatMul", "b v", "y0")]
-        return serialized(nodes, feed, {}, 1), feed
+        nodes = [node("MatMul", "q k", "a"), node("Softmax", "a", "b", axis=-1), node("MatMul", "b v", "y")]
+        return serialized(nodes, feed, {}), feed
     shape, attributes = kind.weight_shape(out, into), {}
     if kind.operator == "linear":
         operator, shape, feed = "Gemm", shape[::-1], {"x": noise(*kind.shape, into)}
@@ -42,19 +42,18 @@ def layers_graph(kind: Kind, out: int, into: int, copies: int) -> tuple[bytes, F
         feed = {"x": noise(kind.shape[0], out if depthwise else into, *kind.shape[1:])}
         groups = out if depthwise else kind.groups
         attributes = dict(group=groups, strides=kind.stride, pads=kind.padding * 2, dilations=kind.dilation)
-    nodes = [node(operator, f"x w{copy} b", f"y{copy}", **attributes) for copy in range(copies)]
-    weights = {f"w{copy}": noise(*shape) for copy in range(copies)} | {"b": noise(out)}
-    return serialized(nodes, feed, weights, copies), feed
+    weights = {"w": noise(*shape), "b": noise(out)}
+    return serialized([node(operator, "x w b", "y", **attributes)], feed, weights), feed
 
 
-def serialized(nodes: list[Any], feed: Feed, weights: Feed, outputs: int) -> bytes:
+def serialized(nodes: list[Any], feed: Feed, weights: Feed) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     kind = TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info(name, kind, x.shape) for name, x in feed.items()]
-    results = [helper.make_tensor_value_info(f"y{number}", kind, None) for number in range(outputs)]
+    result = helper.make_tensor_value_info("y", kind, None)
     constants = [numpy_helper.from_array(x, name) for name, x in weights.items()]
-    graph = helper.make_graph(nodes, "layers", inputs, results, constants)
+    graph = helper.make_graph(nodes, "layer", inputs, [result], constants)
     opsets = [helper.make_opsetid("", DEFAULT_OPSET)]
     found: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
     return found

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -27,11 +26,9 @@ from gfprune_cli.timing.stopwatch import Reading, layer_seconds, times_as_fast
 from gfprune_cli.timing.table import Points, TimeTable, table_of
 from gfprune_cli.timing.whole import WholeNetworks
 
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the widest layer of a kind
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the widest layer of a kind
 MULTIPLE = 8  # of which widths are measured
 NARROW = (0.5, 0.25)  # width ratios of the whole networks
-COLD = 4 << 20  # weights that pass between two uses of one push it out of the inner caches
-COPIES = 64  # of a layer, at most
 TRUST = 0.05  # in the times of layers alone, beside those of whole networks
 
 
@@ -121,7 +118,6 @@ def measured_kinds(
                 widths.setdefault(run.kind, (set(), set()))[side].add(dimension.size)
                 free.setdefault(run.kind, [False, False])[side] |= bool(dimension.shares)
     found = {}
-    held = bench.dtype.itemsize * min(COLD, cost.params({}))
     for number, (kind, sizes) in enumerate(widths.items()):
         progress(Event("time", number, len(widths), text=kind.label))
         out, into = (points(kind, *pair) for pair in zip(sizes, free[kind], strict=True))
@@ -130,20 +126,9 @@ def measured_kinds(
         ms: list[list[float]] = []
         for o in out:
             progress(Event("time"))  # a signal may arrive in here
-            ms.append([1e3 * seconds_of(kind, o, i, bench, held) for i in into])
+            ms.append([1e3 * layer_seconds(bench.layer(kind, o, i), bench.device) for i in into])
         found[kind.label] = Points(*doubled(out, into, ms))
     return found
-
-
-def seconds_of(kind: Kind, out: int, into: int, bench: Bench, held: int) -> float:
-    """Of one layer, with weights that are read from as far away as in the network.
-
-    Args:
-        held: bytes of the network's weights, or of a cache if they are more.
-    """
-    size = bench.dtype.itemsize * math.prod(kind.weight_shape(out, into))
-    copies = 1 if kind.operator == ATTENTION else min(COPIES, max(1, round(held / size)))
-    return layer_seconds(bench.layer(kind, out, into, copies), bench.device) / copies
 
 
 def points(kind: Kind, sizes: Iterable[int], free: bool) -> list[int]:

@@ -65,9 +65,9 @@ class Bench:
         signature = self.signature(network)
         return signature.keywords(signature.cast(self.tensors(network), self.dtype))
 
-    def layer(self, kind: Kind, out: int, into: int, copies: int) -> Call:
-        """Some layers of random weights at these widths, on one input."""
-        return RUNTIMES[self.runtime].layer(self, kind, out, into, copies)
+    def layer(self, kind: Kind, out: int, into: int) -> Call:
+        """One layer of random weights at these widths."""
+        return RUNTIMES[self.runtime].layer(self, kind, out, into)
 
     def network(self, network: nn.Module) -> Call:
         """One evaluation of a network."""
@@ -87,14 +87,14 @@ class Runtime:
     """One runtime.
 
     Args:
-        layer: (bench, kind, outputs, inputs, copies) -> a call of so many such layers.
+        layer: (bench, kind, outputs, inputs) -> a call of one such layer.
         network: (bench, network) -> a call of the whole.
         packages: that it needs beside gfprune.
         cpu_only: it is timed on the CPU in float32.
         end: gives back what it keeps.
     """
 
-    layer: Callable[[Bench, Kind, int, int, int], Call]
+    layer: Callable[[Bench, Kind, int, int], Call]
     network: Callable[[Bench, nn.Module], Call]
     packages: tuple[str, ...] = ()
     cpu_only: bool = False
@@ -119,7 +119,7 @@ class Runtime:
             )
 
 
-def eager_layer(bench: Bench, kind: Kind, out: int, into: int, copies: int) -> Call:
+def eager_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
     random = partial(torch.randn, device=bench.device, dtype=bench.dtype)
     shape = kind.weight_shape(out, into)
     given = random(kind.shape[0], out if kind.operator == "depthwise" else into, *kind.shape[1:])
@@ -129,23 +129,14 @@ def eager_layer(bench: Bench, kind: Kind, out: int, into: int, copies: int) -> C
         query = random(batch, heads, queries, out // heads)
         key, value = (random(batch, heads, kind.keys, out // heads) for _ in range(2))
         return partial(F.scaled_dot_product_attention, query, key, value)
-    weights, bias = [random(*shape) for _ in range(copies)], random(out)
+    weight, bias = random(*shape), random(out)
     if kind.operator == "linear":
-        given = random(*kind.shape, into)
-        one = partial(F.linear, bias=bias)
-    else:
-        groups = out if kind.operator == "depthwise" else kind.groups
-        places = dict(stride=kind.stride, padding=kind.padding, dilation=kind.dilation, groups=groups)
-        one = partial(CONVOLVE[len(kind.kernel)], bias=bias, **places)
-        if bench.device.type == "cuda" and len(kind.kernel) == 2:
-            nhwc = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
-            given, weights = nhwc(given), [nhwc(weight) for weight in weights]
-
-    def run() -> None:
-        for weight in weights:
-            one(given, weight)
-
-    return run
+        return partial(F.linear, random(*kind.shape, into), weight, bias)
+    if bench.device.type == "cuda" and len(kind.kernel) == 2:
+        given, weight = (x.contiguous(memory_format=torch.channels_last) for x in (given, weight))
+    groups = out if kind.operator == "depthwise" else kind.groups
+    convolve = CONVOLVE[len(kind.kernel)]
+    return partial(convolve, given, weight, bias, kind.stride, kind.padding, kind.dilation, groups)
 
 
 def placed(bench: Bench, network: nn.Module) -> Any:
@@ -183,12 +174,12 @@ def openvino_network(bench: Bench, network: nn.Module) -> Call:
     return in_folder(bench, network, partial(openvino.run_openvino, threads=torch.get_num_threads()))
 
 
-def onnx_layer(bench: Bench, kind: Kind, out: int, into: int, copies: int) -> Call:
-    return graphs.in_onnx_runtime(*graphs.layers_graph(kind, out, into, copies), torch.get_num_threads())
+def onnx_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    return graphs.in_onnx_runtime(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
 
 
-def openvino_layer(bench: Bench, kind: Kind, out: int, into: int, copies: int) -> Call:
-    return graphs.in_openvino(*graphs.layers_graph(kind, out, into, copies), torch.get_num_threads())
+def openvino_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    return graphs.in_openvino(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
 
 
 RUNTIMES: Mapping[str, Runtime] = {

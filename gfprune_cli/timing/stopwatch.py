@@ -16,9 +16,10 @@ Call = Callable[[], object]
 CLOCK = time.perf_counter  # seconds, monotonic
 BURST = 2e-3  # seconds of one reading of a layer, about: many calls where one is short
 LONGEST = 1000  # calls of a burst
+LAYER_SECONDS = 0.02  # after which no further reading of a layer begins
 BURSTS = 4
 ROUNDS = 60  # of networks, at most
-SECONDS = 4.0  # of one bout of rounds, about
+SECONDS = 3.0  # of one bout of rounds, about
 BOUTS = 4  # while the spread is too wide
 STEADY = 0.01  # standard error of a ratio of times that is good enough
 NORMAL = (
@@ -62,8 +63,12 @@ def layer_seconds(call: Call, device: torch.device) -> float:
         return (watch.now() - start) / count
 
     burst(1)
-    count = min(LONGEST, math.ceil(BURST / max(burst(1), 1e-7)))
-    return min(burst(count) for _ in range(BURSTS))
+    found = [burst(1)]
+    count = min(LONGEST, math.ceil(BURST / max(found[0], 1e-7)))
+    begin = watch.now()
+    while len(found) <= BURSTS and watch.now() - begin < LAYER_SECONDS - found[0]:
+        found.append(burst(count))
+    return min(found)
 
 
 def network_seconds(calls: Sequence[Call], device: torch.device, progress: Progress) -> list[list[float]]:

@@ -11,6 +11,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen
 
 from gfprune_cli.errors import UsageError
+from gfprune_cli.outputs.durable import write_file
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.times import Grid, LayerTimes
 from gfprune_cli.timing.kinds import Run
@@ -102,6 +103,30 @@ class TimeTable:
             run_at_all.append(run is not None)
         slopes = np.array(places, np.float64) * self.per_number
         cost.times = LayerTimes(grids, calls, slopes, np.array(run_at_all) * self.per_layer)
+
+
+def write_table(path: Path, table: TimeTable) -> None:
+    """The file appears whole or not at all."""
+    write_file(path, (json.dumps(table.document(), sort_keys=True) + "\n").encode())
+
+
+def check_table_file(path: Path, *, force: bool) -> None:
+    """Refuse, before the work, to write a table where another file is.
+
+    Raises:
+        UsageError: it exists, or its folder does not.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--times-out {path}: name a file in a folder that exists")
+    if path.exists() and not force:
+        raise UsageError(f"--times-out {path} exists: use --force to replace it, or another name")
+    if path.exists():
+        try:
+            read_table(path)
+        except UsageError:
+            raise UsageError(
+                f"--times-out {path} is a file of another kind, and --force replaces none: name another"
+            ) from None
 
 
 def table_of(document: Any, what: str) -> TimeTable:

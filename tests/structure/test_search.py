@@ -12,7 +12,7 @@ from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.ledger import Ledger
-from gfprune_cli.structure.search import Search
+from gfprune_cli.structure.search import TOLERANCE, Search
 
 BOTH: tuple[str, ...] = ("params", "macs")
 
@@ -78,8 +78,8 @@ def test_a_search_from_a_narrow_network_brings_nothing_back(name: str) -> None:
         for number, group in enumerate(cost.groups.values())
     }
     start: dict[str, int] = {}
-    for sparsity in (0.2, 0.4, 0.6):
+    for sparsity in (0.1, 0.2, 0.3):
         found = allocate(cost, scores, sparsity, strict=False, start=start)
-        assert found.sparsity >= sparsity - 0.02
+        assert found.sparsity >= sparsity - 3 * TOLERANCE
         assert all(width <= start.get(one, width) for one, width in found.kept.items())
         start = dict(found.kept)

@@ -44,8 +44,8 @@ class Machine:
             return self.launch + self.per_pair * places * kind.keys * out
         return self.launch + self.per_pair * places * out * (1 if kind.operator == "depthwise" else into)
 
-    def layer(self, bench: Bench, kind: Kind, out: int, into: int, copies: int) -> Callable[[], object]:
-        return lambda: self.pass_time(copies * self.layer_seconds(kind, out, into))
+    def layer(self, bench: Bench, kind: Kind, out: int, into: int) -> Callable[[], object]:
+        return lambda: self.pass_time(self.layer_seconds(kind, out, into))
 
     def network_seconds(self, bench: Bench, network: Any) -> float:
         seconds = 0.0
