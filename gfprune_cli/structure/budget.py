@@ -13,7 +13,8 @@ from gfprune_cli.errors import UsageError
 from gfprune_cli.structure.cost import TIME, CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
 
-FLOORS = (0.8, 0.7, 0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+# of the uniform width ratio: no group is starved while another is untouched
+FLOORS = (0.8, 0.7, 0.5, 0.25, 0.0)
 SLACK = 1e-9  # of rounding
 ADVICES = 5  # tries to name a sparsity that can be reached
 
