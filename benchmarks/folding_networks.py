@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from gpu_networks import CIFAR10
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -94,22 +95,6 @@ def positions() -> dict[str, torch.Tensor]:
     return {"img_ids": grid.reshape(64, 3), "txt_ids": torch.zeros(TOKENS, 3)}
 
 
-def cifar() -> Any:
-    return diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        act_fn="silu",
-    )
-
-
 def dit(heads: int = 16, width: int = 72, blocks: int = 2, classes: int = 1000) -> Any:
     """Heads of a width each. Tables of classes are as DiT starts with: standard deviation 0.02 (arXiv
     2212.09748, published code)."""
@@ -156,7 +141,7 @@ def flow() -> Any:
 
 
 FAMILIES: dict[str, Family] = {
-    "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32),
+    "DDPM CIFAR-10 U-Net": Family(partial(diffusers.UNet2DModel, **CIFAR10), diffusers.DDPMScheduler, 32),
     "DiT-XL/2, 2 blocks": Family(
         dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4, tolerances=TIGHT
     ),

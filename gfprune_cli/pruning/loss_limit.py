@@ -139,6 +139,8 @@ class LossLimit:
             self.masks = dict(self.flow.masked.masks)
         else:
             self.put_back()
+            if (time := self.flow.job.plan.time) is not None:
+                time.trials, time.chosen = [], None  # what was timed is no more
         self.state.save(*self.saved({}, None))
         self.flow.job.progress(Event("limit", text=told(trial, self.limit)))
 
@@ -165,7 +167,7 @@ class LossLimit:
             "of": self.of,
             "loss": last.ratio,
             "spread": last.spread,
-            "stopped_by": "loss" if last.sparsity < most else "sparsity",
+            "stopped_by": "loss" if last.sparsity < most else "budget",
             "most": most,
             "trials": [asdict(trial) for trial in self.trials],
         }

@@ -14,7 +14,8 @@ from gfprune_cli.structure.cost import TIME, CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
 from gfprune_cli.structure.times import BLOCKS
 
-FLOORS = (0.8, 0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+# of the uniform width ratio: no group is starved while another is untouched
+FLOORS = (0.8, 0.7, 0.5, 0.25, 0.0)
 SLACK = 1e-9  # of rounding
 PADDED = 0.2  # from which on widths in whole blocks are worth a try
 ADVICES = 5  # tries to name a sparsity that can be reached

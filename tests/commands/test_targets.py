@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clocks import Machine
 from conftest import QUICK, Gfprune
 from test_prune import files
 
@@ -176,9 +177,30 @@ def test_a_sparsity_beside_a_limit_is_the_most_that_goes(pipeline_folder: Path, 
     result = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **settings)
     assert isinstance(result, PruneResult)
     assert result.limit is not None
-    assert result.limit["stopped_by"] == "sparsity"
+    assert result.limit["stopped_by"] == "budget"
     assert len(result.limit["trials"]) == 1
     assert 0 <= result.sparsity["achieved"] - 0.2 <= 0.01
+
+
+@pytest.mark.parametrize(("limit", "stopped_by"), [(100, "budget"), (1.0005, "loss")])
+def test_a_speed_beside_a_limit_is_the_most_that_goes(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, stopped_by: str
+) -> None:
+    """Only a network that goes all the way is as fast as was asked, and timed."""
+    monkeypatch.setenv("GFPRUNE_CACHE", str(tmp_path / "cache"))
+    Machine().install(monkeypatch)
+    settings = {**LIMITED, "keep_loss": limit, "speedup": 1.5}
+    result = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **settings)
+    assert isinstance(result, PruneResult)
+    assert result.limit is not None
+    assert result.time is not None
+    assert (result.limit["of"], result.limit["stopped_by"]) == ("time", stopped_by)
+    if stopped_by == "budget":
+        assert result.time["measured"]["speedup"] == pytest.approx(1.5, rel=0.03)
+    else:
+        assert result.time["measured"] is None
+        assert 1 < result.time["predicted"]["speedup"] < 1.5
+        assert result.limit["loss"] <= limit
 
 
 def test_a_limit_that_no_network_keeps_is_said_and_nothing_is_written(
