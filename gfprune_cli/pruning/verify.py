@@ -89,6 +89,8 @@ def noisy(value: Any, dtype: torch.dtype) -> Any:
     """Inputs of a type, with noise in place of zeros, which would hide a difference."""
     if isinstance(value, Mapping):
         return {name: noisy(inner, dtype) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(noisy(inner, dtype) for inner in value)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     if bool(value.any()):

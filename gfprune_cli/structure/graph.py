@@ -55,7 +55,9 @@ def discover(
         GfpruneError: the network cannot be traced, or nothing in it can be removed: a module is named.
     """
     if is_transformer(model) and not type(model).__name__.endswith(UNRULED):
-        return discover_transformer(model, inputs, width=width)
+        ruled = discover_transformer(model, inputs, width=width)
+        if ruled[0]:
+            return ruled
     if inputs is None:
         inputs = example_inputs(model)
     with plain_stand_ins(model):
@@ -99,6 +101,8 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     if getattr(model.config, "class_embed_type", None) == "identity":
         names.append("time_embedding.linear_2")
     layers: list[Any] = [module for name, module in model.named_modules() if name in names]
+    pools = (module for module in model.modules() if type(module).__name__ == "AttentionPooling")
+    layers += [layer for pool in pools for layer in pool.children()]  # its heads are numbers of its own
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
