@@ -147,7 +147,7 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
 
 def as_list(value: Any) -> Any:
     """Dictionaries whose keys are positions were lists."""
-    if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+    if isinstance(value, dict) and value and all(isinstance(key, str) and key.isdigit() for key in value):
         return [value[key] for key in sorted(value, key=int)]
     return value
 

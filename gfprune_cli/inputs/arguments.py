@@ -10,7 +10,7 @@ from gfprune_cli.diffusion.conditions import AFTER, BEFORE, LEVELS
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.inputs.joined import Joined, as_batch
 from gfprune_cli.inputs.pipeline_run import PipelineRun
-from gfprune_cli.inputs.rows import flattened, own_row, shared_values, spread
+from gfprune_cli.inputs.rows import as_entries, flattened, own_row, shared_values
 
 SAMPLE_NAMES = ("hidden_states", "sample", "x")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
@@ -39,13 +39,17 @@ class Names:
         call = run.observer.calls[0]
         sample, timestep = argument_names(run.observer.network, call)
         left_out, branches = {sample, timestep}, len(call[sample])
-        try:
-            run(0, 0, limit=1)
-            double, factor = flattened(run.observer.calls[0], left_out), 2
-        except Interrupted:
-            raise
-        except GfpruneError:
-            double, factor = flattened(call, left_out), 1
+        double, factor = flattened(call, left_out), 1
+        for run.several in (False, True):
+            try:
+                run(0, 0, limit=1)
+                double, factor = flattened(run.observer.calls[0], left_out), 2
+                break
+            except Interrupted:
+                raise
+            except GfpruneError:
+                continue
+        run.several = False
         own, lists, nested = set(), {sample} if isinstance(call[sample], list | tuple) else set(), set()
         for name, value in flattened(call, left_out).items():
             kind = growth(value, double.get(name), branches, factor)
@@ -55,14 +59,14 @@ class Names:
                     own.add(name)
             elif kind == "nested":
                 nested.add(name)
-                own |= set(spread({name: value}, [name]))
+                own |= set(as_entries({name: value}, [name]))
             elif kind == "rows":
                 own.add(name)
         return Names(sample, timestep, joined, own, lists, nested)
 
     def arguments(self, call: dict[str, Any]) -> dict[str, Any]:
         """Of one call, with the parts of its sample that are no noise."""
-        found = spread(flattened(call, {self.sample, self.timestep}), self.nested)
+        found = as_entries(flattened(call, {self.sample, self.timestep}), self.nested)
         found |= self.joined.parts(as_batch(call[self.sample]))
         times = call[self.timestep]
         if times.ndim > 1:
@@ -93,14 +97,21 @@ def growth(value: Any, double: Any, branches: int, factor: int) -> str:
     def grows(one: Any, other: Any) -> bool:
         if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or not one.ndim:
             return False
-        return len(other) == factor * len(one) and (factor > 1 or len(one) == branches)
+        if factor > 1:
+            return len(other) == factor * len(one)
+        return len(one) == branches or (one.ndim > 2 and len(one) % branches == 0)  # no table of positions
 
     if isinstance(value, list | tuple):
         if factor > 1 and isinstance(double, list | tuple) and len(double) == factor * len(value):
             return "entries" if len(value) else ""
         matched = isinstance(double, list | tuple) and len(double) == len(value)
         return "nested" if matched and factor > 1 and any(map(grows, value, double)) else ""
-    return "rows" if grows(value, double) else ""
+    if grows(value, double):
+        return "rows"
+    layers = isinstance(value, torch.Tensor) and isinstance(double, torch.Tensor) and value.ndim > 2
+    return (
+        "nested" if layers and factor > 1 and len(double) == len(value) and grows(value[0], double[0]) else ""
+    )
 
 
 def argument_names(network: Any, call: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ they are smooth noise. Masks are random rectangles. Nothing asks the user.
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ ABOUT_IMAGES = re.compile(
 SMALL = re.compile(r"Upscale|SuperResolution")  # what they are given has the size of their latents
 IMAGES = ("image", "images", "control_image", "original_image", "reference_image", "condtioning_image",
           "example_image", "cond_image", "input_image")  # fmt: skip
-MASKS = ("mask_image", "mask")
+MASKS = ("mask_image", "mask", "control_mask")
 VIDEOS = ("video", "control_video", "pose_video", "face_video", "conditioning_frames")
 MASK_VIDEOS = ("mask_video",)
 VECTORS = ("image_embeds", "negative_image_embeds")
@@ -104,7 +104,7 @@ def takes_pictures(found: type) -> bool:
     return any(name in KNOWN for name in inspect.signature(found.__call__).parameters)
 
 
-def alternatives(found: type) -> Iterator[tuple[str, ...]]:
+def fillings(found: type) -> Iterator[tuple[str, ...]]:
     """Arguments to fill, in the order in which to try: what the signature requires, then what it knows.
 
     Args:
@@ -130,7 +130,7 @@ def picture_arguments(
     network: Any,
     names: Iterable[str],
     pictures: Pictures,
-    numbers: list[int],
+    numbers: Sequence[int],
     size: tuple[int, int] | None,
     frames: int | None,
 ) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def picture_arguments(
         if isinstance(values[0], torch.Tensor):
             made[name] = torch.cat(values)
         else:
-            made[name] = values[0] if "prompt" in parameters or len(values) == 1 else values
+            made[name] = values[0] if len(values) == 1 else values
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.observer import Enough, Observer
-from gfprune_cli.inputs.pictures import Pictures, alternatives, picture_arguments
+from gfprune_cli.inputs.pictures import Pictures, fillings, picture_arguments
 from gfprune_cli.inputs.refusals import not_run
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
@@ -57,6 +57,7 @@ class PipelineRun:
 
     Args:
         filled: arguments that pictures are made for.
+        several: whether each prompt has a picture of its own in one call, or all have one.
     """
 
     pipeline: Any
@@ -65,6 +66,7 @@ class PipelineRun:
     pictures: Pictures
     asked: list[Any]
     filled: tuple[str, ...] = ()
+    several: bool = False
 
     def first(self) -> None:
         """The first run, to the second noise level; finds out which arguments want pictures.
@@ -73,7 +75,7 @@ class PipelineRun:
             GfpruneError: the pipeline fails with any of them.
         """
         errors: list[GfpruneError] = []
-        for names in alternatives(type(self.pipeline)):
+        for names in fillings(type(self.pipeline)):
             self.filled = names
             try:
                 return self(0, limit=None)
@@ -86,8 +88,10 @@ class PipelineRun:
     def __call__(self, *numbers: int, limit: int | None) -> None:
         made = call_arguments(self.pipeline, self.options, filled=self.filled)
         size, network = self.options.pixels(), self.observer.network
+        prompted = "prompt" in inspect.signature(type(self.pipeline).__call__).parameters
+        shown = numbers[:1] if prompted and not self.several else numbers
         made |= picture_arguments(
-            self.pipeline, network, self.filled, self.pictures, list(numbers), size, self.options.frames
+            self.pipeline, network, self.filled, self.pictures, shown, size, self.options.frames
         )
         run_pipeline(self.pipeline, self.observer, made, [self.asked[number] for number in numbers], limit)
 

@@ -6,6 +6,9 @@ from typing import Any
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import GfpruneError, UsageError
 
+# what diffusers does not import where it is not installed, and misses then
+PACKAGES = {"ftfy": "ftfy", "bs4": "beautifulsoup4", "transforms": "torchvision"}
+
 
 def check_pipeline_class(found: Any, config: Any, size: str | None) -> None:
     """Refuse a pipeline that cannot be run, as far as its class and its network's configuration tell.
@@ -35,7 +38,7 @@ def not_run(pipeline: Any, network: Any, made: dict[str, Any], error: Exception)
         return UsageError(_for_want_of_a_size(name))
     if "height" in made and "divisible" in str(error):
         return UsageError(f"--size: {first_line(error)}")
-    if isinstance(error, NameError) and error.name in ("ftfy", "bs4"):  # diffusers leaves such imports out
-        package = {"bs4": "beautifulsoup4"}.get(error.name, error.name)
+    package = PACKAGES.get(str(getattr(error, "name", ""))) if isinstance(error, NameError) else None
+    if package:
         return GfpruneError(f"{name} needs the package {package}: pip install {package}")
     return GfpruneError(f"{name} cannot be run: {first_line(error)}")

@@ -29,7 +29,7 @@ def flattened(call: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
     return found
 
 
-def spread(call: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def as_entries(call: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The same arguments, with the entries of these lists as names of their own."""
     lists = set(names)
     found: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def spread(call: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def pieces_of(value: Any, branches: int) -> Pieces:
+def by_branch(value: Any, branches: int) -> Pieces:
     """Conditions of one prompt by branch; the rows of a branch stay together."""
     if isinstance(value, torch.Tensor):
         return list(value.cpu().chunk(branches))
@@ -65,7 +65,7 @@ def own_row(
         pieces = [
             piece
             for call, count in zip(calls, branches, strict=True)
-            for piece in pieces_of(call[name], count)
+            for piece in by_branch(call[name], count)
         ]
         parts = [pieces[position] for position in order]
         if len({part.shape for part in parts}) > 1:

@@ -42,7 +42,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
-        interfaces: not the channels at which adapters enter.
+        interfaces: not the channels at which adapters enter; those of a pipeline that has some stay anyway.
         folded: what the component has become, with its weights; the network is its own structure then.
         options: what the pipeline of a class that gfprune does not know is asked for.
 
@@ -57,9 +57,14 @@ def find_units(
     groups, trace = discover(network, inputs, width=width)
     if inputs is not None:
         groups = exact_groups(network, groups, inputs, progress)
-    if interfaces:
+    if interfaces or has_attached(component):
         groups = beside_interfaces(network, groups)
     return network, groups + (block_groups(network) if blocks else ()), trace
+
+
+def has_attached(component: Component) -> bool:
+    """Whether the pipeline has a network that adds to the states of this one."""
+    return any("ControlNet" in name or "Adapter" in name for _, name in component.entries.values())
 
 
 def exact_groups(network: nn.Module, groups: Groups, inputs: Mapping[str, Any], progress: Progress) -> Groups:

@@ -52,7 +52,7 @@ def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Ma
         narrow = remove(network, groups, kept)
         found = outcome(narrow, given, type(model).__name__)
         with masked_by(network, groups, kept) as masked:
-            expected = masked_outcome(masked, given)
+            expected = checked_outcome(masked, given)
             gap = relative_gap(found, expected)
             if gap <= TOLERANCE.get(dtype, TOLERANCE[torch.float32]):  # false for NaN
                 return gap
@@ -113,6 +113,19 @@ def masked_by(
         for name, module in before.items():
             if name and model.get_submodule(name) is not module:
                 model.set_submodule(name, module)
+
+
+def checked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Output of the masked network.
+
+    Raises:
+        GfpruneError: its own code does not expect norms that know of masks.
+    """
+    try:
+        return masked_outcome(masked, inputs)
+    except Exception as error:  # as for the narrow one
+        name = type(masked.model).__name__
+        raise GfpruneError(f"{name} does not run behind masks: {first_line(error)}") from error
 
 
 def masked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
