@@ -6,13 +6,18 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import Family, Inputs, Request, Sizes
 
 
+HINT = 4  # channels that an image becomes beside the latents
+
+
 def unet(request: Request) -> Inputs:
     model, config = request.model, request.config
     size = config.sample_size or 8 * 2 ** len(config.block_out_channels)
     height, width = request.area(*((size, size) if isinstance(size, int) else size))
     if not hasattr(config, "cross_attention_dim") and request.sizes == Sizes():
         check_halvings(config, height, width)
-    inputs = {"sample": request.zeros(1, config.in_channels, height, width), "timestep": request.time()}
+    hint = HINT if getattr(config, "addition_embed_type", None) == "image_hint" else 0  # the class joins it
+    channels = config.in_channels - hint
+    inputs = {"sample": request.zeros(1, channels, height, width), "timestep": request.time()}
     if config.time_embedding_type == "learned":
         inputs["timestep"] = inputs["timestep"].long()
     if getattr(config, "num_class_embeds", None) is not None and config.class_embed_type is None:

@@ -50,6 +50,11 @@ def as_batch(samples: Any) -> torch.Tensor:
     return samples if isinstance(samples, torch.Tensor) else torch.stack(tuple(samples))
 
 
+def whole_sample(given: torch.Tensor) -> Joined:
+    """Nothing is joined to the noisy sample."""
+    return Joined(1, 0, given.shape[1], tuple(given.shape[1:]))
+
+
 def find_joined(given: torch.Tensor, stepped: torch.Tensor, branches: int) -> Joined | None:
     """Where the sample that the scheduler steps lies in the network's input; None if it is not there.
 
@@ -60,7 +65,7 @@ def find_joined(given: torch.Tensor, stepped: torch.Tensor, branches: int) -> Jo
     """
     one = given[:1]
     if stepped.numel() in (one.numel(), one.numel() * branches):
-        return Joined(1, 0, given.shape[1], tuple(given.shape[1:]))
+        return whole_sample(given)
     for sample in layouts(stepped[:1], one.ndim):
         differs = [axis for axis in range(1, one.ndim) if one.shape[axis] != sample.shape[axis]]
         if len(differs) != 1 or one.shape[differs[0]] < sample.shape[differs[0]]:

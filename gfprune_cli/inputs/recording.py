@@ -22,7 +22,7 @@ from gfprune_cli.diffusion.schedulers import noise_level
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.arguments import Names, argument_names
 from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time, one_branch
-from gfprune_cli.inputs.joined import Joined, as_batch, find_joined
+from gfprune_cli.inputs.joined import Joined, as_batch, find_joined, whole_sample
 from gfprune_cli.inputs.observer import Observer
 from gfprune_cli.inputs.pictures import Pictures
 from gfprune_cli.inputs.pipeline import quiet
@@ -118,6 +118,8 @@ def conventions(
     calls, step = observer.calls[: observer.first], observer.steps[0]
     given = as_batch(calls[0][sample])
     joined = find_joined(given, step["sample"], sum(len(call[sample]) for call in calls))
+    if joined is None and observer.outputs[0].shape[1:] == given.shape[1:]:  # first frames among noisy ones
+        joined = whole_sample(given)
     if joined is None:
         raise GfpruneError(f"{name} gives its network more than noisy samples, which gfprune cannot make up")
     nominal = options.guidance

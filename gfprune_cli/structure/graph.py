@@ -32,6 +32,8 @@ KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 )
 NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistics, weights or not
 UNRULED = ("UNet", "UVit2DModel")  # stacks of transformer blocks among other ones
+# what splits channels by heads or tokens that are numbers of its own
+COUNTED = ("AttentionPooling", "ImageProjection", "TextImageProjection")
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
@@ -101,8 +103,8 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     if getattr(model.config, "class_embed_type", None) == "identity":
         names.append("time_embedding.linear_2")
     layers: list[Any] = [module for name, module in model.named_modules() if name in names]
-    pools = (module for module in model.modules() if type(module).__name__ == "AttentionPooling")
-    layers += [layer for pool in pools for layer in pool.children()]  # its heads are numbers of its own
+    counted = (module for module in model.modules() if type(module).__name__ in COUNTED)
+    layers += [layer for module in counted for layer in module.children()]
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
