@@ -10,6 +10,8 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?=
 # processes that share the tests, file by file; each works with one thread
 JOBS ?= 2
+# in the order of the folders, so that files of short tests come last and no process waits long for the other
+SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # installed apart from .venv: what looks at the dependencies is none of them
 AUDIT := pip-audit==2.10.1
 
@@ -45,13 +47,13 @@ demo: $(STAMP) ## Prune the checkpoint that ships with gfprune to half its param
 	@$(BIN)/gfprune prune --model demo --sparsity 0.5 --out demo-pruned --force
 
 test: lint ## Lint, check types and run every test (PYTEST_ARGS="-k name" to choose)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) $(PYTEST_ARGS)
 
 quick: $(STAMP) ## A first verdict in two minutes: one case of each test of the rooms, one command (no lint)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --quick $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) --quick $(PYTEST_ARGS)
 
 thorough: $(STAMP) ## All cases of every test, and the long form of the reliability tests: hours
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --thorough $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) --thorough $(PYTEST_ARGS)
 
 benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchmarks/quick/
 	$(BIN)/python benchmarks/quality.py --quick

@@ -81,16 +81,27 @@ def measure(
     return {**found, **sizes, "gradients": result.scoring_gradients, "dense": result.loss["before"]}
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> str:
-    def cell(key: str, digits: int) -> str:
-        values = [run[key] for run in runs]
-        mean = f"{statistics.mean(values):.{digits}f}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def cell(runs: list[dict[str, Any]], key: str, digits: int) -> str:
+    """The mean over seeds, with their range."""
+    values = [run[key] for run in runs]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
-    shares = " | ".join(f"{statistics.mean(run[key] for run in runs):.1%}" for key in ("params", "macs"))
+
+def shares(runs: list[dict[str, Any]]) -> str:
+    """What is left of parameters and MACs, as two cells."""
+    return " | ".join(f"{statistics.mean(run[key] for run in runs):.1%}" for key in ("params", "macs"))
+
+
+def quality(runs: list[dict[str, Any]]) -> str:
+    return " | ".join(
+        cell(runs, key, digits) for key, digits in (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
+    )
+
+
+def row(name: str, runs: list[dict[str, Any]]) -> str:
     gradients = statistics.mean(run["gradients"] for run in runs)
-    measured = " | ".join(cell(key, digits) for key, digits in (("loss", 4), ("ssim", 3), ("fd_teacher", 2)))
-    return f"| {name} | {shares} | {gradients:.0f} | {measured} |"
+    return f"| {name} | {shares(runs)} | {gradients:.0f} | {quality(runs)} |"
 
 
 def main() -> None:

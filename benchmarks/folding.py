@@ -14,67 +14,40 @@ in --work and not repeated. Writes docs/benchmarks/folding.md.
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from chain import cell, measure, quality, shares
 from folding_networks import FAMILIES, folded_numbers, small_dit_folder, small_dit_numbers
 from provenance import PAGES, write_page
 from subjects import Place, places_of
-from yardstick import Yardstick
 
 import gfprune_cli as gfprune
 
-ALL_IMAGES = 10**6
-SAMPLES, SAMPLE_STEPS = 64, 20
 RECOVER, SHORT = 400, 100  # steps of 8 samples
-SHARES = ("params", "macs")
 BUDGETS: dict[str, dict[str, Any]] = {"params, 0.75": dict(budget="params", sparsity=0.75)}
 FOLDS = (0.0, 0.01)
 NAMES = ("demo", *FAMILIES)
 
 
+def once(path: Path, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Numbers that are kept at `path`."""
+    if not path.exists():
+        path.write_text(json.dumps(measured()))
+    return dict(json.loads(path.read_text()))
+
+
 def budget_run(place: Place, settings: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     """The numbers of one pruned and trained network, in a process of its own with one thread."""
-    name = "-".join(str(value) for value in (place.name, *settings.values(), seed))
-    kept = work / f"{name}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    torch.set_num_threads(1)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        result = gfprune.prune(
-            place.model,
-            out=Path(folder) / "pruned",
-            data=str(place.data),
-            images=ALL_IMAGES,
-            recover=RECOVER,
-            seed=seed,
-            **settings,
-        )
-        network = gfprune.load(str(result.output))
-    cache = work / f"{place.name}.safetensors"
-    found = Yardstick(place.open(), SAMPLES, SAMPLE_STEPS, cache=cache).measure(network)
-    left = {
-        f"{key} left": pair["after"] / pair["before"]
-        for key, pair in (("params", result.params), ("macs", result.macs))
-    }
-    fold = result.fold or {}
-    numbers = {
-        **found, **left, "folded": len(fold.get("layers", ())), "seconds": round(time.monotonic() - started)
-    }  # fmt: skip
-    kept.write_text(json.dumps(numbers))
-    return numbers
-
-
-def cell(runs: list[dict[str, Any]], key: str, digits: int) -> str:
-    values = [run[key] for run in runs]
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    name = "-".join(str(value) for value in (place.name, RECOVER, *settings.values(), seed))
+    given = {"recover": RECOVER, **settings}
+    sparsity, cache = given.pop("sparsity"), work / f"{place.name}.safetensors"
+    return once(work / f"{name}.json", lambda: measure(place, given, sparsity, seed, cache))
 
 
 def budget_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
@@ -89,35 +62,26 @@ def budget_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list
     for label in BUDGETS:
         for fold in FOLDS:
             runs = [futures[label, fold, seed].result() for seed in range(options.seeds)]
-            left = " | ".join(f"{statistics.mean(run[f'{key} left'] for run in runs):.1%}" for key in SHARES)
-            quality = (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
-            measured = " | ".join(cell(runs, key, digits) for key, digits in quality)
-            lines.append(f"| {label} | {fold:g} | {left} | {measured} |")
+            lines.append(f"| {label} | {fold:g} | {shares(runs)} | {quality(runs)} |")
             print(lines[-1], flush=True)
     return lines
 
 
 def transformer_run(fold: float, seed: int, work: Path) -> dict[str, Any]:
     """The numbers of the small transformer, half of its parameters gone, in a process of its own."""
-    kept = work / f"small-dit-{fold}-{seed}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        result = gfprune.prune(
-            str(small_dit_folder(work)),
-            out=Path(folder) / "pruned",
-            sparsity=0.5,
-            budget="params",
-            fold=fold,
-            seed=seed,
-            recover=SHORT,
-        )
-        found = small_dit_numbers(gfprune.load(str(result.output)), work)
-    sizes = {"params left": result.params, "macs left": result.macs}
-    numbers = {**found, **{key: pair["after"] / pair["before"] for key, pair in sizes.items()}}
-    kept.write_text(json.dumps(numbers))
-    return numbers
+
+    def measured() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            result = gfprune.prune(
+                str(small_dit_folder(work)), out=Path(folder) / "pruned", sparsity=0.5, budget="params",
+                fold=fold, seed=seed, recover=SHORT,
+            )  # fmt: skip
+            found = small_dit_numbers(gfprune.load(str(result.output)), work)
+        sizes = {"params": result.params, "macs": result.macs}
+        return {**found, **{key: pair["after"] / pair["before"] for key, pair in sizes.items()}}
+
+    return once(work / f"small-dit-{SHORT}-{fold}-{seed}.json", measured)
 
 
 def transformer_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
@@ -130,8 +94,7 @@ def transformer_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) ->
     lines = ["| --fold | parameters | MACs | held-out loss | SSIM |", "|---" * 5 + "|"]
     for fold in FOLDS:
         runs = [futures[fold, seed].result() for seed in range(options.seeds)]
-        left = " | ".join(f"{statistics.mean(run[f'{key} left'] for run in runs):.1%}" for key in SHARES)
-        lines.append(f"| {fold:g} | {left} | {cell(runs, 'loss', 4)} | {cell(runs, 'ssim', 3)} |")
+        lines.append(f"| {fold:g} | {shares(runs)} | {cell(runs, 'loss', 4)} | {cell(runs, 'ssim', 3)} |")
     return lines
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from gpu_networks import CIFAR10
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -94,57 +95,17 @@ def positions() -> dict[str, torch.Tensor]:
     return {"img_ids": grid.reshape(64, 3), "txt_ids": torch.zeros(TOKENS, 3)}
 
 
-def small_embeddings(network: Any) -> Any:
-    """Tables of classes as DiT starts with: standard deviation 0.02 (arXiv 2212.09748, published code)."""
+def dit(heads: int = 16, width: int = 72, blocks: int = 2, classes: int = 1000) -> Any:
+    """Heads of a width each. Tables of classes are as DiT starts with: standard deviation 0.02 (arXiv
+    2212.09748, published code)."""
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=width, in_channels=3, out_channels=3, num_layers=blocks,
+        sample_size=16, num_embeds_ada_norm=classes,
+    )  # fmt: skip
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
     return network
-
-
-def cifar() -> Any:
-    return diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        act_fn="silu",
-    )
-
-
-def dit() -> Any:
-    return small_embeddings(
-        diffusers.DiTTransformer2DModel(
-            num_attention_heads=16,
-            attention_head_dim=72,
-            in_channels=3,
-            out_channels=3,
-            num_layers=2,
-            sample_size=16,
-            num_embeds_ada_norm=1000,
-        )
-    )
-
-
-def small_dit() -> Any:
-    """Six blocks of width 192, one class: the network that is pruned at equal budgets."""
-    return small_embeddings(
-        diffusers.DiTTransformer2DModel(
-            num_attention_heads=6,
-            attention_head_dim=32,
-            in_channels=3,
-            out_channels=3,
-            num_layers=6,
-            sample_size=16,
-            num_embeds_ada_norm=1,
-        )
-    )
 
 
 def sd3() -> Any:
@@ -180,7 +141,7 @@ def flow() -> Any:
 
 
 FAMILIES: dict[str, Family] = {
-    "DDPM CIFAR-10 U-Net": Family(cifar, diffusers.DDPMScheduler, 32),
+    "DDPM CIFAR-10 U-Net": Family(partial(diffusers.UNet2DModel, **CIFAR10), diffusers.DDPMScheduler, 32),
     "DiT-XL/2, 2 blocks": Family(
         dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4, tolerances=TIGHT
     ),
@@ -207,7 +168,10 @@ def one_class(count: int) -> Conditions:
 DEMO_FAMILY = Family(
     lambda: gfprune.load("demo"), lambda: load_scheduler(inspect(resolve("demo"))), 32, tolerances=TIGHT
 )
-SMALL_DIT = Family(small_dit, diffusers.DDPMScheduler, condition=one_class, steps=300, batch=16)
+# the network that is pruned at equal budgets
+SMALL_DIT = Family(
+    partial(dit, 6, 32, 6, 1), diffusers.DDPMScheduler, condition=one_class, steps=300, batch=16
+)
 
 
 def images_of(family: Family) -> torch.Tensor:

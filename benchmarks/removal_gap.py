@@ -32,9 +32,9 @@ def main() -> None:
     widths = allocate(plan.cost, scored.scores, recipe.sparsity, budget=recipe.budget).kept
     kept = {group.name: select(group, scored.scores[group.name], widths[group.name]) for group in plan.groups}
     scored.masked.set_masks({name: support.double() for name, support in kept.items()})
-    aware = run.masked_loss(scored.draws, scored.masked)
+    aware = run.loss(scored.draws, scored.masked)
     with plain_norms(scored.masked):
-        plain = run.masked_loss(scored.draws, scored.masked)
+        plain = run.loss(scored.draws, scored.masked)
     removed = run.loss(scored.draws, run.narrow(scored.masked.model, kept))
     print("| norms while masked | masked loss | removed loss | gap |")
     print("|---|---|---|---|")

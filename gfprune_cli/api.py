@@ -23,7 +23,7 @@ from gfprune_cli.evaluation.result import EvalResult
 from gfprune_cli.progress import Progress, silent
 from gfprune_cli.pruning import analyze as analysis
 from gfprune_cli.pruning import command as pruning
-from gfprune_cli.pruning.result import PruneResult
+from gfprune_cli.pruning.result import PruneResult, PruneResults
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
@@ -71,7 +71,7 @@ def analyze(model: Name = None, *, progress: Progress = silent, **settings: Any)
 
 def prune(
     model: Name = None, *, config: Name = None, progress: Progress = silent, **settings: Any
-) -> PruneResult:
+) -> PruneResult | PruneResults:
     """Prune a checkpoint and write the result, as `gfprune prune` does.
 
     Args:
@@ -79,7 +79,8 @@ def prune(
         **settings: such as `sparsity=0.5` and `out="demo-pruned"`.
 
     Returns:
-        The numbers before and after; `.output` is the folder, `.document()` the command's JSON.
+        The numbers before and after; `.output` is the folder, `.document()` the command's JSON. With several
+        sparsities `.networks` holds as many of them.
 
     Example:
         >>> prune("demo", sparsity=0.5, out="demo-pruned").params

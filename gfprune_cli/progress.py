@@ -14,7 +14,8 @@ class Event:
     Args:
         phase: what the run is doing ("load", "trace", "encode", "calibrate", "fold", "score", "mask",
             "refit", "refitted", "evaluate", "probe", "remove", "finetune", "sample", "features", "loss",
-            "latency", "export", "verify", "write"), or "notice" for a sentence that the user should read.
+            "latency", "time", "export", "verify", "write"), or "notice" for a sentence that the user should
+            read.
         step: how many of `total` are done.
         total: 0 when not countable.
         text: one line, for people.
@@ -41,6 +42,7 @@ PHASES = {
     "encode": "calibration",
     "calibrate": "calibration",
     "fold": "folding",
+    "time": "timing",
     "check": "check",
     "evaluate": "evaluation",
     "score": "scoring",

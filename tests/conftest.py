@@ -1,8 +1,10 @@
 """Fixtures: tiny checkpoints made on the spot, caches in a temporary folder, no network."""
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ ONE_SHOT = {name: value for name, value in QUICK.items() if name != "iterations"
 WHOLE_COMMANDS = ("commands", "reliability", "benchmarks")
 END_TO_END = "test_stdout_is_the_output_path_and_nothing_else"
 Gfprune = Callable[..., subprocess.CompletedProcess[str]]
+Shell = Callable[[list[str]], str]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,6 +79,19 @@ def quick_ones(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = chosen.values()
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """With --durations also those of whole files, which processes share the tests by."""
+    if not terminalreporter.config.getoption("durations"):
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            seconds[str(getattr(report, "nodeid", "")).partition("::")[0]] += getattr(report, "duration", 0)
+    terminalreporter.section(f"seconds by file, {seconds.total():.0f} in all")
+    for path, taken in seconds.most_common(12):
+        terminalreporter.write_line(f"{taken:6.0f}  {path}")
+
+
 @pytest.fixture(scope="session")
 def thorough(pytestconfig: pytest.Config) -> bool:
     """Whether the long form was asked for: more faults, more kills, more mutants, longer runs."""
@@ -108,6 +124,24 @@ def words_of_the_command_line() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic is the same with fewer draws and repeats."""
+    from gfprune_cli.evaluation import job as evaluation
+    from gfprune_cli.evaluation import teacher
+    from gfprune_cli.flow import loop
+    from gfprune_cli.pruning import flows
+    from gfprune_cli.pruning import job as pruning
+    from gfprune_cli.recovery import job as recovery
+
+    monkeypatch.setattr(loop, "REFIT_SAMPLES", 16)
+    monkeypatch.setattr(flows, "JUDGE_DRAWS", 16)
+    monkeypatch.setattr(pruning.PruneJob.loss, "__defaults__", (64,))
+    monkeypatch.setattr(recovery, "REPORT_DRAWS", 64)
+    monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
+    monkeypatch.setattr(evaluation, "REPEATS", 5)
+
+
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DDPM pipeline of 177 k parameters, as diffusers saves it; trained just enough that a refit helps."""
@@ -130,23 +164,81 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gfprune(tmp_path_factory: pytest.TempPathFactory) -> Gfprune:
-    """Run the command line in a process of its own."""
+def gfprune(server: Any) -> Gfprune:
+    """Run the command line in a process of its own, which is forked: the imports are paid for once.
+
+    With variables, which libraries may read when they are imported, it is a process from the start.
+    """
 
     def run(
         *arguments: object, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env=os.environ | environment,
-            timeout=600,
-            check=False,
-        )
+        if environment:
+            return fresh(*arguments, cwd=cwd, **environment)
+        done = server.run(*arguments, folder=str(cwd or ""))
+        return subprocess.CompletedProcess(list(arguments), done.code, done.stdout, done.stderr)
 
     return run
+
+
+def fresh(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a shell would."""
+    return subprocess.run(
+        [sys.executable, "-m", "gfprune_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+SMALLER_DEMO = """
+from pathlib import Path
+from gfprune_cli.checkpoint import source
+source.DEMO = Path({folder!r})
+"""
+
+
+@pytest.fixture
+def smaller_demo(pipeline_folder: Path, thorough: bool) -> str:
+    """Python: from here on `demo` is a tenth of the one that ships; nothing with --thorough."""
+    return "" if thorough else SMALLER_DEMO.format(folder=str(pipeline_folder))
+
+
+@pytest.fixture
+def shell(smaller_demo: str, tmp_path: Path) -> Shell:
+    """Run a command of the documentation in `tmp_path`, as its reader would; stdout.
+
+    Where a shell looks for gfprune it finds the one with the smaller demo.
+    """
+    (tmp_path / "bin").mkdir()
+    if smaller_demo:
+        program = tmp_path / "bin" / "gfprune"
+        start = "from gfprune_cli.cli.main import run\nrun()\n"
+        program.write_text(f"#!{sys.executable}\n{smaller_demo}{start}")
+        program.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    # remote code as free as in the reader's shell
+    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+
+    def run(command: list[str]) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | {"PATH": path}, capture_output=True, text=True,
+            timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def examples(page: Path, language: str) -> list[str]:
+    """The blocks of a page that are written in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def quick_flags() -> list[str]:
@@ -154,13 +246,13 @@ def quick_flags() -> list[str]:
     return [part for name, value in QUICK.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-# --- of the reliability tests --------------------------------------------------------------------
+# --- processes
 
 
 @pytest.fixture(scope="session")
 def server(thorough: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Commands in forked processes: the imports are paid for once."""
-    from forked import Server  # beside the tests that ask for it
+    from forked import Server
 
     served = Server(tmp_path_factory.mktemp("forked"), onnx=thorough)
     yield served

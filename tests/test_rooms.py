@@ -19,6 +19,7 @@ ROOMS = (
     ("structure", "data"),
     ("flow",),
     ("recovery", "deploy", "evaluation"),
+    ("timing",),
     ("pruning",),
     ("carrying",),
     ("pages",),

@@ -156,18 +156,12 @@ def make_result(
 
 def make_record(recipe: CarryRecipe, adapter: Adapter, target: Target, result: CarryResult) -> dict[str, Any]:
     """The document of `gfprune.json` beside a carried adapter."""
-    source = target.source
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "carry",
         "recipe": recipe.document(),
         "adapter": {"file": adapter.path.name, "sha256": adapter.sha256},
-        "model": {
-            "label": source.label,
-            "kind": source.kind,
-            "commit": source.commit,
-            "weights": sha256_of_weights(target.component),
-        },
+        "model": target.source.origin(sha256_of_weights(target.component)),
         "kind": result.kind,
         "component": result.component,
         "layers": dict(result.layers),

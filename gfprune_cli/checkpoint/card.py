@@ -72,6 +72,7 @@ def write_card(
         f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
         f"| denoising loss | {loss['before']:.4f} | {loss_left(loss):.4f} |",
         "",
+        *time_lines(record),
         *fold_lines(record),
         *finetune_lines(record),
         "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
@@ -93,6 +94,26 @@ def loss_left(loss: Mapping[str, float | None]) -> float:
     left = loss["removed"] if loss.get("recovered") is None else loss["recovered"]
     assert left is not None
     return left
+
+
+def time_lines(record: Mapping[str, Any]) -> list[str]:
+    """How fast it is, where time was the budget."""
+    time = record.get("time")
+    if not time:
+        return []
+    asked = ", ".join(f"{name} {value:g}" for name, value in time["asked"].items())
+    predicted, measured = time["predicted"], time["measured"]
+    found = f"predicted {predicted['speedup']:.2f} times as fast ({predicted['ms']:.3g} ms)"
+    if measured is None:
+        found += ", not measured"
+    else:
+        found += (
+            f", measured {measured['speedup']:.2f} times (quartiles {measured['low']:.2f} to "
+            f"{measured['high']:.2f}): {measured['ms']:.3g} ms instead of {measured['ms_dense']:.3g}"
+        )
+        found += "" if measured["steady"] else ", on a busy machine"
+    where = f"{time['runtime']}, batch {time['batch']}, {time['precision']}, on {time['device']}"
+    return [f"Time of one evaluation in {where}: asked for {asked}, {found}.", ""]
 
 
 def fold_lines(record: Mapping[str, Any]) -> list[str]:

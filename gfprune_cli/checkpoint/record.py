@@ -138,6 +138,39 @@ class _Folded:
 
 
 @dataclass(frozen=True)
+class _Predicted:
+    speedup: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    speedup: float
+    low: float
+    high: float
+    ms: float
+    ms_dense: float
+    steady: bool
+
+
+@dataclass(frozen=True)
+class _Time:
+    """What a model card says of speed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
+
+    runtime: str
+    device: str
+    precision: str
+    batch: int
+    asked: dict[str, float]
+    predicted: _Predicted
+    measured: _Measured | None
+
+
+@dataclass(frozen=True)
 class _Document:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
@@ -152,6 +185,7 @@ class _Document:
     bytes: _Change
     loss: _Loss
     fold: _Folded | None = None
+    time: _Time | None = None
     finetune: list[_Finetuned] = field(default_factory=list)
 
 

@@ -6,9 +6,10 @@ mixes two versions of a repository and the output can name what it was made from
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
@@ -41,6 +42,10 @@ class Source:
     folder: Path
     kind: Literal["demo", "local", "hub"]
     commit: str | None
+
+    def origin(self, weights: Mapping[str, str]) -> dict[str, Any]:
+        """What a record says of it: `weights` is the SHA-256 of each weight file that was read."""
+        return {"label": self.label, "kind": self.kind, "commit": self.commit, "weights": dict(weights)}
 
 
 def resolve(

@@ -66,15 +66,34 @@ def run_analyze(**flags: Any) -> None:
 def run_prune(**flags: Any) -> None:
     """Prune a checkpoint: score, mask softly, refit, remove channels, recover, write safetensors.
 
-    Prints the path of the result, or one JSON document with --json.
+    Prints the path of the result (one for each --sparsity), or one JSON document with --json.
     """
     with asked(PruneRecipe, flags, partial(check_alone, "prune")) as (session, recipe, options):
-        from gfprune_cli.cli.tables import prune_table
+        from gfprune_cli.cli.tables import networks_table, prune_table
+        from gfprune_cli.errors import UsageError
         from gfprune_cli.pruning.command import prune
+        from gfprune_cli.pruning.result import PruneResult
 
+        if options.html is not None:
+            if options.dry_run:
+                raise UsageError("--html has nothing to show of a --dry-run: drop one of the two")
+            check_page(options.html, force=options.force or options.resume)
         result = prune(recipe, options, session.progress)
-        session.show(prune_table(result))
-        session.result(result.document(), result.output or "")
+        networks = (result,) if isinstance(result, PruneResult) else result.networks
+        if options.html is not None:
+            from gfprune_cli.pages.networks_page import render
+            from gfprune_cli.pruning.showing import evaluate_networks
+
+            found = evaluate_networks(networks, recipe, options, session.progress)
+            page = render(
+                [network.document() for network in networks],
+                [one.document() for one in found],
+                [one.grid for one in found],
+            )
+            write_page(options.html, page)
+            session.note(f"wrote {options.html}")
+        session.show(prune_table(networks[0]) if len(networks) == 1 else networks_table(networks))
+        session.result(result.document(), "\n".join(network.output or "" for network in networks))
 
 
 @with_options(FinetuneRecipe)

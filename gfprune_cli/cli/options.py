@@ -23,12 +23,13 @@ def option_of(options: type, name: str, command: str) -> Any:
     if get_origin(kind) not in (Literal, tuple) and get_args(kind):
         parts = [part for part in get_args(kind) if part is not type(None)]
     bare, metavar, choices = parts[0], None, choices_of(options, name)
-    if choices or len(parts) > 1:  # a number or a word: the recipe tells them apart
+    several = next((part for part in parts if get_origin(part) is tuple), None)
+    if several is not None:
+        single = get_args(several)[0]
+        metavar, bare = f"<{single.__name__}>", list[single]  # type: ignore[valid-type]
+    elif choices or len(parts) > 1:  # a number or a word: the recipe tells them apart
         bare = str
         metavar = "[" + "|".join(choices) + "]" if choices and len(parts) == 1 else None
-    elif get_origin(bare) is tuple:
-        single = get_args(bare)[0]
-        metavar, bare = f"<{single.__name__}>", list[single]  # type: ignore[valid-type]
     default = getattr(options, name, None)
     silent = default is None or isinstance(default, bool | tuple)
     names = flag(name)

@@ -1,6 +1,6 @@
 """Results as tables for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +12,7 @@ from gfprune_cli.pruning.analyze import Analysis
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery.result import FinetuneResult
 
+SLOWEST = 10  # layers of a timed network that are named
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -51,6 +52,11 @@ def prune_table(result: PruneResult) -> Table:
         pair = result.fold["params"]
         table.add_row("  by folding", short(pair["before"]), short(pair["after"]), change(**pair))
         table.add_row("  error of outputs", "", f"{result.fold['output_error']:.2%}", "")
+    if result.time is not None:
+        time_rows(table, result.time)
+    if result.limit:
+        within = f"{result.limit['loss']:.3f} ± {result.limit['spread']:.3f} of the dense loss"
+        table.add_row(f"limit {result.limit['limit']:g}", "", within, f"by {result.limit['stopped_by']}")
     before = result.loss["before"]
     rows = {"masked": "denoising loss, masked", "removed": "  after removal", "recovered": "  after recovery"}
     for key, name in rows.items():
@@ -58,6 +64,53 @@ def prune_table(result: PruneResult) -> Table:
         if before is not None and after is not None:
             table.add_row(name, f"{before:.4f}", f"{after:.4f}", change(before, after))
     return table
+
+
+def time_rows(table: Table, time: Mapping[str, Any]) -> None:
+    """Milliseconds before and after, and how many times as fast that is."""
+    measured, predicted = time["measured"], time["predicted"]
+    before, after = (
+        (time["dense"]["ms"], predicted["ms"]) if measured is None else (measured["ms_dense"], measured["ms"])
+    )
+    table.add_row(
+        f"time, {time['runtime']}, batch {time['batch']}",
+        f"{before:.4g} ms",
+        f"{after:.4g} ms",
+        change(before, after),
+    )
+    asked = ", ".join(f"{name} {value:g}" for name, value in time["asked"].items())
+    table.add_row(f"  asked: {asked}", "", "", "")
+    table.add_row("  predicted", "", f"{predicted['speedup']:.3f}x", "")
+    if measured is not None:
+        table.add_row(
+            "  measured",
+            "",
+            f"{measured['speedup']:.3f}x",
+            f"{measured['low']:.3f} to {measured['high']:.3f}",
+        )
+
+
+def networks_table(results: Sequence[PruneResult]) -> Table:
+    """The networks of one run, the least sparse first."""
+    first = results[0]
+    table = Table(title=Text(f"{first.model}: {len(results)} networks of one flow"), title_justify="left")
+    for column in ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    sizes = [short(pair["before"]) for pair in (first.params, first.macs, first.bytes)]
+    table.add_row("dense", *sizes, shown_loss(first.loss["before"]), "", "")
+    for result in results:
+        table.add_row(
+            f"{result.sparsity['target']:g}",
+            *(short(pair["after"]) for pair in (result.params, result.macs, result.bytes)),
+            shown_loss(result.loss["removed"]),
+            shown_loss(result.loss["recovered"]),
+            result.output,
+        )
+    return table
+
+
+def shown_loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def finetune_table(result: FinetuneResult) -> Table:
@@ -178,7 +231,45 @@ def analysis_text(found: Analysis) -> str:
             for p in found.plan
         ]
         lines += ["", *aligned(plans)]
+    if found.speedups:
+        lines += ["", *aligned(speedup_rows(found))]
+    if found.time is not None:
+        slowest = sorted(found.time["layers"], key=lambda layer: -layer["ms"])[:SLOWEST]
+        rows = [("slowest layers", "ms", "share of time", "share of MACs")]
+        rows += [
+            (
+                layer["name"],
+                f"{layer['ms']:.3f}",
+                f"{layer['ms'] / found.time['ms']:.1%}",
+                f"{layer['macs'] / found.macs:.1%}",
+            )
+            for layer in slowest
+        ]
+        where = found.time["where"]
+        lines += [
+            "",
+            f"{found.time['ms']:.4g} ms in {where.get('runtime')}, batch {where.get('batch')}, on "
+            f"{where.get('device')}; {found.time['launching']:.0%} of it is launching operators",
+            "",
+            *aligned(rows),
+        ]
     return "\n".join(lines)
+
+
+def speedup_rows(found: Analysis) -> list[tuple[str, ...]]:
+    """What each speed-up would leave."""
+    rows: list[tuple[str, ...]] = [("speedup", "predicted", "ms", "of params", "of MACs", "params", "MACs")]
+    rows += [
+        (
+            f"{p.speedup:g}",
+            f"{p.achieved:.3f}",
+            f"{p.ms:.4g}",
+            *(f"{p.removed[key]:.4f}" for key in ("params", "macs")),
+            *(f"{count:,}" for count in (p.params, p.macs)),
+        )
+        for p in found.speedups
+    ]
+    return rows
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:

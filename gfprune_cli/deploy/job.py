@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
+from gfprune_cli.checkpoint.record import RECORD
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.single_file import load_single_file, staged_file, write_single_file
 from gfprune_cli.checkpoint.source import Source
@@ -16,7 +17,7 @@ from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.parity import TOLERANCES, Parity, compare, draw_inputs
 from gfprune_cli.deploy.plan import check_component, opset_of, planned_files
-from gfprune_cli.deploy.record import RECORD, export_record, write_export_card
+from gfprune_cli.deploy.record import export_record, write_export_card
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.safetensors import run_model
 from gfprune_cli.deploy.signature import AREA, workable

@@ -44,12 +44,17 @@ def write_openvino(folder: Path, onnx_path: Path, *, half: bool) -> None:
         raise OSError(code, first_line(error), str(folder / FILE)) from error
 
 
-def run_openvino(path: Path) -> Runner:
-    """A model in OpenVINO on the CPU, in float32 arithmetic."""
+def run_openvino(path: Path, threads: int | None = None) -> Runner:
+    """A model in OpenVINO on the CPU, in float32 arithmetic.
+
+    Args:
+        threads: None leaves it to OpenVINO.
+    """
     import openvino
 
+    settings = EXACT if threads is None else {**EXACT, "INFERENCE_NUM_THREADS": threads}
     try:
-        compiled = openvino.Core().compile_model(path, "CPU", EXACT)
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
     except RuntimeError as error:
         raise GfpruneError(f"OpenVINO cannot run the network on the CPU: {first_line(error)}") from error
 

@@ -9,13 +9,16 @@ import yaml
 from gfprune_cli.checkpoint.card import inherited
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import read_json
-from gfprune_cli.checkpoint.record import SCHEMA_VERSION, installed_tools, installed_version
+from gfprune_cli.checkpoint.record import (
+    RECORD,
+    RECORD_BYTES,
+    SCHEMA_VERSION,
+    installed_tools,
+    installed_version,
+)
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.recipes.export import ExportRecipe
-
-RECORD = "gfprune.json"
-RECORD_BYTES = 64 << 20
 
 
 def export_record(
@@ -35,12 +38,7 @@ def export_record(
         GfpruneError: the source's record is damaged.
     """
     path = component.root / RECORD
-    origin = {
-        "label": source.label,
-        "kind": source.kind,
-        "commit": source.commit,
-        "weights": dict(hashes),
-    }
+    origin = source.origin(hashes)
     if path.is_file():
         base = read_json(path, component.roots, limit=RECORD_BYTES)
     else:  # a dense checkpoint: nothing was pruned

@@ -26,7 +26,6 @@ def one_sample(process: NoisingProcess, draws: Draws) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "return_dict"}
 
 
-@torch.no_grad()
 def denoising_loss(
     network: Network,
     process: NoisingProcess,
@@ -35,7 +34,20 @@ def denoising_loss(
     progress: Progress,
     at_once: int = CHUNK,
 ) -> float:
-    """Mean denoising loss over `count` draws, stratified over the whole noise schedule.
+    """Mean denoising loss over `count` draws; see `losses_of_draws`."""
+    return float(losses_of_draws(network, process, draws, count, progress, at_once).mean())
+
+
+@torch.no_grad()
+def losses_of_draws(
+    network: Network,
+    process: NoisingProcess,
+    draws: Draws,
+    count: int,
+    progress: Progress,
+    at_once: int = CHUNK,
+) -> torch.Tensor:
+    """[count] float64 denoising losses of draws that are stratified over the whole noise schedule.
 
     Args:
         network: (noisy images [N, ...], timesteps [N], their condition) -> output.
@@ -45,16 +57,15 @@ def denoising_loss(
     Raises:
         GfpruneError: the loss is not finite; names the timesteps.
     """
-    total, taken, levels = 0.0, [], []
+    taken, levels = [], []
     for first in range(0, count, at_once):
         progress(Event("evaluate", first, count))
         batch = draws.batch("report", 0, min(at_once, count - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)
-        losses = process.losses(output.float(), batch.images, batch.noise, batch.index)
-        total += float(losses.double().sum())
-        taken.append(losses)
+        taken.append(process.losses(output.float(), batch.images, batch.noise, batch.index))
         levels.append(process.timesteps(batch.index))
-    if not math.isfinite(total):
-        raise lost_at("a reported loss", ~torch.cat(taken).isfinite(), torch.cat(levels), REMEDY)
-    return total / count
+    losses = torch.cat(taken).double()
+    if not math.isfinite(float(losses.sum())):
+        raise lost_at("a reported loss", ~losses.isfinite(), torch.cat(levels), REMEDY)
+    return losses

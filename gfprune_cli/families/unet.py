@@ -5,7 +5,6 @@ from typing import Any
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import Family, Inputs, Request, Sizes
 
-
 HINT = 4  # channels that an image becomes beside the latents
 
 

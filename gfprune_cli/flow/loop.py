@@ -25,9 +25,11 @@ FORWARD = 1 / 3  # of the cost of a gradient
 REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
 SCORE_CHUNK = 16  # draws whose losses are one number
+
+
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
-]  # scores, share of the sparsity -> channels kept
+]  # scores, share of the way to the sparsity -> channels kept
 
 
 class Store(Protocol):
@@ -68,6 +70,20 @@ class LoopState:
 
 
 @dataclass
+class Scoring:
+    """One scoring: scores by group name [units], the same in units of the loss, and what it cost.
+
+    Args:
+        gradients: of one sample; 0 once they are counted.
+    """
+
+    scores: Masks
+    compared: Masks
+    way: Way | None
+    gradients: float
+
+
+@dataclass
 class PruningLoop:
     """One run over one network.
 
@@ -84,6 +100,9 @@ class PruningLoop:
         piece: how many are in memory at once while derivatives are taken.
         fused: take first derivatives by the fused kernels of attention.
         fixed: the widths do not follow from scores, so that groups need not be compared.
+        drawn: iterations of flows that came before on this network, so that each has draws of its own.
+        gone: group name -> bool [units] that left in those flows, and stay out.
+        scored: what is known of this flow's first scoring, if it has been made.
     """
 
     masked: MaskedModel
@@ -102,6 +121,9 @@ class PruningLoop:
     fixed: bool = False
     piece: int = SCORE_CHUNK
     fused: bool = False
+    drawn: int = 0
+    gone: Masks = field(default_factory=dict)
+    scored: "Scoring | None" = None
     state: LoopState = field(default_factory=LoopState)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -151,11 +173,25 @@ class PruningLoop:
         What changes the flow comes last: a run that stops on the way scores again.
         """
         state = self.state
+        first = state.iteration == 1
+        scored = self.scored if first and self.scored is not None else self.score()
+        if first:
+            self.scored = scored
+        groups = self.masked.groups
+        kept = self.allocate(scored.compared, self.schedule.share(state.iteration))
+        state.way, state.gradients = scored.way, state.gradients + scored.gradients
+        scored.gradients = 0.0  # paid
+        return {group.name: select(group, scored.scores[group.name], kept[group.name]) for group in groups}
+
+    def score(self) -> "Scoring":
+        """Score all units, and compare the groups."""
+        state = self.state
+        number = self.drawn + state.iteration
         losses = scoring_losses(
             self.masked,
             self.process,
             self.draws,
-            state.iteration,
+            number,
             self.scoring_draws,
             self.chunk,
             self.progress,
@@ -166,8 +202,10 @@ class PruningLoop:
             scores = score(self.criterion, evidence)
         except NotFinite:
             total, piece = self.scoring_draws, self.piece
-            look_for_timesteps(self.masked, self.process, self.draws, state.iteration, total, piece)
+            look_for_timesteps(self.masked, self.process, self.draws, number, total, piece)
             raise
+        for name, units in self.gone.items():
+            scores[name] = scores[name].masked_fill(units.to(scores[name].device).bool(), -math.inf)
         self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
@@ -176,14 +214,11 @@ class PruningLoop:
                 self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece
             )
             cost += len(batch)
-        kept = self.allocate(compared, self.schedule.share(state.iteration))
-        state.way, state.gradients = evidence.way, state.gradients + cost
-        groups = self.masked.groups
-        return {group.name: select(group, scores[group.name], kept[group.name]) for group in groups}
+        return Scoring(scores, compared, evidence.way, cost)
 
     def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         """Noisy samples of this iteration, their timesteps, and what they were made of."""
-        batch = self.draws.batch(purpose, self.state.iteration, count)
+        batch = self.draws.batch(purpose, self.drawn + self.state.iteration, count)
         noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
         return noisy, self.process.timesteps(batch.index), batch
 
@@ -194,7 +229,7 @@ class PruningLoop:
         before = self.judge(False)
         x, timesteps, batch = self.noisy("refit", REFIT_SAMPLES)
         poll = lambda: self.progress(Event("refit", state.iteration, self.schedule.iterations))  # noqa: E731
-        changed = refit.fit(x, timesteps, batch.condition, state.iteration, poll)
+        changed = refit.fit(x, timesteps, batch.condition, self.drawn + state.iteration, poll)
         layers = len({name.rpartition(".")[0] for name in changed})
         try:
             after = self.judge(False)
@@ -217,6 +252,7 @@ class PruningLoop:
             "weight": self.masked.weights,
             "mask": self.masked.masks,
             "support": state.support,
+            "gone": self.gone,
         }
         for family, members in families.items():
             tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
@@ -246,6 +282,7 @@ class PruningLoop:
         self.masked.set_masks(families["mask"])
         # other memory may be free by now, and sums of other pieces round otherwise
         self.piece, self.fused = numbers["piece"], numbers["fused"]
+        self.gone = families.get("gone", {})
         self.state = LoopState(
             numbers["iteration"],
             numbers["moved"],

@@ -14,7 +14,6 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    sparsity: float = Field(ge=0, lt=1)
     scorings: int = Field(ge=1)
     bound: float = Field(gt=0, le=1)
 

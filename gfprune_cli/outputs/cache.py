@@ -44,14 +44,23 @@ def sweep_caches() -> None:
 
 
 def cached(
-    key: Mapping[str, Any], make: Callable[[], tuple[Tensors, Any]], progress: Progress
+    key: Mapping[str, Any],
+    make: Callable[[], tuple[Tensors, Any]],
+    progress: Progress,
+    *,
+    room: str = "calibration",
+    what: str = "calibration images",
 ) -> tuple[Tensors, Any]:
     """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
 
     A cache that cannot be read or written costs time, never the run.
+
+    Args:
+        room: its part for things of this kind.
+        what: they are, in a message.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    path = cache_room("calibration") / f"{digest}.safetensors"
+    path = cache_room(room) / f"{digest}.safetensors"
     if path.exists():
         with suppress(Exception):  # truncated or foreign: make it again
             found, metadata = read_whole(path)
@@ -62,5 +71,5 @@ def cached(
         with replacing(path) as staging:
             write_tensors(staging, tensors, metadata=(DOCUMENT, json.dumps(document)))
     except OSError as error:
-        notice(progress, f"calibration images were not cached in {path.parent}: {error.strerror}")
+        notice(progress, f"{what} were not cached in {path.parent}: {error.strerror}")
     return tensors, document

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class StateFolder:
     def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
         self.folder = state_folder(destination)
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
+        self.facts: Callable[[], Mapping[str, Any]] = dict  # what the run has found out once, for every state
 
     def exists(self) -> bool:
         """Whether there is a state to continue from."""
@@ -91,6 +92,14 @@ class StateFolder:
             raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
         return None
 
+    def found(self) -> Mapping[str, Any]:
+        """The facts of the newest state that can be read; none where there is no state."""
+        for state in reversed(self.states()):
+            with suppress(OSError, ValueError, AttributeError):
+                facts = json.loads((state / "state.json").read_text(encoding="utf-8")).get("facts")
+                return facts if isinstance(facts, dict) else {}
+        return {}
+
     def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Publish a state; the one before the last is removed."""
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -106,7 +115,12 @@ class StateFolder:
             digest = sha256_of(staging / "state.safetensors")
             write_json(
                 staging / "state.json",
-                {"identity": self.identity, "numbers": dict(numbers), "sha256": digest},
+                {
+                    "identity": self.identity,
+                    "numbers": dict(numbers),
+                    "facts": dict(self.facts()),
+                    "sha256": digest,
+                },
             )
             sync_tree(staging)
             staging.rename(self.folder / f"state-{number:06d}")

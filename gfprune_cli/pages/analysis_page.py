@@ -68,8 +68,12 @@ def render(document: Mapping[str, Any]) -> str:
     plots = {}
     if groups:
         plots["where"] = where_plot(document, groups)
-    if groups and plans:
-        plots["widths"] = widths_plot(groups, plans)
+    faster = sorted(document.get("speedups") or [], key=lambda plan: plan["speedup"])
+    time = document.get("time")
+    if time:
+        plots["time"] = time_plot(document, network_order(time["layers"]))
+    if groups and (plans or faster):
+        plots["widths"] = widths_plot(groups, [*plans, *faster])
     if plans:
         plots["left"] = left_plot(document, plans)
     if measured:
@@ -80,9 +84,17 @@ def render(document: Mapping[str, Any]) -> str:
         doc=document,
         groups=groups,
         plans=plans,
+        faster=faster,
+        time=time,
+        titled=titled,
         measured=measured,
         plots=plots,
     )
+
+
+def titled(plan: Plan) -> str:
+    """What a plan is for: a sparsity, or a speed-up."""
+    return f"{plan['speedup']:g} times" if "speedup" in plan else target(plan["sparsity"])
 
 
 def is_measured(group: Group) -> bool:
@@ -150,6 +162,36 @@ def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
     return draw_svg("where", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
 
 
+def time_plot(document: Mapping[str, Any], layers: Sequence[Group]) -> Markup:
+    """Share of the time (up) and of the MACs (down) of each layer, along the network."""
+    times = [ratio(layer["ms"], document["time"]["ms"]) for layer in layers]
+    macs = [ratio(layer["macs"], document["macs"]) for layer in layers]
+
+    def paint(axes: Any) -> Tips:
+        places = range(len(layers))
+        axes.bar(places, [100 * share for share in times], 0.9, color=PURPLE)
+        axes.bar(places, [-100 * share for share in macs], 0.9, color=ORANGE)
+        axes.set_ylim(-120 * (max(macs) or 0.01), 120 * (max(times) or 0.01))
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
+        axes.text(0.006, 0.98, "time", color=PURPLE, transform=axes.transAxes, va="top", weight="bold")
+        axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
+        along_network(axes, layers)
+        return [
+            f"{layer['name']}\n{layer['ms']:.3g} ms ({percent(share)})\n{layer['params']:,} parameters\n"
+            f"{layer['macs']:,} MACs ({percent(work)})"
+            for layer, share, work in zip(layers, times, macs, strict=True)
+        ]
+
+    slowest = max(layers, key=lambda layer: layer["ms"])
+    label = (
+        f"Bar chart of {len(layers)} layers in network order. The most time is spent in {slowest['name']}."
+    )
+    bottom = below(layers)
+    return draw_svg("time", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
+
+
 def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
     """Heat map of the share of channels that each group (column) loses at each sparsity (row)."""
 
@@ -167,17 +209,17 @@ def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:
             axes.pcolormesh(edges, [row + 0.04, row + 0.96], [gone], cmap=colours, vmin=0, vmax=1)
         axes.set_ylim(len(plans), 0)
         places = [row + 0.5 for row in range(len(plans))]
-        axes.set_yticks(places, [target(plan["sparsity"]) for plan in plans])
+        axes.set_yticks(places, [titled(plan) for plan in plans])
         along_network(axes, groups, shaded=False)
         return [
             "\n".join(
                 [group["name"], f"{group['channels']:,} channels"]
-                + [f"{target(plan['sparsity'])}: {kept(group, plan):,} kept" for plan in plans]
+                + [f"{titled(plan)}: {kept(group, plan):,} kept" for plan in plans]
             )
             for group in groups
         ]
 
-    label = f"Heat map: share of channels that each of {len(groups)} groups loses at {len(plans)} sparsities."
+    label = f"Heat map: share of channels that each of {len(groups)} groups loses in {len(plans)} plans."
     bottom = below(groups)
     return draw_svg("widths", label, (WIDE, 4 + 34 * len(plans) + bottom), (SIDE, bottom, 4, 4), paint)
 

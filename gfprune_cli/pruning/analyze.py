@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
@@ -16,15 +14,19 @@ from gfprune_cli.flow.sensitivity import measured_rises
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
-from gfprune_cli.pruning.plan import Plan
+from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
+from gfprune_cli.recipes.timing import check_time_options
 from gfprune_cli.runtime.device import choose_device, deterministic
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.timing.budget import time_budget
+from gfprune_cli.timing.report import SpeedupReport, speedup_report, time_report
+from gfprune_cli.timing.table import check_table_file, write_table
 
 PARAMETER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PROBE_SHARE = 0.25  # of a group's channels, masked to measure its sensitivity
@@ -70,6 +72,8 @@ class Analysis:
     budget: str
     groups: list[GroupReport]
     plan: list[PlanReport]
+    time: Mapping[str, Any] | None
+    speedups: list[SpeedupReport]
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "analyze", **asdict(self)}
@@ -78,9 +82,17 @@ class Analysis:
 def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = silent) -> Analysis:
     """Describe a checkpoint, from its configuration and headers alone unless `sensitivity` is asked for.
 
+    Where time is asked for, a network of the same structure is timed.
+
     Raises:
         UsageError: a target out of reach; GfpruneError: the checkpoint cannot be read.
     """
+    timed = bool(recipe.speedup or recipe.times or options.times_out)
+    check_time_options(recipe, timed, "--speedup or --times-out")
+    if options.times_out is not None:
+        if recipe.times is not None:
+            raise UsageError("--times-out has no effect with --times: drop one of the two")
+        check_table_file(options.times_out, force=options.force)
     drawing = {name: getattr(recipe, name) for name in ("prompts", "size", "frames", "guidance")}
     source = resolve(
         recipe.model,
@@ -121,6 +133,14 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
             PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), progress
         )
         rises = measure_sensitivity(job, progress)
+    time, speedups = None, []
+    if timed:
+        budget = time_budget(recipe, meta, cost, choose_device(options.device), progress)
+        if options.times_out is not None:
+            write_table(options.times_out, budget.table)
+        time = time_report(budget, cost)
+        uniform = uniform_scores(groups)
+        speedups = [speedup_report(target, budget, cost, uniform, width) for target in recipe.speedup]
     total = cost.params({})
     return Analysis(
         model=recipe.model,
@@ -132,6 +152,8 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
         budget=recipe.budget,
         groups=[describe(group, cost, rises.get(group.name)) for group in groups],
         plan=[plan_for(target, groups, cost, recipe.budget, width) for target in recipe.sparsity],
+        time=time,
+        speedups=speedups,
     )
 
 
@@ -160,8 +182,7 @@ def plan_for(
     target: float, groups: tuple[ChannelGroup, ...], cost: CostModel, budget: str, width: int
 ) -> PlanReport:
     """Widths for one target in the adaptive layout, with uniform scores."""
-    uniform = {group.name: torch.ones(group.units) for group in groups}
-    allocation = allocate(cost, uniform, target, budget=budget)
+    allocation = allocate(cost, uniform_scores(groups), target, budget=budget)
     params, macs = cost.params(allocation.kept), cost.macs(allocation.kept)
     removed = {"params": 1 - params / cost.params({}), "macs": 1 - macs / cost.macs({})}
     return PlanReport(
@@ -184,8 +205,8 @@ def measure_sensitivity(job: PruneJob, progress: Progress) -> dict[str, float]:
     with deterministic():
         scored = job.scored()
     masked, draws = scored.masked, scored.draws
-    baseline = job.masked_loss(draws, masked, PROBE_DRAWS)
+    baseline = job.loss(draws, masked, PROBE_DRAWS)
     rises = measured_rises(
-        masked, scored.scores, PROBE_SHARE, lambda: job.masked_loss(draws, masked, PROBE_DRAWS), progress
+        masked, scored.scores, PROBE_SHARE, lambda: job.loss(draws, masked, PROBE_DRAWS), progress
     )
     return {name: rise / baseline for name, rise in rises.items()}

@@ -47,7 +47,7 @@ def _phases(
     kept = one.kept + (one.maps if second_order or not one.fuses else 0)
     scored = FLOAT * kept * (SECOND_ORDER if second_order else 1)
     yield Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)
-    if not recipe.sparsity:  # folding alone
+    if not recipe.removes:  # folding alone
         return
     checked = DOUBLE_COPIES if params <= DOUBLES else SINGLE_COPIES
     yield Phase(CHECKING, checked, 2 * FLOAT * one.forward, 1)
@@ -60,7 +60,7 @@ def _phases(
         yield Phase(REFITTING, masked, FLOAT * one.forward, count, count, rest)
     if recipe.recover:
         batch = FinetuneRecipe.batch
-        copies = dense + RECOVERY_COPIES * (1 - recipe.sparsity)
+        copies = dense + RECOVERY_COPIES * (1 - recipe.targets[0])
         yield Phase(RECOVERING, copies, FLOAT * one.kept, batch)
 
 
@@ -83,7 +83,7 @@ def alternatives(
         "--no-refit --recover 0": dict(refit=False, recover=0),
         "--criterion taylor": dict(criterion="taylor"),
     }
-    for flags, changes in without.items() if recipe.sparsity else ():  # folding alone does none of that
+    for flags, changes in without.items() if recipe.removes else ():  # folding alone does none of that
         if all(getattr(recipe, name) != value for name, value in changes.items()):
             found[flags] = phases_of(replace(recipe, **changes), one, offload=offload, params=params)
     if device != "cpu" and not offload:

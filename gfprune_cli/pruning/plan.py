@@ -25,7 +25,9 @@ from gfprune_cli.structure.native import narrows_streams, native_allocation
 from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.transformer import is_transformer
+from gfprune_cli.timing.budget import TimeBudget, time_budget
 
+CPU = torch.device("cpu")
 FOLD = 0.01  # tolerance of folding where nothing was said
 
 
@@ -40,6 +42,39 @@ class Plan:
     native_config: Mapping[str, Any] | None
     nearest: bool = False  # the nearest reachable sparsity serves
     fold: float = 0.0  # tolerance of folding; 0 for none
+    time: TimeBudget | None = None
+
+    def most(self, recipe: PruneRecipe) -> float:
+        """How far a recipe goes: the share of the time that is to go, or else the sparsity."""
+        return recipe.goal if self.time is None else self.time.gone
+
+    def allocate(
+        self, scores: Mapping[str, torch.Tensor], recipe: PruneRecipe, due: float | None = None, **how: Any
+    ) -> Allocation:
+        """Widths for what a recipe asks for; `how` as for `allocate` and `TimeBudget.widths`.
+
+        Args:
+            due: how far to go, if not all of `most`.
+
+        Raises:
+            UsageError: the budget is out of reach.
+        """
+        settings = dict(budget=recipe.budget, **how)
+        if self.time is None:
+            return allocate(self.cost, scores, recipe.goal if due is None else due, **settings)
+        share = 1.0 if due is None else due / self.time.gone
+        return self.time.widths(self.cost, scores, recipe.goal, share=share, **settings)
+
+    def check(self, recipe: PruneRecipe) -> Allocation:
+        """Widths of the first network that a recipe asks for, where units count alike.
+
+        Raises:
+            UsageError: a budget is out of reach, unless the loss decides how far to go.
+        """
+        even, strict = uniform_scores(self.groups), recipe.keep_loss is None
+        dues = recipe.targets if self.time is None else (None,)
+        found = [self.allocate(even, recipe, due, strict=strict) for due in dues]
+        return found[0]
 
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
@@ -47,7 +82,7 @@ def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -
     names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
     shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
     achieved = min(shares[key] for key in counted(recipe.budget))
-    return {"target": recipe.sparsity, "achieved": achieved, "of": recipe.budget, **shares}
+    return {"target": recipe.goal, "achieved": achieved, "of": recipe.budget, **shares}
 
 
 def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
@@ -56,9 +91,19 @@ def uniform_scores(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
 
 
 def make_plan(
-    source: Source, recipe: PruneRecipe, progress: Progress, *, weights_required: bool = True
+    source: Source,
+    recipe: PruneRecipe,
+    progress: Progress,
+    *,
+    weights_required: bool = True,
+    device: torch.device = CPU,
+    facts: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Read configuration and headers, find the channel groups, check that the budget can be reached.
+
+    Args:
+        device: where networks are timed, if time is what the budget is of.
+        facts: see `time_budget`.
 
     Raises:
         UsageError: the budget is out of reach, or the layout does not fit the checkpoint.
@@ -88,21 +133,32 @@ def make_plan(
         )
     if recipe.layout == "native" and recipe.fold:
         raise UsageError("--layout native: the stock classes know no factors; drop --fold, or use adaptive")
-    if not recipe.sparsity and recipe.fold == 0:
+    if not recipe.removes and recipe.fold == 0:
         raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
+    if recipe.layout == "native" and recipe.timed:
+        raise UsageError("--layout native has too few widths for a budget of time: use adaptive")
     if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
         return plan_depth(component, meta, groups, trace, recipe, progress)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        found = allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-        return Plan(component, groups, cost, None, None, fold=tolerance_of(recipe, meta, found))
+        plan = Plan(component, groups, cost, None, None)
+        if recipe.timed:
+            times = time_budget(recipe, meta, cost, device, progress, facts)
+            if times.bench is None:
+                notice(
+                    progress,
+                    "--times: the network is not timed, as it will run elsewhere: its speed is predicted",
+                )
+            plan = replace(plan, time=times.asking(speedup=recipe.speedup, latency=recipe.latency))
+        found = plan.check(recipe)
+        return replace(plan, fold=tolerance_of(recipe, meta, found))
     if recipe.blocks:
         raise UsageError(
             f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
         )
-    allocation, config = native_allocation(meta, cost, recipe.sparsity, recipe.budget)
+    allocation, config = native_allocation(meta, cost, recipe.goal, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(
             f"--layout native cannot shrink this {component.class_name} (its widths are tied): use adaptive"
@@ -110,7 +166,7 @@ def make_plan(
     notice(
         progress,
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
-        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.sparsity:.1%})",
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
     )
     return Plan(component, groups, cost, allocation, config)
 
@@ -123,11 +179,11 @@ def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) ->
     """
     if recipe.fold is not None:
         return recipe.fold
-    if recipe.sparsity and not is_transformer(network):
+    if recipe.removes and not is_transformer(network):
         return 0.0
     shares = widths.sparsities
     binds = "params" in shares and shares["params"] - min(shares.values()) <= TOLERANCE
-    return FOLD if binds or not recipe.sparsity else 0.0
+    return FOLD if binds or not recipe.removes else 0.0
 
 
 def plan_depth(
@@ -155,16 +211,16 @@ def plan_depth(
         raise UsageError(f"--layout native: the stock {component.class_name} {why}")
     cost = CostModel(meta, stacks, trace)
     reached = allocate(
-        cost, uniform_scores(stacks), recipe.sparsity, budget=recipe.budget, align=1, strict=False
+        cost, uniform_scores(stacks), recipe.goal, budget=recipe.budget, align=1, strict=False
     ).sparsity
     if reached <= 0:
         raise UsageError(
             f"--layout native: no block of this {component.class_name} is small enough for --sparsity "
-            f"{recipe.sparsity:g}; ask for more, or use adaptive"
+            f"{recipe.goal:g}; ask for more, or use adaptive"
         )
     notice(
         progress,
-        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.sparsity:.1%}",
+        f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.goal:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
 
@@ -184,9 +240,12 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
         folded=network,
         options=PipelineOptions.of(recipe),
     )
-    cost = CostModel(meta, groups, trace, plan.cost)
-    allocate(cost, uniform_scores(groups), recipe.sparsity, budget=recipe.budget)
-    return replace(plan, groups=groups, cost=cost)
+    plan = replace(plan, groups=groups, cost=CostModel(meta, groups, trace, plan.cost))
+    if plan.time is not None:
+        plan.time.attach(plan.cost, meta)
+    if recipe.removes:
+        plan.check(recipe)
+    return plan
 
 
 def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResult:
@@ -194,13 +253,8 @@ def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResu
     if plan.native is not None:
         allocation = plan.native
     else:
-        allocation = allocate(
-            plan.cost,
-            uniform_scores(plan.groups),
-            recipe.sparsity,
-            budget=recipe.budget,
-            strict=not plan.nearest,
-        )
+        strict = not plan.nearest and recipe.keep_loss is None
+        allocation = plan.allocate(uniform_scores(plan.groups), recipe, strict=strict)
     params = {"before": plan.cost.params({}), "after": plan.cost.params(allocation.kept)}
     before = plan.component.bytes or params["before"] * 4  # headers are not always at hand
     return PruneResult(
@@ -219,4 +273,5 @@ def planned_result(plan: Plan, recipe: PruneRecipe, seconds: float) -> PruneResu
         scoring_gradients=0.0,
         refit=None,
         seconds=round(seconds, 3),
+        time=None if plan.time is None else plan.time.document(plan.cost, allocation.kept),
     )

@@ -28,6 +28,19 @@ class PruneResult:
     seconds: float
     seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
     fold: Mapping[str, Any] | None = None
+    limit: Mapping[str, Any] | None = None
+    time: Mapping[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "command": "prune", **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResults:
+    """What a prune run with several sparsities did, the least first."""
+
+    networks: tuple[PruneResult, ...]
+
+    def document(self) -> dict[str, Any]:
+        found = [asdict(network) for network in self.networks]
+        return {"schema_version": SCHEMA_VERSION, "command": "prune", "networks": found}

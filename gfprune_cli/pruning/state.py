@@ -20,12 +20,14 @@ class Outcome:
         kept: group name -> bool [units].
         losses: `before`, `masked`, `removed`, `recovered`, as far as they were taken.
         gradients: spent on scoring and refits, in gradients of one sample.
+        limit: how the loss decided about the sparsity, if it did.
     """
 
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     refits: list[RefitResult] = field(default_factory=list)
     gradients: float = 0.0
+    limit: dict[str, Any] | None = None
 
 
 class RecoveryState:
@@ -51,7 +53,7 @@ class RecoveryState:
         tensors, numbers = saved
         kept = {key.partition("/")[2]: units for key, units in tensors.items() if key.startswith("kept/")}
         refits = [RefitResult(**refit) for refit in numbers["refits"]]
-        return Outcome(kept, numbers["losses"], refits, numbers["gradients"])
+        return Outcome(kept, numbers["losses"], refits, numbers["gradients"], numbers["limit"])
 
     def of(self, outcome: Outcome) -> Self:
         """The same, for a run that has found this."""
@@ -82,5 +84,6 @@ class RecoveryState:
                 "losses": self.found.losses,
                 "refits": [asdict(refit) for refit in self.found.refits],
                 "gradients": self.found.gradients,
+                "limit": self.found.limit,
             },
         )

@@ -45,8 +45,20 @@ def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Ma
         GfpruneError: it exceeds 1e-3 (float32: 1e-2), or the narrow network does not run; the first module in
             which the two differ is named.
     """
+    try:
+        return removal_gap(model, groups, inputs, doubles=True)
+    except GfpruneError as error:
+        if "dtype" not in str(error):
+            raise
+    return removal_gap(model, groups, inputs, doubles=False)  # networks that make float32 of their own
+
+
+def removal_gap(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any], *, doubles: bool
+) -> float:
+    """As `check_removal`, in float64 or float32."""
     kept = half_of(groups)
-    with comparable_inputs(model) as network:
+    with comparable_inputs(model, doubles=doubles) as network:
         dtype = next(network.parameters()).dtype
         given = noisy(inputs, dtype)
         narrow = remove(network, groups, kept)
@@ -74,10 +86,14 @@ def half_of(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def comparable_inputs(model: nn.Module) -> Iterator[nn.Module]:
+def comparable_inputs(model: nn.Module, *, doubles: bool = True) -> Iterator[nn.Module]:
     """The network in a type in which rounding is told from a real difference."""
     parameter = next(model.parameters())
-    small = sum(one.numel() for one in model.parameters()) <= DOUBLES and parameter.device.type != "mps"
+    small = (
+        doubles
+        and sum(one.numel() for one in model.parameters()) <= DOUBLES
+        and parameter.device.type != "mps"
+    )
     if small or parameter.dtype not in TOLERANCE:
         wide = torch.float64 if small else torch.float32
         yield nn.Module.to(copy.deepcopy(model), wide).requires_grad_(False).eval()

@@ -1,12 +1,13 @@
 """The options of `gfprune analyze`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 from gfprune_cli.recipes.prune import BudgetName
+from gfprune_cli.recipes.timing import Runtime, Speedup, TimeBatch, Times, TimeSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,16 @@ class AnalyzeRecipe:
         tuple[Annotated[float, Gt(0), Lt(1)], ...], Help("Plan for this sparsity; may be repeated.")
     ] = ()
     budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
+    speedup: Annotated[
+        tuple[Speedup, ...], Help("Predict the widths that are so many times as fast; may be repeated.")
+    ] = ()
+    runtime: Runtime = "eager"
+    time_batch: TimeBatch = 1
+    time_size: TimeSize = None
+    times: Times = None
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, Help("Of timed passes (default: bf16 on CUDA, else fp32).")
+    ] = None
     sensitivity: Annotated[
         bool, Help("Measure how the loss rises as each group shrinks (loads weights).")
     ] = False

@@ -19,6 +19,7 @@ from gfprune_cli.errors import UsageError
 
 RECIPE_BYTES = 1 << 16
 VALUE_CHARACTERS = 4096  # of one value
+SCALARS = (str, int, float, type(None))
 RecipeT = TypeVar("RecipeT")
 
 
@@ -73,8 +74,11 @@ def option_names(recipe: Any) -> list[str]:
     return [field.name for field in fields(recipe)]
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, lists: Iterable[str] = ()) -> dict[str, Any]:
     """The keys of a YAML recipe.
+
+    Args:
+        lists: the keys that may hold a list of values.
 
     Raises:
         UsageError: not a readable YAML mapping.
@@ -101,11 +105,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise UsageError(f"--config {path}: a recipe is a mapping of option names to values")
-    for key, value in document.items():
-        if not isinstance(value, (str, int, float, type(None))):
-            kind = type(value).__name__
+    for key, held in document.items():
+        values = held if isinstance(held, list) and key in lists else [held]
+        if kind := next((type(one).__name__ for one in values if not isinstance(one, SCALARS)), None):
             raise UsageError(f"--config {path}: {shown(key)} is a {kind}; give one value, text or a number")
-        if isinstance(value, str) and not is_plain_text(value):
+        if not all(is_plain_text(one) for one in values if isinstance(one, str)):
             raise UsageError(
                 f"--config {path}: {shown(key)} is longer than {VALUE_CHARACTERS} characters, or holds some "
                 "that no name has"
@@ -134,7 +138,7 @@ def resolve_recipe(recipe: type[RecipeT], config: Path | None, flags: Mapping[st
         UsageError: an unknown key or a value out of range, named as the flag that sets it.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    values = (read_recipe(config) if config else {}) | given
+    values = (read_recipe(config, lists_of(recipe)) if config else {}) | given
     unknown = next((key for key in values if key not in option_names(recipe)), None)
     if unknown is not None:
         where = "unknown setting" if unknown in given else f"--config {config}: unknown recipe key"
@@ -159,7 +163,7 @@ def validated(options: type[RecipeT], values: Mapping[str, Any], named: Callable
     try:
         found = TypeAdapter(options).validate_python(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a list, what is wrong in it
         name = str(first["loc"][0]) if first["loc"] else "recipe"
         if first["type"] in ("missing", "missing_argument"):
             raise UsageError(f"{flag(name)} is missing: {option_help(options, name)}") from error
@@ -175,6 +179,16 @@ def validated(options: type[RecipeT], values: Mapping[str, Any], named: Callable
             hint = meant(value, names.known)
             raise UsageError(f"{named(name)} {shown(value)}: input should be {words}{hint}")
     return found
+
+
+def lists_of(options: type) -> set[str]:
+    """The options that take several values."""
+    hints = get_type_hints(options)
+    return {
+        name
+        for name, kind in hints.items()
+        if any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
+    }
 
 
 def tables_of(options: type) -> dict[str, Names]:

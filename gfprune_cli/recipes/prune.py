@@ -1,14 +1,26 @@
 """The options of `gfprune prune`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
+from gfprune_cli.recipes.timing import (
+    Latency,
+    Runtime,
+    Speedup,
+    TimeBatch,
+    Times,
+    TimeSize,
+    check_time_options,
+)
 
+MOST = 0.95  # the sparsity at which a run ends that only its loss limits
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
+Share = Annotated[float, Ge(0), Lt(1)]
 BudgetName = Annotated[str, Names(("both", "params", "macs"), "gfprune_cli.structure.cost:COSTS")]
 
 
@@ -29,9 +41,29 @@ class PruneRecipe:
     ] = None
     component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
     sparsity: Annotated[
-        float, Ge(0), Lt(1), Help("Fraction of the budget to remove, below 1; 0 only folds (--fold).")
-    ] = 0.5
+        Share | tuple[Share, ...] | None,
+        Help(
+            "Fraction of the budget to remove, below 1; 0 only folds (--fold). Repeated: one network for "
+            "each, all of one flow (default: 0.5; none with --speedup, --latency, --keep-loss)."
+        ),
+    ] = None
+    keep_loss: Annotated[
+        float | None,
+        Gt(1),
+        Le(100),
+        Help("Prune until the held-out loss, after the refit, is this many times that of the dense network."),
+    ] = None
     budget: Annotated[BudgetName, Help("What the sparsity counts; both: each of them.")] = "both"
+    speedup: Annotated[
+        Speedup | None, Help("How many times as fast the network is to be, measured in --runtime.")
+    ] = None
+    latency: Annotated[
+        Latency | None, Help("Or: milliseconds that one evaluation may take in --runtime.")
+    ] = None
+    runtime: Runtime = "eager"
+    time_batch: TimeBatch = 1
+    time_size: TimeSize = None
+    times: Times = None
     layout: Annotated[
         Literal["adaptive", "native"],
         Help("adaptive: every layer its own width; native: loads in the stock diffusers class."),
@@ -74,7 +106,7 @@ class PruneRecipe:
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn calibration image.")] = 20
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
-        Help("Of recovery passes (default: bf16 on CUDA, else fp32); all else is fp32."),
+        Help("Of recovery and timed passes (default: bf16 on CUDA, else fp32); all else is fp32."),
     ] = None
     prompts: PromptsFile = None
     size: Size = None
@@ -83,14 +115,67 @@ class PruneRecipe:
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def __post_init__(self) -> None:
+        if self.speedup is not None and self.latency is not None:
+            raise UsageError("--speedup and --latency say the same in two ways: drop one of the two")
+        check_time_options(self, self.timed, "--speedup or --latency")
+        if len(self.targets) > 1:
+            self.check_targets()
+        if self.keep_loss is not None:
+            self.check_keep_loss(self.keep_loss)
         if self.one_shot:
             refuse_idle(self, "--one-shot", "iterations", "bound")
-        if not self.sparsity:
+        if not self.removes:
             scoring = ("criterion", "iterations", "draws", "bound", "one_shot", "recover", "align")
             refuse_idle(self, "--sparsity 0", *scoring)
         if self.layout == "native":
             refuse_idle(self, "--layout native", "align")
 
+    def check_targets(self) -> None:
+        """Refuse what does not go with several sparsities."""
+        if 0 in self.targets:
+            raise UsageError("--sparsity 0 removes nothing: it cannot stand beside others")
+        if self.layout == "native":
+            raise UsageError("--layout native makes one network: repeat the command, not --sparsity")
+        if self.timed:
+            raise UsageError("--speedup and --latency make one network: repeat the command, not --sparsity")
+
+    def check_keep_loss(self, limit: float) -> None:
+        """Refuse what does not go with a limit of the loss."""
+        flag = f"--keep-loss {limit:g}"
+        if len(self.targets) > 1:
+            raise UsageError(f"{flag} makes one network: give --sparsity once, as the most that may go")
+        if not self.removes:
+            raise UsageError(f"--sparsity 0 removes nothing that {flag} could limit: drop one")
+        if self.layout == "native":
+            raise UsageError(f"{flag} needs more widths than --layout native has: drop one of the two")
+
+    @property
+    def timed(self) -> bool:
+        """Whether time is what a budget is of."""
+        return self.speedup is not None or self.latency is not None
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """Every sparsity that is asked for, the least first."""
+        if self.sparsity is None or self.sparsity == ():
+            return (0.0 if self.timed else 0.5 if self.keep_loss is None else MOST,)
+        return tuple(sorted(set(self.sparsity))) if isinstance(self.sparsity, tuple) else (self.sparsity,)
+
+    @property
+    def goal(self) -> float:
+        """The largest sparsity that is asked for."""
+        return self.targets[-1]
+
+    @property
+    def removes(self) -> bool:
+        """Whether channels or blocks go; else modulation is folded alone."""
+        return bool(self.goal) or self.timed
+
+    def up_to(self, number: int) -> "PruneRecipe":
+        """The recipe whose last network is the one of a target: what comes after does not change it."""
+        return replace(self, sparsity=self.targets[: number + 1])
+
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""
-        return asdict(self)
+        targets = self.targets
+        return asdict(self) | {"sparsity": list(targets) if len(targets) > 1 else targets[0]}

@@ -32,8 +32,16 @@ class RunOptions:
 
     html: Annotated[
         Path | None,
-        Help("Also write a self-contained page."),
-        Of.words("analyze eval", only_cli=True),
+        Help(
+            "Also write a self-contained page.",
+            {"prune": "Also draw from each network, time it, and write a page that helps to choose."},
+        ),
+        Of.words("analyze prune eval", only_cli=True),
+    ] = None
+    times_out: Annotated[
+        Path | None,
+        Help("Also measure the network here and write its times to this file, for --times."),
+        Of.words("analyze"),
     ] = None
     markdown: Annotated[Path | None, Help("Also write Markdown."), Of.words("eval", only_cli=True)] = None
     out: Annotated[
@@ -41,6 +49,7 @@ class RunOptions:
         Help(
             "Output folder (default: named after model and settings).",
             {
+                "prune": "Output folder (default: named after model and settings); OUT-0.3, ... of several.",
                 "eval": "Also write the samples as PNG files in this folder.",
             },
         ),
@@ -57,7 +66,7 @@ class RunOptions:
         Help(
             "Replace an output that exists, and discard saved state.",
             {
-                "analyze": "Replace the --html file if it exists.",
+                "analyze": "Replace the --html and --times-out files if they exist.",
             },
         ),
         Of.words("analyze prune finetune eval export carry"),

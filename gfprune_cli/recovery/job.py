@@ -213,12 +213,7 @@ class FinetuneJob:
                 "processes": self.processes.count,
             },
             "student": {"weights": self.hashes},
-            "teacher": {
-                "label": self.teacher.source.label,
-                "kind": self.teacher.source.kind,
-                "commit": self.teacher.source.commit,
-                "weights": self.teacher.hashes,
-            },
+            "teacher": self.teacher.source.origin(self.teacher.hashes),
             "data": self.fingerprint,
             "loss": losses,
             "run": run_digest(self.identity()),

@@ -1,4 +1,4 @@
-"""How many channels each group keeps: the widths that meet a budget of parameters, MACs, or both.
+"""How many channels each group keeps: the widths that meet a budget of parameters, MACs and time.
 
 `adaptive` gives every group its own width, by score per saved share of what the budget counts.
 `native` keeps to widths that the stock diffusers class can express (see `structure.native`).
@@ -10,10 +10,12 @@ from collections.abc import Mapping
 import torch
 
 from gfprune_cli.errors import UsageError
-from gfprune_cli.structure.cost import CostModel, counted
+from gfprune_cli.structure.cost import TIME, CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
 
-FLOORS = (0.5, 0.25, 0.0)  # of the uniform width ratio: no group is starved while another is untouched
+# of the uniform width ratio: no group is starved while another is untouched
+FLOORS = (0.8, 0.7, 0.5, 0.25, 0.0)
+SLACK = 1e-9  # of rounding
 ADVICES = 5  # tries to name a sparsity that can be reached
 
 
@@ -25,6 +27,8 @@ def allocate(
     budget: str = "both",
     align: int = 1,
     strict: bool = True,
+    start: Mapping[str, int] | None = None,
+    time: float = 0.0,
 ) -> Allocation:
     """Spend the budget where the least score is lost per saved parameter and MAC.
 
@@ -35,17 +39,27 @@ def allocate(
 
     Args:
         scores: group name -> [units].
+        sparsity: share of what the budget counts that goes; 0 where only time counts.
         strict: False for a budget on the way, where the nearest reachable serves.
+        start: channels by group of the network that narrows further; None for the dense one.
+        time: share of the time that goes, too.
 
     Raises:
-        UsageError: the budget cannot be reached; names the nearest reachable sparsity.
+        OutOfTime: the budget of time cannot be reached; UsageError: that of parameters and MACs cannot, names
+            the nearest reachable sparsity.
     """
-    found, nearest = attempt(cost, scores, sparsity, budget, align, strict=strict)
+    if time:
+        return timed(cost, scores, sparsity, time, budget, align, start, strict=strict)
+    found, nearest = attempt(
+        cost, scores, dict.fromkeys(counted(budget), sparsity), align, start, strict=strict
+    )
     for _ in range(ADVICES):
         if found is not None:
             break
         advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
-        accepted, other = attempt(cost, scores, advised, budget, align, strict=True)
+        accepted, other = attempt(
+            cost, scores, dict.fromkeys(counted(budget), advised), align, start, strict=True
+        )
         if accepted is not None:
             break
         nearest = other
@@ -54,24 +68,75 @@ def allocate(
     return found
 
 
-def attempt(
+def timed(
     cost: CostModel,
     scores: Mapping[str, torch.Tensor],
     sparsity: float,
+    time: float,
     budget: str,
     align: int,
+    start: Mapping[str, int] | None,
+    *,
+    strict: bool,
+) -> Allocation:
+    """`allocate` for a budget of time, and of what the sparsity counts unless it is 0.
+
+    Where both are asked for and one alone takes all of the other, what binds is met closely, the other more
+    than met.
+    """
+    asked = {**(dict.fromkeys(counted(budget), sparsity) if sparsity else {}), TIME: time}
+    found, nearest = attempt(cost, scores, asked, align, start, strict=strict)
+    if found is None and excess(nearest, asked) < -SLACK:
+        raise OutOfTime(nearest, unreachable(sparsity, budget, nearest), 1 - nearest.sparsities[TIME])
+    return found or nearest
+
+
+class OutOfTime(UsageError):
+    """A network that cannot be made as fast as was asked; with the fastest that was found.
+
+    Args:
+        left: share of the time that it takes.
+    """
+
+    def __init__(self, nearest: Allocation, message: str, left: float) -> None:
+        super().__init__(message)
+        self.nearest, self.left = nearest, left
+
+
+def excess(found: Allocation, asked: Mapping[str, float]) -> float:
+    """By how much more than was asked goes, of the cost that binds."""
+    return min(found.sparsities[key] - share for key, share in asked.items())
+
+
+def farness(distance: float, asked: Mapping[str, float]) -> tuple[bool, float]:
+    """How far widths are from a budget; of time, which steps may meet coarsely, more is nearer than less."""
+    return TIME in asked and distance < 0, abs(distance)
+
+
+def attempt(
+    cost: CostModel,
+    scores: Mapping[str, torch.Tensor],
+    asked: Mapping[str, float],
+    align: int,
+    start: Mapping[str, int] | None,
     *,
     strict: bool,
 ) -> tuple[Allocation | None, Allocation]:
-    """(widths that meet a budget, None if there are none; the nearest to it)."""
+    """(widths that meet a budget, None if there are none; the nearest to it).
+
+    Args:
+        asked: cost -> share of it that goes.
+    """
     best: Allocation | None = None
+    left = {key: 1 - share for key, share in asked.items()}
     while True:
         for floor in FLOORS:
-            depth = floor * math.sqrt(1 - sparsity)
-            found = Search(cost, scores, 1 - sparsity, counted(budget), align, depth).cheapest(strict=strict)
-            if not strict or 0 <= found.sparsity - sparsity <= TOLERANCE or spared(cost, found, sparsity):
+            depth = floor * math.sqrt(min(left.values()))
+            found = Search(cost, scores, left, tuple(asked), align, depth, start).cheapest(strict=strict)
+            distance = excess(found, asked)
+            if not strict or 0 <= distance <= TOLERANCE or spared(cost, found, distance):
                 return found, found
-            if best is None or abs(found.sparsity - sparsity) < abs(best.sparsity - sparsity):
+            if best is None or farness(distance, asked) < farness(excess(best, asked), asked):
                 best = found
         assert best is not None
         if align == 1:
@@ -79,9 +144,9 @@ def attempt(
         align //= 2
 
 
-def spared(cost: CostModel, found: Allocation, sparsity: float) -> bool:
+def spared(cost: CostModel, found: Allocation, distance: float) -> bool:
     """Whether what was saved before is enough, and every channel stays."""
-    return found.sparsity >= sparsity and not any(cost.removed(found.kept).values())
+    return distance >= 0 and not any(cost.removed(found.kept).values())
 
 
 def rounded_down(sparsity: float) -> float:

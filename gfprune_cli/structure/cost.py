@@ -1,14 +1,16 @@
-"""Parameters and multiply-accumulates of a network as a function of the channels each group keeps."""
+"""Parameters, multiply-accumulates and time of a network as a function of the channels each group keeps."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
+from gfprune_cli.structure.times import Ints, LayerTimes
 from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
 
 
@@ -71,6 +73,19 @@ COSTS: dict[str, Cost] = {
     "macs": Cost(lambda layer: layer.weight * layer.positions, lambda layer: 0),
 }
 BOTH = ("params", "macs")
+TIME = "time"  # the cost of a network that was timed: milliseconds
+
+
+class Products:
+    """A row of `COSTS` for given layers, many at once."""
+
+    def __init__(self, cost: Cost, layers: Sequence[LayerCost]) -> None:
+        self.pairs = np.array([cost.per_pair(layer) for layer in layers])
+        self.outputs = np.array([cost.per_output(layer) for layer in layers])
+
+    def of(self, layers: Ints, out: Ints, into: Ints) -> Any:
+        """What these layers cost at these widths, exactly."""
+        return (self.pairs[layers] * into + self.outputs[layers]) * out
 
 
 def counted(budget: str) -> tuple[str, ...]:
@@ -94,6 +109,7 @@ class CostModel:
     ) -> None:
         """Args: dense: of what the model was before it was folded; shares are of that."""
         self.dense = dense or self
+        self.times: LayerTimes | None = None  # of `layers`, where the network was timed
         self.groups = {group.name: group for group in groups}
         shares: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.layers_of: dict[str, list[int]] = {group.name: [] for group in groups}
@@ -132,7 +148,7 @@ class CostModel:
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 
-    def before(self, key: str) -> int:
+    def before(self, key: str) -> float:
         """All of a cost: what shares are shares of."""
         return self.dense.total({}, key)
 
@@ -145,16 +161,33 @@ class CostModel:
     def macs(self, kept: Mapping[str, int]) -> int:
         return self.total(kept, "macs")
 
-    def total(self, kept: Mapping[str, int], name: str) -> int:
-        """One cost of the whole network, by its name in `COSTS`."""
-        removed, cost = self.removed(kept), COSTS[name]
-        fixed = self.fixed_params if cost.counts_the_rest else 0
-        return fixed + sum(cost.of_layer(layer, removed) for layer in self.layers)
+    def total(self, kept: Mapping[str, int], name: str) -> Any:
+        """One cost of the whole network, by its name in `COSTS` or `TIME`: a number, whole but for time."""
+        fixed = self.fixed_params if name in COSTS and COSTS[name].counts_the_rest else 0
+        return fixed + self.of_layers(range(len(self.layers)), self.removed(kept), name)
 
-    def of_group(self, group: str, removed: Mapping[str, int], name: str) -> int:
+    def of_group(self, group: str, removed: Mapping[str, int], name: str) -> Any:
         """One cost of the layers that a group touches."""
-        of_layer = COSTS[name].of_layer
-        return sum(of_layer(self.layers[index], removed) for index in self.layers_of[group])
+        return self.of_layers(self.layers_of[group], removed, name)
+
+    def of_layers(self, numbers: Iterable[int], removed: Mapping[str, int], name: str) -> Any:
+        """One cost of some layers when channels of each group are gone."""
+        if name != TIME:
+            return sum(COSTS[name].of_layer(self.layers[number], removed) for number in numbers)
+        alive = [number for number in numbers if not self.layers[number].gone(removed)]
+        widths = [
+            (layer.out.kept(removed), layer.into.kept(removed))
+            for layer in map(self.layers.__getitem__, alive)
+        ]
+        out, into = np.array(widths, np.int64).reshape(-1, 2).T
+        return float(self.prices(TIME).of(np.array(alive, np.int64), out, into).sum())
+
+    def prices(self, name: str) -> Products | LayerTimes:
+        """One cost as a function of layers and their widths."""
+        if name != TIME:
+            return Products(COSTS[name], self.layers)
+        assert self.times is not None, "a network that was not timed"
+        return self.times
 
 
 def layer_costs(

@@ -1,6 +1,5 @@
 """What may be removed: channel groups, their units and the selection cells that norms impose."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,8 +95,3 @@ def select(group: ChannelGroup, scores: torch.Tensor, keep: int) -> torch.Tensor
         best = torch.sort(scores[following], descending=True, stable=True).indices[:left_over]
         kept[following[best]] = True
     return kept
-
-
-def keep_all(groups: Iterable[ChannelGroup]) -> dict[str, int]:
-    """Group name -> all of its channels."""
-    return {group.name: group.channels for group in groups}

@@ -4,13 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gfprune_cli.structure.blocks import inside
-from gfprune_cli.structure.cost import COSTS, CostModel
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.times import Floats, Ints
 
 
 class Ledger:
@@ -18,7 +15,7 @@ class Ledger:
 
     `CostModel` counts one choice of widths; this counts what each group's step would save in each cost, all
     groups at once. With o the outputs and i the inputs of a layer, of which one channel of the group takes a
-    and b, s channels less save o i - (o - a s)(i - b s) = (a i + b o - a b s) s products.
+    and b, s channels less save what the layer costs at (o, i) over what it costs at (o - a s, i - b s).
 
     Args:
         cost: counts the layers.
@@ -36,8 +33,7 @@ class Ledger:
         self.names = sorted(cost.groups)
         self.index = {name: number for number, name in enumerate(self.names)}
         layers = cost.layers
-        self.weights = np.array([[COSTS[key].per_pair(layer) for layer in layers] for key in self.counted])
-        self.offsets = np.array([[COSTS[key].per_output(layer) for layer in layers] for key in self.counted])
+        self.prices = [cost.prices(key) for key in self.counted]
         self.out, self.into = (
             np.array([getattr(layer, side).size for layer in layers], np.int64) for side in ("out", "into")
         )
@@ -69,11 +65,11 @@ class Ledger:
         """
         step, layer = steps[self.group], self.layer
         alive = self.gone[layer] == 0
-        products = (self.a * self.into[layer] + self.b * self.out[layer] - self.a * self.b * step) * step
-        outputs = self.a * step
+        out, into = self.out[layer], self.into[layer]
+        less = out - self.a * step, into - self.b * step
         found = np.zeros((len(self.counted), len(self.names)))
-        for number, (weight, offset) in enumerate(zip(self.weights, self.offsets, strict=True)):
-            saved = (products * weight[layer] + outputs * offset[layer]) * alive
+        for number, price in enumerate(self.prices):
+            saved = (price.of(layer, out, into) - price.of(layer, *less)) * alive
             found[number] = np.bincount(self.group, saved, len(self.names))
         for block, layers in self.blocks.items():
             if self.removed[self.index[block]] == 0:
@@ -82,10 +78,9 @@ class Ledger:
 
     def of_layers(self, layers: Iterable[int]) -> Floats:
         """[costs] of these layers as they are."""
-        chosen = [number for number in layers if not self.gone[number]]
+        chosen = np.array([number for number in layers if not self.gone[number]], np.int64)
         out, into = self.out[chosen], self.into[chosen]
-        cost: Floats = (self.weights[:, chosen] * (out * into) + self.offsets[:, chosen] * out).sum(1)
-        return cost
+        return np.array([price.of(chosen, out, into).sum() for price in self.prices], np.float64)
 
     def move(self, name: str, step: int, saved: Floats) -> list[str]:
         """Take a step whose savings, [costs], are known; returns the groups that went with a block."""
@@ -107,6 +102,11 @@ class Ledger:
         self.out[self.layer[mine]] -= self.a[mine] * step
         self.into[self.layer[mine]] -= self.b[mine] * step
         return []
+
+    def is_inside_gone(self, name: str) -> bool:
+        """Whether a group is a block that has gone, or a part of one."""
+        gone = [block for block in self.blocks if self.removed[self.index[block]]]
+        return any(name == block or name in self.contents[block] for block in gone)
 
     def kept(self) -> dict[str, int]:
         """Channels by group, in the order of the cost model."""

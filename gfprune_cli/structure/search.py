@@ -11,11 +11,14 @@ import torch
 from gfprune_cli.structure.blocks import floor_of_stack
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.ledger import Floats, Ints, Ledger
+from gfprune_cli.structure.ledger import Ledger
 from gfprune_cli.structure.steps import minimum_widths, narrows_a_head, step_down, width_step
+from gfprune_cli.structure.times import Floats, Ints
 
 TOLERANCE = 0.01  # of the dense cost
-BISECTIONS = 7  # of the weight that parameters and MACs have beside each other
+BLOCKS_KEPT = 0.5  # of the uniform width ratio: the least share of a stack, whatever widths keep
+BISECTIONS = 7  # of the weight that two costs have beside each other
+Weights = dict[str, float]  # cost -> what a share of it is worth
 
 
 @dataclass(frozen=True)
@@ -51,24 +54,30 @@ class Search:
 
     Args:
         scores: group name -> [units].
-        left: the share of every cost that may stay.
+        left: the share of every cost that may stay, or of each.
         counted: the costs.
         align: see `width_step`.
-        depth: share of the uniform width ratio that every group keeps, and of the blocks of a stack.
+        depth: share of its channels that every group keeps, and of the blocks of a stack at most.
+        start: channels by group of the network that narrows further; what is not named has all.
     """
 
     def __init__(
         self,
         cost: CostModel,
         scores: Mapping[str, torch.Tensor],
-        left: float,
+        left: float | Mapping[str, float],
         counted: tuple[str, ...],
         align: int,
         depth: float,
+        start: Mapping[str, int] | None = None,
     ) -> None:
-        self.cost, self.left, self.counted, self.align, self.depth = cost, left, counted, align, depth
+        self.cost, self.counted, self.align, self.depth = cost, counted, align, depth
+        self.scores = scores
+        self.left = np.array([left[key] if isinstance(left, Mapping) else left for key in counted])
         self.names = sorted(cost.groups)
         self.groups = [cost.groups[name] for name in self.names]
+        self.most = {} if start is None else start
+        self.start = self.ledger(self.most)
         minimum = minimum_widths(cost, depth, align)
         self.minimum = [minimum[name] for name in self.names]
         self.dense = np.array([cost.before(key) for key in counted], np.float64)
@@ -81,34 +90,51 @@ class Search:
         return Ledger(self.cost, self.counted, kept)
 
     def cheapest(self, *, strict: bool) -> Allocation:
-        """The best of what the weights of the costs lead to.
+        """The best of what the weights of the costs lead to."""
+        return self.balanced(strict=strict)[1]
 
-        One that runs out before the other has too little weight.
+    def balanced(self, *, strict: bool) -> tuple[Weights, Allocation]:
+        """What a share of each cost is worth, and where that leads.
+
+        Of two costs, the one that runs out before the other has too little weight. A third one is weighed
+        against the balance of the first two.
         """
-        if len(self.counted) == 1:
-            return self.landed({self.counted[0]: 1.0}, strict=strict)
-        first, second = self.counted
-        low, high = 0.0, 1.0
-        found: list[tuple[float, int, Allocation]] = []
+        *others, key = self.counted
+        if not others:
+            return {key: 1.0}, self.landed({key: 1.0}, strict=strict)
+        mix: Weights = {others[0]: 1.0}
+        if len(others) > 1:
+            left = dict(zip(self.counted, self.left, strict=True))
+            inner = Search(self.cost, self.scores, left, tuple(others), self.align, self.depth, self.most)
+            mix = inner.balanced(strict=strict)[0]
+        found: list[tuple[Weights, Allocation]] = []
 
         def priced(weight: float) -> Allocation:
-            one = self.landed({first: weight, second: 1 - weight}, strict=strict)
-            found.append((self.lost(one.kept), len(found), one))
-            return one
+            weights = {**{other: weight * share for other, share in mix.items()}, key: 1 - weight}
+            found.append((weights, self.landed(weights, strict=strict)))
+            return found[-1][1]
 
+        low, high = 0.0, 1.0
         for _ in range(BISECTIONS):
             weight = (low + high) / 2
             one = priced(weight)
-            if one.sparsities[first] > one.sparsities[second]:
+            if min(self.excess(one, other) for other in others) > self.excess(one, key):
                 high = weight
             else:
                 low = weight
         for weight in (0.0, 1.0):  # where one cost alone binds, its price alone is the best
             priced(weight)
-        reached = [entry for entry in found if entry[2].sparsity >= 1 - self.left] or [
-            (-entry[2].sparsity, *entry[1:]) for entry in found
-        ]
-        return min(reached, key=lambda entry: entry[:2])[2]
+        reached = [entry for entry in found if self.excess(entry[1]) >= 0]
+        if reached:
+            return min(reached, key=lambda entry: self.lost(entry[1].kept))
+        return min(found, key=lambda entry: (-self.excess(entry[1]), self.lost(entry[1].kept)))
+
+    def excess(self, found: Allocation, *names: str) -> float:
+        """By how much more than was asked of the costs goes; of the named ones, or all."""
+        left = zip(self.counted, self.left, strict=True)
+        return min(
+            found.sparsities[key] - (1 - share) for key, share in left if key in (names or self.counted)
+        )
 
     def lost(self, kept: Mapping[str, int]) -> float:
         """Score of all that goes."""
@@ -123,7 +149,7 @@ class Search:
 
     def room(self, ledger: Ledger) -> float:
         """How far below the budget the cost that binds is."""
-        return float(self.left - self.shares(ledger).max())
+        return float((self.left - self.shares(ledger)).min())
 
     def landed(self, weights: Mapping[str, float], *, strict: bool) -> Allocation:
         """Down to the budget, then up again as far as it goes."""
@@ -134,7 +160,8 @@ class Search:
         for granularity in dict.fromkeys((self.align, 1)):  # aligned moves first: they cost no speed
             if strict and self.room(ledger) > TOLERANCE:
                 ledger = self.exchange(ledger, granularity)
-        kept = ledger.kept()
+        # channels in a block that goes are no longer counted; those that had gone before stay out
+        kept = {name: min(width, self.most.get(name, width)) for name, width in ledger.kept().items()}
         left = {key: self.cost.total(kept, key) / self.cost.before(key) for key in self.counted}
         return Allocation(kept, 1 - max(left.values()), {key: 1 - share for key, share in left.items()})
 
@@ -145,11 +172,13 @@ class Search:
             weights: what a share of each cost is worth.
             patient: what would take more than is wanted waits until nothing else is left.
         """
-        ledger = self.ledger({})
+        ledger = self.ledger(self.start.kept())
         prices = np.array([weights[key] for key in self.counted]) / self.dense
         steps = np.array([self.down(number, ledger) for number in range(len(self.names))], np.int64)
-        lost = np.array([self.loses(number, 0, int(step)) for number, step in enumerate(steps)])
-        closed = np.zeros(len(self.names), bool)
+        lost = np.array(
+            [self.loses(number, int(ledger.removed[number]), int(step)) for number, step in enumerate(steps)]
+        )
+        closed = np.array([ledger.is_inside_gone(name) for name in self.names])
         while self.room(ledger) < 0 and not closed.all():
             savings = ledger.savings(steps)
             worth = prices @ savings
@@ -177,7 +206,8 @@ class Search:
             patient: see `descend`.
         """
         if patient:
-            excess = self.left - (self.shares(ledger)[:, None] - savings / self.dense[:, None]).max(0)
+            after = self.shares(ledger)[:, None] - savings / self.dense[:, None]
+            excess = (self.left[:, None] - after).min(0)
             small = free[excess[free] <= TOLERANCE]
             if not len(small):  # what takes least too much
                 return int(free[np.argmin(excess[free])])
@@ -202,14 +232,15 @@ class Search:
             return True
         of_stack = [number for number, group in enumerate(self.groups) if group.stack == stack]
         left = len(of_stack) - int(ledger.removed[of_stack].sum())
-        return left > floor_of_stack(len(of_stack), self.depth)
+        ratio = min(self.depth, BLOCKS_KEPT * math.sqrt(self.left.min()))
+        return left > floor_of_stack(len(of_stack), ratio)
 
     def up(self, ledger: Ledger) -> Ints:
         """[groups] channels that a step back gives, negative; 0 where there is none to give."""
         steps = []
         for number, group in enumerate(self.groups):
             step = 0 if group.is_block else width_step(group, self.align)
-            steps.append(-step if step <= ledger.removed[number] else 0)
+            steps.append(-step if step <= ledger.removed[number] - self.start.removed[number] else 0)
         return np.array(steps, np.int64)
 
     def refill(self, ledger: Ledger) -> Ledger:
@@ -218,9 +249,9 @@ class Search:
         while True:
             steps = self.up(ledger)
             savings = ledger.savings(steps)
-            after = ((ledger.totals[:, None] - savings) / self.dense[:, None]).max(0)
+            after = (ledger.totals[:, None] - savings) / self.dense[:, None]
             # what does not fit now never will: room shrinks, and steps only cost more
-            barred |= (steps == 0) | (after > self.left)
+            barred |= (steps == 0) | (after > self.left[:, None]).any(0)
             if barred.all():
                 return ledger
             gains = [
@@ -250,11 +281,12 @@ class Search:
         )
         for number, group in enumerate(self.groups):
             wider = kept[group.name] + width_step(group, align)
-            if not free[number] or wider > group.channels:
+            if not free[number] or wider > group.channels - self.start.removed[number]:
                 continue
             trial = self.ledger({**kept, group.name: wider})
             savings = trial.savings(np.where(np.arange(len(down)) == number, 0, down))
-            rooms = self.left - ((trial.totals[:, None] - savings) / self.dense[:, None]).max(0)
+            after = (trial.totals[:, None] - savings) / self.dense[:, None]
+            rooms = (self.left[:, None] - after).min(0)
             for other in (number, *np.argsort(rooms, kind="stable")):
                 distance = self.room(trial) if other == number else float(rooms[other])
                 if other != number and not down[other]:

@@ -44,6 +44,7 @@ def said(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

@@ -107,6 +107,7 @@ def test_a_folder_with_one_file_is_that_file(folder: Path, file: Path, tmp_path:
     assert not list(first.rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_a_file_on_the_hub(
     folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gfprune: Any
 ) -> None:

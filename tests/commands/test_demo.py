@@ -1,7 +1,6 @@
 """The demo checkpoint and the documents: what users see first has to be true."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Gfprune
+from conftest import Gfprune, Shell, examples
 
 import gfprune_cli
 from gfprune_cli.checkpoint.source import DEMO
@@ -33,6 +32,7 @@ def test_the_demo_is_a_trained_model_of_the_promised_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("budget", ["both", "params", "macs"])
 def test_removal_changes_nothing_on_the_demo(tmp_path: Path, budget: str) -> None:
     """|loss removed - loss masked| is at most 2 % of the masked loss; the budget is met within one point."""
@@ -95,30 +95,17 @@ def test_an_sdxl_size_network_is_analyzed_from_its_configuration(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_pipeline_of_the_readme_runs_as_written(tmp_path: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    script = next(block for block in blocks if "OUT=$(gfprune prune" in block)
-    script = script.replace(". .venv/bin/activate\n", "")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path}
-    # as many threads as the user's run would have, and remote code as free as in the user's shell
-    del environment["OMP_NUM_THREADS"]
-    environment.pop("DIFFUSERS_DISABLE_REMOTE_CODE", None)
-    done = subprocess.run(
-        ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_pipeline_of_the_readme_runs_as_written(tmp_path: Path, shell: Shell) -> None:
+    script = next(block for block in examples(ROOT / "README.md", "sh") if "OUT=$(gfprune prune" in block)
+    shell(["bash", "-euc", script.replace(". .venv/bin/activate\n", "")])
     assert (tmp_path / "demo-sample.png").stat().st_size > 500
     assert (tmp_path / "demo-analysis.html").exists()
 
 
 @pytest.mark.slow
-def test_the_python_example_of_the_readme_runs_as_written(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    example = next(block for block in blocks if "gfprune.analyze(" in block)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "channel groups" in done.stdout
+def test_the_python_example_of_the_readme_runs_as_written(shell: Shell, smaller_demo: str) -> None:
+    example = next(block for block in examples(ROOT / "README.md", "python") if "gfprune.analyze(" in block)
+    assert "channel groups" in shell([sys.executable, "-c", smaller_demo + example])
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_SHOT, Gfprune
+from conftest import ONE_SHOT, Gfprune, examples
 from PIL import Image
 
 import gfprune_cli
@@ -408,8 +407,8 @@ def test_an_npz_of_images_is_data(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_gate_of_the_documentation_runs_as_written(pruned: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
-    script = next(block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--min-ssim" in block)
+    page = Path(__file__).parents[2] / "docs/evaluation.md"
+    script = next(block for block in examples(page, "sh") if "--min-ssim" in block)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-eu"], input=script, capture_output=True, text=True, cwd=tmp_path, check=False,

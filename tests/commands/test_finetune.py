@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ONE_SHOT, TINY, Gfprune
+from forked import Server
 from PIL import Image
 from torch import nn
 
@@ -97,7 +98,7 @@ def test_same_seed_same_bytes_and_another_seed_differs(pruned: Path, tuned: Path
     assert digest(tmp_path / "other") != digest(tuned)
 
 
-@pytest.mark.parametrize("stop_at", range(1, 14, 2))
+@pytest.mark.parametrize("stop_at", range(1, 14, 3))
 def test_a_stopped_run_resumes_to_the_same_bytes(
     pruned: Path, tuned: Path, tmp_path: Path, stop_at: int
 ) -> None:
@@ -129,24 +130,15 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_resumes_to_the_same_bytes(
-    pruned: Path, tuned: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals
+    pruned: Path, tuned: Path, tmp_path: Path, server: Server, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    command = ["finetune", "--model", str(pruned), "--out", str(out), "--save-every", "2", *flags(**BRIEF)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gfprune_cli", *command],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("finetune 3/"):
-            process.send_signal(number)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    command = ["finetune", "--model", pruned, "--out", out, "--save-every", 2, *flags(**BRIEF)]
+    killed = server.run(*command, phase="finetune", nth=2, signals=[number])
+    assert killed.code == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not out.exists()
-    done = gfprune(*command, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = server.run(*command, "--resume")
+    assert done.code == 0, done.stderr
     assert done.stdout == f"{out}\n"
     assert digest(out) == digest(tuned)
 

@@ -67,10 +67,11 @@ def test_training_names_the_timestep_of_the_dense_model(
     fourier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the learning rate. The reported losses are over one draw, which does not meet timestep 0."""
+    from gfprune_cli.pruning import flows
     from gfprune_cli.pruning import job as pruning_run
 
     monkeypatch.setattr(pruning_run.PruneJob.loss, "__defaults__", (1,))
-    monkeypatch.setattr(pruning_run, "JUDGE_DRAWS", 1)
+    monkeypatch.setattr(flows, "JUDGE_DRAWS", 1)
     monkeypatch.setattr(recovery_run, "REPORT_DRAWS", 1)
     pruned = gfprune_cli.prune(str(fourier), out=tmp_path / "out", **PRUNE | dict(criterion="magnitude"))
     with pytest.raises(GfpruneError, match=f"the dense model's output is {AT_ZERO}"):

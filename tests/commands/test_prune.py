@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE_SHOT, QUICK, TINY, Gfprune, quick_flags
+from forked import Server
 from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning.job import JUDGE_DRAWS
+from gfprune_cli.pruning.flows import JUDGE_DRAWS
 from gfprune_cli.recipes.prune import CRITERIA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -161,15 +162,6 @@ def test_no_pickle_and_ordinary_modes(pruned: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in pruned.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
-def test_same_seed_same_bytes_and_another_seed_differs(
-    pruned: Path, pipeline_folder: Path, tmp_path: Path
-) -> None:
-    for seed, same in ((0, True), (1, False)):
-        out = tmp_path / f"seed{seed}"
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, seed=seed, **QUICK)
-        assert (digest(out) == digest(pruned)) is same
-
-
 def test_the_written_recipe_reproduces_the_output(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
     recipe = json.loads((pruned / "gfprune.json").read_text())["recipe"]
     config = tmp_path / "recipe.yaml"
@@ -225,38 +217,18 @@ def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("number", "line"), [(signal.SIGKILL, "finetune 1/2"), (signal.SIGTERM, "refit 2/3")]
+    ("number", "phase", "nth"), [(signal.SIGKILL, "finetune", 0), (signal.SIGTERM, "refit", 30)]
 )
 def test_a_killed_process_resumes_to_the_same_bytes(
-    pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune, number: signal.Signals, line: str
+    pruned: Path, pipeline_folder: Path, tmp_path: Path, server: Server, number: int, phase: str, nth: int
 ) -> None:
     out = tmp_path / "out"
-    command = [
-        "prune",
-        "--model",
-        str(pipeline_folder),
-        "--sparsity",
-        "0.5",
-        "--out",
-        str(out),
-        *quick_flags(),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gfprune_cli", *command],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for said in process.stderr:
-        if said.startswith(line):
-            process.send_signal(number)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    command = ["prune", "--model", pipeline_folder, "--sparsity", 0.5, "--out", out, *quick_flags()]
+    killed = server.run(*command, phase=phase, nth=nth, signals=[number])
+    assert killed.code == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not out.exists()
-    done = gfprune(*command, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = server.run(*command, "--resume")
+    assert done.code == 0, done.stderr
     assert digest(out) == digest(pruned)
 
 
@@ -321,7 +293,7 @@ def test_other_layouts_and_schedulers(tmp_path: Path, layout: str) -> None:
         }
         (folder / "model_index.json").write_text(json.dumps(index))
     out = tmp_path / "out"
-    result = gfprune_cli.prune(str(folder), sparsity=0.3, out=out, **QUICK)
+    result = gfprune_cli.prune(str(folder), sparsity=0.3, out=out, **ONE_SHOT)
     assert abs(result.sparsity["achieved"] - 0.3) <= 0.01
     assert (out / "config.json").exists() is (layout == "bare")
     assert (out / "unet" / "config.json").exists() is (layout != "bare")
@@ -342,7 +314,7 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
         if event.phase == "notice":
             notices.append(event.text)
 
-    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **QUICK)
+    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **ONE_SHOT)
     assert any("resized" in text for text in notices)
 
 
@@ -454,7 +426,7 @@ def test_half_precision_in_half_precision_out(pipeline_folder: Path, tmp_path: P
 
     folder = tmp_path / "half"
     DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(folder)
-    result = gfprune_cli.prune(str(folder), out=tmp_path / "out", **QUICK)
+    result = gfprune_cli.prune(str(folder), out=tmp_path / "out", **ONE_SHOT)
     with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     assert result.bytes["after"] < result.bytes["before"]

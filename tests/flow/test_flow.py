@@ -293,7 +293,7 @@ def test_masks_settle_in_the_promised_iterations(data: st.DataObject, bound: flo
     for inside in data.draw(st.lists(flags, max_size=12)):
         masks = move(masks, {"g": torch.tensor(inside)}, bound)
     last = torch.tensor(data.draw(flags))
-    closing = Schedule(sparsity=0.5, scorings=1, bound=bound).closing
+    closing = Schedule(scorings=1, bound=bound).closing
     for _ in range(1 + closing):  # the last selection moves them, too
         masks = move(masks, {"g": last}, bound)
     assert torch.allclose(masks["g"], last.double(), atol=1e-6)  # the loop rounds what is left
@@ -413,7 +413,7 @@ def test_an_empty_norm_group_stays_finite() -> None:
 
 def test_budget_tightens_towards_the_target() -> None:
     """The share rises, gently at the end, and is whole when selection ends."""
-    schedule = Schedule(sparsity=0.6, scorings=9, bound=0.5)
+    schedule = Schedule(scorings=9, bound=0.5)
     assert (schedule.closing, schedule.iterations) == (1, 10)
     shares = [schedule.share(iteration) for iteration in range(1, 11)]
     steps = [after - before for before, after in itertools.pairwise(shares)]
@@ -427,20 +427,20 @@ def test_budget_tightens_towards_the_target() -> None:
 @pytest.mark.parametrize(("bound", "closing"), [(1, 0), (0.5, 1), (0.4, 2), (1 / 3, 2), (0.1, 9), (0.01, 99)])
 def test_closing_iterations_are_as_few_as_the_bound_allows(bound: float, closing: int) -> None:
     """The last selection moves the masks once; the others go the rest of the way."""
-    assert Schedule(sparsity=0.5, scorings=3, bound=bound).closing == closing
+    assert Schedule(scorings=3, bound=bound).closing == closing
 
 
 @many
 @given(scorings=st.integers(1, 60), bound=st.floats(0.01, 1), seed=st.integers(0, 10**6))
 def test_schedule_closes_every_mask(scorings: int, bound: float, seed: int) -> None:
     """At the end of any schedule every mask is 0 or 1, and equals the last support."""
-    close(Schedule(sparsity=0.5, scorings=scorings, bound=bound), seed)
+    close(Schedule(scorings=scorings, bound=bound), seed)
 
 
 @pytest.mark.parametrize(("scorings", "bound"), [(12, 0.0003), (1, 1 / 30_000)])
 def test_long_schedules_close_too(scorings: int, bound: float) -> None:
     """The rounding of many small mask steps does not keep a long run from closing."""
-    close(Schedule(sparsity=0.5, scorings=scorings, bound=bound), 0)
+    close(Schedule(scorings=scorings, bound=bound), 0)
 
 
 def close(schedule: Schedule, seed: int) -> None:
@@ -761,7 +761,7 @@ def toy_loop(
     sample = {**one_sample(process(), draws), "return_dict": False}
     fitting = Refit(masked, dense, find_residuals(dense, sample), 1) if refit else None
     return PruningLoop(
-        masked, fitting, judge or distance, 4, process(), Schedule(sparsity=0.4, scorings=2, bound=0.5),
+        masked, fitting, judge or distance, 4, process(), Schedule(scorings=2, bound=0.5),
         criterion, allocation, draws, 2, 1, store, progress, fixed,
     )  # fmt: skip
 

@@ -199,7 +199,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     for module, constant, value in (
         ("diffusion.loss", "REPORT_DRAWS", 16), ("evaluation.teacher", "LOSS_DRAWS", 16),
-        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.job", "JUDGE_DRAWS", 16),
+        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.flows", "JUDGE_DRAWS", 16),
         ("pruning.job", "SAVE_EVERY", 1),  # recovery leaves states, too
     ):  # fmt: skip
         setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, value)

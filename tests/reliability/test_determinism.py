@@ -116,7 +116,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return gfprune_cli.load(out).state_dict()
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("size", [4, 1])
 def test_a_split_batch_changes_rounding_and_nothing_else(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:

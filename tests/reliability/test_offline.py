@@ -74,31 +74,36 @@ def hub(pipeline_folder: Path) -> Iterator[Hub]:
         yield served
 
 
-def every_command(out: Path, *flags: str) -> str:
+def commands(out: Path) -> list[list[str]]:
     prune = ["prune", "--model", REPO, "--sparsity", "0.5", "--out", str(out), *map(str, PRUNE)]
     finetune = ["finetune", "--model", str(out), "--out", f"{out}-tuned", "--images", "8", "--steps", "2",
                 "--sample-steps", "2", "--batch", "4"]  # fmt: skip
     evaluate = ["eval", "--model", str(out), "--reference", REPO, "--samples", "4", "--steps", "1",
                 "--no-latency"]  # fmt: skip
     export = ["export", "--model", str(out), "--format", "safetensors", "--out", f"{out}-exported"]
-    listed = [["analyze", "--model", REPO, "--sensitivity"], prune, finetune, evaluate, export]
-    return json.dumps([[*arguments, *flags] for arguments in listed])
+    return [["analyze", "--model", REPO, "--sensitivity"], prune, finetune, evaluate, export]
 
 
-@pytest.mark.parametrize("how", ["--offline", "HF_HUB_OFFLINE"])
-def test_offline_opens_no_socket(hub: Hub, tmp_path: Path, how: str) -> None:
-    """All five commands, on a Hub model that is in the cache."""
-    home = tmp_path / "home"
+def check_no_socket(hub: Hub, home: Path, given: list[list[str]], **environment: str) -> None:
+    """Commands on a Hub model that is in the cache, under watch: none opens a socket."""
     assert python(RESOLVE, REPO, hub=hub, home=home)["error"] == ""
     asked = len(hub.requests)
     assert asked > 0
-    if how == "--offline":
-        found = python(WATCHED, every_command(tmp_path / "out", how), hub=hub, home=home)
-    else:
-        found = python(WATCHED, every_command(tmp_path / "out"), hub=hub, home=home, HF_HUB_OFFLINE="1")
-    assert found["codes"] == [0] * 5, found["errors"]
+    found = python(WATCHED, json.dumps(given), hub=hub, home=home, **environment)
+    assert found["codes"] == [0] * len(given), found["errors"]
     assert found["sockets"] == []
     assert len(hub.requests) == asked
+
+
+def test_offline_opens_no_socket(hub: Hub, tmp_path: Path) -> None:
+    """All five commands with --offline."""
+    check_no_socket(hub, tmp_path / "home", [[*given, "--offline"] for given in commands(tmp_path / "out")])
+
+
+def test_hf_hub_offline_opens_no_socket(hub: Hub, tmp_path: Path, thorough: bool) -> None:
+    """The variable is what --offline sets, too: one command shows that ours is read before the libraries'."""
+    given = commands(tmp_path / "out")
+    check_no_socket(hub, tmp_path / "home", given if thorough else given[1:2], HF_HUB_OFFLINE="1")
 
 
 def test_the_watch_sees_a_socket(hub: Hub, tmp_path: Path) -> None:

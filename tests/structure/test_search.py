@@ -8,10 +8,11 @@ import torch
 from test_blocks import random_network
 
 from gfprune_cli.structure.blocks import block_groups
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.ledger import Ledger
-from gfprune_cli.structure.search import Search
+from gfprune_cli.structure.search import TOLERANCE, Search
 
 BOTH: tuple[str, ...] = ("params", "macs")
 
@@ -66,3 +67,19 @@ def test_a_search_ends_where_steps_save_nothing_that_has_a_price() -> None:
     search = Search(cost, scores, 0.5, BOTH, 1, 0.25)
     found = search.landed({"params": -1.0, "macs": 0.5}, strict=True)
     assert found.sparsity >= 0.5
+
+
+@pytest.mark.parametrize("name", ["unet", "text-unet", "dit", "flux"])
+def test_a_search_from_a_narrow_network_brings_nothing_back(name: str) -> None:
+    """Several sparsities of one flow are nested, blocks included."""
+    cost = cost_of(name)
+    scores = {
+        group.name: torch.rand(group.units, generator=torch.Generator().manual_seed(number))
+        for number, group in enumerate(cost.groups.values())
+    }
+    start: dict[str, int] = {}
+    for sparsity in (0.1, 0.2, 0.3):
+        found = allocate(cost, scores, sparsity, strict=False, start=start)
+        assert found.sparsity >= sparsity - 3 * TOLERANCE
+        assert all(width <= start.get(one, width) for one, width in found.kept.items())
+        start = dict(found.kept)

@@ -26,7 +26,8 @@ from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm, p
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.flow.mask import MaskedModel, plain_norms
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.structure.budget import FLOORS, allocate
+from gfprune_cli.structure import budget as budgets
+from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
@@ -558,7 +559,9 @@ def test_a_budget_is_met_or_the_nearest_is_named(
 
 
 @pytest.mark.parametrize("binding", ["params", "macs"])
-def test_a_budget_of_both_holds_where_one_cost_alone_binds(middling: CostModel, binding: str) -> None:
+def test_a_budget_of_both_holds_where_one_cost_alone_binds(
+    middling: CostModel, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What spares little of one cost is worthless, so that the other has long been met."""
     other: str = "macs" if binding == "params" else "params"
     removed = middling.removed({})
@@ -574,6 +577,7 @@ def test_a_budget_of_both_holds_where_one_cost_alone_binds(middling: CostModel, 
         name: torch.full((group.units,), 1e-9 if name in cheap else 1.0)
         for name, group in middling.groups.items()
     }
+    monkeypatch.setattr(budgets, "FLOORS", (0.5, 0.0))  # widths may differ as much as the prices say
     found = allocate(middling, scores, 0.5)
     assert 0 <= found.sparsities[binding] - 0.5 <= TOLERANCE
     assert found.sparsities[other] > 0.55
@@ -587,7 +591,7 @@ def test_both_costs_at_once_lose_no_more_than_the_price_of_one(name: str, sparsi
     lost: list[float] = []
     for seed in range(4):
         scores = {key: values**3 for key, values in random_scores(groups, seed).items()}
-        search = Search(cost, scores, 1 - sparsity, BOTH, 1, FLOORS[0] * (1 - sparsity) ** 0.5)
+        search = Search(cost, scores, 1 - sparsity, BOTH, 1, 0.5 * (1 - sparsity) ** 0.5)
         found = search.cheapest(strict=True)
         singles = [search.landed({"params": end, "macs": 1 - end}, strict=True) for end in (0.0, 1.0)]
         reached = [search.lost(single.kept) for single in singles if single.sparsity >= sparsity]

@@ -396,16 +396,19 @@ def test_pruned_networks_are_pruned_again_and_come_back_from_disk(name: str, tmp
         assert torch.allclose(first_output(loaded, made), first_output(twice, made), atol=1e-4)
 
 
-def test_real_configurations_count_right() -> None:
+@pytest.mark.matrix(2)  # `analyze` of SDXL's configuration is in tests/commands/test_demo.py
+@pytest.mark.parametrize(
+    ("config", "expected"), [(SD15, 859_520_964), (SDXL_BASE, 2_567_463_684)], ids=["SD 1.5", "SDXL"]
+)
+def test_real_configurations_count_right(config: dict[str, Any], expected: int) -> None:
     """Stable Diffusion 1.5 and SDXL from their configurations alone."""
-    for config, expected in ((SD15, 859_520_964), (SDXL_BASE, 2_567_463_684)):
-        with torch.device("meta"):
-            model: Any = diffusers.UNet2DConditionModel(**config)
-        groups, trace = discover(model)
-        cost = CostModel(model, groups, trace)
-        assert cost.params({}) == expected
-        fewest = {group.name: group.step for group in groups}
-        assert cost.params(fewest) < 0.2 * expected
+    with torch.device("meta"):
+        model: Any = diffusers.UNet2DConditionModel(**config)
+    groups, trace = discover(model)
+    cost = CostModel(model, groups, trace)
+    assert cost.params({}) == expected
+    fewest = {group.name: group.step for group in groups}
+    assert cost.params(fewest) < 0.2 * expected
 
 
 # --- networks without rules of their own ---------------------------------------------------------

@@ -28,7 +28,8 @@ class Trial:
 
     Args:
         arguments: of gfprune.
-        environment: variables on top of the server's.
+        environment: variables on top of those of the tests' own process.
+        folder: where it runs; by default where the server does.
         signals: signal numbers that the process gets, one after the other.
         phase, nth: at which event they come, counted from 0; without a phase they do not.
         after: seconds after which they come instead, from the server.
@@ -41,6 +42,7 @@ class Trial:
 
     arguments: list[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
     signals: list[int] = field(default_factory=list)
     phase: str = ""
     nth: int = 0
@@ -100,6 +102,7 @@ class Server:
         self.count += 1
         folder = self.folder / f"{self.count:05d}"
         folder.mkdir(parents=True)
+        how["environment"] = {**os.environ, **how.get("environment", {})}
         trial = Trial([str(argument) for argument in arguments], **how)
         return self.ask(start=asdict(trial), folder=str(folder)), folder
 
@@ -203,8 +206,10 @@ def play(trial: Trial, folder: Path) -> int:
     from gfprune_cli.cli.main import app
     from gfprune_cli.cli.session import Session
 
+    os.environ.clear()
     os.environ.update(trial.environment)
     redirect(trial, folder)
+    os.chdir(trial.folder or os.curdir)
     # whoever runs the tests in the background, or with nohup, has these ignored, and children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

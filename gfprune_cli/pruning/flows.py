@@ -1,0 +1,187 @@
+"""The dense network behind masks, as it narrows from one sparsity to the next."""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.loss import one_sample
+from gfprune_cli.errors import UsageError
+from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, RefitResult, Scoring, Store
+from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.flow.refit import Refit
+from gfprune_cli.flow.residuals import Carrier, find_residuals
+from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.pruning.job import PruneJob
+from gfprune_cli.pruning.phases import SCORING
+from gfprune_cli.pruning.plan import Plan, uniform_scores
+from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.device import offload
+from gfprune_cli.structure.removal import skeleton
+from gfprune_cli.timing.budget import Scores, TimeBudget
+
+JUDGE_DRAWS = 32  # noisy samples behind each loss that judges a refit: of those of the reported losses
+Kept = dict[str, torch.Tensor]  # group name -> bool [units]
+
+
+@dataclass
+class Flow:
+    """One network whose masks flow to one sparsity after the other; what has gone stays out.
+
+    Args:
+        several: whether it goes on after a network has been made of it.
+        sparsity: where it is; of a budget of time, the share that is gone.
+        drawn: iterations that it has behind it.
+        gradients: spent so far, in gradients of one sample.
+        refits: of the last flow.
+    """
+
+    job: PruneJob
+    dense: nn.Module
+    draws: Draws
+    held_out: Draws
+    several: bool
+    sparsity: float = 0.0
+    drawn: int = 0
+    gradients: float = 0.0
+    refits: list[RefitResult] = field(default_factory=list)
+
+    @cached_property
+    def masked(self) -> MaskedModel:
+        job = self.job
+        student = self.dense
+        if job.recipe.refit or job.steps or self.several:
+            student = copy.deepcopy(self.dense)
+            if job.offload_teacher:
+                offload(self.dense, job.device)
+        return MaskedModel(student.requires_grad_(True), job.plan.groups)
+
+    @cached_property
+    def residuals(self) -> dict[str, Carrier]:
+        return find_residuals(self.dense, {**one_sample(self.job.process, self.draws), "return_dict": False})
+
+    def gone(self) -> Masks:
+        """Group name -> bool [units] that have left."""
+        return {name: mask == 0 for name, mask in self.masked.masks.items()} if self.sparsity else {}
+
+    def loop(self, target: float, store: Store, scored: Scoring | None = None) -> PruningLoop:
+        """What brings the masks to a sparsity.
+
+        Args:
+            scored: the scoring of its first iteration, where it is known.
+        """
+        job, recipe, masked = self.job, self.job.recipe, self.masked
+        refit = Refit(masked, self.dense, self.residuals, recipe.seed) if recipe.refit else None
+        loop = PruningLoop(
+            masked=masked,
+            refit=refit,
+            judge=self.judged,
+            judging=JUDGE_DRAWS,
+            process=job.process,
+            schedule=schedule_of(recipe),
+            criterion=recipe.criterion,
+            allocate=lambda scores, share: self.widths(scores, share, target, loop.gone),
+            draws=self.draws,
+            scoring_draws=recipe.draws,
+            chunk=SCORE_CHUNK,
+            piece=job.memory.at_once(SCORING),
+            fused=job.fused,
+            drawn=self.drawn,
+            gone=self.gone(),
+            scored=scored,
+            state=LoopState(way=None if job.exact else "finite-difference", gradients=self.gradients),
+            store=store,
+            progress=job.progress,
+            fixed=job.plan.native is not None,
+        )
+        return loop
+
+    def widths(self, scores: Scores, share: float, target: float, gone: Masks) -> Mapping[str, int]:
+        """Channels that each group keeps.
+
+        Args:
+            share: of the way from where the flow is to the target.
+            gone: units that had left before it.
+        """
+        plan, recipe = self.job.plan, self.job.recipe
+        if plan.native is not None:
+            return native_widths(plan, share)
+        due = self.sparsity + (target - self.sparsity) * share
+        final = share >= 1 and not plan.nearest
+        how: dict[str, Any] = {
+            "start": {
+                group.name: group.channels - int(gone[group.name].sum()) * group.unit_size
+                for group in plan.groups
+                if group.name in gone
+            }
+        }
+
+        def narrowed(left: float | None = None) -> Mapping[str, int]:
+            if left is not None:
+                how["left"] = left
+            try:
+                return plan.allocate(scores, recipe, due, align=recipe.align, strict=final, **how).kept
+            except UsageError:  # these scores end short of it; equal ones did not, when it was planned
+                return plan.allocate(uniform_scores(plan.groups), recipe, due, strict=not gone, **how).kept
+
+        if plan.time is None or plan.time.bench is None or not final or due < plan.most(recipe):
+            return narrowed()
+        return self.in_time(plan.time, narrowed)
+
+    def in_time(self, time: TimeBudget, widths: Callable[[float], Mapping[str, int]]) -> Mapping[str, int]:
+        """Widths whose time was measured."""
+
+        def propose(left: float) -> Mapping[str, int] | None:
+            with suppress(UsageError):  # the best of what was timed before stands
+                return widths(left)
+            return None
+
+        folded = None if self.job.folding is None else skeleton(self.dense)
+        return time.closed(self.job.plan.cost, propose, self.job.progress, folded)
+
+    def judged(self, of_dense: bool) -> float:
+        """The loss that judges a refit, of the masked network or of the dense one."""
+        return self.quick_loss(self.dense if of_dense else self.masked)
+
+    def quick_loss(self, network: nn.Module | MaskedModel) -> float:
+        """The same of any network."""
+        return self.job.loss(self.held_out, network, JUDGE_DRAWS)
+
+    @property
+    def iterations(self) -> int:
+        """Of each flow from one sparsity to the next."""
+        return schedule_of(self.job.recipe).iterations
+
+    def losses(self, network: nn.Module | MaskedModel) -> torch.Tensor:
+        """[draws] float64 losses on images that nothing else sees, as they are reported."""
+        return self.job.losses(self.held_out, network)
+
+    def run(self, loop: PruningLoop, target: float) -> Kept:
+        """Let the masks flow to the end of a loop, from its last durable state if there is one."""
+        kept = loop.run()
+        self.sparsity, self.drawn = target, self.drawn + loop.schedule.iterations
+        self.gradients, self.refits = loop.state.gradients, loop.state.refits
+        return kept
+
+
+def schedule_of(recipe: PruneRecipe) -> Schedule:
+    if recipe.one_shot:
+        return Schedule(scorings=1, bound=1)
+    return Schedule(scorings=recipe.iterations, bound=recipe.bound)
+
+
+def native_widths(plan: Plan, share: float) -> Mapping[str, int]:
+    """Channels kept by each group on the way to the widths of the native layout."""
+    assert plan.native is not None
+    kept = {}
+    for group in plan.groups:
+        goal = plan.native.kept[group.name]
+        units = round((group.channels - (group.channels - goal) * share) / group.unit_size)
+        kept[group.name] = max(goal, units * group.unit_size)
+    return kept

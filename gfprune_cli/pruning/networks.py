@@ -1,0 +1,190 @@
+"""The narrow networks of a prune run: one for each sparsity, all of one flow."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gfprune_cli.checkpoint.reader import cast_model
+from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.loss import one_sample
+from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.progress import Event
+from gfprune_cli.pruning.flows import Flow
+from gfprune_cli.pruning.job import PruneJob, as_loaded
+from gfprune_cli.pruning.loss_limit import LossLimit
+from gfprune_cli.pruning.phases import RECOVERING
+from gfprune_cli.pruning.state import Outcome, RecoveryState
+from gfprune_cli.pruning.verify import check_removal
+from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.trainer import Remedies
+from gfprune_cli.runtime.device import offload
+from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
+
+SAVE_EVERY = 100  # recovery steps
+RECOVERY_REMEDIES = Remedies(
+    not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
+    memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
+)
+
+
+@dataclass
+class Networks:
+    """Makes the networks of a job.
+
+    Args:
+        states: the resumable state of each, the least sparse first. That of the next network is begun
+            before the one before it trains: a stopped run finds the flow where it went on.
+    """
+
+    job: PruneJob
+    states: Sequence[StateFolder]
+
+    def make(self, done: Sequence[bool]) -> Iterator[tuple[int, nn.Module, Outcome]]:
+        """(number, network, what was measured on the way) of each network that is not there yet."""
+        job, last = self.job, len(self.states) - 1
+        dense, draws, held_out = job.prepared()
+        for state in self.states:
+            state.identity["data contents"] = job.data_fingerprint
+        first = self.first(done)
+        trains = RecoveryState(self.states[first]).begun()
+        before = 0.0 if trains and first == last else job.loss(held_out, dense)
+        dense = job.fold(dense, draws, held_out)
+        job.progress(Event("check", text="checking that removal is exact"))
+        if job.plan.groups:
+            check_removal(dense, job.plan.groups, one_sample(job.process, draws))
+        flow = Flow(job, dense, draws, held_out, several=last > 0 or job.recipe.keep_loss is not None)
+        for number in range(first, last + 1):
+            recovery = RecoveryState(self.states[number])
+            if recovery.begun():
+                outcome = recovery.outcome()
+                narrow = self.narrow(dense, outcome.kept)
+            else:
+                outcome = self.outcome(flow, number, before)
+                narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
+                take_losses(flow, outcome, narrow)
+            if number < last and not recovery.begun():
+                flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()
+            if not done[number]:
+                yield number, self.finished(narrow, dense, draws, held_out, recovery.of(outcome)), outcome
+
+    def first(self, done: Sequence[bool]) -> int:
+        """The network to begin with: the last one that a state stands before, of those up to the first that
+        is not there."""
+        missing = done.index(False)
+        return max(number for number in range(missing + 1) if not number or self.states[number].exists())
+
+    def outcome(self, flow: Flow, number: int, before: float) -> Outcome:
+        """Let the masks flow to the next sparsity, or as far as the loss allows.
+
+        Args:
+            before: loss of the network as it was given.
+        """
+        job, recipe, state = self.job, self.job.recipe, self.states[number]
+        if not recipe.removes:
+            kept = {group.name: torch.ones(group.units, dtype=torch.bool) for group in job.plan.groups}
+            return Outcome(kept, {"before": before})
+        limit = None
+        if recipe.keep_loss is not None:
+            kept, limit = LossLimit(flow, state, recipe.keep_loss).run()
+        else:
+            target = recipe.targets[number] if job.plan.time is None else job.plan.most(recipe)
+            flow.sparsity = recipe.targets[number - 1] if number else 0.0
+            flow.drawn = number * flow.iterations
+            kept = flow.run(flow.loop(target, state), target)
+        judged = flow.refits[-1].after if flow.refits else flow.judged(False)
+        losses = {"before": before, "judged": judged, "masked": judged}
+        return Outcome(kept, losses, flow.refits, flow.gradients, limit)
+
+    def finished(
+        self, narrow: nn.Module, dense: nn.Module, draws: Draws, held_out: Draws, state: RecoveryState
+    ) -> nn.Module:
+        """The network as it is stored, after its recovery."""
+        job = self.job
+        if job.steps:
+            self.recover(narrow, self.teacher(dense), draws, state)
+            if len(self.states) > 1:  # the next refit reads it as the first did
+                as_loaded(dense, job.device)
+        model = stored(narrow, stored_dtype(job.plan.component))
+        if job.steps:
+            assert state.found is not None
+            single = nn.Module.to(copy.deepcopy(model), torch.float32)
+            state.found.losses["recovered"] = job.loss(held_out, single)
+        return model
+
+    def teacher(self, dense: nn.Module) -> nn.Module:
+        """The network as it was given, whatever it was folded to."""
+        if self.job.folding is None:
+            return dense
+        teacher = self.job.load()
+        if self.job.offload_teacher:
+            offload(teacher, self.job.device)
+        return teacher
+
+    def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
+        """Train the narrow network with the dense one as its teacher."""
+        job = self.job
+        recipe = FinetuneRecipe(
+            model=job.recipe.model,
+            steps=job.steps,
+            seed=job.recipe.seed,
+            micro_batch=job.memory.at_once(RECOVERING),
+        )
+        recover(
+            channels_last(narrow),
+            channels_last(dense),
+            job.process,
+            draws,
+            recipe,
+            processes=Processes(None, job.device),
+            precision=job.precision,
+            state=state,
+            progress=job.progress,
+            save_every=SAVE_EVERY,
+            remedies=RECOVERY_REMEDIES,
+        )
+
+    def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The narrow network, in float32, from the weights of one with all channels."""
+        job = self.job
+        job.progress(Event("remove", text="removing channels"))
+        dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
+        weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
+        if len(self.states) > 1:  # the wide one goes on
+            weights = {name: weight.clone() for name, weight in weights.items()}
+        dense.load_state_dict(weights, assign=True)
+        if job.plan.native_config is not None:
+            model = remove_native(dense, job.plan.groups, kept, job.plan.native_config)
+        else:
+            model = remove(dense, job.plan.groups, kept)
+        if not job.steps:
+            cast_model(model, stored_dtype(job.plan.component))  # what is measured and written is one
+            cast_model(model, torch.float32)
+        return nn.Module.to(model, job.device)
+
+
+def take_losses(flow: Flow, outcome: Outcome, narrow: nn.Module) -> None:
+    """The loss after removal, and what removal changed."""
+    outcome.losses["removed"] = flow.job.loss(flow.held_out, narrow)
+    gap = outcome.losses.pop("judged", None)
+    if gap is not None:  # of two networks that should be one, on the same few draws
+        outcome.losses["masked"] = outcome.losses["removed"] + gap - flow.quick_loss(narrow)
+
+
+def stored(narrow: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in the type in which it is stored.
+
+    Raises:
+        GfpruneError: a weight is not finite; names it.
+    """
+    cast_model(narrow, dtype)
+    for name, tensor in narrow.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise GfpruneError(f"tensor {name} is not finite after pruning: {RECOVERY_REMEDIES.not_finite}")
+    return narrow

@@ -1,0 +1,193 @@
+"""What runs a network where it will serve: a row for each runtime."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gfprune_cli.deploy import onnx, openvino
+from gfprune_cli.deploy.network import Denoiser, trace
+from gfprune_cli.deploy.parity import Runner
+from gfprune_cli.deploy.signature import Signature, signature_of
+from gfprune_cli.errors import UsageError
+from gfprune_cli.families.family import Sizes
+from gfprune_cli.runtime.device import HALF, Precision
+from gfprune_cli.timing import graphs
+from gfprune_cli.timing.kinds import ATTENTION, Kind
+from gfprune_cli.timing.stopwatch import Call
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and on what networks are timed.
+
+    Args:
+        runtime: a name in `RUNTIMES`.
+        batch: samples of one evaluation.
+        sizes: of a sample; the network's own where they are not said.
+    """
+
+    runtime: str
+    device: torch.device
+    precision: Precision
+    batch: int
+    sizes: Sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return HALF.get(self.precision, torch.float32)
+
+    def signature(self, network: nn.Module) -> Signature:
+        return signature_of(network, None, self.sizes)
+
+    def tensors(self, network: nn.Module) -> dict[str, torch.Tensor]:
+        """One batch of what a network takes, by the names of its signature; noise in the place of zeros."""
+        signature = self.signature(network)
+        found = {}
+        for name, tensor in signature.inputs.items():
+            if name not in signature.shared:
+                tensor = tensor.expand(self.batch, *tensor.shape[1:]).contiguous()
+            found[name] = torch.randn_like(tensor) if name == signature.sample else tensor
+        return found
+
+    def inputs(self, network: nn.Module) -> dict[str, Any]:
+        """Keyword arguments of one evaluation."""
+        signature = self.signature(network)
+        return signature.keywords(signature.cast(self.tensors(network), self.dtype))
+
+    def layer(self, kind: Kind, out: int, into: int) -> Call:
+        """One layer of random weights at these widths."""
+        return RUNTIMES[self.runtime].layer(self, kind, out, into)
+
+    def network(self, network: nn.Module) -> Call:
+        """One evaluation of a network."""
+        return RUNTIMES[self.runtime].network(self, network)
+
+    def end(self) -> None:
+        """Give back what the runtime keeps of networks."""
+        RUNTIMES[self.runtime].end()
+
+
+def nothing() -> None:
+    """What runtimes give back that keep nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One runtime.
+
+    Args:
+        layer: (bench, kind, outputs, inputs) -> a call of one such layer.
+        network: (bench, network) -> a call of the whole.
+        packages: that it needs beside gfprune.
+        cpu_only: it is timed on the CPU in float32.
+        end: gives back what it keeps.
+    """
+
+    layer: Callable[[Bench, Kind, int, int], Call]
+    network: Callable[[Bench, nn.Module], Call]
+    packages: tuple[str, ...] = ()
+    cpu_only: bool = False
+    end: Callable[[], object] = nothing
+
+    def require(self, bench: Bench) -> None:
+        """Refuse what cannot be timed here.
+
+        Raises:
+            UsageError: with what to do.
+        """
+        missing = [package for package in self.packages if find_spec(package) is None]
+        if missing:
+            raise UsageError(
+                f"--runtime {bench.runtime} needs {', '.join(missing)}: "
+                f"install it with pip install 'gfprune[{bench.runtime}]'"
+            )
+        if self.cpu_only and (bench.device.type != "cpu" or bench.precision != "fp32"):
+            raise UsageError(
+                f"--runtime {bench.runtime} is timed on the CPU in fp32: add --device cpu --precision fp32, "
+                "or time it where it serves with gfprune analyze --times-out"
+            )
+
+
+def eager_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    random = partial(torch.randn, device=bench.device, dtype=bench.dtype)
+    shape = kind.weight_shape(out, into)
+    given = random(kind.shape[0], out if kind.operator == "depthwise" else into, *kind.shape[1:])
+    if kind.operator == ATTENTION:
+        batch, queries = kind.shape
+        heads = kind.heads(out)
+        query = random(batch, heads, queries, out // heads)
+        key, value = (random(batch, heads, kind.keys, out // heads) for _ in range(2))
+        return partial(F.scaled_dot_product_attention, query, key, value)
+    weight, bias = random(*shape), random(out)
+    if kind.operator == "linear":
+        return partial(F.linear, random(*kind.shape, into), weight, bias)
+    if bench.device.type == "cuda" and len(kind.kernel) == 2:
+        given, weight = (x.contiguous(memory_format=torch.channels_last) for x in (given, weight))
+    groups = out if kind.operator == "depthwise" else kind.groups
+    convolve = CONVOLVE[len(kind.kernel)]
+    return partial(convolve, given, weight, bias, kind.stride, kind.padding, kind.dilation, groups)
+
+
+def placed(bench: Bench, network: nn.Module) -> Any:
+    """The network as it would be deployed: on the device, in its type, NHWC where convolutions want it."""
+    found: Any = nn.Module.to(network.eval().requires_grad_(False), bench.device, bench.dtype)
+    return found.to(memory_format=torch.channels_last) if bench.device.type == "cuda" else found
+
+
+def eager_network(bench: Bench, network: nn.Module) -> Call:
+    found = placed(bench, network)
+    return partial(found, **bench.inputs(found), return_dict=False)
+
+
+def compiled_network(bench: Bench, network: nn.Module) -> Call:
+    """One graph per shape, as on a server."""
+    found = placed(bench, network)
+    return partial(torch.compile(found, dynamic=False), **bench.inputs(found), return_dict=False)
+
+
+def in_folder(bench: Bench, network: nn.Module, load: Callable[[Path], Runner]) -> Call:
+    """Export to ONNX and load the file; it is gone afterwards."""
+    denoiser = Denoiser(copy.deepcopy(network), torch.float32, bench.signature(network))
+    program = trace(denoiser, frozenset()).program
+    with tempfile.TemporaryDirectory(prefix="gfprune-") as folder:
+        onnx.write_onnx(Path(folder), program, list(denoiser.signature.inputs), onnx.DEFAULT_OPSET)
+        run = load(Path(folder) / onnx.FILE)
+    return partial(run, bench.tensors(network))
+
+
+def onnx_network(bench: Bench, network: nn.Module) -> Call:
+    return in_folder(bench, network, partial(onnx.run_onnx, threads=torch.get_num_threads()))
+
+
+def openvino_network(bench: Bench, network: nn.Module) -> Call:
+    return in_folder(bench, network, partial(openvino.run_openvino, threads=torch.get_num_threads()))
+
+
+def onnx_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    return graphs.in_onnx_runtime(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
+
+
+def openvino_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    return graphs.in_openvino(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "eager": Runtime(layer=eager_layer, network=eager_network),
+    # the products of a compiled network are those of an eager one; what it fuses lies between them
+    "compile": Runtime(layer=eager_layer, network=compiled_network, end=torch.compiler.reset),
+    "onnx": Runtime(layer=onnx_layer, network=onnx_network, packages=onnx.PACKAGES, cpu_only=True),
+    "openvino": Runtime(
+        layer=openvino_layer, network=openvino_network, packages=openvino.FORMAT.packages, cpu_only=True
+    ),
+}
