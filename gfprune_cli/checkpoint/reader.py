@@ -167,6 +167,22 @@ def _unsaved(model: "nn.Module", stored: dict[str, str]) -> "list[torch.Tensor]"
     return [buffer for name, buffer in model.named_buffers() if name not in stored]
 
 
+def _has_tables(model: "nn.Module") -> bool:
+    """Whether modules keep tensors that are neither parameters nor buffers, such as rotary angles."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    plain = [vars(module) for module in model.modules()]
+    registered = ("_parameters", "_buffers", "_modules")
+    return any(
+        isinstance(leaf, torch.Tensor)
+        for attributes in plain
+        for name, value in attributes.items()
+        if name not in registered
+        for leaf in tree_leaves(value)
+    )
+
+
 def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
     """Load the denoiser's weights, one tensor at a time.
 
@@ -188,7 +204,7 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     model = build_meta(component)
     check_weights(component, model)
     stored = stored_names(model, component.tensors, component.weights)
-    if _unsaved(model, stored):
+    if _unsaved(model, stored) or _has_tables(model):
         model = _build(component, empty_weights(dtype))
     model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
     return model.eval()

@@ -36,9 +36,11 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
+from gfprune_cli.inputs.pictures import EDGE, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import prompts_fingerprint
-from gfprune_cli.inputs.recording import PipelineOptions, Recording, with_rows
+from gfprune_cli.inputs.recording import Recording, with_rows
 from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.outputs.digests import fingerprint
@@ -208,7 +210,15 @@ class Work:
             asked = asked_of(
                 component, self.config, request.options, request.count, request.seed, shuffled=data
             )
-            recording = recorded(self.model, component, self.scheduler, asked, request.options, self.progress)
+            recording = recorded(
+                self.model,
+                component,
+                self.scheduler,
+                asked,
+                request.options,
+                self.progress,
+                self.beside_prompts() if data else None,
+            )
         for remark in recording.remarks:
             notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
@@ -224,6 +234,12 @@ class Work:
         conditions = with_rows(recording, asked.rows)
         images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
         return Images(images, conditions, named, process)
+
+    def beside_prompts(self) -> torch.Tensor | None:
+        """uint8 images of `--data` for pipelines that take some; they bring them to their own size."""
+        if not takes_pictures(pipeline_class(self.component)):
+            return None
+        return self.loaded(self.request.options.pixels() or (EDGE, EDGE), 3)
 
     def of_autoencoder(self) -> Images:
         """Pictures for an autoencoder to give back."""

@@ -15,7 +15,7 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.finite import cause
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.inputs.recording import PipelineOptions
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress
 
 SAMPLE_BATCH = 32

@@ -11,7 +11,7 @@ from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline import load_component, quiet
-from gfprune_cli.inputs.recording import PipelineOptions, call_arguments
+from gfprune_cli.inputs.pipeline_run import PipelineOptions, call_arguments
 from gfprune_cli.progress import Event, Progress
 
 DECODERS = ("vae", "vqvae")

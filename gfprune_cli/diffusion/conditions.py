@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-NESTED = "."  # between the names of a keyword whose value is a dictionary, and of its entries
+NESTED = "."  # between the name of a keyword whose value is a dictionary or a list, and of its entries
+BEFORE, AFTER = "before the sample", "after the sample"  # conditions that are joined to the noisy sample
+LEVELS = "share of the noise level"  # of each token, where tokens have noise levels of their own
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Conditions:
         time_factor, time_offset: the network is told factor * timestep + offset.
         sign: of the output: -1 for networks whose pipeline turns it round.
         rows: [K] which row of `tensors` belongs to which sample; None: row i to sample i.
+        axis: of the network's input along which tensors `BEFORE` and `AFTER` are joined to the noisy sample:
+            channels (masks, images) or tokens (references).
+        lists: arguments that are lists with one tensor for each sample, and `shared` ones with one entry.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -43,6 +48,8 @@ class Conditions:
     time_offset: float = 0.0
     sign: float = 1.0
     rows: tuple[int, ...] | None = None
+    axis: int = 1
+    lists: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -86,33 +93,63 @@ def call_with(
     """
     if not isinstance(condition, Conditions):
         arguments = (x, timesteps) if condition is None else (x, timesteps, condition)
-        plain: torch.Tensor = function(arguments, {"return_dict": False})[0]
-        return plain
-    output: torch.Tensor = function((), keywords(x, timesteps, condition))[0]
+        return first_tensor(function(arguments, {"return_dict": False}))
+    output = own_part(first_tensor(function((), keywords(x, timesteps, condition))), x, condition)
     if condition.sign != 1:
         output = condition.sign * output
     return output if condition.branches == 1 else output.unflatten(0, (len(x), condition.branches))
 
 
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a network predicts, of whatever it returns: [N, ...], also where it returns a list of N."""
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    return torch.stack(tuple(first)) if isinstance(first, list | tuple) else first
+
+
+def own_part(output: torch.Tensor, x: torch.Tensor, condition: Conditions) -> torch.Tensor:
+    """The outputs for the noisy sample, without those for tokens that were joined to it."""
+    axis, given = condition.axis, {BEFORE, AFTER} & condition.tensors.keys()
+    parts = {name: condition.tensors[name].shape[axis + 1] for name in given}
+    if not given or output.shape[axis] != x.shape[axis] + sum(parts.values()):
+        return output
+    return output.narrow(axis, parts.get(BEFORE, 0), x.shape[axis])
+
+
 def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) -> dict[str, Any]:
     """Keyword arguments of the network for [N * branches] samples, the branches of a sample side by side."""
     here, branches = condition.to(x.device), condition.branches
-    made: dict[str, Any] = {"return_dict": False, condition.sample: x.repeat_interleave(branches, 0)}
-    if condition.timestep is not None:
-        if (condition.time_factor, condition.time_offset) != (1, 0):
-            timesteps = timesteps * condition.time_factor + condition.time_offset
-        made[condition.timestep] = timesteps.repeat_interleave(branches, 0)
-    flat: dict[str, Any] = dict(here.shared)
+    flat: dict[str, Any] = {
+        name: list(value) * len(x) if name in here.lists else value for name, value in here.shared.items()
+    }
     for name, tensor in here.tensors.items():
         rows = tensor.flatten(0, 1)
         flat[name] = rows.to(x.dtype) if rows.is_floating_point() else rows
-    for name, value in flat.items():
+    joined = [flat.pop(BEFORE, None), x.repeat_interleave(branches, 0), flat.pop(AFTER, None)]
+    own = {condition.sample: torch.cat([part for part in joined if part is not None], condition.axis)}
+    shares = flat.pop(LEVELS, None)
+    if condition.timestep is not None:
+        if (condition.time_factor, condition.time_offset) != (1, 0):
+            timesteps = timesteps * condition.time_factor + condition.time_offset
+        times = timesteps.repeat_interleave(branches, 0)
+        if shares is not None:
+            times = times.view(-1, *[1] * (shares.ndim - 1)) * shares
+        own[condition.timestep] = times
+    made: dict[str, Any] = {"return_dict": False}
+    for name, value in {**own, **flat}.items():
         outer, _, inner = name.partition(NESTED)
+        entry = list(value.unbind(0)) if name in here.lists and isinstance(value, torch.Tensor) else value
         if inner:
-            made.setdefault(outer, {})[inner] = value
+            made.setdefault(outer, {})[inner] = entry
         else:
-            made[outer] = value
-    return made
+            made[outer] = entry
+    return {name: as_list(value) for name, value in made.items()}
+
+
+def as_list(value: Any) -> Any:
+    """Dictionaries whose keys are positions were lists."""
+    if isinstance(value, dict) and value and all(isinstance(key, str) and key.isdigit() for key in value):
+        return [value[key] for key in sorted(value, key=int)]
+    return value
 
 
 def inputs_of(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> dict[str, Any]:

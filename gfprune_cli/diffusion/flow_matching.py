@@ -14,10 +14,12 @@ class FlowMatching:
     Args:
         sigmas: [T] noise levels s, ascending, the last one 1.
         scale: the network is told scale * s.
+        inverted: the network is told scale * (1 - s), and outputs x_0 - noise.
     """
 
     sigmas: torch.Tensor
     scale: float
+    inverted: bool = False
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -28,7 +30,12 @@ class FlowMatching:
         return len(self.sigmas)
 
     def timesteps(self, index: torch.Tensor) -> torch.Tensor:
-        return self.sigmas.to(index.device)[index] * self.scale
+        sigma = self.sigmas.to(index.device)[index]
+        return (1 - sigma if self.inverted else sigma) * self.scale
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.inverted else 1
 
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         sigma = per_sample(self.sigmas, index, images)
@@ -37,7 +44,7 @@ class FlowMatching:
     def losses(
         self, output: torch.Tensor, images: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor:
-        return mean_square(mean_part(output, images) - (noise - images))
+        return mean_square(mean_part(output, images) - self.sign * (noise - images))
 
     def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return mean_square(output - reference)
@@ -59,7 +66,7 @@ class FlowMatching:
             index = torch.full((len(x),), now, device=x.device)
             following = float(self.sigmas[grid[position + 1]]) if position + 1 < len(grid) else 0.0
             step = following - float(self.sigmas[now])
-            x = x + step * mean_part(denoise(x, self.timesteps(index)), x)
+            x = x + self.sign * step * mean_part(denoise(x, self.timesteps(index)), x)
         return x
 
 

@@ -24,6 +24,14 @@ __all__ = [
 ]  # fmt: skip
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LEVELS = 1000  # of schedules that have none of their own
+
+
+def noise_level(scheduler: Any, timestep: float) -> float:
+    """What the noising process calls a timestep of its scheduler: the same, but for schedules of angles."""
+    if type(scheduler).__name__ != "SCMScheduler":
+        return timestep
+    return math.sin(timestep) / (math.sin(timestep) + math.cos(timestep))
 
 
 def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
@@ -44,6 +52,8 @@ def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
         return VarianceExploding(config.sigma_min * ratio**levels)
     if is_flow(scheduler):
         return flow_matching(config, mu)
+    if (own := of_its_own(scheduler)) is not None:
+        return own
     prediction = config.get("prediction_type", "epsilon")
     if hasattr(scheduler, "precondition_noise") and prediction in ("epsilon", "v_prediction"):
         return preconditioned(scheduler, prediction)
@@ -60,6 +70,19 @@ def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
     return VariancePreserving(signal, prediction, limits_of(scheduler), times)
 
 
+def of_its_own(scheduler: Any) -> NoisingProcess | None:
+    """Schedules of single families, in terms of the common ones; None for all others."""
+    name, levels = type(scheduler).__name__, torch.arange(1, LEVELS + 1) / LEVELS
+    if name == "SCMScheduler":  # a flow that is told its noise level (arXiv 2503.09641, section 3.1)
+        return FlowMatching(levels, 1.0)
+    if name == "CMStochasticIterativeScheduler":
+        return consistency(scheduler)
+    if hasattr(scheduler, "_alpha_cumprod"):  # continuous time, as of Wuerstchen (arXiv 2306.00637)
+        signal = scheduler._alpha_cumprod(levels, "cpu").float()
+        return VariancePreserving(signal, "epsilon", Limits(), levels)
+    return None
+
+
 def limits_of(scheduler: Any) -> Limits:
     """How diffusers limits predicted images, for the schedulers that do it in `step`."""
     config = scheduler.config
@@ -73,9 +96,7 @@ def limits_of(scheduler: Any) -> Limits:
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler follows straight lines; the multistep solvers do if they are told so."""
     name = type(scheduler).__name__
-    return (name.startswith("FlowMatch") and not scheduler.config.get("invert_sigmas")) or bool(
-        scheduler.config.get("use_flow_sigmas")
-    )
+    return name.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def flow_matching(config: Any, mu: float | None) -> FlowMatching:
@@ -88,8 +109,20 @@ def flow_matching(config: Any, mu: float | None) -> FlowMatching:
         mu = float(config.get("base_shift") or 0.5) if mu is None else mu
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     total = config.num_train_timesteps
-    sigmas = torch.arange(1, total + 1, dtype=torch.float64) / total
-    return FlowMatching(shifted(sigmas, shift).float(), float(total))
+    levels = total if total > 1 else LEVELS
+    sigmas = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+    return FlowMatching(shifted(sigmas, shift).float(), float(total), bool(config.get("invert_sigmas")))
+
+
+def consistency(scheduler: Any) -> VariancePreserving:
+    """Consistency models (arXiv 2303.01469): the preconditioning of EDM, up to the smallest sigma."""
+    data = scheduler.config.sigma_data
+    sigmas = torch.as_tensor(scheduler.sigmas).double()
+    sigmas = sigmas[sigmas > 0].unique()
+    times = torch.as_tensor(scheduler.sigma_to_t(sigmas.numpy())).float()
+    return VariancePreserving(
+        (1 / (1 + (sigmas / data).square())).float(), "negative_v", Limits(), times, 1 / data
+    )
 
 
 def preconditioned(scheduler: Any, prediction: str) -> VariancePreserving:

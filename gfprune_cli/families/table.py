@@ -38,6 +38,11 @@ def has_known_inputs(model: nn.Module) -> bool:
     return family_of(model) is not None
 
 
+def is_known_class(name: str) -> bool:
+    """Whether the inputs of a class of diffusers follow from its configuration."""
+    return any(name in family.classes for family in FAMILIES)
+
+
 def carriers() -> set[str]:
     """Classes of residual blocks whose streams are known."""
     return {name for family in FAMILIES for name in (*family.blocks, *family.pairs)}

@@ -5,6 +5,8 @@ from typing import Any
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import Family, Inputs, Request, Sizes
 
+HINT = 4  # channels that an image becomes beside the latents
+
 
 def unet(request: Request) -> Inputs:
     model, config = request.model, request.config
@@ -12,7 +14,9 @@ def unet(request: Request) -> Inputs:
     height, width = request.area(*((size, size) if isinstance(size, int) else size))
     if not hasattr(config, "cross_attention_dim") and request.sizes == Sizes():
         check_halvings(config, height, width)
-    inputs = {"sample": request.zeros(1, config.in_channels, height, width), "timestep": request.time()}
+    hint = HINT if getattr(config, "addition_embed_type", None) == "image_hint" else 0  # the class joins it
+    channels = config.in_channels - hint
+    inputs = {"sample": request.zeros(1, channels, height, width), "timestep": request.time()}
     if config.time_embedding_type == "learned":
         inputs["timestep"] = inputs["timestep"].long()
     if getattr(config, "num_class_embeds", None) is not None and config.class_embed_type is None:
@@ -21,8 +25,10 @@ def unet(request: Request) -> Inputs:
         inputs["class_labels"] = request.time()
     elif config.class_embed_type == "identity":
         inputs["class_labels"] = request.zeros(1, model.time_embedding.linear_2.out_features)
+    elif config.class_embed_type in ("projection", "simple_projection"):
+        inputs["class_labels"] = request.zeros(1, config.projection_class_embeddings_input_dim)
     if hasattr(config, "cross_attention_dim"):
-        inputs |= conditioning_inputs(request)
+        inputs |= conditioning_inputs(request, height, width)
     return inputs
 
 
@@ -40,10 +46,10 @@ def check_halvings(config: Any, height: int, width: int) -> None:
         )
 
 
-def conditioning_inputs(request: Request) -> Inputs:
-    """Text states, and the added conditioning of the SDXL family, as zeros."""
-    config = request.config
-    width = config.cross_attention_dim
+def conditioning_inputs(request: Request, height: int, width_of_images: int) -> Inputs:
+    """Text states, and the added conditioning of the SDXL and Kandinsky families, as zeros."""
+    config, model = request.config, request.model
+    width = config.encoder_hid_dim or config.cross_attention_dim
     inputs: Inputs = {
         "encoder_hidden_states": request.text(77, width if isinstance(width, int) else width[0])
     }
@@ -51,6 +57,14 @@ def conditioning_inputs(request: Request) -> Inputs:
         time_width = config.addition_time_embed_dim * 6
         text = request.zeros(1, config.projection_class_embeddings_input_dim - time_width)
         inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": request.zeros(1, 6)}
+    elif config.addition_embed_type in ("image", "text_image", "image_hint"):
+        embedding = model.add_embedding
+        added = {"image_embeds": request.zeros(1, embedding.image_proj.in_features)}
+        if config.addition_embed_type == "text_image":
+            added["text_embeds"] = request.zeros(1, embedding.text_proj.in_features)
+        if config.addition_embed_type == "image_hint":
+            added["hint"] = request.zeros(1, 3, 8 * height, 8 * width_of_images)
+        inputs["added_cond_kwargs"] = added
     return inputs
 
 

@@ -36,6 +36,7 @@ from gfprune_cli.flow.layers import (
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.structure.blocks import streams_of
 from gfprune_cli.structure.groups import ChannelGroup, Member
+from gfprune_cli.structure.trace import first_given
 
 RIDGE = 1e-2  # of the mean second moment, as in the refit
 ROWS_PER_INPUT = 4
@@ -106,7 +107,9 @@ class Curves:
                 if name in blocks:
                     hook: Any = module.register_forward_hook(self.block_hook(name), with_kwargs=True)
                 elif name in readers and is_fittable(module):
-                    hook = module.register_forward_hook(self.reader_hook(name, readers[name]))
+                    hook = module.register_forward_hook(
+                        self.reader_hook(name, readers[name]), with_kwargs=True
+                    )
                 else:
                     continue
                 stack.callback(hook.remove)
@@ -127,13 +130,13 @@ class Curves:
         return total
 
     def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
-        def hook(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        def hook(layer: Any, inputs: Any, named: Any, output: torch.Tensor) -> None:
             if output.requires_grad and name not in self.outputs:
                 self.outputs[name], self.axes[name] = output, 1 if isinstance(layer, CONVOLUTIONS) else -1
             if name not in self.seen:
                 self.seen.add(name)
                 with torch.no_grad():
-                    self.read(name, layer, inputs[0].detach(), read)
+                    self.read(name, layer, first_given(inputs, named).detach(), read)
 
         return hook
 

@@ -28,6 +28,7 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.layers import fan_in, input_rows, is_fittable, output_shape, places, rows_drawn, rows_of
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.residuals import Carrier, as_rows
+from gfprune_cli.structure.trace import first_given
 
 RIDGE = 1e-2  # of the mean square of an input, towards the weights that are there
 OFFSET_RIDGE = 1e-6  # of a bias: nothing holds it where it is
@@ -198,8 +199,13 @@ class Refit:
 
 def hook(name: str, module: nn.Module, visit: Any, *, after: bool) -> Any:
     if after:
-        return module.register_forward_hook(lambda layer, given, output: visit(name, layer, given[0], output))
-    return module.register_forward_pre_hook(lambda layer, given: visit(name, layer, given[0]))
+        return module.register_forward_hook(
+            lambda layer, given, named, output: visit(name, layer, first_given(given, named), output),
+            with_kwargs=True,
+        )
+    return module.register_forward_pre_hook(
+        lambda layer, given, named: visit(name, layer, first_given(given, named)), with_kwargs=True
+    )
 
 
 def softness(mask: torch.Tensor | None, inputs: int) -> torch.Tensor | None:

@@ -17,20 +17,24 @@ from gfprune_cli.checkpoint.files import sha256_of_files
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.pictures import Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import read_prompts
-from gfprune_cli.inputs.recording import PipelineOptions, Recording, record
+from gfprune_cli.inputs.recording import Recording, record
 from gfprune_cli.inputs.rows import flattened
 from gfprune_cli.outputs.cache import Tensors, cached
 from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Progress, notice
 
 FIELDS = (
-    "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows",
+    "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows", "axis",
+    "lists",
 )  # fmt: skip
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
 
 
+PICTURES = 16  # that a pipeline without prompts is given, at most
 POOL = 1024  # prompts that images without captions are paired with, at most
 
 
@@ -74,7 +78,8 @@ def asked_of(
     if options.prompts is not None:
         raise UsageError(f"--prompts: {pipeline_class(component).__name__} takes no text; drop the flag")
     if "class_labels" not in parameters:
-        return Asked([None], [0] * count)
+        pictures = min(count, PICTURES) if takes_pictures(pipeline_class(component)) else 1
+        return Asked([None] * pictures, [number % pictures for number in range(count)])
     classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
     if classes is None:
         raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
@@ -90,14 +95,21 @@ def recorded(
     asked: Asked,
     options: PipelineOptions,
     progress: Progress,
+    data: torch.Tensor | None = None,
 ) -> Recording:
-    """What the pipeline passes to `model`: from the cache, or from the pipeline, which is then let go."""
+    """What the pipeline passes to `model`: from the cache, or from the pipeline, which is then let go.
+
+    Args:
+        data: uint8 [N, 3, H, W] images for pipelines that take some; None to draw them.
+    """
     device = next(model.parameters()).device
     key = recording_key(model, component, scheduler, asked, options)
+    if data is not None:
+        key["pictures"] = fingerprint(data)
 
     def make() -> tuple[Tensors, Any]:
         pipeline = open_pipeline(component, model, scheduler)
-        made = record(pipeline, model, asked.distinct, options, progress)
+        made = record(pipeline, model, asked.distinct, options, progress, Pictures(data))
         del pipeline
         gc.collect()
         if device.type == "cuda":
@@ -123,7 +135,7 @@ def recording_key(
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
     ]
     key = {
-        "recording": 1,
+        "recording": 2,
         "pipeline": sorted((component.pipeline or {}).items()),
         "files": sha256_of_files(decided, root),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
@@ -201,6 +213,7 @@ def as_recording(tensors: Tensors, document: Mapping[str, Any]) -> Recording:
     """What `as_tensors` was given."""
     fields = dict(document["conditions"])
     rows = fields.pop("rows")
+    fields["lists"] = tuple(fields["lists"])
     own = {name.removeprefix("own/"): t for name, t in tensors.items() if name.startswith("own/")}
     shared = {name: unpacked(value, tensors) for name, value in document["shared"].items()}
     conditions = Conditions(own, shared, **fields, rows=None if rows is None else tuple(rows))

@@ -42,9 +42,14 @@ def fit_guidance(
     target = combined[: len(combined) // branches if combined.numel() > parts[0].numel() else None]
     target = target.double().cpu().flatten()
     scale, order = (1.0, (0,)) if branches == 1 else (nominal or 1.0, (0, 1))
+    if target.numel() != parts[0].numel() and branches > 2:
+        return Guidance(1.0, (branches - 1,), 1.0, one_of(name, branches))
     if target.numel() != parts[0].numel():
         return Guidance(scale, order, 1.0, own_way(name, scale))
     found = torch.linalg.lstsq(parts.T, target[:, None]).solution.flatten()
+    if branches > 2:
+        main = int(found.abs().argmax())
+        return Guidance(1.0, (main,), 1.0 if found[main] >= 0 else -1.0, one_of(name, branches))
     total = float(found.sum())
     residual = float((parts.T @ found - target).norm() / target.norm().clamp_min(1e-12))
     if residual > TOLERANCE or abs(abs(total) - 1) > TOLERANCE:
@@ -82,6 +87,16 @@ def own_way(name: str, scale: float) -> tuple[str, ...]:
         f"{name} combines the outputs of its network in a way of its own: the loss counts plain guidance"
         f" of scale {scale:g}",
     )
+
+
+def one_of(name: str, branches: int) -> tuple[str, ...]:
+    return (f"{name} guides with {branches} branches: the loss counts the one with all conditions",)
+
+
+def one_branch(guidance: Guidance) -> Guidance:
+    """The conditional branch alone, where the other one's text is of another length."""
+    remark = "the texts of the two branches of guidance differ in length: the loss counts the conditional one"
+    return Guidance(1.0, guidance.order[-1:], guidance.sign, (*guidance.remarks, remark))
 
 
 def fit_time(pairs: list[tuple[float, float]], total: int) -> tuple[float, float]:

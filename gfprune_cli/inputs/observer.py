@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.diffusion.draws import generator
 
 
@@ -34,43 +36,49 @@ class Observer:
     first: int = 0  # calls before the first step
     mu: float | None = None
     image: tuple[int, int, int] = (0, 0, 0)
-    shape: torch.Size | None = None  # of one output
+    answers: dict[bool, Any] = field(
+        default_factory=dict
+    )  # of the network, by whether it was asked for a tuple
 
     def forget(self, limit: int | None) -> None:
-        self.limit, self.calls, self.outputs, self.steps = limit, [], [], []
+        self.limit, self.calls, self.outputs, self.steps, self.first = limit, [], [], [], 0
 
     def network_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note the arguments; answer with noise in the shape of the network's output."""
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        bound |= bound.pop("kwargs", {})
-        plain = not bound.pop("return_dict", True)
-        self.calls.append(bound)
+        """Note the arguments; answer with noise in the form of what the network answered the first time."""
+        bound = arguments_of(original, args, kwargs)
+        plain = not bound.get("return_dict", True)
+        self.calls.append({name: value for name, value in bound.items() if name != "return_dict"})
         if self.limit is not None and len(self.calls) >= self.limit:
             raise Enough
-        sample = next(iter(bound.values()))
-        if self.shape is None:
+        if plain not in self.answers:
             dtype = next(self.network.parameters()).dtype
             cast = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, bound
             )
-            self.shape = original(**cast, return_dict=False)[0].shape[1:]
-        source = generator(0, "stand-in", len(self.calls))
-        noise = torch.randn((len(sample), *self.shape), generator=source).to(sample)
-        self.outputs.append(noise)
-        return (noise,) if plain else _output(noise)
+            self.answers[plain] = original(**cast)
+        answer = noise_like(self.answers[plain], f"stand-in/{len(self.calls)}", self.calls[-1])
+        self.outputs.append(first_tensor(answer))
+        return answer
+
+    def other_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Noise in place of what a network without weights would answer."""
+        bound = arguments_of(original, args, kwargs)
+        empty = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), bound)
+        return noise_like(original(**empty), "another network", bound)
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Note what the scheduler is given; end the run once two noise levels were seen."""
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        self.first = self.first or len(self.calls)
-        self.steps.append({**bound, "calls": len(self.calls)})
-        if len({float(step["timestep"]) for step in self.steps}) > 1:
-            raise Enough
+        if len(self.calls) > (self.steps[-1]["calls"] if self.steps else 0):  # else it is another network's
+            self.first = self.first or len(self.calls)
+            self.steps.append({**bound, "calls": len(self.calls)})
+            if len({float(step["timestep"]) for step in self.steps}) > 1:
+                raise Enough
         try:
             return original(*args, **kwargs)
         except ImportError:  # a stochastic solver whose library is missing: its samples are not wanted
             self.scheduler._step_index = (self.scheduler.step_index or 0) + 1
-            return _output(bound["sample"], "prev_sample")
+            return _output(bound["sample"])
 
     def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mu = kwargs.get("mu")
@@ -91,8 +99,12 @@ class Observer:
             (self.scheduler, "step", self.step),
             (self.scheduler, "set_timesteps", self.set_timesteps),
             (pipeline, "prepare_latents", self.prepare_latents),
+            *((other, "forward", self.other_call) for other in without_weights(pipeline)),
         ]
         places = [place for place in places if hasattr(place[0], place[1])]
+        processors = [
+            (module, module.processor) for module in self.network.modules() if hasattr(module, "processor")
+        ]
         for owner, name, watch in places:
             original = getattr(owner, name)
             # pipelines look at the signatures of what they call
@@ -102,11 +114,34 @@ class Observer:
         finally:
             for owner, name, _ in places:
                 vars(owner).pop(name, None)
+            for module, processor in processors:  # a pipeline that is stopped does not put its own away
+                module.processor = processor
 
 
-def _output(tensor: torch.Tensor, name: str = "sample") -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+def arguments_of(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a function is called with, by name."""
+    bound = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    return bound | bound.pop("kwargs", {})
+
+
+def without_weights(pipeline: Any) -> list[nn.Module]:
+    """Networks of a pipeline that were made from their configuration alone, without decoders."""
+    parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
+    return [
+        part for part in parts if any(p.is_meta for p in part.parameters()) and not hasattr(part, "decode")
+    ]
+
+
+def noise_like(answer: Any, purpose: str, call: dict[str, Any]) -> Any:
+    """Standard normal noise in the form of a network's answer, on the device and in the type of its input."""
+    like = next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor))
+    source = generator(0, purpose)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda tensor: torch.randn(tensor.shape, generator=source).to(like), answer
+    )
+
+
+def _output(tensor: torch.Tensor) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-    made = SchedulerOutput if name == "prev_sample" else Transformer2DModelOutput
-    return made(**{name: tensor})
+    return SchedulerOutput(prev_sample=tensor)

@@ -1,7 +1,7 @@
 """A checkpoint's pipeline around the network in memory, for the sake of its conditioning.
 
 Only classes of diffusers and transformers are made, from local safetensors and JSON files; no remote code.
-Autoencoders come without weights where nothing is decoded: pipelines read their configuration alone.
+Autoencoders come without weights where the pipeline takes no images: it reads their configuration alone.
 """
 
 import copy
@@ -23,9 +23,11 @@ from gfprune_cli.checkpoint.reader import load_model
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.component_files import check_folder, check_size
+from gfprune_cli.inputs.pictures import takes_pictures
 from gfprune_cli.outputs.tensor_files import cannot_map
 
 LEFT_OUT = OPTIONAL  # they judge images, or read them
+JUDGES = ("safety_checker",)
 DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
 CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
@@ -62,6 +64,8 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
     found = pipeline_class(component)
     device = next(network.parameters()).device
     accepted = inspect.signature(found.__init__).parameters
+    pictures = takes_pictures(found)
+    left_out = JUDGES if pictures else LEFT_OUT
     made: dict[str, Any] = {
         name: value
         for name, value in component.pipeline.items()
@@ -75,13 +79,16 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
             made[name] = network
         elif name == "scheduler":
             made[name] = copy.deepcopy(scheduler)
-        elif name not in entries or name in LEFT_OUT:
+        elif name not in entries or name in left_out:
             made[name] = None
         else:
-            made[name] = _load(component, name, *entries[name], device, decode=decode)
+            weighted = decode or (pictures and is_decoder(entries[name][1]))
+            made[name] = _load(component, name, *entries[name], device, decode=weighted)
     for name in LEFT_OUT:
         if name in accepted:
             made.setdefault(name, None)
+    if "cosmos" in found.__module__:  # without a judge they ask for a package that fetches one
+        made["safety_checker"] = NoJudge()
     if "requires_safety_checker" in accepted:
         made["requires_safety_checker"] = False
     try:
@@ -94,6 +101,16 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class NoJudge(nn.Module):
+    """In the place of a safety checker: what is recorded is shown to nobody."""
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
 
 
 def pipeline_class(component: Component) -> Any:
@@ -228,6 +245,7 @@ def _component_class(library: str, class_name: str) -> Any:
         *(diffusers.ModelMixin, diffusers.SchedulerMixin, transformers.PreTrainedModel),
         *(transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin),
         *(transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin),
+        diffusers.guiders.BaseGuidance,
     )
 
     if library == "transformers":

@@ -8,10 +8,10 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.scheduler import load_scheduler
-from gfprune_cli.diffusion.conditions import keywords
+from gfprune_cli.diffusion.conditions import Conditions, keywords
 from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.conditioning import asked_of, recorded
-from gfprune_cli.inputs.recording import PipelineOptions
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Progress
 
 
@@ -29,12 +29,17 @@ class Passed:
 
 
 def passed_inputs(
-    model: nn.Module, component: Component, scheduler: Any, progress: Progress
+    model: nn.Module,
+    component: Component,
+    scheduler: Any,
+    progress: Progress,
+    options: PipelineOptions | None = None,
 ) -> Passed | None:
     """What the pipeline around a network passes to it; None if its class is known, or there is no pipeline.
 
     Args:
         model: with its weights.
+        options: what the pipeline is asked for; the prompts are the built-in ones.
 
     Raises:
         GfpruneError: the pipeline cannot be run.
@@ -42,19 +47,31 @@ def passed_inputs(
     if has_known_inputs(model) or component.pipeline is None:
         return None
     config: Any = model.config
-    options = PipelineOptions()
+    options = replace(options or PipelineOptions(), prompts=None)
     asked = asked_of(component, config, options, 1, 0, shuffled=False)
     found = recorded(model, component, scheduler, asked, options, progress)
-    single = {name: tensor[:1, -1:] for name, tensor in found.conditions.tensors.items()}
-    conditions = replace(found.conditions, tensors=single, branches=1, rows=(0,))
+    conditions = conditional(found.conditions)
     inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditions)
     del inputs["return_dict"]
     return Passed(inputs, conditions.time_factor)
 
 
-def pipeline_inputs(network: nn.Module, component: Component, progress: Progress) -> dict[str, Any] | None:
+def conditional(conditions: Conditions) -> Conditions:
+    """Those of the first sample, without its unconditional branch."""
+    branches = conditions.branches
+    single = {name: tensor[:1].chunk(branches, 1)[-1] for name, tensor in conditions.tensors.items()}
+    lists = {
+        name: value[-(len(value) // branches) :] if name in conditions.lists else value
+        for name, value in conditions.shared.items()
+    }
+    return replace(conditions, tensors=single, shared=lists, branches=1, rows=(0,))
+
+
+def pipeline_inputs(
+    network: nn.Module, component: Component, progress: Progress, options: PipelineOptions | None = None
+) -> dict[str, Any] | None:
     """What `discover` needs to run a network: None where its class is known."""
-    passed = passed_inputs(network, component, load_scheduler(component), progress)
+    passed = passed_inputs(network, component, load_scheduler(component), progress, options)
     return None if passed is None else passed.inputs
 
 

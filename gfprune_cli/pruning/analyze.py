@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.families.table import is_known_class
 from gfprune_cli.flow.sensitivity import measured_rises
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import Plan, uniform_scores
@@ -91,9 +94,6 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
             raise UsageError("--times-out has no effect with --times: drop one of the two")
         check_table_file(options.times_out, force=options.force)
     drawing = {name: getattr(recipe, name) for name in ("prompts", "size", "frames", "guidance")}
-    for name, value in drawing.items():
-        if value is not None and not recipe.sensitivity:
-            raise UsageError(f"--{name} is for the images of --sensitivity: give that, or drop the flag")
     source = resolve(
         recipe.model,
         revision=recipe.revision,
@@ -106,8 +106,17 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
     found = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=recipe.sensitivity
     )
+    for name, value in drawing.items():
+        if value is not None and not recipe.sensitivity and is_known_class(stock_name(found.class_name)):
+            raise UsageError(f"--{name} is for the images of --sensitivity: give that, or drop the flag")
     progress(Event("trace", text=f"tracing {found.class_name}"))
-    meta, groups, trace = find_units(found, progress, width=recipe.prune_width, blocks=recipe.blocks)
+    meta, groups, trace = find_units(
+        found,
+        progress,
+        width=recipe.prune_width,
+        blocks=recipe.blocks,
+        options=PipelineOptions.of(recipe),
+    )
     cost = CostModel(meta, groups, trace)
     stored = {info.dtype for info in found.tensors.values()}
     width = PARAMETER_BYTES.get(stored.pop(), 4) if len(stored) == 1 else 4

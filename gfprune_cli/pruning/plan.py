@@ -12,6 +12,7 @@ from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.units import find_units
@@ -119,7 +120,12 @@ def make_plan(
             notice(progress, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
     width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
     meta, groups, trace = find_units(
-        component, progress, width=width, blocks=recipe.blocks, interfaces=recipe.keep_interfaces
+        component,
+        progress,
+        width=width,
+        blocks=recipe.blocks,
+        interfaces=recipe.keep_interfaces,
+        options=PipelineOptions.of(recipe),
     )
     if recipe.layout == "native" and component.is_pruned:
         raise UsageError(
@@ -232,6 +238,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
         blocks=recipe.blocks,
         interfaces=recipe.keep_interfaces,
         folded=network,
+        options=PipelineOptions.of(recipe),
     )
     plan = replace(plan, groups=groups, cost=CostModel(meta, groups, trace, plan.cost))
     if plan.time is not None:

@@ -32,6 +32,8 @@ KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
 )
 NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistics, weights or not
 UNRULED = ("UNet", "UVit2DModel")  # stacks of transformer blocks among other ones
+# what splits channels by heads or tokens that are numbers of its own
+COUNTED = ("AttentionPooling", "ImageProjection", "TextImageProjection")
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
@@ -55,7 +57,9 @@ def discover(
         GfpruneError: the network cannot be traced, or nothing in it can be removed: a module is named.
     """
     if is_transformer(model) and not type(model).__name__.endswith(UNRULED):
-        return discover_transformer(model, inputs, width=width)
+        ruled = discover_transformer(model, inputs, width=width)
+        if ruled[0]:
+            return ruled
     if inputs is None:
         inputs = example_inputs(model)
     with plain_stand_ins(model):
@@ -99,6 +103,8 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     if getattr(model.config, "class_embed_type", None) == "identity":
         names.append("time_embedding.linear_2")
     layers: list[Any] = [module for name, module in model.named_modules() if name in names]
+    counted = (module for module in model.modules() if type(module).__name__ in COUNTED)
+    layers += [layer for module in counted for layer in module.children()]
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
@@ -124,6 +130,8 @@ def read_group(
         if id(layer) not in names:
             continue  # an operation without weights
         kind = removable_kind(layer, width=width)
+        if names[id(layer)].endswith(".norm_cross"):  # attention asks for one of torch's own norms there
+            return names[id(layer)]
         if kind is None and (isinstance(layer, NORMALISERS) or any(True for _ in layer.parameters())):
             return names[id(layer)]
         if kind is None:

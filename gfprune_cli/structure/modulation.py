@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.trace import is_attention
+from gfprune_cli.structure.trace import first_given, is_attention
 
 Hide = Callable[[torch.Tensor], torch.Tensor]
 Run = Callable[[Hide], Any]  # calls a network, hiding what it is not to depend on
@@ -126,7 +126,10 @@ def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> Iterator[
     """Call `visit(name, layer, input, output)` after each of these layers; what it returns is the output."""
     hooks = [
         network.get_submodule(name).register_forward_hook(
-            lambda layer, args, output, name=name: visit(name, layer, args[0], output)
+            lambda layer, args, named, output, name=name: visit(
+                name, layer, first_given(args, named), output
+            ),
+            with_kwargs=True,
         )
         for name in names
     ]

@@ -1,6 +1,6 @@
 """What one forward pass of one sample shows: how often every weight is applied."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,11 @@ class Trace:
 
     positions: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] = field(default_factory=dict)
+
+
+def first_given(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a layer reads, in whichever way it is called."""
+    return args[0] if args else next(iter(named.values()))
 
 
 def is_attention(module: Any) -> bool:

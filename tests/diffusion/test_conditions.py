@@ -17,6 +17,7 @@ from gfprune_cli.diffusion.schedulers import (
     NoisingProcess,
     Reconstruction,
     VariancePreserving,
+    noise_level,
     noising_process,
 )
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -335,7 +336,43 @@ def test_stable_audio_is_told_angles() -> None:
 
 def test_what_an_unknown_scheduler_does_is_not_guessed() -> None:
     with pytest.raises(GfpruneError, match="not supported"):
-        noising_process(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+        noising_process(diffusers.AmusedScheduler(mask_token_id=0))
+
+
+def test_a_flow_with_inverted_levels_ends_where_its_scheduler_ends() -> None:
+    """OmniGen's flow runs from 0 to 1 and predicts images minus noise; the ideal network draws the image."""
+    process = noising_process(
+        diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0, invert_sigmas=True)
+    )
+    image, noise = torch.full((1, 1, 4, 4), 0.5), torch.randn(1, 1, 4, 4)
+    index = torch.tensor([process.steps - 1])
+    assert float(process.timesteps(index)) == 0.0, "pure noise is at 0"
+    assert float(process.losses(image - noise, image, noise, index)) == 0.0
+    drawn = process.sample(lambda x, timesteps: image - noise, noise, 4)
+    torch.testing.assert_close(drawn, image)
+
+
+def test_the_schedule_of_angles_is_a_flow_to_its_network() -> None:
+    """Sana-Sprint: the scheduler counts angles, the network is told a share of noise (arXiv 2503.09641)."""
+    scheduler = diffusers.SCMScheduler()
+    process = noising_process(scheduler)
+    angle = torch.tensor(1.1)
+    share = noise_level(scheduler, float(angle))
+    image, noise = torch.full((1, 1, 4, 4), 0.5), torch.randn(1, 1, 4, 4)
+    index = torch.tensor([round(share * process.steps) - 1])
+    seen = (angle.cos() * image + angle.sin() * noise) / (angle.cos() + angle.sin())
+    torch.testing.assert_close(process.add_noise(image, noise, index), seen, rtol=0, atol=5e-3)
+
+
+def test_consistency_models_predict_what_their_scheduler_takes_for_the_image() -> None:
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    process = noising_process(scheduler)
+    image, noise = torch.full((1, 1, 4, 4), 0.5), torch.randn(1, 1, 4, 4)
+    data = scheduler.config.sigma_data
+    index = torch.tensor([process.steps // 2])
+    sigma = torch.as_tensor(scheduler.sigmas).flip(0)[scheduler.sigmas.flip(0) > 0][index]
+    seen = (data * image + sigma * noise) / (sigma**2 + data**2).sqrt()
+    torch.testing.assert_close(process.add_noise(image, noise, index), seen.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_reconstruction_adds_nothing_and_wants_the_input_back() -> None:

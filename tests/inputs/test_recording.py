@@ -25,7 +25,8 @@ from gfprune_cli.diffusion.schedulers import Reconstruction
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.conditioning import as_recording, as_tensors
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
-from gfprune_cli.inputs.recording import Recording, call_arguments, record
+from gfprune_cli.inputs.pipeline_run import call_arguments
+from gfprune_cli.inputs.recording import Recording, record
 from gfprune_cli.progress import Event, silent
 
 pytestmark = pytest.mark.matrix(3)
@@ -287,22 +288,6 @@ def test_a_pipeline_that_changes_images_is_run_as_the_one_that_draws_them(
     assert found.conditions.tensors.keys() == plain.conditions.tensors.keys()
     for name, tensor in plain.conditions.tensors.items():
         assert torch.equal(found.conditions.tensors[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("class_name", "channels", "lacking"),
-    [
-        ("StableDiffusionInpaintPipeline", 9, "image and mask_image"),
-        ("StableDiffusionInstructPix2PixPipeline", 8, "image"),
-    ],
-)
-def test_a_network_that_needs_images_is_refused_by_what_it_needs(
-    class_name: str, channels: int, lacking: str, folder: Folder, tmp_path: Path
-) -> None:
-    root = as_pipeline(folder("stable-diffusion"), tmp_path / "copy", class_name, in_channels=channels)
-    message = refused(GfpruneError, root, "unet", PipelineOptions())
-    assert f"{class_name} cannot be run with a prompt alone: it takes {lacking}, which" in message
-    assert refused_by_a_dry_run(root) == message
 
 
 def test_a_network_that_does_not_say_its_size_is_asked_for_one(folder: Folder, tmp_path: Path) -> None:

@@ -11,6 +11,11 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -88,3 +93,44 @@ def gemma(width: int) -> tuple[Any, Any]:
         pad_token_id=0,
     )
     return Gemma2Model(config), tokenizer
+
+
+def qwen2_tokenizer() -> Any:
+    """One token per printable character, and the marks of a conversation."""
+    marks = ["<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: index for index, token in enumerate([*CHARACTERS, "Ġ", "Ċ"])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], pad_token="<|endoftext|>", additional_special_tokens=marks
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def qwen3(width: int, tokens: int) -> Any:
+    """A Qwen3 decoder without its head."""
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=tokens,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def qwen25_vl(width: int, tokens: int) -> Any:
+    """A Qwen2.5-VL model that sees nothing: it is given text."""
+    text = dict(
+        vocab_size=tokens,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+    )
+    vision = dict(depth=1, hidden_size=width, intermediate_size=width, num_heads=2, out_hidden_size=width)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

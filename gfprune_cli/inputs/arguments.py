@@ -1,0 +1,132 @@
+"""What the arguments of a network are: its sample, its noise level, what differs from sample to sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gfprune_cli.diffusion.conditions import AFTER, BEFORE, LEVELS
+from gfprune_cli.errors import GfpruneError, Interrupted
+from gfprune_cli.inputs.joined import Joined, as_batch
+from gfprune_cli.inputs.pipeline_run import PipelineRun
+from gfprune_cli.inputs.rows import as_entries, flattened, own_row, shared_values
+
+SAMPLE_NAMES = ("hidden_states", "sample", "x")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the arguments of a network are.
+
+    Args:
+        own: that differ from sample to sample.
+        lists: that are lists with one entry for each sample.
+        nested: that are lists of batches.
+    """
+
+    sample: str
+    timestep: str
+    joined: Joined
+    own: set[str]
+    lists: set[str]
+    nested: set[str] = field(default_factory=set)
+
+    @staticmethod
+    def of(run: PipelineRun, joined: Joined) -> "Names":
+        """Seen by asking for the same thing twice; by first dimensions where a pipeline cannot do that."""
+        call = run.observer.calls[0]
+        sample, timestep = argument_names(run.observer.network, call)
+        left_out, branches = {sample, timestep}, len(call[sample])
+        double, factor = flattened(call, left_out), 1
+        for run.several in (False, True):
+            try:
+                run(0, 0, limit=1)
+                double, factor = flattened(run.observer.calls[0], left_out), 2
+                break
+            except Interrupted:
+                raise
+            except GfpruneError:
+                continue
+        run.several = False
+        own, lists, nested = set(), {sample} if isinstance(call[sample], list | tuple) else set(), set()
+        for name, value in flattened(call, left_out).items():
+            kind = growth(value, double.get(name), branches, factor)
+            if kind == "entries":
+                lists.add(name)
+                if isinstance(value[0], torch.Tensor):
+                    own.add(name)
+            elif kind == "nested":
+                nested.add(name)
+                own |= set(as_entries({name: value}, [name]))
+            elif kind == "rows":
+                own.add(name)
+        return Names(sample, timestep, joined, own, lists, nested)
+
+    def arguments(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Of one call, with the parts of its sample that are no noise."""
+        found = as_entries(flattened(call, {self.sample, self.timestep}), self.nested)
+        found |= self.joined.parts(as_batch(call[self.sample]))
+        times = call[self.timestep]
+        if times.ndim > 1:
+            found[LEVELS] = times / times.max().clamp_min(1e-9)
+        return found
+
+    def row(self, calls: list[dict[str, Any]], order: Sequence[int]) -> dict[str, torch.Tensor]:
+        """[branches, ...] of one prompt, by name."""
+        given = [self.arguments(call) for call in calls]
+        own = self.own | ({BEFORE, AFTER, LEVELS} & given[0].keys())
+        return own_row(given, own, [len(call[self.sample]) for call in calls], order)
+
+    def shared(self, calls: list[dict[str, Any]], branch: int) -> dict[str, Any]:
+        """What every sample gets, in the call that has a branch."""
+        ends = torch.tensor([len(call[self.sample]) for call in calls]).cumsum(0)
+        call = calls[int((ends <= branch).sum())]
+        return shared_values(self.arguments(call), self.own | {BEFORE, AFTER, LEVELS})
+
+
+def growth(value: Any, double: Any, branches: int, factor: int) -> str:
+    """How an argument grows with the batch: "rows" of a tensor, "entries" of a list, "nested" batches, or "".
+
+    Args:
+        double: the same argument for `factor` times as many samples.
+        branches: samples in the network's batch.
+    """
+
+    def grows(one: Any, other: Any) -> bool:
+        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or not one.ndim:
+            return False
+        if factor > 1:
+            return len(other) == factor * len(one)
+        return len(one) == branches or (one.ndim > 2 and len(one) % branches == 0)  # no table of positions
+
+    if isinstance(value, list | tuple):
+        if factor > 1 and isinstance(double, list | tuple) and len(double) == factor * len(value):
+            return "entries" if len(value) else ""
+        matched = isinstance(double, list | tuple) and len(double) == len(value)
+        return "nested" if matched and factor > 1 and any(map(grows, value, double)) else ""
+    if grows(value, double):
+        return "rows"
+    layers = isinstance(value, torch.Tensor) and isinstance(double, torch.Tensor) and value.ndim > 2
+    return (
+        "nested" if layers and factor > 1 and len(double) == len(value) and grows(value[0], double[0]) else ""
+    )
+
+
+def argument_names(network: Any, call: dict[str, Any]) -> tuple[str, str]:
+    """Names of the noisy sample and of the noise level."""
+    sample = next((name for name in SAMPLE_NAMES if is_samples(call.get(name))), next(iter(call)))
+    timestep = next((name for name in TIMESTEP_NAMES if isinstance(call.get(name), torch.Tensor)), None)
+    if not is_samples(call[sample]) or timestep is None:
+        raise GfpruneError(
+            f"{type(network).__name__} takes no batch of samples with their timesteps: gfprune cannot call it"
+        )
+    return sample, timestep
+
+
+def is_samples(value: Any) -> bool:
+    """Whether a value is a batch: a tensor, or a list of tensors of one shape."""
+    if isinstance(value, list | tuple):
+        return bool(value) and len({getattr(entry, "shape", None) for entry in value}) == 1
+    return isinstance(value, torch.Tensor)

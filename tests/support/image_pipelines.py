@@ -1,0 +1,169 @@
+"""Tiny pipelines that want more than a prompt, or pass what they have in a form of their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from pipelines import BETAS, HEADS, LATENT, conditional_unet, image_vae, saved, seeded
+from text_encoders import clip, qwen2_tokenizer, qwen3, qwen25_vl, t5
+from transformers import UMT5EncoderModel
+
+
+def stable(folder: Path, pipeline: type, channels: int) -> Path:
+    """A Stable Diffusion pipeline whose network reads more channels than it writes."""
+    encoder, tokenizer = clip(32)
+    more: dict[str, Any] = {"image_encoder": None} if pipeline is not StableDiffusionInpaintPipeline else {}
+    return saved(
+        folder,
+        pipeline,
+        unet=conditional_unet(in_channels=channels, out_channels=LATENT),
+        vae=image_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **more,
+    )
+
+
+def inpaint(folder: Path) -> Path:
+    return stable(folder, StableDiffusionInpaintPipeline, 2 * LATENT + 1)
+
+
+def pix2pix(folder: Path) -> Path:
+    return stable(folder, StableDiffusionInstructPix2PixPipeline, 2 * LATENT)
+
+
+def fill(folder: Path) -> Path:
+    """Tokens of four noisy latents, four latents of the image, and the mask of their pixels."""
+    first, first_tokenizer = clip(16)
+    second, second_tokenizer = t5(32)
+    transformer = FluxTransformer2DModel(
+        **HEADS,
+        in_channels=2 * 4 * LATENT + 4 * 2 * 2,
+        out_channels=4 * LATENT,
+        num_layers=1,
+        num_single_layers=1,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return saved(
+        folder,
+        FluxFillPipeline,
+        transformer=transformer,
+        vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=first_tokenizer,
+        tokenizer_2=second_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def two_experts(folder: Path) -> Path:
+    encoder, tokenizer = t5(32, UMT5EncoderModel)
+    expert: dict[str, Any] = dict(
+        **HEADS, in_channels=16, out_channels=16, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=1
+    )
+    return saved(
+        folder,
+        WanPipeline,
+        transformer=WanTransformer3DModel(**expert, rope_max_seq_len=32),
+        transformer_2=WanTransformer3DModel(**expert, rope_max_seq_len=32),
+        boundary_ratio=0.875,
+        vae=AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def z_image(folder: Path) -> Path:
+    tokenizer = qwen2_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=LATENT,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    return saved(
+        folder,
+        ZImagePipeline,
+        transformer=transformer,
+        vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
+        text_encoder=qwen3(16, len(tokenizer)),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def qwen_image(folder: Path) -> Path:
+    tokenizer = qwen2_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * LATENT,
+        out_channels=LATENT,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=LATENT,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * LATENT,
+        latents_std=[1.0] * LATENT,
+    )
+    return saved(
+        folder,
+        QwenImagePipeline,
+        transformer=transformer,
+        vae=vae,
+        text_encoder=qwen25_vl(16, len(tokenizer)),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+PIPELINES: dict[str, Callable[[Path], Path]] = {
+    "inpaint": seeded(inpaint),
+    "pix2pix": seeded(pix2pix),
+    "fill": seeded(fill),
+    "two experts": seeded(two_experts),
+    "z-image": seeded(z_image),
+    "qwen-image": seeded(qwen_image),
+}
