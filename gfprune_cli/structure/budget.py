@@ -12,10 +12,12 @@ import torch
 from gfprune_cli.errors import UsageError
 from gfprune_cli.structure.cost import TIME, CostModel, counted
 from gfprune_cli.structure.search import TOLERANCE, Allocation, Search
+from gfprune_cli.structure.times import BLOCKS
 
 # of the uniform width ratio: no group is starved while another is untouched
 FLOORS = (0.8, 0.7, 0.5, 0.25, 0.0)
 SLACK = 1e-9  # of rounding
+PADDED = 0.2  # from which on widths in whole blocks are worth a try
 ADVICES = 5  # tries to name a sparsity that can be reached
 
 
@@ -82,13 +84,20 @@ def timed(
     """`allocate` for a budget of time, and of what the sparsity counts unless it is 0.
 
     Where both are asked for and one alone takes all of the other, what binds is met closely, the other more
-    than met.
+    than met. Widths in whole blocks of channels are tried, too: where kernels fill up the rest, the same time
+    leaves more channels.
     """
     asked = {**(dict.fromkeys(counted(budget), sparsity) if sparsity else {}), TIME: time}
-    found, nearest = attempt(cost, scores, asked, align, start, strict=strict)
-    if found is None and excess(nearest, asked) < -SLACK:
+    assert cost.times is not None
+    filled = strict and cost.times.paddings.max() > PADDED
+    blocks = [block for block in reversed(BLOCKS) if filled and block > align and block % align == 0]
+    tries = [attempt(cost, scores, asked, one, start, strict=strict) for one in (*blocks, align)]
+    met = [found or nearest for found, nearest in tries if excess(nearest, asked) >= -SLACK or not strict]
+    if not met:
+        nearest = max((nearest for _, nearest in tries), key=lambda one: excess(one, asked))
         raise OutOfTime(nearest, unreachable(sparsity, budget, nearest), 1 - nearest.sparsities[TIME])
-    return found or nearest
+    search = Search(cost, scores, 0.0, (TIME,), 1, 0.0, start)
+    return min(met, key=lambda one: search.lost(one.kept))
 
 
 class OutOfTime(UsageError):

@@ -6,13 +6,18 @@ layers a slope per output and a constant per layer (see `timing.profile`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+
+BLOCKS = (8, 16)  # channels that kernels work on at once
+Padding = tuple[float, float]
+NONE: Padding = (0.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,18 +27,22 @@ class Grid:
     Args:
         out, into: ascending widths, at least two of each.
         ms: [out, into].
+        out_padding, into_padding: how far a width between multiples of each of `BLOCKS` counts as the next
+            one: 0 for not at all, 1 for fully.
     """
 
     out: Floats
     into: Floats
     ms: Floats
+    out_padding: Padding = NONE
+    into_padding: Padding = NONE
 
     def smoothed(self) -> "Grid":
         """No slower than any wider layer, which could stand in its place; what was slower was disturbed."""
         ms = self.ms
         for axis in (0, 1):
             ms = np.flip(np.minimum.accumulate(np.flip(ms, axis), axis), axis)
-        return Grid(self.out, self.into, ms)
+        return replace(self, ms=ms)
 
 
 class LayerTimes:
@@ -59,12 +68,13 @@ class LayerTimes:
             [np.pad(grid.ms, [(0, points - size) for size in grid.ms.shape], "edge") for grid in found]
         )
         self.last = np.array([(len(grid.out) - 2, len(grid.into) - 2) for grid in found])
+        self.paddings = np.array([(grid.out_padding, grid.into_padding) for grid in found])
         self.calls, self.slopes, self.constants = np.array(calls, np.float64), slopes, constants
 
     def of(self, layers: Ints, out: Ints, into: Ints) -> Floats:
         """Milliseconds of these layers at these widths; bilinear between points, and beyond the last two."""
-        row, right = place(self.out, self.last[:, 0], layers, out)
-        column, up = place(self.into, self.last[:, 1], layers, into)
+        row, right = place(self.out, self.last[:, 0], layers, filled_up(out, self.paddings[layers, 0]))
+        column, up = place(self.into, self.last[:, 1], layers, filled_up(into, self.paddings[layers, 1]))
         low = self.ms[layers, row, column] * (1 - up) + self.ms[layers, row, column + 1] * up
         high = self.ms[layers, row + 1, column] * (1 - up) + self.ms[layers, row + 1, column + 1] * up
         table = np.maximum(low * (1 - right) + high * right, 0)
@@ -78,11 +88,24 @@ class LayerTimes:
         return float(np.minimum(self.of(layers, none, none), narrowest).sum())
 
 
+def filled_up(widths: Ints, paddings: Floats) -> Floats:
+    """Widths as a kernel sees them that works on blocks of channels.
+
+    Args:
+        paddings: [widths, 2], see `Grid`.
+    """
+    small, large = BLOCKS
+    up = -widths % small
+    more = -(widths + up) % large
+    found: Floats = widths + up * paddings[:, 0] + more * paddings[:, 1]
+    return found
+
+
 def lengthened(widths: Floats, points: int) -> Floats:
     return np.concatenate([widths, widths[-1] + np.arange(1, points - len(widths) + 1)])
 
 
-def place(grids: Floats, last: Ints, layers: Ints, widths: Ints) -> tuple[Ints, Floats]:
+def place(grids: Floats, last: Ints, layers: Ints, widths: Floats) -> tuple[Ints, Floats]:
     """(the point below each width, the share of the way to the next one)."""
     points = grids[layers]
     below = np.clip((points <= widths[:, None]).sum(1) - 1, 0, last[layers])

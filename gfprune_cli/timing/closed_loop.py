@@ -13,7 +13,8 @@ from gfprune_cli.timing.stopwatch import Reading
 
 CORRECTIONS = 3
 CLOSE = 0.015  # of the target: near enough
-SLOPES = 0.3, 3.0  # of measured over predicted savings, that are believed
+SLOPES = 0.5, 2.0  # of measured over predicted savings, that are believed
+FURTHEST = 0.6  # of the share that was predicted last: a correction goes no further
 Kept = Mapping[str, int]
 
 
@@ -87,4 +88,5 @@ def corrected(target: float, trials: list[Trial]) -> float:
         before = trials[-2]
         slopes.insert(0, (before.measured - last.measured) / (before.predicted - last.predicted))
     slope = next((slope for slope in slopes if low <= slope <= high), 1.0)
-    return min(1 - 1e-6, max(1e-6, last.predicted + (target - last.measured) / slope))
+    wanted = last.predicted + (target - last.measured) / slope
+    return min(1 - 1e-6, max(FURTHEST * last.predicted, wanted))

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gfprune_cli.runtime.device import device_name
 from gfprune_cli.structure.cost import TIME, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import stock_config
-from gfprune_cli.structure.times import Floats
+from gfprune_cli.structure.times import BLOCKS, NONE, Floats, Padding
 from gfprune_cli.timing.kinds import ATTENTION, Kind, Run, layers_run
 from gfprune_cli.timing.runtimes import RUNTIMES, Bench
 from gfprune_cli.timing.stopwatch import Reading, layer_seconds, times_as_fast
@@ -27,7 +28,6 @@ from gfprune_cli.timing.table import Points, TimeTable, table_of
 from gfprune_cli.timing.whole import WholeNetworks
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the widest layer of a kind
-MULTIPLE = 8  # of which widths are measured
 NARROW = (0.5, 0.25)  # width ratios of the whole networks
 TRUST = 0.05  # in the times of layers alone, beside those of whole networks
 
@@ -68,7 +68,7 @@ def time_table(network: nn.Module, cost: CostModel, bench: Bench, progress: Prog
     key = {
         "where": where(bench),
         "network": network_digest(network),
-        "grid": [*SHARES, MULTIPLE],
+        "grid": [*SHARES, *BLOCKS],
         "groups": {name: [group.channels, group.step] for name, group in cost.groups.items()},
     }
 
@@ -127,8 +127,49 @@ def measured_kinds(
         for o in out:
             progress(Event("time"))  # a signal may arrive in here
             ms.append([1e3 * layer_seconds(bench.layer(kind, o, i), bench.device) for i in into])
-        found[kind.label] = Points(*doubled(out, into, ms))
+        grid = Points(*doubled(out, into, ms))
+        paddings = [
+            padding(kind, grid, side, bench)
+            if free[kind][side] and kind.operator in ("conv", "linear")
+            else NONE
+            for side in (0, 1)
+        ]
+        found[kind.label] = replace(grid, out_padding=paddings[0], into_padding=paddings[1])
     return found
+
+
+def padding(kind: Kind, grid: Points, side: int, bench: Bench) -> Padding:
+    """How far widths between blocks of channels cost what the next block costs.
+
+    Measured in the middle of the grid, at half of a block less and at nearly all of it; the table says what
+    width takes as long.
+
+    Args:
+        side: 0 for outputs, 1 for inputs.
+    """
+    small, large = BLOCKS
+    axes = grid.out, grid.into
+    row = len(axes[1 - side]) // 2
+    inner = [width for width in axes[side][1:] if width % large == 0 and width > large]
+    if not inner:
+        return NONE
+    ms = grid.grid(1.0).ms
+    along = ms[:, row] if side == 0 else ms[row]
+    whole = inner[len(inner) // 2]
+
+    def seen(width: int) -> float:
+        """The width that takes as long."""
+        pair = (width, axes[1][row]) if side == 0 else (axes[0][row], width)
+        took = 1e3 * layer_seconds(bench.layer(kind, *pair), bench.device)
+        return float(np.interp(took, along, axes[side]))
+
+    half, little = whole - small, whole - large + 1
+    to_large = share_of((seen(half) - half) / small)
+    return share_of((seen(little) - little - small * to_large) / (small - 1)), to_large
+
+
+def share_of(part: float) -> float:
+    return min(1.0, max(0.0, part))
 
 
 def points(kind: Kind, sizes: Iterable[int], free: bool) -> list[int]:
@@ -136,7 +177,8 @@ def points(kind: Kind, sizes: Iterable[int], free: bool) -> list[int]:
     if not free:
         return sorted(sizes)
     widest = max(sizes)
-    step = max(kind.groups, kind.head or MULTIPLE)
+    multiple = BLOCKS[widest >= 2 * BLOCKS[1]]
+    step = max(kind.groups, kind.head or multiple)
     return sorted(
         {max(min(step, widest), round(widest * share / step) * step) for share in SHARES} | {widest}
     )

@@ -13,23 +13,26 @@ from annotated_types import Ge, Gt, Le, MinLen
 from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.durable import write_file
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.times import Grid, LayerTimes
+from gfprune_cli.structure.times import NONE, Grid, LayerTimes
 from gfprune_cli.timing.kinds import Run
 
 FILE_BYTES = 16 << 20
 Width = Annotated[int, Ge(1), Le(1 << 20)]
+Part = Annotated[float, Ge(0), Le(1)]
 Time = Annotated[float, Ge(0), Le(1e9)]
 
 
 @dataclass(frozen=True)
 class Points:
-    """Milliseconds of one kind of layer: `ms[i][j]` at `out[i]` outputs and `into[j]` inputs."""
+    """Milliseconds of one kind of layer: `ms[i][j]` at `out[i]` outputs and `into[j]` inputs; see `Grid`."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     out: Annotated[list[Width], MinLen(2)]
     into: Annotated[list[Width], MinLen(2)]
     ms: list[list[Time]]
+    out_padding: tuple[Part, Part] = NONE
+    into_padding: tuple[Part, Part] = NONE
 
     def __post_init__(self) -> None:
         for widths in (self.out, self.into):
@@ -40,7 +43,7 @@ class Points:
 
     def grid(self, scale: float) -> Grid:
         out, into, ms = (np.array(values, np.float64) for values in (self.out, self.into, self.ms))
-        return Grid(out, into, ms * scale).smoothed()
+        return Grid(out, into, ms * scale, self.out_padding, self.into_padding).smoothed()
 
 
 @dataclass(frozen=True)

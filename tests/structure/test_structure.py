@@ -750,3 +750,20 @@ def test_shapes_of_the_configuration_are_plain_json() -> None:
         key: tensor.shape for key, tensor in pruned.state_dict().items()
     }
     assert module_shapes(model, {}) == {}
+
+
+def test_an_uneven_norm_does_not_break_a_compiled_graph() -> None:
+    """Nor is it compiled anew at the second call."""
+    norm = UnevenGroupNorm([3, 1, 4], 1e-5, torch.randn(8), torch.randn(8)).requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4)
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(norm, backend=backend, fullgraph=True)  # type: ignore[call-overload]
+    for _ in range(2):
+        assert torch.allclose(compiled(x), norm(x), atol=1e-5)
+    assert len(graphs) == 1
+    torch.compiler.reset()

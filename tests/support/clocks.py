@@ -20,6 +20,7 @@ class Machine:
 
     Args:
         surprise: what whole networks of a width ratio take beyond their layers.
+        block: widths take what the next multiple of it takes.
         jitter: relative, of each call in turn.
         calls: of networks that were built.
     """
@@ -27,6 +28,7 @@ class Machine:
     launch: float = 2e-6
     per_pair: float = 1e-9  # of an output, an input, a place
     per_number: float = 5e-9
+    block: int = 1  # channels that a kernel works on at once
     surprise: Callable[[float], float] = lambda seconds: 0.0
     jitter: tuple[float, ...] = (0.0,)
     now: float = 0.0
@@ -37,6 +39,7 @@ class Machine:
         self.now += seconds * (1 + self.jitter[next(self.turns) % len(self.jitter)])
 
     def layer_seconds(self, kind: Kind, out: int, into: int) -> float:
+        out, into = (-(-width // self.block) * self.block for width in (out, into))
         places = 1
         for size in (*kind.shape, *kind.kernel):
             places *= size

@@ -99,6 +99,25 @@ def dense_seconds(machine: Machine) -> float:
     return machine.network_seconds(EAGER, UNet2DModel(**NETWORKS["ddpm"]))
 
 
+def test_widths_between_blocks_cost_what_the_next_block_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that work on sixteen channels at once: the table knows, and the search leaves whole blocks."""
+    Machine(block=16, launch=1e-7).install(monkeypatch)
+    wide = NETWORKS["ddpm"] | {"block_out_channels": (64, 96), "norm_num_groups": 2}
+    network = UNet2DModel(**wide)
+    groups, trace = discover(network)
+    cost = CostModel(network, groups, trace)
+    table = measured_table(network, cost, EAGER, silent)
+    found = [points for label, points in table.kinds.items() if label.startswith("conv 3x3 of")]
+    assert found
+    for points in found:
+        assert min(*points.out_padding, *points.into_padding) > 0.95
+    table.attach(cost, layers_run(network, EAGER.inputs(network)))
+    kept = allocate(cost, uniform(cost), 0, time=0.4).kept
+    narrowed = [width for name, width in kept.items() if width < cost.groups[name].channels >= 64]
+    assert narrowed
+    assert sum(width % 16 == 0 for width in narrowed) > 0.8 * len(narrowed)
+
+
 def test_what_lies_between_layers_is_never_negative() -> None:
     layers, numbers, whole = np.array([4.0, 2, 1]), np.array([8.0, 4, 2]), np.array([10.0, 6, 4])
     scale, per_number, per_layer = fitted(layers, numbers, 10, whole)

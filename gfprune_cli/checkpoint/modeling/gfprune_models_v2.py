@@ -24,6 +24,7 @@ to the shapes written there:
 
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -186,12 +187,19 @@ class UnevenGroupNorm(nn.Module):
 
     def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
+        if torch.compiler.is_compiling():  # a graph has them as constants, and guards nothing
+            return self.made_matrices(device, dtype)
         if (device, dtype) not in self._matrices:
-            sizes = torch.tensor(self.group_sizes, device=device)
-            groups = torch.repeat_interleave(torch.arange(len(self.group_sizes), device=device), sizes)
-            membership = nn.functional.one_hot(groups, len(self.group_sizes)).to(dtype)
-            self._matrices[device, dtype] = membership / sizes, membership
+            self._matrices[device, dtype] = self.made_matrices(device, dtype)
         return self._matrices[device, dtype]
+
+    def made_matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`matrices` by operators whose shapes depend on no tensor: others would break a compiled graph."""
+        sizes = torch.tensor(self.group_sizes, device=device)
+        ends = torch.tensor(list(itertools.accumulate(self.group_sizes)), device=device)
+        channel = torch.arange(self.num_channels, device=device).unsqueeze(1)
+        membership = ((channel < ends) & (channel >= ends - sizes)).to(dtype)
+        return membership / sizes, membership
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
