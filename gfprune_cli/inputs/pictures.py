@@ -140,6 +140,9 @@ def picture_arguments(
         size: (height, width) that the user asked for; None for the pipeline's own.
         frames: likewise.
     """
+    names = tuple(names)
+    if not names:
+        return {}
     parameters = inspect.signature(type(pipeline).__call__).parameters
     size = size or own_size(pipeline, network)
     length = frames or next(

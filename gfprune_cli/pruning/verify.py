@@ -61,7 +61,7 @@ def removal_gap(
     with comparable_inputs(model, doubles=doubles) as network:
         dtype = next(network.parameters()).dtype
         given = noisy(inputs, dtype)
-        narrow = remove(network, groups, kept)
+        narrow = narrow_network(network, groups, kept)
         found = outcome(narrow, given, type(model).__name__)
         with masked_by(network, groups, kept) as masked:
             expected = checked_outcome(masked, given)
@@ -73,6 +73,23 @@ def removal_gap(
         f"channels of {type(model).__name__} cannot be removed exactly: outputs differ by {gap:.1g}, "
         f"first in {quoted(first)}"
     )
+
+
+def narrow_network(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """The narrow network.
+
+    Raises:
+        GfpruneError: its class cannot be made at these widths.
+    """
+    try:
+        return remove(model, groups, kept)
+    except GfpruneError:
+        raise
+    except Exception as error:  # as when it is called
+        name = type(model).__name__
+        raise GfpruneError(f"channels of {name} cannot be removed: {first_line(error)}") from error
 
 
 def half_of(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
