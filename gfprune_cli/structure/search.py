@@ -254,11 +254,11 @@ class Search:
             barred |= (steps == 0) | (after > self.left[:, None]).any(0)
             if barred.all():
                 return ledger
-            gains = [
-                -math.inf if barred[number] else -self.loses(number, int(ledger.removed[number]), int(step))
-                for number, step in enumerate(steps)
-            ]
-            number = max(range(len(gains)), key=lambda one: (gains[one], one))
+            gains = {
+                number: -self.loses(number, int(ledger.removed[number]), int(steps[number]))
+                for number in map(int, np.flatnonzero(~barred))
+            }  # scores that are not finite have no order, and some step has to be taken all the same
+            number = max(gains, key=lambda one: (gains[one], one))
             ledger.move(self.names[number], int(steps[number]), savings[:, number])
 
     def exchange(self, ledger: Ledger, align: int) -> Ledger:

@@ -83,3 +83,13 @@ def test_a_search_from_a_narrow_network_brings_nothing_back(name: str) -> None:
         assert found.sparsity >= sparsity - 3 * TOLERANCE
         assert all(width <= start.get(one, width) for one, width in found.kept.items())
         start = dict(found.kept)
+
+
+def test_a_search_ends_where_scores_are_not_finite() -> None:
+    """A network whose outputs are not finite still gets widths; what is wrong with it is said elsewhere."""
+    cost = cost_of("unet")
+    scores = {name: torch.full((group.units,), float("nan")) for name, group in cost.groups.items()}
+    for depth in (0.0, 0.4, 0.6):
+        search = Search(cost, scores, 0.5, BOTH, 1, depth)
+        found = search.landed({"params": 0.5, "macs": 0.5}, strict=True)
+        assert found.sparsity >= 0.3
