@@ -82,8 +82,11 @@ def measure(
 
 
 def cell(runs: list[dict[str, Any]], key: str, digits: int) -> str:
+    return spread([run[key] for run in runs], digits)
+
+
+def spread(values: list[float], digits: int) -> str:
     """The mean over seeds, with their range."""
-    values = [run[key] for run in runs]
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain import ALL_IMAGES
+from chain import ALL_IMAGES, spread
 from provenance import PAGES, write_page
 from subjects import Place, places_of
 from yardstick import Yardstick
@@ -90,18 +90,14 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         "|---" * 7 + "|",
     ]
 
-    def cell(values: list[float], digits: int) -> str:
-        mean = f"{statistics.mean(values):.{digits}f}"
-        return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else mean
-
     for way in WAYS:
         own = [run for run in runs if run["way"] == way]
         shares = [f"{statistics.mean(run[key] for run in own):.1%}" for key in ("params", "macs")]
         fast: list[Reading] = [run["speedup"] for run in own]
         cells = [
-            cell([one.value for one in fast], 2),
+            spread([one.value for one in fast], 2),
             *(
-                cell([run[key] for run in own], digits)
+                spread([run[key] for run in own], digits)
                 for key, digits in (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
             ),
         ]

@@ -10,7 +10,6 @@ processor time on one thread; those of single runs are added up. Networks other 
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain import ALL_IMAGES
+from chain import ALL_IMAGES, spread
 from provenance import PAGES, write_page
 from subjects import Place, places_of
 from yardstick import losses
@@ -58,14 +57,10 @@ def measure(place: Place, seed: int) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
-    def cell(values: list[float], digits: int) -> str:
-        mean = f"{statistics.mean(values):.{digits}f}"
-        return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else mean
-
     lines = [f"| | {' | '.join(f'{one:g}' for one in TARGETS)} | gradients | seconds |", "|---" * 6 + "|"]
     for side, (key, name) in enumerate((("series", "one flow"), ("single", "a run for each"))):
-        cells = [cell([run[key][place] for run in runs], 4) for place in range(len(TARGETS))]
-        spent = [cell([run[what][side] for run in runs], 0) for what in ("gradients", "seconds")]
+        cells = [spread([run[key][place] for run in runs], 4) for place in range(len(TARGETS))]
+        spent = [spread([run[what][side] for run in runs], 0) for what in ("gradients", "seconds")]
         lines.append(f"| {name} | {' | '.join([*cells, *spent])} |")
     return lines
 

@@ -18,6 +18,7 @@ from gfprune_cli.flow.energy import Loss, Pieced, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.outputs.state import as_families, by_family
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.structure.groups import select
 
@@ -25,8 +26,6 @@ FORWARD = 1 / 3  # of the cost of a gradient
 REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
 SCORE_CHUNK = 16  # draws whose losses are one number
-
-
 Allocator = Callable[
     [Mapping[str, torch.Tensor], float], Mapping[str, int]
 ]  # scores, share of the way to the sparsity -> channels kept
@@ -247,15 +246,8 @@ class PruningLoop:
 
     def save(self) -> None:
         state = self.state
-        tensors: dict[str, torch.Tensor] = {}
-        families: dict[str, Mapping[str, torch.Tensor]] = {
-            "weight": self.masked.weights,
-            "mask": self.masked.masks,
-            "support": state.support,
-            "gone": self.gone,
-        }
-        for family, members in families.items():
-            tensors |= {f"{family}/{name}": tensor.detach() for name, tensor in members.items()}
+        weights = {name: weight.detach() for name, weight in self.masked.weights.items()}
+        tensors = as_families(weight=weights, mask=self.masked.masks, support=state.support, gone=self.gone)
         numbers = {
             "iteration": state.iteration,
             "moved": state.moved,
@@ -272,10 +264,7 @@ class PruningLoop:
         if state is None:
             return
         tensors, numbers = state
-        families: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            family, _, name = key.partition("/")
-            families.setdefault(family, {})[name] = tensor
+        families = by_family(tensors)
         with torch.no_grad():
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])

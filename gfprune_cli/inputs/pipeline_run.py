@@ -10,6 +10,7 @@ from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pictures import Pictures, fillings, picture_arguments
 from gfprune_cli.inputs.refusals import not_run
+from gfprune_cli.recipes.options import parsed_size
 
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 
@@ -40,15 +41,7 @@ class PipelineOptions:
         Raises:
             UsageError: it is no size.
         """
-        if self.size is None:
-            return None
-        parts = self.size.lower().split("x")
-        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
-            raise UsageError(f"--size {self.size}: give pixels, such as 512, or height x width: 512x768")
-        height, width = int(parts[0]), int(parts[-1])
-        if min(height, width) < 1:
-            raise UsageError(f"--size {self.size}: must be at least 1")
-        return height, width
+        return None if self.size is None else parsed_size("--size", self.size)
 
 
 @dataclass

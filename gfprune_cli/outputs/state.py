@@ -168,6 +168,20 @@ class StateFolder:
             raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
 
 
+def by_family(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a state, saved as "family/name": family -> name -> tensor."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        family, _, name = key.partition("/")
+        found.setdefault(family, {})[name] = tensor
+    return found
+
+
+def as_families(**families: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The other way round."""
+    return {f"{family}/{name}": one for family, members in families.items() for name, one in members.items()}
+
+
 def run_digest(identity: Mapping[str, Any]) -> str:
     """SHA-256 of what decides the bytes of an output; its record holds it."""
     return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()

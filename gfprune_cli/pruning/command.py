@@ -115,7 +115,7 @@ def make_networks(job: PruneJob, outputs: Sequence[Claim]) -> list[dict[str, Any
     for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
         if output.finished:
             records[number] = finished_run(job, number, output.destination)
-            if number == len(outputs) - 1 and not state.foreign():  # killed after the output was published
+            if not state.foreign():  # killed after the output was published
                 state.end()
         else:
             output.prepare(state)

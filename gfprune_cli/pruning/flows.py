@@ -66,6 +66,10 @@ class Flow:
     def residuals(self) -> dict[str, Carrier]:
         return find_residuals(self.dense, {**one_sample(self.job.process, self.draws), "return_dict": False})
 
+    def let_go(self) -> None:
+        """Forget the masked network; what was narrowed from it keeps what it needs."""
+        self.__dict__.pop("masked", None)
+
     def gone(self) -> Masks:
         """Group name -> bool [units] that have left."""
         return {name: mask == 0 for name, mask in self.masked.masks.items()} if self.sparsity else {}

@@ -15,7 +15,7 @@ import torch
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow.loop import PruningLoop, RefitResult, Scoring
 from gfprune_cli.flow.mask import Masks
-from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.outputs.state import StateFolder, as_families, by_family
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning.flows import Flow, Kept
 from gfprune_cli.pruning.plan import uniform_scores
@@ -176,13 +176,9 @@ class LossLimit:
         self, tensors: Mapping[str, torch.Tensor], loop: Mapping[str, Any] | None
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, numbers) of the state: the last network that keeps the limit, and the loop on its way."""
-        found = {f"loop/{name}": tensor for name, tensor in tensors.items()}
-        found |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
-        found |= {f"masks/{name}": tensor for name, tensor in self.masks.items()}
         scored = self.scored
-        if scored is not None:
-            found |= {f"scores/{name}": tensor for name, tensor in scored.scores.items()}
-            found |= {f"compared/{name}": tensor for name, tensor in scored.compared.items()}
+        known = {} if scored is None else {"scores": scored.scores, "compared": scored.compared}
+        found = as_families(loop=tensors, kept=self.kept, masks=self.masks, **known)
         return found, {
             "phase": PHASE,
             "trials": [asdict(trial) for trial in self.trials],
@@ -197,10 +193,7 @@ class LossLimit:
         if saved is None:
             return
         tensors, numbers = saved
-        families: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            family, _, name = key.partition("/")
-            families.setdefault(family, {})[name] = tensor
+        families = by_family(tensors)
         self.trials = [Trial(**trial) for trial in numbers["trials"]]
         self.kept, self.masks = families.get("kept", {}), families.get("masks", {})
         self.refits = [RefitResult(**refit) for refit in numbers["refits"]]
@@ -222,10 +215,7 @@ class TrialState:
         if saved is None or saved[1]["loop"] is None:
             return None
         tensors, numbers = saved
-        prefix = "loop/"
-        return {
-            key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
-        }, numbers["loop"]
+        return by_family(tensors)["loop"], numbers["loop"]
 
     def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         assert self.loop is not None

@@ -69,7 +69,9 @@ class Networks:
                 outcome = self.outcome(flow, number, before)
                 narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
                 take_losses(flow, outcome, narrow)
-            if number < last and not recovery.begun():
+            if number == last:
+                flow.let_go()  # recovery needs the memory of the masked network
+            elif not recovery.begun():
                 flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()
             if not done[number]:
                 yield number, self.finished(narrow, dense, draws, held_out, recovery.of(outcome)), outcome

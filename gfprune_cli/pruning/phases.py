@@ -41,9 +41,11 @@ def phases_of(
 def _phases(
     recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool, params: int
 ) -> Iterator[Phase]:
-    copied = recipe.refit or recipe.recover > 0
+    several = len(recipe.targets) > 1
+    copied = recipe.refit or recipe.recover > 0 or several or recipe.keep_loss is not None
     dense = int(copied and not offload)
-    masked = dense + 2  # the weights that change, and what the masks leave of them
+    spare = int(recipe.keep_loss is not None)  # weights of the last network that keeps the limit
+    masked = dense + spare + 2  # the weights that change, and what the masks leave of them
     kept = one.kept + (one.maps if second_order or not one.fuses else 0)
     scored = FLOAT * kept * (SECOND_ORDER if second_order else 1)
     yield Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)
@@ -51,7 +53,9 @@ def _phases(
         return
     checked = DOUBLE_COPIES if params <= DOUBLES else SINGLE_COPIES
     yield Phase(CHECKING, checked, 2 * FLOAT * one.forward, 1)
-    yield Phase(SCORING, dense + CRITERIA[recipe.criterion].copies, scored, min(SCORE_CHUNK, recipe.draws))
+    yield Phase(
+        SCORING, dense + spare + CRITERIA[recipe.criterion].copies, scored, min(SCORE_CHUNK, recipe.draws)
+    )
     if recipe.layout == "adaptive":
         count, rest = COMPARED_SAMPLES, FLOAT * COMPARING_MATRICES * one.widest**2
         yield Phase(COMPARING, masked, FLOAT * one.forward, count, count, rest)
@@ -60,7 +64,7 @@ def _phases(
         yield Phase(REFITTING, masked, FLOAT * one.forward, count, count, rest)
     if recipe.recover:
         batch = FinetuneRecipe.batch
-        copies = dense + RECOVERY_COPIES * (1 - recipe.targets[0])
+        copies = dense + several + RECOVERY_COPIES * (1 - recipe.targets[0])
         yield Phase(RECOVERING, copies, FLOAT * one.kept, batch)
 
 

@@ -17,22 +17,14 @@ STEPS = 20
 def evaluate_networks(
     networks: Sequence[PruneResult], recipe: PruneRecipe, options: RunOptions, progress: Progress
 ) -> list[EvalResult]:
-    """An evaluation of each network against the one that it was made of."""
+    """An evaluation of each network against the one that its record says it was made of."""
     shared = {
         name: getattr(recipe, name) for name in ("component", "prompts", "size", "frames", "guidance", "seed")
     }
     run = RunOptions(device=options.device, offline=options.offline)
     found = []
     for network in networks:
-        asked = EvalRecipe(
-            model=str(network.output),
-            reference=recipe.model,
-            reference_revision=recipe.revision,
-            reference_variant=recipe.variant,
-            samples=SAMPLES,
-            steps=STEPS,
-            **shared,
-        )
+        asked = EvalRecipe(model=str(network.output), samples=SAMPLES, steps=STEPS, **shared)
         result = evaluate(asked, run, progress)
         assert result is not None, "one process"
         found.append(result)

@@ -2,7 +2,7 @@
 
     gap = check_removal(model, groups, inputs)
 
-Whatever found the groups may have misread a network that it has never seen. Here a random half of every group
+Whatever found the groups may have misread a network that it has never seen. Here a random part of every group
 goes, and the outputs are compared; if they differ, nothing is pruned.
 """
 
@@ -24,13 +24,14 @@ from gfprune_cli.structure.removal import cuts_of, remove
 from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+LEAST_PART, MOST_PART = 0.35, 0.75  # of the units of a group that stay
 DOUBLES = 400_000_000  # parameters up to which a copy in float64 is made
 
 Outputs = dict[str, torch.Tensor]
 
 
 def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any]) -> float:
-    """Compare the masked network with the one whose masked units are gone, for a random half of the units.
+    """Compare the masked network with the one whose masked units are gone, for a random part of the units.
 
     The comparison is in float64 on a copy; networks too large for one are compared in float32, and stay as
     they were.
@@ -57,7 +58,7 @@ def removal_gap(
     model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any], *, doubles: bool
 ) -> float:
     """As `check_removal`, in float64 or float32."""
-    kept = half_of(groups)
+    kept = random_part(groups)
     with comparable_inputs(model, doubles=doubles) as network:
         dtype = next(network.parameters()).dtype
         given = noisy(inputs, dtype)
@@ -92,13 +93,18 @@ def narrow_network(
         raise GfpruneError(f"channels of {name} cannot be removed: {first_line(error)}") from error
 
 
-def half_of(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
-    """Group name -> bool [units], true for a random half of them and at least one; always the same."""
+def random_part(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
+    """Group name -> bool [units], true for a random part of them and at least one; always the same.
+
+    Each group keeps another share: of equal ones a network would not show that it ties two widths.
+    """
     source = generator(0, "check of removal")
     kept = {}
     for group in groups:
+        share = LEAST_PART + (MOST_PART - LEAST_PART) * float(torch.rand((), generator=source))
         kept[group.name] = torch.zeros(group.units, dtype=torch.bool)
-        kept[group.name][torch.randperm(group.units, generator=source)[: max(1, group.units // 2)]] = True
+        count = max(1, round(share * group.units))
+        kept[group.name][torch.randperm(group.units, generator=source)[:count]] = True
     return kept
 
 

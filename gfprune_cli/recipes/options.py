@@ -228,5 +228,20 @@ def refuse_idle(recipe: Any, because: str, *names: str) -> None:
             raise UsageError(f"{flag(name)} has no effect with {because}: drop one of the two")
 
 
+def parsed_size(flag_name: str, text: str) -> tuple[int, int]:
+    """(height, width) of "512", or of "512x768" (height x width).
+
+    Raises:
+        UsageError: it is no size.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise UsageError(f"{flag_name} {text}: give pixels, such as 512, or height x width: 512x768")
+    height, width = int(parts[0]), int(parts[-1])
+    if min(height, width) < 1:
+        raise UsageError(f"{flag_name} {text}: must be at least 1")
+    return height, width
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

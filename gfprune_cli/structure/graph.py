@@ -94,6 +94,11 @@ def touches(group: ChannelGroup, protected: set[str]) -> bool:
     return any(member.module in protected for member in group.producers)
 
 
+def is_joined_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of Kandinsky's and DeepFloyd's U-Nets."""
+    return type(getattr(module, "processor", None)).__name__.startswith("AttnAddedKV")
+
+
 def fixed_layers(model: Any) -> list[nn.Module]:
     """Layers whose output width belongs to the outside world, beside those that reach the output; and first
     factors, whose rank followed from a tolerance."""
@@ -105,6 +110,9 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     layers: list[Any] = [module for name, module in model.named_modules() if name in names]
     counted = (module for module in model.modules() if type(module).__name__ in COUNTED)
     layers += [layer for module in counted for layer in module.children()]
+    # its processor takes the width of the stream for that of its heads
+    joined = (module for module in model.modules() if is_joined_attention(module))
+    layers += [layer for module in joined for layer in (module.to_q, module.add_k_proj, module.to_out[0])]
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]

@@ -2,7 +2,7 @@
 
 NetAdapt (arXiv 1804.03230) sums measured times of layers; SPDY (arXiv 2201.13096) subtracts what no layer
 accounts for from the target. Here a layer's time is a table over both of its widths, and what lies between
-layers a slope per output and a constant per layer (see `timing.profile`).
+layers a slope per output and a constant per layer (see `timing.measure`).
 """
 
 from collections.abc import Sequence

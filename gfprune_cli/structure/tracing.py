@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gfprune_cli.checkpoint.files import first_line, quoted
+from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.trace import Trace, observe
 
@@ -63,12 +64,29 @@ def hooks_as_before(model: nn.Module) -> Iterator[None]:
                 del module._forward_hooks[key]
 
 
+@contextmanager
+def tables_as_before(model: nn.Module) -> Iterator[None]:
+    """Put back the attributes of helpers that are no modules: tables that they keep for the next pass lie on
+    the device of this one."""
+    helpers = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value).__module__.startswith("diffusers.models") and not isinstance(value, nn.Module)
+    ]
+    before = [(vars(helper), dict(vars(helper))) for helper in helpers if hasattr(helper, "__dict__")]
+    try:
+        yield
+    finally:
+        for attributes, known in before:
+            attributes.clear()
+            attributes.update(known)
+
+
 def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The tensor that a network predicts, whether or not its class can wrap it."""
     flag = "return_dict" in inspect.signature(network.forward).parameters
-    output = network(**inputs, **({"return_dict": False} if flag else {}))
-    result: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return result
+    return first_tensor(network(**inputs, **({"return_dict": False} if flag else {})))
 
 
 @contextmanager

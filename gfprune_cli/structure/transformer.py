@@ -23,6 +23,7 @@ from gfprune_cli.structure.fused_blocks import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
 from gfprune_cli.structure.trace import Trace, is_attention, is_fused, observe
+from gfprune_cli.structure.tracing import tables_as_before
 from gfprune_cli.structure.width import width_group
 
 ROTARY_NAMES = ("rotary", "rope", "freqs")
@@ -78,7 +79,7 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, R
         trace, rotary = Trace(), Rotary()
         hooks = [*observe(model, trace), *observe_rotary(model, rotary)]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), tables_as_before(model):
                 functional_call(model, dict(held), (), {**arguments, "return_dict": False})
             return trace, rotary
         except Exception as raised:  # whatever a model's forward may raise

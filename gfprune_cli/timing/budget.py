@@ -13,6 +13,7 @@ from torch import nn
 from gfprune_cli.errors import UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.progress import Progress, notice
+from gfprune_cli.recipes.options import parsed_size
 from gfprune_cli.runtime.device import Precision, default_precision
 from gfprune_cli.structure.budget import OutOfTime, allocate
 from gfprune_cli.structure.cost import TIME, CostModel
@@ -51,17 +52,11 @@ def bench_of(options: TimeOptions, device: torch.device) -> Bench:
         UsageError: the size is none.
     """
     precision: Precision = options.precision or default_precision(device)
-    return Bench(options.runtime, device, precision, options.time_batch, timed_sizes(options.time_size))
-
-
-def timed_sizes(text: str | None) -> Sizes:
-    """ "64" or "64x96" (height x width)."""
-    if text is None:
-        return Sizes()
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 16 for part in parts):
-        raise UsageError(f"--time-size {text}: give a size, such as 64, or height x width: 64x96")
-    return Sizes(height=int(parts[0]), width=int(parts[-1]))
+    sizes = Sizes()
+    if options.time_size is not None:
+        height, width = parsed_size("--time-size", options.time_size)
+        sizes = Sizes(height=height, width=width)
+    return Bench(options.runtime, device, precision, options.time_batch, sizes)
 
 
 @dataclass(eq=False)

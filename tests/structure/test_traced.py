@@ -19,7 +19,7 @@ from gfprune_cli.checkpoint.shards import write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.pruning import verify
-from gfprune_cli.pruning.verify import check_removal, half_of, masked_by, masked_outcome, noisy
+from gfprune_cli.pruning.verify import check_removal, masked_by, masked_outcome, noisy, random_part
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.graph import discover
@@ -384,7 +384,7 @@ def test_pruned_networks_are_pruned_again_and_come_back_from_disk(name: str, tmp
     once = remove(network(name, torch.float32), first, any_mask(first, 3))
     groups, trace = discover(once)
     assert CostModel(once, groups, trace).params({}) == parameters(once)
-    twice = remove(once, groups, half_of(groups))
+    twice = remove(once, groups, random_part(groups))
     write_weights(tmp_path, twice, None, None)
     loaded: Any = gfprune_cli.load(tmp_path)
     assert type(loaded).__name__ == f"Pruned{NETWORKS[name][0]}"

@@ -9,7 +9,6 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
-    FluxTransformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -21,7 +20,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from pipelines import BETAS, HEADS, LATENT, conditional_unet, image_vae, saved, seeded
+from pipelines import BETAS, HEADS, LATENT, conditional_unet, flux, image_vae, saved, seeded
 from text_encoders import clip, qwen2_tokenizer, qwen3, qwen25_vl, t5
 from transformers import UMT5EncoderModel
 
@@ -55,30 +54,8 @@ def pix2pix(folder: Path) -> Path:
 
 def fill(folder: Path) -> Path:
     """Tokens of four noisy latents, four latents of the image, and the mask of their pixels."""
-    first, first_tokenizer = clip(16)
-    second, second_tokenizer = t5(32)
-    transformer = FluxTransformer2DModel(
-        **HEADS,
-        in_channels=2 * 4 * LATENT + 4 * 2 * 2,
-        out_channels=4 * LATENT,
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
-    )
-    return saved(
-        folder,
-        FluxFillPipeline,
-        transformer=transformer,
-        vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=first_tokenizer,
-        tokenizer_2=second_tokenizer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
+    channels = dict(in_channels=2 * 4 * LATENT + 4 * 2 * 2, out_channels=4 * LATENT)
+    return flux(folder, FluxFillPipeline, num_layers=1, num_single_layers=1, **channels)
 
 
 def two_experts(folder: Path) -> Path:

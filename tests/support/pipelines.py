@@ -232,22 +232,26 @@ def sd3(folder: Path) -> Path:
     )
 
 
-def flux(folder: Path) -> Path:
+def flux(folder: Path, pipeline: type = FluxPipeline, **more: Any) -> Path:
+    """Args: more: of the network."""
     first, first_tokenizer = clip(16)
     second, second_tokenizer = t5(32)
     transformer = FluxTransformer2DModel(
-        **HEADS,
-        in_channels=4 * LATENT,
-        num_layers=2,
-        num_single_layers=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
+        **{
+            **HEADS,
+            "in_channels": 4 * LATENT,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+            "axes_dims_rope": (2, 2, 4),
+            **more,
+        }
     )
     return saved(
         folder,
-        FluxPipeline,
+        pipeline,
         transformer=transformer,
         vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
         text_encoder=first,
