@@ -118,11 +118,12 @@ def make_plan(
         check_pipeline(component)
         if absent := absent_parts(component):
             notice(progress, f"{component.root} has no {' and no '.join(absent)}: the output goes without")
-    width = recipe.prune_width or narrows_streams(component.class_name, recipe.layout)
+    stages = narrows_streams(component.class_name, recipe.layout)
     meta, groups, trace = find_units(
         component,
         progress,
-        width=width,
+        width=recipe.prune_width or stages,
+        stages=stages,
         blocks=recipe.blocks,
         interfaces=recipe.keep_interfaces,
         options=PipelineOptions.of(recipe),

@@ -30,6 +30,7 @@ def find_units(
     *,
     width: bool,
     blocks: bool,
+    stages: bool = False,
     interfaces: bool = False,
     folded: nn.Module | None = None,
     options: PipelineOptions | None = None,
@@ -42,6 +43,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
+        stages: whole stages of a U-Net, and with them what must be as wide as its stage.
         interfaces: not the channels at which adapters enter; those of a pipeline that has some stay anyway.
         folded: what the component has become, with its weights; the network is its own structure then.
         options: what the pipeline of a class that gfprune does not know is asked for.
@@ -54,7 +56,7 @@ def find_units(
         dense = load_model(component).requires_grad_(False)
         inputs = pipeline_inputs(dense, component, progress, options)
         network = dense if folded is None else folded
-    groups, trace = discover(network, inputs, width=width)
+    groups, trace = discover(network, inputs, width=width, stages=stages)
     if inputs is not None:
         groups = exact_groups(network, groups, inputs, progress)
     if interfaces or has_attached(component):

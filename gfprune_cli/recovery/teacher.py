@@ -156,8 +156,9 @@ def paired_layers(
     """
     settings: Any = record.document.get("recipe") or {}
     layout = settings.get("layout", "")
-    width = bool(settings.get("prune_width")) or narrows_streams(type(teacher).__name__, layout)
-    groups, _ = discover(teacher, inputs, width=width)
+    stages = narrows_streams(type(teacher).__name__, layout)
+    width = bool(settings.get("prune_width")) or stages
+    groups, _ = discover(teacher, inputs, width=width, stages=stages)
     if settings.get("blocks"):
         groups += block_groups(teacher)
     if layout == "native":

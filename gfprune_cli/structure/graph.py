@@ -3,7 +3,7 @@
 groups, trace = discover(model)          # any device, the meta device included
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
 def discover(
-    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, width: bool = False, stages: bool = False
 ) -> tuple[tuple[ChannelGroup, ...], Trace]:
     """Find the channel groups of a denoiser or autoencoder.
 
@@ -49,6 +49,7 @@ def discover(
     Args:
         inputs: keyword arguments of one forward pass; None takes zeros that the configuration describes.
         width: also groups under a layer norm, whose residual streams otherwise keep their width.
+        stages: of a U-Net, whole stages narrow, and with them what must be as wide as its stage.
 
     Returns:
         (groups in the order in which the network runs them, the trace of the forward pass).
@@ -63,18 +64,18 @@ def discover(
     if inputs is None:
         inputs = example_inputs(model)
     with plain_stand_ins(model):
-        found, trace = trace_groups(model, inputs, width=width)
+        found, trace = trace_groups(model, inputs, width=width, stages=stages)
     order = {whole_layer(model, name): index for index, name in enumerate(trace.positions)}
     return tuple(sorted(found, key=lambda group: order[group.name])), trace
 
 
 def trace_groups(
-    model: nn.Module, inputs: Mapping[str, Any], *, width: bool
+    model: nn.Module, inputs: Mapping[str, Any], *, width: bool, stages: bool
 ) -> tuple[list[ChannelGroup], Trace]:
     """Every group of the dependency graph that can be removed, and what the forward pass showed."""
     trace = Trace()
     graph = dependency_graph(model, inputs, trace)
-    fixed = fixed_layers(model)
+    fixed = fixed_layers(model) + ([] if stages else tied_layers(model))
     names = {id(module): name for name, module in model.named_modules()}
     protected = {names[id(layer)] for layer in fixed}
     with whole_groups():
@@ -110,12 +111,16 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     layers: list[Any] = [module for name, module in model.named_modules() if name in names]
     counted = (module for module in model.modules() if type(module).__name__ in COUNTED)
     layers += [layer for module in counted for layer in module.children()]
-    # its processor takes the width of the stream for that of its heads
-    joined = (module for module in model.modules() if is_joined_attention(module))
-    layers += [layer for module in joined for layer in (module.to_q, module.add_k_proj, module.to_out[0])]
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
+
+
+def tied_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that must be as wide as the stream beside them, which no group says: the processor of this
+    attention takes the width of the stream for that of its heads."""
+    joined: Iterator[Any] = (module for module in model.modules() if is_joined_attention(module))
+    return [layer for module in joined for layer in (module.to_q, module.add_k_proj, module.to_out[0])]
 
 
 def read_group(

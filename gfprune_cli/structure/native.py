@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gfprune_cli.structure.cost import CostModel, counted
+from gfprune_cli.structure.graph import is_joined_attention
 from gfprune_cli.structure.groups import select
 from gfprune_cli.structure.removal import cuts_of, empty, slice_state
 from gfprune_cli.structure.search import Allocation
@@ -77,8 +78,11 @@ def stages_of(model: Any) -> list[Stage]:
     if type(model).__name__ == TEXT_TO_IMAGE:
         given = config["attention_head_dim"]  # in this class the number of heads
         heads = [given] * len(widths) if isinstance(given, int) else list(given)
-        parts = (name for name, module in model.named_modules() if is_attention(module))
+        parts: dict[str, Any] = {name: part for name, part in model.named_modules() if is_attention(part)}
         attending = {stage_of(name, len(widths)) for name in parts}
+        for name, module in parts.items():
+            if is_joined_attention(module):  # its blocks take that key for the dimension of a head
+                heads[stage_of(name, len(widths))] = module.heads
     stages = []
     for number, (width, count) in enumerate(zip(widths, heads, strict=True)):
         whole = count and number in attending and width % count == 0

@@ -29,6 +29,7 @@ SIMPLE = dict(
 )
 UNETS: dict[str, dict[str, Any]] = {
     "convolutions": {},
+    "joined": SIMPLE,
     "linear": dict(use_linear_projection=True, attention_head_dim=(3, 8)),
     "three-stages": dict(
         block_out_channels=(16, 32, 48),
@@ -47,7 +48,7 @@ def test_a_native_text_to_image_unet_is_the_masked_one(name: str, groups_of_norm
     torch.manual_seed(0)
     model = filled(conditional_unet(**UNETS[name], norm_num_groups=groups_of_norms)).double()
     model.requires_grad_(False)
-    groups, trace = discover(model, width=True)
+    groups, trace = discover(model, width=True, stages=True)
     cost = CostModel(model, groups, trace)
     allocation, config = native_allocation(model, cost, 0.3, "both")
     assert allocation.sparsity > 0.05
@@ -78,7 +79,7 @@ def test_what_the_stock_class_cannot_express_is_no_allocation() -> None:
     """Two equally wide stages have no shortcut between them, so that one alone cannot narrow."""
     with torch.device("meta"):
         model = conditional_unet(block_out_channels=(32, 32), attention_head_dim=4)
-    groups, trace = discover(model, width=True)
+    groups, trace = discover(model, width=True, stages=True)
     allocation, config = native_allocation(model, CostModel(model, groups, trace), 0.3, "both")
     assert allocation.sparsity == 0
     assert config["block_out_channels"] == (32, 32)
@@ -88,7 +89,7 @@ def test_heads_counted_by_their_dimension_stay_so() -> None:
     """Blocks of plain cross-attention read the same key of the configuration as the dimension of a head."""
     with torch.device("meta"):
         model = conditional_unet(**SIMPLE, block_out_channels=(16, 32))
-    groups, trace = discover(model, width=True)
+    groups, trace = discover(model, width=True, stages=True)
     allocation, config = native_allocation(model, CostModel(model, groups, trace), 0.3, "both")
     assert allocation.sparsity > 0
     assert config["attention_head_dim"] == 8
