@@ -2,16 +2,13 @@
 
     python benchmarks/recovery.py
     python benchmarks/recovery.py --subject FOLDER --data FILE.npz --pruned CHECKPOINT --gradients 3200
-    python benchmarks/recovery.py --small-memory --gradients 1600
 
 One pruned checkpoint is finetuned with each optimizer at several peak rates. Around the best of these, by the
 loss on images that no run has seen, batch, averaging and losses change one at a time. Gradients are counted
 in samples, so a larger batch takes fewer steps. Without --pruned the subject is pruned first, to a quarter of
 its parameters and MACs. FILE.npz holds `x` and `held_out`, uint8 [N, H, W, C].
 
-With --small-memory the subject is pruned to half, and adapters and Adafactor are compared with the defaults,
-each at several rates; that is printed. Else it writes docs/benchmarks/recovery.md. Runs that are done are
-kept in --work and not repeated.
+Writes docs/benchmarks/recovery.md. Runs that are done are kept in --work and not repeated.
 """
 
 import argparse
@@ -51,14 +48,6 @@ FACTORS: dict[str, list[Settings]] = {
         {"distill": 0.9, "denoise": 0.1, "features": 0.1},
     ],
 }
-HALVING: Settings = dict(sparsity=0.5, recover=0)
-SMALL_MEMORY: list[Settings] = [
-    {"optimizer": "muon", "learning_rate": 1.5e-3},
-    *({"lora": 16, "optimizer": "muon", "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)),
-    *({"lora": 16, "optimizer": "adamw", "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)),
-    {"lora": 4, "optimizer": "muon", "learning_rate": 3e-3},
-    *({"optimizer": "adafactor", "learning_rate": rate} for rate in (1e-2, 3e-2, 1e-1)),
-]
 COLUMNS = ("loss", "ssim", "fd_teacher", "seconds")
 
 
@@ -155,7 +144,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="its images, .npz; not for the demo")
     parser.add_argument("--pruned", type=Path, help="what is finetuned (default: pruned here)")
     parser.add_argument("--gradients", type=int, nargs="+", default=[3200, 16_000])
-    parser.add_argument("--small-memory", action="store_true", help="adapters and Adafactor, printed")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/recovery"))
     parser.add_argument("--out", type=Path, default=PAGES / "recovery.md")
@@ -172,20 +160,14 @@ def main() -> None:
     folder = Path(options.subject)
     target = demo() if options.data is None else subject(folder.name, str(folder), options.data)
     options.work.mkdir(parents=True, exist_ok=True)
-    name, pruning = ("halved", HALVING) if options.small_memory else ("pruned", PRUNING)
-    pruned = options.pruned or options.work / f"{name}-{target.name}"
+    pruned = options.pruned or options.work / f"pruned-{target.name}"
     if not pruned.exists():
-        gfprune.prune(target.model, out=pruned, data=str(target.data), images=ALL_IMAGES, **pruning)
+        gfprune.prune(target.model, out=pruned, data=str(target.data), images=ALL_IMAGES, **PRUNING)
     yardstick = Yardstick(target, SAMPLES, SAMPLE_STEPS)
     bench = Bench(target, pruned, yardstick, options.seeds, options.work / f"runs-{target.name}.jsonl")
     body = introduction(bench)
     seeds = f"0 to {options.seeds - 1}" if options.seeds > 1 else 0
     command = shlex.join(["python", "benchmarks/recovery.py", *sys.argv[1:]])
-    if options.small_memory:
-        for gradients in options.gradients:
-            body += ["", *table(f"{gradients} gradients", bench, gradients, {}, SMALL_MEMORY)]
-        print("\n".join(body))
-        return
     for gradients in options.gradients:
         body += ["", *study(bench, gradients)]
         print(write_page(options.out, "Settings of finetuning", command, seeds, "\n".join(body)))

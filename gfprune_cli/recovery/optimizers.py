@@ -21,6 +21,7 @@ from gfprune_cli.errors import UsageError
 
 OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor"]
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Adafactor = partial(torch.optim.Adafactor, foreach=False)  # one weight after the other: less at once
 FusedAdamW = partial(torch.optim.AdamW, fused=True)  # one pass over memory: the loop takes 7 times as long
 
 
@@ -33,10 +34,9 @@ def make_optimizer(
         UsageError: its library is not installed.
     """
     training = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
-    if name == "adafactor":
-        return AdafactorOfMatrices(list(training.values()), lr=lr, weight_decay=weight_decay)
-    if name == "adamw8bit":
-        return eight_bit_optimizers().AdamW8bit(training.values(), lr=lr, weight_decay=weight_decay)
+    if name in ("adafactor", "adamw8bit"):
+        kind = Adafactor if name == "adafactor" else eight_bit_optimizers().AdamW8bit
+        return OfMatrices(kind, list(training.values()), lr=lr, weight_decay=weight_decay)
     matrices = {key: training[key] for key in hidden_matrices(network) if key in training}
     if name == "adamw" or not matrices:
         return FusedAdamW(training.values(), lr=lr, weight_decay=weight_decay)
@@ -119,25 +119,32 @@ class MuonWithAdamW(torch.optim.Optimizer):
             view.grad = None
 
 
-class AdafactorOfMatrices(torch.optim.Optimizer):
-    """torch.optim.Adafactor on a view [out, in * kernel] of every convolution.
+class OfMatrices(torch.optim.Optimizer):
+    """Another optimiser, on a view [out, in * kernel] of every convolution; its state is kept by weight.
 
-    On a weight [out, in, 3, 3] itself it would keep sums over the rows and columns of each kernel, which is
-    two thirds of what is to be saved.
+    On a weight [out, in, 3, 3] itself Adafactor would keep sums over the rows and columns of each kernel,
+    two thirds of what is to be saved, and bitsandbytes would put weights that are stored channels last
+    elsewhere: it works on memory as it lies.
 
     Args:
+        kind: of the optimiser; takes parameters, lr and weight_decay.
         parameters: whose storage must not be replaced.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        kind: Callable[..., torch.optim.Optimizer],
+        parameters: list[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         self.views = {
             weight: nn.Parameter(as_matrix(weight.detach(), weight)) if weight.ndim > 2 else weight
             for weight in parameters
         }
-        self.worker = torch.optim.Adafactor(
-            self.views.values(), lr=lr, weight_decay=weight_decay, foreach=False
-        )
+        self.worker = kind(self.views.values(), lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
