@@ -20,6 +20,7 @@ from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.recovery.job import FinetuneJob, default_output
 from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_folder, make_tracker, sweep_logs
 from gfprune_cli.recovery.lora import load_peft
+from gfprune_cli.recovery.memory import memory_text
 from gfprune_cli.recovery.optimizers import eight_bit_optimizers
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.teacher import find_teacher
@@ -55,6 +56,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
         if options.dry_run:
             output.refuse_state()
             refuse_logs(output, logs)
+            notice(progress, memory_text(job.held))
             return result_of(job, {}, None, None, time.monotonic() - start)
         state = output.state(job.identity())
         if processes.told(output.finished):

@@ -28,8 +28,9 @@ from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
-from gfprune_cli.recovery.lora import adapted_layers, add_adapters, merge_adapters
+from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
+from gfprune_cli.recovery.memory import held_bytes
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
@@ -74,6 +75,13 @@ class FinetuneJob:
         if self.recipe.checkpointing and not student._supports_gradient_checkpointing:
             name = self.component.class_name
             raise UsageError(f"--checkpointing: a {name} cannot recompute its activations: drop the flag")
+        rank, total = self.recipe.lora, parameter_count(student)
+        self.held = held_bytes(
+            self.recipe,
+            student=total,
+            training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else total,
+            teacher=parameter_count(teacher),
+        )
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
@@ -178,7 +186,7 @@ class FinetuneJob:
     def adapters(self, student: nn.Module) -> Any:
         """Adapters on the student's layers, of which a notice says how many numbers they train."""
         layers = adapted_layers(student, self.record)
-        total = sum(parameter.numel() for parameter in student.parameters())
+        total = parameter_count(student)
         found = add_adapters(student, layers, self.recipe.lora or 0, self.recipe.seed)
         count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
         what = f"adapters of rank {self.recipe.lora} on {len(layers)} layers"
@@ -242,6 +250,10 @@ class FinetuneJob:
         }
         earlier = self.record.document.get("finetune")
         return {**self.record.document, "finetune": [*(earlier if isinstance(earlier, list) else []), entry]}
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_finite(model: nn.Module) -> None:

@@ -44,6 +44,12 @@ def adapted_layers(student: nn.Module, record: Record) -> list[str]:
     return touched or layers
 
 
+def adapter_size(student: nn.Module, layers: Iterable[str], rank: int) -> int:
+    """Numbers in adapters of a rank on layers of a network, on any device."""
+    weights = [student.get_submodule(name).get_parameter("weight") for name in layers]
+    return sum(rank * (weight[0].numel() + len(weight)) for weight in weights)
+
+
 def add_adapters(student: nn.Module, layers: Iterable[str], rank: int, seed: int) -> Any:
     """Put adapters of value zero on layers of a network, in place; all else is frozen.
 

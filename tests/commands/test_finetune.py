@@ -345,6 +345,16 @@ def test_a_dry_run_checks_the_inputs_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_class_that_cannot_recompute_is_refused_before_the_run(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import UNet2DModel
+
+    monkeypatch.setattr(UNet2DModel, "_supports_gradient_checkpointing", False)
+    with pytest.raises(UsageError, match="--checkpointing: a PrunedUNet2DModel cannot recompute"):
+        gfprune_cli.finetune(pruned, out=tmp_path / "out", checkpointing=True, dry_run=True)
+
+
 def test_json_has_the_promised_keys(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:
     done = gfprune("finetune", "--model", pruned, "--json", "-q", *flags(**BRIEF), cwd=tmp_path)
     assert done.stderr == ""

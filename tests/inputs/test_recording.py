@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions
 from gfprune_cli.data.drawing import self_images
@@ -412,6 +413,21 @@ def test_a_signal_within_a_pipeline_is_no_error_of_the_pipeline() -> None:
     with pytest.raises(Interrupted):
         record(Stopped(), network, ["a"], PipelineOptions())
     assert "forward" not in vars(network)
+
+
+@pytest.mark.parametrize("family", CONDITIONED)
+def test_a_network_in_bfloat16_takes_what_was_recorded(family: str, folder: Folder) -> None:
+    """As a teacher on little memory is called."""
+    recording, model, _ = recording_of(folder(family), family)
+    x = torch.randn(2, *recording.shape, generator=torch.Generator().manual_seed(0))
+    times, conditions = torch.tensor([1.0, 400.0]), recording.conditions
+    if recording.conditions.time_factor == 1:
+        times = times.long()
+    with torch.no_grad():
+        single = call(model, x, times, conditions)
+        half = call(cast_model(model, torch.bfloat16), x.bfloat16(), times, conditions)
+    assert half.dtype == torch.bfloat16
+    assert float((half.float() - single).norm()) < 0.1 * float(single.norm())
 
 
 # --- the user's images -------------------------------------------------------------------------------------
