@@ -14,6 +14,7 @@ from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_pa
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
+from gfprune_cli.data.stored import StoredImages
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import NotFinite
@@ -215,6 +216,7 @@ class PruneJob:
                 self.process.steps,
                 self.recipe.seed,
                 None if conditions is None else conditions[part],
+                self.device,
             )
             for part in (slice(split), slice(split, None))
         ]
@@ -237,14 +239,14 @@ class PruneJob:
             raise
         return Scored(masked, held_out, scores)
 
-    def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
+    def images(self, dense: nn.Module) -> tuple[torch.Tensor | StoredImages, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
         found = self.request.answer(
             dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
         )
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions = found.process, found.conditions
-        return found.images.to(self.device), found.conditions
+        return found.images, found.conditions
 
     def see_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
