@@ -86,8 +86,8 @@ class MaskedModel:
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))
         for group in self.groups:
-            if group.is_block:
-                self.model.get_submodule(group.name).register_forward_hook(
+            for member in group.members if group.is_block else ():
+                self.model.get_submodule(member.module).register_forward_hook(
                     lambda module, args, kwargs, output, name=group.name: gate(
                         module, self.gates[name], args, kwargs, output
                     ),
@@ -181,7 +181,7 @@ class MaskedModel:
         sums = {}
         for group in self.groups:
             if group.is_block:
-                within = [value for name, value in values.items() if name.startswith(f"{group.name}.")]
+                within = [value for name, value in values.items() if group.holds(name)]
                 sums[group.name] = torch.stack([value.double().sum().cpu() for value in within]).sum().view(1)
                 continue
             total = torch.zeros(group.units, dtype=torch.float64)
