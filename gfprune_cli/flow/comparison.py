@@ -103,11 +103,17 @@ class Curves:
             for member in () if group.is_block else group.members:
                 if member.side == "in":
                     readers.setdefault(member.module, []).append((group, member))
-        blocks = {group.name for group in self.masked.groups if group.is_block}
+        blocks = {
+            member.module: group.name
+            for group in self.masked.groups
+            for member in (group.members if group.is_block else ())
+        }
         with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
                 if name in blocks:
-                    hook: Any = module.register_forward_hook(self.block_hook(name), with_kwargs=True)
+                    hook: Any = module.register_forward_hook(
+                        self.block_hook(name, blocks[name]), with_kwargs=True
+                    )
                 elif name in readers and is_fittable(module):
                     hook = module.register_forward_hook(
                         self.reader_hook(name, readers[name]), with_kwargs=True
@@ -167,7 +173,7 @@ class Curves:
         going[member.positions] = step.repeat_interleave(group.unit_size)[member.channels]
         return going.repeat_interleave(inputs // width)
 
-    def block_hook(self, name: str) -> Callable[..., None]:
+    def block_hook(self, name: str, group: str) -> Callable[..., None]:
         """A block that goes leaves its streams as they were: they miss what it adds."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -181,7 +187,7 @@ class Curves:
                 if key not in self.seen:
                     self.seen.add(key)
                     added = channel_rows((after - before).detach(), axis)
-                    self.energies[key, name] = added.square().mean(0, keepdim=True)
+                    self.energies[key, group] = added.square().mean(0, keepdim=True)
 
         return hook
 

@@ -138,9 +138,7 @@ def add_blocks(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
     Its own score stands where no channels may go, as in the native layout.
     """
     for block in groups:
-        within = [
-            scores[group.name].sum() for group in groups if block.is_block and inside(group, block.name)
-        ]
+        within = [scores[group.name].sum() for group in groups if block.is_block and inside(group, block)]
         if within:
             scores[block.name] = torch.stack(within).sum().view(1)
     return scores

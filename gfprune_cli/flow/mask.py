@@ -87,8 +87,8 @@ class MaskedModel:
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))
         for group in self.groups:
-            if group.is_block:
-                self.model.get_submodule(group.name).register_forward_hook(
+            for member in group.members if group.is_block else ():
+                self.model.get_submodule(member.module).register_forward_hook(
                     lambda module, args, kwargs, output, name=group.name: gate(
                         module, self.gates[name], args, kwargs, output
                     ),

@@ -25,7 +25,7 @@ class UnitSums:
             group.name: torch.zeros(group.units, dtype=torch.float64, device=device)
             for group in masked.groups
         }
-        self.blocks = tuple(group.name for group in masked.groups if group.is_block)
+        self.blocks = tuple(group for group in masked.groups if group.is_block)
         self.places: dict[str, list[tuple[str, int, torch.Tensor, torch.Tensor]]] = {}
         for group in masked.groups:
             for member in () if group.is_block else group.producers:
@@ -38,7 +38,7 @@ class UnitSums:
     @torch.no_grad()
     def add(self, name: str, given: torch.Tensor) -> None:
         """Add a quantity given for each number of a parameter."""
-        blocks = [block for block in self.blocks if name.startswith(f"{block}.")]
+        blocks = [block.name for block in self.blocks if block.holds(name)]
         places = self.places.get(name, ())
         if not blocks and not places:
             return
