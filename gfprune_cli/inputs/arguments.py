@@ -46,7 +46,9 @@ class Names:
         for run.several in (False, True):
             try:
                 run(0, 0, limit=1)
-                double, factor = flattened(run.observer.calls[0], left_out), 2
+                both = run.observer.calls[0]
+                if len(both[sample]) > branches:  # else pictures are taken one by one
+                    double, factor = flattened(both, left_out), 2
                 break
             except Interrupted:
                 raise

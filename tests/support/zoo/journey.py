@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-SPARSITY, LEAST, ATTEMPTS = 0.2, 0.004, 6
+SPARSITY, LEAST, ATTEMPTS = 0.2, 0.001, 6
 EXACT, ROUNDING = 1e-6, 1e-4  # relative difference of masked and narrow network: float64, float32
 SMALL: dict[str, Any] = dict(images=4, sample_steps=1)
 NEAREST = re.compile(r"nearest is ([0-9.]+)")

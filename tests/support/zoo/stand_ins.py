@@ -92,7 +92,7 @@ def gemma_3(folder: Path) -> None:
     gemma_tokens(folder)
     text = dict(
         vocab_size=128,
-        hidden_size=16,
+        hidden_size=32,
         intermediate_size=16,
         head_dim=8,
         num_key_value_heads=2,
