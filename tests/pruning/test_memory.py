@@ -164,7 +164,7 @@ def test_memory_is_settled_before_anything_is_drawn(
 def test_a_dense_network_that_memory_has_no_room_for_stays_on_disk(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same network to rounding from one copy of the weights; a notice says so, and nothing stays behind."""
+    """The same network to rounding, from one copy of the weights; a notice says so, and nothing is left."""
     written, said = {}, []
     fits = MemoryPlan.fits
     settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=8, recover=2)
