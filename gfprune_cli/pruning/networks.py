@@ -25,7 +25,9 @@ from gfprune_cli.pruning.phases import RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.teacher import correspondence
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
@@ -161,7 +163,18 @@ class Networks:
             progress=job.progress,
             save_every=SAVE_EVERY,
             remedies=RECOVERY_REMEDIES,
+            pair=self.pair(narrow, dense, state),
         )
+
+    def pair(self, narrow: nn.Module, dense: nn.Module, state: RecoveryState) -> FeaturePair | None:
+        """Layers whose outputs are compared; none of a network that was folded, which has others."""
+        if self.job.folding is not None:
+            return None
+        assert state.found is not None
+        try:
+            return FeaturePair(narrow, dense, correspondence(dense, self.job.plan.groups, state.found.kept))
+        except GfpruneError:  # nothing was removed, or nothing that has an image in it
+            return None
 
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
         """The narrow network, in float32, from the weights of one with all channels."""

@@ -32,6 +32,7 @@ from gfprune_cli.runtime.device import Precision, autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
+FEATURES = 0.1  # weight where none is asked for
 SMALL = 1e-6  # of the denominators of relative differences
 
 
@@ -47,11 +48,13 @@ class Weights:
     image_weight: float = 0.0  # 0 for the plain losses; not beside `min_snr`
 
     @classmethod
-    def of(cls, recipe: FinetuneRecipe) -> "Weights":
+    def of(cls, recipe: FinetuneRecipe, *, paired: bool = False) -> "Weights":
+        """Args: paired: whether layers of student and teacher are compared."""
+        features = FEATURES if recipe.features is None else recipe.features
         return cls(
             recipe.denoise,
             recipe.distill,
-            recipe.features,
+            features * paired,
             recipe.jacobian,
             recipe.min_snr,
             recipe.image_weight,
@@ -90,16 +93,27 @@ class FeaturePair:
                 self.dimensions[name] = -1 if isinstance(layer, nn.Linear) else 1
         if not self.positions:
             raise GfpruneError("no layer of student and teacher can be compared: use --features 0")
+        self.hooks = []
         for name in self.positions:
-            modules[name].register_forward_hook(self.catcher("student", name))
-            teacher.get_submodule(layers.names[name]).register_forward_hook(self.catcher("teacher", name))
+            theirs = teacher.get_submodule(layers.names[name])
+            self.hooks.append(modules[name].register_forward_hook(self.catcher("student", name)))
+            self.hooks.append(theirs.register_forward_hook(self.catcher("teacher", name)))
 
     def catcher(self, role: str, name: str) -> Any:
+        index, dimension = self.positions[name], self.dimensions[name]
+
         def catch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            if self.on:
+            if self.on and role == "student":
                 self.caught[role][name] = output
+            elif self.on:  # what is not compared is let go at once
+                self.caught[role][name] = output.detach().index_select(dimension, index.to(output.device))
 
         return catch
+
+    def close(self) -> None:
+        """Leave both networks as they were."""
+        for hook in self.hooks:
+            hook.remove()
 
     @contextmanager
     def catching(self) -> Iterator[None]:
@@ -120,12 +134,11 @@ class FeaturePair:
     def distance(self, samples: int) -> torch.Tensor:
         """[samples] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
         terms = []
-        for name, index in self.positions.items():
+        for name in self.positions:
             mine, theirs = self.caught["student"].pop(name), self.caught["teacher"].pop(name)
             if mine.ndim < 3:
                 continue  # the time embedding: no image in it
-            theirs = theirs.detach().index_select(self.dimensions[name], index.to(theirs.device)).float()
-            theirs = theirs * self.scales.get(name, 1.0)
+            theirs = theirs.float() * self.scales.get(name, 1.0)
             relative = mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL)
             terms.append(relative.view(samples, -1).mean(1))  # branches and frames of a sample lie together
         self.forget()

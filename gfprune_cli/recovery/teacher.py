@@ -18,6 +18,7 @@ from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
+from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
@@ -175,6 +176,13 @@ def paired_layers(
         channels = torch.zeros(group.channels, dtype=torch.bool)
         channels[kept] = True
         alive[group.name] = channels.view(group.units, group.unit_size).all(1)
+    return correspondence(teacher, groups, alive)
+
+
+def correspondence(
+    teacher: nn.Module, groups: tuple[ChannelGroup, ...], alive: Mapping[str, torch.Tensor]
+) -> Correspondence:
+    """The same by group name -> bool [units] that are left."""
     cuts, depth = cuts_of(teacher, groups, alive), depth_of(teacher, groups, alive)
     scales = {f"{name}.to_q": factor for name, factor in attention_scales(teacher, cuts).items()}
     positions = {name: cut.out for name, cut in cuts.items() if cut.out is not None}
