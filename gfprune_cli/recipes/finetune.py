@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
-RATE, LORA_RATE = 1.5e-3, 3e-3
+RATE, LORA_RATE = 1.5e-3, 1e-2
 RATES = {"adafactor": 3e-2}  # it is a share of a weight's size there
 
 
@@ -51,7 +51,7 @@ class FinetuneRecipe:
         float | None,
         Gt(0),
         Le(1),
-        Help("Peak learning rate (default: 1.5e-3; 3e-3 with --lora, 0.03 with adafactor)."),
+        Help("Peak learning rate (default: 1.5e-3; 1e-2 with --lora, 0.03 with adafactor)."),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
