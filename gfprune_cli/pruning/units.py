@@ -10,6 +10,7 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, load_model
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Progress, notice
@@ -31,6 +32,7 @@ def find_units(
     width: bool,
     blocks: bool,
     stages: bool = False,
+    stock: bool = False,
     interfaces: bool = False,
     folded: nn.Module | None = None,
     options: PipelineOptions | None = None,
@@ -43,6 +45,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
+        stock: of blocks only those that the stock class can leave out.
         stages: whole stages of a U-Net, and with them what must be as wide as its stage.
         interfaces: not the channels at which adapters enter; those of a pipeline that has some stay anyway.
         folded: what the component has become, with its weights; the network is its own structure then.
@@ -52,16 +55,16 @@ def find_units(
         GfpruneError: the network cannot be traced, or its pipeline cannot be run.
     """
     network, inputs = build_meta(component) if folded is None else skeleton(folded), None
-    if not has_known_inputs(network) and component.weights and component.pipeline is not None:
+    if not has_known_inputs(network) and component.weights:
         dense = load_model(component).requires_grad_(False)
-        inputs = pipeline_inputs(dense, component, progress, options)
+        inputs = pipeline_inputs(dense, component, progress, options) or example_inputs(dense)
         network = dense if folded is None else folded
     groups, trace = discover(network, inputs, width=width, stages=stages)
     if inputs is not None:
         groups = exact_groups(network, groups, inputs, progress)
     if interfaces or has_attached(component):
         groups = beside_interfaces(network, groups)
-    return network, groups + (block_groups(network) if blocks else ()), trace
+    return network, groups + (block_groups(network, stock=stock) if blocks else ()), trace
 
 
 def has_attached(component: Component) -> bool:

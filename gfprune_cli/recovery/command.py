@@ -92,7 +92,7 @@ def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
     Raises:
         UsageError: another run did.
     """
-    record = finished_record(destination, run_digest(job.identity()))
+    record = finished_record(destination, run_digest(job.identity()), job.component.name)
     if record is None or not record.get("finetune"):
         raise not_finished(destination)
     entry = record["finetune"][-1]
@@ -160,7 +160,7 @@ def pruned_checkpoint(
     """
     source = resolve(recipe.model, revision=recipe.revision, offline=offline, progress=progress)
     component = inspect(source, component=recipe.component)
-    record = read_record(component.root)
+    record = read_record(component.root, component.name)
     if record is None:
         raise UsageError(
             f"--model {recipe.model} was never pruned (no gfprune.json says so): start with gfprune prune"
