@@ -27,10 +27,12 @@ def rows(rank: int) -> list[dict[str, Any]]:
     lora = {"lora": rank}
     return [
         {"optimizer": "muon", "learning_rate": 1.5e-3},
-        *(lora | {"optimizer": "muon", "learning_rate": rate} for rate in (3e-3, 1e-2, 1e-3)),
-        {"optimizer": "adafactor", "learning_rate": 3e-2},
-        *(lora | {"optimizer": "adamw", "learning_rate": rate} for rate in (3e-3, 1e-2)),
-        *({"optimizer": "adafactor", "learning_rate": rate} for rate in (1e-2, 1e-1)),
+        *(lora | {"optimizer": "muon", "learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
+        {"optimizer": "adafactor", "learning_rate": 1.5e-3},
+        lora | {"optimizer": "adamw", "learning_rate": 1e-2},
+        {"optimizer": "adafactor", "learning_rate": 5e-3},
+        lora | {"optimizer": "adamw", "learning_rate": 3e-3},
+        {"optimizer": "adafactor", "learning_rate": 1e-2},
     ]
 
 

@@ -166,7 +166,7 @@ def hashed(*names: str) -> str:
     return hashlib.sha256("".join(names).encode()).hexdigest()
 
 
-def beside(name: str, said: Sequence[str] | None) -> str:
+def with_annotations(name: str, said: Sequence[str] | None) -> str:
     """The fingerprint of images and what is said of them."""
     return name if said is None else hashed(name, *(f"\n{text}" for text in said))
 
@@ -223,7 +223,7 @@ class Work:
             labels = torch.tensor(self.labels(source.said, config.num_class_embeds))
         else:
             labels = draw_labels(config.num_class_embeds, len(images), request.seed)
-        return Images(images, labels, beside(name, source.said), process)
+        return Images(images, labels, with_annotations(name, source.said), process)
 
     def conditioned(self) -> Images:
         """Of a network that a pipeline conditions."""
@@ -256,7 +256,7 @@ class Work:
             return Images(images, conditions, named, process)
         encoded, name = self.encoded(source, recording.shape, recording.image[:2])
         rows = asked.rows if source.said else asked.at_random(len(encoded), request.seed)
-        named = beside(name, source.said) if named is None else hashed(name, named)
+        named = with_annotations(name, source.said) if named is None else hashed(name, named)
         return Images(encoded, with_rows(recording, rows), named, process)
 
     def asked(self, source: ImageSource | None) -> Asked:

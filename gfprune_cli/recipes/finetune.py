@@ -7,8 +7,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
-RATE, LORA_RATE = 1.5e-3, 3e-3
-RATES = {"adafactor": 3e-2}  # it is a share of a weight's size there
+RATE, LORA_RATE = 1.5e-3, 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class FinetuneRecipe:
         float | None,
         Gt(0),
         Le(1),
-        Help("Peak learning rate (default: 1.5e-3; 3e-3 with --lora, 0.03 with adafactor)."),
+        Help("Peak learning rate (default: 1.5e-3; 1e-2 with --lora)."),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
@@ -93,9 +92,8 @@ class FinetuneRecipe:
 
     @property
     def peak_rate(self) -> float:
-        """The peak learning rate, by default what `docs/finetuning.md` found for optimizer and adapters."""
-        default = RATES.get(self.optimizer, LORA_RATE if self.lora else RATE)
-        return self.learning_rate or default
+        """The peak learning rate: the one given, or what `docs/finetuning.md` found."""
+        return self.learning_rate or (LORA_RATE if self.lora else RATE)
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""
