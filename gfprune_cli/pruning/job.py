@@ -29,7 +29,7 @@ from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
-from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, checked_in_double, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -161,13 +161,13 @@ class PruneJob:
         """
         recipe, offload = self.recipe, self.offload_teacher
         params = self.plan.cost.params({})
-        others = alternatives(recipe, one, offload=offload, device=self.device.type, params=params)
+        others = alternatives(recipe, one, offload=offload, device=self.device.type)
         plans = [
             MemoryPlan(
                 self.device,
                 self.free,
                 params * FLOAT,
-                phases_of(recipe, one, offload=offload, second_order=second_order, params=params),
+                phases_of(recipe, one, offload=offload, second_order=second_order),
                 others,
             )
             for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))
@@ -175,7 +175,7 @@ class PruneJob:
         self.memory = next((plan for plan in plans if plan.fits(plan.phases)), plans[-1])
         self.memory.check()
         self.exact = self.memory is plans[0]
-        self.fused = one.fuses
+        self.doubles = self.memory.fits([checked_in_double(one)])
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
         """The dense network, draws for scoring and training, and draws for the reported losses."""
@@ -231,7 +231,7 @@ class PruneJob:
             masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
         )
         try:
-            scores = score("taylor", Evidence(masked, losses, self.recipe.seed, fused=self.fused))
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
         except NotFinite:
             look_for_timesteps(masked, self.process, draws, 1, count, piece)
             raise
@@ -260,8 +260,7 @@ class PruneJob:
         """[count] float64 denoising losses of a network, behind its masks if it has some."""
         called: Network
         if isinstance(network, MaskedModel):
-            effective = {name: tensor.detach() for name, tensor in network.effective().items()}
-            called = partial(network.forward, effective)
+            called = partial(network.forward, network.passing())
         else:
             called = partial(call, network)
         at_once = self.memory.at_once(LOSSES)
