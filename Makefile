@@ -20,7 +20,7 @@ export KINETO_LOG_LEVEL ?= 99
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test quick thorough benchmark benchmark-full audit lint format clean
+.PHONY: help .venv demo test quick thorough benchmark benchmark-full support audit lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ benchmark-full: $(STAMP) ## The full comparison and the studies behind the defau
 	$(BIN)/python benchmarks/chain.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/speed.py
+
+support: $(STAMP) ## Run gfprune over the tiny pipelines of diffusers' tests (DIFFUSERS=checkout), into docs/support.md
+	$(BIN)/python tests/support/zoo $(DIFFUSERS) --write
 
 audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)
 	@test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && \

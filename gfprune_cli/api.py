@@ -56,7 +56,9 @@ def asked(
     return chosen, RunOptions.resolve(**{name: settings[name] for name in names if name in settings})
 
 
-def analyze(model: Name = None, *, progress: Progress = silent, **settings: Any) -> analysis.Analysis:
+def analyze(
+    model: Name = None, *, progress: Progress = silent, **settings: Any
+) -> analysis.Analysis | analysis.Analyses:
     """Describe a checkpoint, as `gfprune analyze` does.
 
     Args:
@@ -64,7 +66,8 @@ def analyze(model: Name = None, *, progress: Progress = silent, **settings: Any)
         **settings: such as `sparsity=[0.3, 0.5]`.
 
     Returns:
-        The analysis; `.document()` is the command's JSON.
+        The analysis; `.document()` is the command's JSON. With `component="all"` `.networks` holds one of
+        each denoiser.
     """
     return analysis.analyze(*asked("analyze", AnalyzeRecipe, model, None, settings), progress)
 
@@ -80,7 +83,7 @@ def prune(
 
     Returns:
         The numbers before and after; `.output` is the folder, `.document()` the command's JSON. With several
-        sparsities `.networks` holds as many of them.
+        sparsities, or `component="all"`, `.networks` holds as many of them.
 
     Example:
         >>> prune("demo", sparsity=0.5, out="demo-pruned").params

@@ -33,6 +33,43 @@ STATE = (
 LORA = "merge it into its model first: load_lora_weights, fuse_lora and save_pretrained of the pipeline"
 
 
+# networks that are not pruned, by their names -> why, and what to do
+REFUSED = (
+    (
+        r"ControlNet",
+        "adds to the states of the denoiser, and has no denoising loss of its own: prune the denoiser, and "
+        "make it fit with gfprune carry, or keep it as it is with --keep-interfaces",
+    ),
+    (
+        r"Adapter$",
+        "adds to the states of the denoiser, and has no denoising loss of its own: prune the denoiser with "
+        "--keep-interfaces, which it then fits unchanged",
+    ),
+    (
+        r"^AutoencoderTiny$",
+        "rounds its latents to bytes, so that no gradient reaches its encoder: leave it as it is",
+    ),
+    (
+        r"^AutoencoderDC$",
+        "averages groups of channels beside its layers, and its norms see all channels at once: leave it as "
+        "it is",
+    ),
+    (
+        r"Oobleck|Audio|Vocoder|SAME|LongCat|Music",
+        "encodes sounds, and the loss is one of images: leave it as it is",
+    ),
+    (
+        r"^Autoencoder|Vae$|VAE$|VAE",
+        "encodes no single images, and its norms see all channels at once: leave it as it is",
+    ),
+)
+
+
+def why_not(class_name: str) -> str:
+    """Why a network of a pipeline is not pruned: the end of a sentence; "" where nothing is known."""
+    return next((why for pattern, why in REFUSED if re.search(pattern, class_name)), "")
+
+
 def instead_of_file(path: Path) -> str:
     """What a file is that was given as the model, and what to do about it: the end of a sentence.
 

@@ -50,20 +50,33 @@ def write_card(
         front["base_model"] = base_model
     if record.get("finetune") and base_model:
         front["base_model_relation"] = "finetune"
-    removed = removed_shares(record["params"], record["macs"])
-    recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
+    others = record.get("others") or {}
+    what = "pipeline" if others else record["class_name"]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=True).strip(),
         "---",
         "",
-        f"# {record['source']['label'] if base_model else record['class_name']}, pruned",
-        "",
-        f"gfprune removed {removed} (criterion {recipe['criterion']}, layout {recipe['layout']}).",
+        f"# {record['source']['label'] if base_model else what}, pruned",
         "",
         "```python",
         loading,
         "```",
+        "",
+    ]
+    for one in (record, *others.values()):
+        lines += [f"## {one['component']}: {one['class_name']}", ""] if others else []
+        lines += component_lines(one)
+    lines += ["The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def component_lines(record: Mapping[str, Any]) -> list[str]:
+    """What became of one network."""
+    removed = removed_shares(record["params"], record["macs"])
+    recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
+    return [
+        f"gfprune removed {removed} (criterion {recipe['criterion']}, layout {recipe['layout']}).",
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -75,10 +88,7 @@ def write_card(
         *time_lines(record),
         *fold_lines(record),
         *finetune_lines(record),
-        "The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.",
-        "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def removed_shares(params: Mapping[str, int], macs: Mapping[str, int]) -> str:

@@ -45,6 +45,12 @@ class Component:
         return trusted_roots(self.root)
 
     @property
+    def scheduler_name(self) -> str:
+        """The entry of its noise scheduler: that of its stage, in a pipeline with a schedule for each."""
+        own = f"{self.name.partition('_')[0]}_scheduler"
+        return own if own in self.entries else "scheduler"
+
+    @property
     def bytes(self) -> int:
         """Size of the weight files."""
         return sum(path.stat().st_size for path in self.weights)

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.advice import instead_of_folder, other_weights_hint, pickle_hint, refuse_export
+from gfprune_cli.checkpoint.advice import (
+    instead_of_folder,
+    other_weights_hint,
+    pickle_hint,
+    refuse_export,
+    why_not,
+)
 from gfprune_cli.checkpoint.files import quoted, read_config, read_json, trusted_roots
 from gfprune_cli.errors import GfpruneError, UsageError
 
@@ -16,8 +22,11 @@ PRUNED = "Pruned"  # before the name of the stock class
 EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
 PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
 
-AUTOENCODERS = ("AutoencoderKL", "VQModel")
-FAMILIES = "U-Nets and diffusion transformers of diffusers, AutoencoderKL, VQModel, and what it pruned itself"
+AUTOENCODERS = ("AutoencoderKL", "VQModel", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2")
+FAMILIES = (
+    "U-Nets and diffusion transformers of diffusers, its autoencoders of images (AutoencoderKL, VQModel), "
+    "and what it pruned itself"
+)
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines do without
 PREFERRED = ("unet", "transformer")
 
@@ -160,6 +169,21 @@ def default_locations(locations: list[Location]) -> list[Location]:
     return denoisers
 
 
+def denoiser_names(root: Path) -> list[str]:
+    """The components that `--component all` stands for.
+
+    Raises:
+        GfpruneError: see `locate_all`; UsageError: a bare model folder.
+    """
+    locations = locate_all(root)
+    if locations[0].pipeline is None:
+        raise UsageError(f"--component needs a pipeline, but {root} is a bare model folder: drop the flag")
+    found = [place.name for place in locations if not is_autoencoder(place.class_name)]
+    if not found:
+        raise _no_denoiser(root, pipeline_components(locations[0].pipeline))
+    return found
+
+
 def pipeline_components(pipeline: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Component name -> (library, class name) of the components that a model_index.json holds."""
     return {
@@ -191,6 +215,9 @@ def locate(root: Path, component: str | None = None) -> Location:
                 f"--component needs a pipeline, but {root} is a bare model folder: drop the flag"
             )
         if component not in names:
+            _, class_name = pipeline_components(locations[0].pipeline).get(component, ("", ""))
+            if why := why_not(class_name):
+                raise UsageError(f"--component {component}: {class_name} {why}")
             raise UsageError(
                 f"{root} has no component {quoted(component)} that can be pruned: choose {_list(names)}"
             )

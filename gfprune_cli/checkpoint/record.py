@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from gfprune_cli.errors import GfpruneError
 
 RECORD = "gfprune.json"
 RECORD_BYTES = 64 << 20
+OTHERS = "others"  # records of further components, by name
 SCHEMA_VERSION = 1
 TOOLS = ("gfprune", "torch", "diffusers", "safetensors", "torch-pruning")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -189,8 +191,26 @@ class _Document:
     finetune: list[_Finetuned] = field(default_factory=list)
 
 
-def read_record(root: Path) -> Record | None:
+def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document of the records of several components of a pipeline."""
+    first, *others = records
+    return {**first, OTHERS: {record["component"]: record for record in others}} if others else first
+
+
+def about(document: dict[str, Any], component: str | None) -> dict[str, Any]:
+    """The same document as the record of another of its components, if it has one of that."""
+    others = document.get(OTHERS)
+    if not isinstance(others, dict) or not isinstance(others.get(component), dict):
+        return document
+    first = {key: value for key, value in document.items() if key != OTHERS}
+    return joined([others[component], first, *(other for name, other in others.items() if name != component)])
+
+
+def read_record(root: Path, component: str | None = None) -> Record | None:
     """The record of a checkpoint folder; None if it was never pruned.
+
+    Args:
+        component: which is meant, where several were pruned.
 
     Raises:
         GfpruneError: it is there and damaged.
@@ -200,7 +220,7 @@ def read_record(root: Path) -> Record | None:
     path = root / RECORD
     if not path.exists():
         return None
-    document = read_json(path, trusted_roots(root), limit=RECORD_BYTES)
+    document = about(read_json(path, trusted_roots(root), limit=RECORD_BYTES), component)
     if document.get("command") == "export" and "recipe" not in document:
         return None  # of a dense model: nothing was pruned
     try:
@@ -220,13 +240,14 @@ def read_record(root: Path) -> Record | None:
     return Record(document, known.source, known.kept, known.component)
 
 
-def finished_record(destination: Path, digest: str) -> dict[str, Any] | None:
+def finished_record(destination: Path, digest: str, component: str) -> dict[str, Any] | None:
     """The record of an output, if the run with that digest wrote it: the last one in its record.
 
     Raises:
         GfpruneError: the record cannot be read.
     """
-    record = read_json(destination / "gfprune.json", trusted_roots(destination), limit=RECORD_BYTES)
+    document = read_json(destination / RECORD, trusted_roots(destination), limit=RECORD_BYTES)
+    record = about(document, component)
     runs = [entry for entry in record.get("finetune") or [] if isinstance(entry, dict)]
     last = runs[-1] if runs else record
     return record if last.get("run") == digest else None

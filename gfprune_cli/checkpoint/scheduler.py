@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def scheduler_config_path(component: "Component") -> Path | None:
     """Where the checkpoint's scheduler is described, or None if it has none."""
     for path in (
-        component.root / "scheduler" / "scheduler_config.json",
+        component.root / component.scheduler_name / "scheduler_config.json",
         component.root / "scheduler_config.json",
     ):
         if path.exists():
@@ -39,9 +39,9 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
     if path is None:
         if component.pipeline is None:
             return diffusers.DDPMScheduler()
-        if "scheduler" in component.entries:
+        if (name := component.scheduler_name) in component.entries:
             raise GfpruneError(
-                f"{component.root / 'scheduler' / 'scheduler_config.json'} is missing: fetch it again"
+                f"{component.root / name / 'scheduler_config.json'} is missing: fetch it again"
             )
         return None
     config = read_json(path, component.roots, constants=("-Infinity",))

@@ -17,6 +17,7 @@ from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, 
 from gfprune_cli.checkpoint.layout import OPTIONAL, PRUNED, pipeline_components, weights_variant
 from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import model_class
+from gfprune_cli.checkpoint.record import RECORD
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
@@ -50,26 +51,67 @@ def write_checkpoint(
         folder.mkdir(exist_ok=True)
         files = write_weights(folder, model, None, SHARD_BYTES)
         if not bare:
-            copy_pipeline(staging, component, name, library_entry(model))
+            copy_pipeline(staging, component, {name: library_entry(model)})
         else:
             copy_scheduler(staging, component)
         complete = {
             **record,
             "bytes": {**record["bytes"], "after": sum(path.stat().st_size for path in files)},
         }
-        write_json(staging / "gfprune.json", complete)
-        source = record["source"]
-        write_card(
-            staging / "README.md",
-            root=component.root,
-            base_model=source["label"] if source["kind"] == "hub" else None,
-            loading=loading_line(destination, model, bare=bare),
-            record=complete,
+        write_description(
+            staging, complete, component, loading_line(destination, type(model).__name__, bare=bare)
         )
-        for path in staging.rglob("*"):
-            if path.is_file():
-                give_default_mode(path)
     return complete
+
+
+def write_joined(
+    destination: Path,
+    parts: Mapping[str, Path],
+    component: Component,
+    record: Mapping[str, Any],
+    *,
+    force: bool,
+) -> None:
+    """Write the pipeline folder of several pruned components.
+
+    Args:
+        parts: component name -> the bare folder that `write_checkpoint` made of it.
+        component: any of those that they were made from; what is no part is copied from its pipeline.
+        record: of all of them, see `record.joined`.
+    """
+    files = {name: [path for path in folder.iterdir() if path.name not in ("README.md", RECORD)]
+             for name, folder in parts.items()}  # fmt: skip
+    needed = sum(path.stat().st_size for found in files.values() for path in found)
+    with staged(destination, force=force, needed=needed) as staging:
+        entries = {}
+        for name, found in files.items():
+            (staging / name).mkdir()
+            for path in found:
+                if path.is_file():
+                    shutil.copyfile(path, staging / name / path.name)
+            class_name = read_json(staging / name / "config.json", (staging.resolve(),))["_class_name"]
+            entries[name] = [modeling.STEM if class_name.startswith(PRUNED) else "diffusers", class_name]
+        copy_pipeline(staging, component, entries)
+        classes = sorted(
+            (class_name for _, class_name in entries.values()), key=lambda name: not name.startswith(PRUNED)
+        )
+        write_description(staging, record, component, loading_line(destination, classes[0], bare=False))
+
+
+def write_description(staging: Path, record: Mapping[str, Any], component: Component, loading: str) -> None:
+    """The record and the model card of an output; all of its files get the mode of any other new file."""
+    write_json(staging / RECORD, record)
+    source = record["source"]
+    write_card(
+        staging / "README.md",
+        root=component.root,
+        base_model=source["label"] if source["kind"] == "hub" else None,
+        loading=loading,
+        record=record,
+    )
+    for path in staging.rglob("*"):
+        if path.is_file():
+            give_default_mode(path)
 
 
 def stored_dtype(component: Component) -> torch.dtype:
@@ -116,28 +158,33 @@ def library_entry(model: nn.Module) -> list[str]:
     return ["diffusers", type(model).__name__]
 
 
-def copy_pipeline(staging: Path, component: Component, name: str, entry: list[str]) -> None:
-    """Everything of the pipeline but the pruned component: JSON and safetensors only, no pickles."""
+def copy_pipeline(staging: Path, component: Component, entries: Mapping[str, list[str]]) -> None:
+    """Everything of the pipeline but the pruned components: JSON and safetensors only, no pickles.
+
+    Args:
+        entries: what model_index.json says of those.
+    """
     assert component.pipeline is not None
     roots = component.roots
-    index = {**component.pipeline, name: entry}
+    adaptive = any(library == modeling.STEM for library, _ in entries.values())
+    index = {**component.pipeline, **entries}
     for absent in absent_parts(component):  # what diffusers writes for a part that is not there
         index[absent] = [None, None]
     if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     for other, (library, class_name) in component.entries.items():
-        if other != name and (component.root / other).is_dir():
+        if other not in entries and (component.root / other).is_dir():
             copy_component(component.root / other, staging / other, variant_of(component), roots)
             if class_name.startswith(PRUNED):
                 index[other] = [modeling.STEM, class_name]
                 renew_component(staging / other)
-            elif library == "diffusers" and entry[0] == modeling.STEM and not WEIGHTLESS.search(class_name):
+            elif library == "diffusers" and adaptive and not WEIGHTLESS.search(class_name):
                 copy_module(staging / other)
     (staging / "model_index.json").write_text(json.dumps(automatic(index), indent=2) + "\n", encoding="utf-8")
     schedule = scheduler_config_path(component)
-    if schedule is not None and "scheduler" in component.pipeline:
-        (staging / "scheduler").mkdir(exist_ok=True)
-        shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
+    if schedule is not None and (where := component.scheduler_name) in component.pipeline:
+        (staging / where).mkdir(exist_ok=True)
+        shutil.copyfile(schedule, staging / where / "scheduler_config.json")
 
 
 def automatic(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,10 +249,10 @@ def copy_scheduler(staging: Path, component: Component) -> None:
         shutil.copyfile(schedule, target)
 
 
-def loading_line(destination: Path, model: nn.Module, *, bare: bool) -> str:
+def loading_line(destination: Path, class_name: str, *, bare: bool) -> str:
     """The two lines of Python that load the result with nothing but diffusers."""
-    pruned = isinstance(model, modeling.PrunedModel)
+    pruned = class_name.startswith(PRUNED)
     flag = ", trust_remote_code=True" if pruned else ""
-    cls = ("AutoModel" if pruned else type(model).__name__) if bare else "DiffusionPipeline"
+    cls = ("AutoModel" if pruned else class_name) if bare else "DiffusionPipeline"
     variable = "model" if bare else "pipeline"
     return f'from diffusers import {cls}\n{variable} = {cls}.from_pretrained("{destination.name}"{flag})'

@@ -49,9 +49,10 @@ def run_analyze(**flags: Any) -> None:
     """
     with asked(AnalyzeRecipe, flags) as (session, recipe, options):
         from gfprune_cli.cli.tables import analysis_text
-        from gfprune_cli.pruning.analyze import analyze
+        from gfprune_cli.pruning.analyze import Analyses, analyze
 
         if options.html is not None:
+            check_one(recipe.component)
             check_page(options.html, force=options.force)
         found = analyze(recipe, options, session.progress)
         if options.html is not None:
@@ -59,7 +60,20 @@ def run_analyze(**flags: Any) -> None:
 
             write_page(options.html, render(found.document()))
             session.note(f"wrote {options.html}")
-        session.result(found.document(), analysis_text(found))
+        if isinstance(found, Analyses):
+            text = "\n\n".join(f"{one.component}\n{analysis_text(one)}" for one in found.networks)
+        else:
+            text = analysis_text(found)
+        session.result(found.document(), text)
+
+
+def check_one(component: str | None) -> None:
+    """Refuse a page about every denoiser of a pipeline."""
+    from gfprune_cli.errors import UsageError
+    from gfprune_cli.recipes.options import ALL
+
+    if component == ALL:
+        raise UsageError("--html shows one component of a pipeline: name it with --component")
 
 
 @with_options(PruneRecipe)
@@ -75,6 +89,7 @@ def run_prune(**flags: Any) -> None:
         from gfprune_cli.pruning.result import PruneResult
 
         if options.html is not None:
+            check_one(recipe.component)
             if options.dry_run:
                 raise UsageError("--html has nothing to show of a --dry-run: drop one of the two")
             check_page(options.html, force=options.force or options.resume)
@@ -93,7 +108,8 @@ def run_prune(**flags: Any) -> None:
             write_page(options.html, page)
             session.note(f"wrote {options.html}")
         session.show(prune_table(networks[0]) if len(networks) == 1 else networks_table(networks))
-        session.result(result.document(), "\n".join(network.output or "" for network in networks))
+        outputs = dict.fromkeys(network.output or "" for network in networks)
+        session.result(result.document(), "\n".join(outputs))
 
 
 @with_options(FinetuneRecipe)

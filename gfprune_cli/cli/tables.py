@@ -91,8 +91,10 @@ def time_rows(table: Table, time: Mapping[str, Any]) -> None:
 
 
 def networks_table(results: Sequence[PruneResult]) -> Table:
-    """The networks of one run, the least sparse first."""
+    """The networks of one run: of several sparsities, the least first, or of several components."""
     first = results[0]
+    if len({result.component for result in results}) > 1:
+        return components_table(results)
     table = Table(title=Text(f"{first.model}: {len(results)} networks of one flow"), title_justify="left")
     for column in ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output"):
         table.add_column(column, justify="left" if column == "output" else "right")
@@ -106,6 +108,21 @@ def networks_table(results: Sequence[PruneResult]) -> Table:
             shown_loss(result.loss["recovered"]),
             result.output,
         )
+    return table
+
+
+def components_table(results: Sequence[PruneResult]) -> Table:
+    """The denoisers of one pipeline, each before and after."""
+    table = Table(title=Text(f"{results[0].model}: {len(results)} components"), title_justify="left")
+    for column in ("component", "parameters", "MACs", "weight file", "loss", "after recovery"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for result in results:
+        sizes = [
+            f"{short(pair['before'])} -> {short(pair['after'])}"
+            for pair in (result.params, result.macs, result.bytes)
+        ]
+        losses = [shown_loss(result.loss[key]) for key in ("before", "removed", "recovered")]
+        table.add_row(result.component, *sizes, " -> ".join(losses[:2]).removesuffix(" -> "), losses[2])
     return table
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import read_config
+from gfprune_cli.checkpoint.files import first_line, read_config
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
@@ -112,7 +112,15 @@ def self_images(
             x: torch.Tensor, timesteps: torch.Tensor, chosen: Condition = chosen, done: int = first
         ) -> torch.Tensor:
             progress(Event("calibrate", done, count))
-            return call(model, x, timesteps, chosen)
+            try:
+                return call(model, x, timesteps, chosen)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the network's own code
+                raise GfpruneError(
+                    f"{type(model).__name__} does not take {len(x)} samples as its pipeline gives it one: "
+                    f"{first_line(error)}"
+                ) from error
 
         images.append(process.sample(denoise, noise.to(device), steps).cpu())
         if not bool(images[-1].isfinite().all()):

@@ -13,6 +13,7 @@ from gfprune_cli.checkpoint.record import (
     RECORD,
     RECORD_BYTES,
     SCHEMA_VERSION,
+    about,
     installed_tools,
     installed_version,
 )
@@ -40,7 +41,7 @@ def export_record(
     path = component.root / RECORD
     origin = source.origin(hashes)
     if path.is_file():
-        base = read_json(path, component.roots, limit=RECORD_BYTES)
+        base = about(read_json(path, component.roots, limit=RECORD_BYTES), component.name)
     else:  # a dense checkpoint: nothing was pruned
         base = {
             "schema_version": SCHEMA_VERSION,

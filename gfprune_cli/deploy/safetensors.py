@@ -49,7 +49,7 @@ def write_pipeline(
     folder = staging / component.name
     folder.mkdir()
     files = write_weights(folder, model, variant, limit)
-    copy_pipeline(staging, component, component.name, library_entry(model))
+    copy_pipeline(staging, component, {component.name: library_entry(model)})
     return files
 
 

@@ -36,6 +36,7 @@ class Conditions:
         axis: of the network's input along which tensors `BEFORE` and `AFTER` are joined to the noisy sample:
             channels (masks, images) or tokens (references).
         lists: arguments that are lists with one tensor for each sample, and `shared` ones with one entry.
+        twins: arguments that are told the same as `timestep`.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Conditions:
     rows: tuple[int, ...] | None = None
     axis: int = 1
     lists: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -138,7 +140,7 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
         times = timesteps.repeat_interleave(branches, 0)
         if shares is not None:
             times = times.view(-1, *[1] * (shares.ndim - 1)) * shares
-        own[condition.timestep] = times
+        own |= dict.fromkeys((condition.timestep, *condition.twins), times)
     made: dict[str, Any] = {"return_dict": False}
     for name, value in {**own, **flat}.items():
         outer, _, inner = name.partition(NESTED)

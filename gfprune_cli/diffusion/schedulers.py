@@ -96,7 +96,7 @@ def limits_of(scheduler: Any) -> Limits:
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler follows straight lines; the multistep solvers do if they are told so."""
     name = type(scheduler).__name__
-    return name.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    return name.startswith(("FlowMatch", "FlowMap")) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def flow_matching(config: Any, mu: float | None) -> FlowMatching:

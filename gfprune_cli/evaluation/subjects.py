@@ -146,7 +146,7 @@ def recorded_reference(model: Subject, *, offline: bool, progress: Progress) -> 
     """
     root = model.component.root
     try:
-        record = read_record(root)
+        record = read_record(root, model.component.name)
         if record is None:
             raise NoReference(f"{model.label} has no {RECORD} that names a dense model it was pruned from")
         with named(teacher="reference", model="reference"):

@@ -101,6 +101,8 @@ class Refit:
                 return
             shape = output_shape(layer, inputs)
             index = self.positions(name, layer, shape, number)
+            if len(index) != len(target):  # an expert, which is given other tokens now
+                return
             problem = Problem(
                 lambda first, end: input_rows(inputs, layer, index[first:end]),
                 self.with_stream(name, streams, target, shape, index, -1),
@@ -129,7 +131,7 @@ class Refit:
         carriers: dict[str, set[Carrier]] = {}
         for carrier in self.residuals.values():
             carriers.setdefault(carrier.module, set()).add(carrier)
-        gone = tuple(f"{name}." for name, gate in self.masked.gates.items() if float(gate) == 0)
+        gone = [group for group in self.masked.groups if group.is_block and not self.masked.gates[group.name]]
         waiting: dict[str, set[str]] = {}  # stream -> layers that have not seen it yet
 
         def visit_and_let_go(name: str, *seen: Any) -> None:
@@ -142,7 +144,8 @@ class Refit:
 
         for name, module in model.named_modules():
             hooks += [carrier.watch(module, streams) for carrier in carriers.get(name, ())]
-            if is_fittable(module) and not name.startswith(gone) and name not in (self.repeated or ()):
+            left = name not in (self.repeated or ()) and not any(block.holds(name) for block in gone)
+            if is_fittable(module) and left:
                 hooks.append(hook(name, module, visit_and_let_go, after=after))
                 if name in self.residuals:
                     waiting.setdefault(self.residuals[name].key, set()).add(name)

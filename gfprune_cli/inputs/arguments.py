@@ -24,6 +24,7 @@ class Names:
         own: that differ from sample to sample.
         lists: that are lists with one entry for each sample.
         nested: that are lists of batches.
+        twins: that say the noise level once more.
     """
 
     sample: str
@@ -32,18 +33,22 @@ class Names:
     own: set[str]
     lists: set[str]
     nested: set[str] = field(default_factory=set)
+    twins: tuple[str, ...] = ()
 
     @staticmethod
     def of(run: PipelineRun, joined: Joined) -> "Names":
         """Seen by asking for the same thing twice; by first dimensions where a pipeline cannot do that."""
         call = run.observer.calls[0]
         sample, timestep = argument_names(run.observer.network, call)
-        left_out, branches = {sample, timestep}, len(call[sample])
+        twins = twins_of(run.observer.calls, timestep)
+        left_out, branches = {sample, timestep, *twins}, len(call[sample])
         double, factor = flattened(call, left_out), 1
         for run.several in (False, True):
             try:
                 run(0, 0, limit=1)
-                double, factor = flattened(run.observer.calls[0], left_out), 2
+                both = run.observer.calls[0]
+                if len(both[sample]) > branches:  # else pictures are taken one by one
+                    double, factor = flattened(both, left_out), 2
                 break
             except Interrupted:
                 raise
@@ -62,11 +67,11 @@ class Names:
                 own |= set(as_entries({name: value}, [name]))
             elif kind == "rows":
                 own.add(name)
-        return Names(sample, timestep, joined, own, lists, nested)
+        return Names(sample, timestep, joined, own, lists, nested, twins)
 
     def arguments(self, call: dict[str, Any]) -> dict[str, Any]:
         """Of one call, with the parts of its sample that are no noise."""
-        found = as_entries(flattened(call, {self.sample, self.timestep}), self.nested)
+        found = as_entries(flattened(call, {self.sample, self.timestep, *self.twins}), self.nested)
         found |= self.joined.parts(as_batch(call[self.sample]))
         times = call[self.timestep]
         if times.ndim > 1:
@@ -112,6 +117,21 @@ def growth(value: Any, double: Any, branches: int, factor: int) -> str:
     return (
         "nested" if layers and factor > 1 and len(double) == len(value) and grows(value[0], double[0]) else ""
     )
+
+
+def twins_of(calls: list[dict[str, Any]], timestep: str) -> tuple[str, ...]:
+    """Other arguments that are the timestep at every noise level that was seen."""
+    levels = {float(call[timestep].max()) for call in calls}
+    return tuple(
+        name
+        for name, value in calls[0].items()
+        if name != timestep and isinstance(value, torch.Tensor) and len(levels) > 1
+        if all(same(call.get(name), call[timestep]) for call in calls)
+    )
+
+
+def same(one: Any, other: torch.Tensor) -> bool:
+    return isinstance(one, torch.Tensor) and one.shape == other.shape and bool((one == other).all())
 
 
 def argument_names(network: Any, call: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from gfprune_cli.checkpoint.files import sha256_of_files
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.arguments import TIMESTEP_NAMES
 from gfprune_cli.inputs.pictures import Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
@@ -29,7 +30,7 @@ from gfprune_cli.progress import Progress, notice
 
 FIELDS = (
     "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows", "axis",
-    "lists",
+    "lists", "twins",
 )  # fmt: skip
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
 
@@ -44,6 +45,13 @@ class Asked:
 
     distinct: list[Any]
     rows: list[int]
+
+    @classmethod
+    def each(cls, wanted: Sequence[Any]) -> "Asked":
+        """One prompt or label for each sample."""
+        distinct = list(dict.fromkeys(wanted))
+        numbers = {one: number for number, one in enumerate(distinct)}
+        return cls(distinct, [numbers[one] for one in wanted])
 
     def at_random(self, count: int, seed: int) -> list[int]:
         """Rows for `count` samples that come from elsewhere."""
@@ -80,12 +88,43 @@ def asked_of(
     if "class_labels" not in parameters:
         pictures = min(count, PICTURES) if takes_pictures(pipeline_class(component)) else 1
         return Asked([None] * pictures, [number % pictures for number in range(count)])
-    classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
-    if classes is None:
-        raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
+    classes = class_count(component, config)
     labels = torch.randint(classes, (count,), generator=generator(seed, "labels")).tolist()
     distinct = sorted(set(labels))
     return Asked(distinct, [distinct.index(label) for label in labels])
+
+
+def annotated_by(component: Component) -> Literal["captions", "classes"] | None:
+    """What the pipeline around a network wants to know of each image."""
+    if component.pipeline is None:
+        return None
+    parameters = inspect.signature(pipeline_class(component).__call__).parameters
+    return "captions" if "prompt" in parameters else "classes" if "class_labels" in parameters else None
+
+
+def class_count(component: Component, config: Any) -> int:
+    """Classes of a network that is given labels.
+
+    Raises:
+        GfpruneError: its configuration does not say.
+    """
+    classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
+    if classes is None:
+        raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
+    return int(classes)
+
+
+def labels_of_pipeline(component: Component) -> dict[str, int]:
+    """Name of a class -> its label, where `model_index.json` says (as DiT's does: synonyms with commas)."""
+    names = (component.pipeline or {}).get("id2label")
+    if not isinstance(names, Mapping):
+        return {}
+    return {
+        name.strip(): int(label)
+        for label, text in names.items()
+        if str(label).isdecimal()
+        for name in str(text).split(",")
+    }
 
 
 def recorded(
@@ -109,7 +148,8 @@ def recorded(
 
     def make() -> tuple[Tensors, Any]:
         pipeline = open_pipeline(component, model, scheduler)
-        made = record(pipeline, model, asked.distinct, options, progress, Pictures(data))
+        name = component.scheduler_name
+        made = record(pipeline, model, asked.distinct, options, progress, Pictures(data), name)
         del pipeline
         gc.collect()
         if device.type == "cuda":
@@ -135,7 +175,7 @@ def recording_key(
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
     ]
     key = {
-        "recording": 2,
+        "recording": 3,
         "pipeline": sorted((component.pipeline or {}).items()),
         "files": sha256_of_files(decided, root),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
@@ -213,7 +253,7 @@ def as_recording(tensors: Tensors, document: Mapping[str, Any]) -> Recording:
     """What `as_tensors` was given."""
     fields = dict(document["conditions"])
     rows = fields.pop("rows")
-    fields["lists"] = tuple(fields["lists"])
+    fields |= {name: tuple(fields[name]) for name in ("lists", "twins")}
     own = {name.removeprefix("own/"): t for name, t in tensors.items() if name.startswith("own/")}
     shared = {name: unpacked(value, tensors) for name, value in document["shared"].items()}
     conditions = Conditions(own, shared, **fields, rows=None if rows is None else tuple(rows))
@@ -237,7 +277,9 @@ def made_up(model: nn.Module, count: int, seed: int, progress: Progress) -> Reco
     inputs: dict[str, Any] = dict(example_inputs(model))
     sample = next(iter(inputs))
     shape = tuple(inputs.pop(sample).shape[1:])
-    timestep = next(name for name in inputs if name.startswith("timestep"))
+    timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
+    if timestep is None:
+        raise GfpruneError(f"{type(model).__name__} is told no noise level: its pipeline is needed")
     del inputs[timestep]
     notice(progress, "there is no pipeline around this network: normal noise stands in for text states")
     tensors: dict[str, torch.Tensor] = {}

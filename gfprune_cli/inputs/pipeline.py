@@ -69,7 +69,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
     made: dict[str, Any] = {
         name: value
         for name, value in component.pipeline.items()
-        if name in accepted and isinstance(value, bool | int | float | str)
+        if name in accepted and (isinstance(value, bool | int | float | str) or is_numbers(value))
     }
     entries = component.entries
     for name in component.pipeline:
@@ -77,7 +77,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
             continue
         if name == component.name:
             made[name] = network
-        elif name == "scheduler":
+        elif name == component.scheduler_name:
             made[name] = copy.deepcopy(scheduler)
         elif name not in entries or name in left_out:
             made[name] = None
@@ -101,6 +101,11 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def is_numbers(value: object) -> bool:
+    """Whether a setting is a list of whole numbers, such as the layers of a text model that are read."""
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 class NoJudge(nn.Module):
@@ -137,7 +142,8 @@ def pipeline_class(component: Component) -> Any:
         return found
     known = inspect.signature(plain.__init__).parameters  # of the SDXL refiner not all
     asked = {key for key, value in (component.pipeline or {}).items() if value is True}
-    return plain if asked <= known.keys() else found
+    needed = {key for key, parameter in known.items() if parameter.default is parameter.empty} - {"self"}
+    return plain if asked <= known.keys() and needed <= (component.pipeline or {}).keys() else found
 
 
 def _pipeline_named(name: str) -> Any:

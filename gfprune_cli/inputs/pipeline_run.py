@@ -108,7 +108,10 @@ def call_arguments(
     given["use_resolution_binning"] = False  # the size asked for, not the nearest of a list
     given["intermediate_timesteps"] = None  # which two steps alone have
     given["_auto_resize"] = False  # references stay as large as they are
+    given["use_mean_velocity"] = False  # of flow maps: the velocity of one noise level, as in training
     given["strength"] = 1.0  # of changing an image: every noise level
+    if "output_latent" in parameters:  # what these give back are maps, as arrays alone
+        del given["output_type"]
     made = {key: value for key, value in given.items() if key in parameters}
     size = options.pixels()
     wanted: dict[str, dict[str, Any]] = {

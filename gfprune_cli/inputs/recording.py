@@ -57,6 +57,7 @@ def record(
     options: PipelineOptions,
     progress: Progress = silent,
     pictures: Pictures | None = None,
+    scheduler_name: str = "scheduler",
 ) -> Recording:
     """Run a pipeline once per prompt, up to its first call of the network.
 
@@ -64,13 +65,18 @@ def record(
         pipeline: from `data.pipeline.open_pipeline`, around `network`.
         asked: prompts, class labels where the pipeline takes those, or None for each picture.
         pictures: for pipelines that want some; picture i goes with entry i of `asked`.
+        scheduler_name: of the pipeline's schedulers, the network's own.
 
     Raises:
         UsageError: the pipeline cannot do what `options` ask for.
         GfpruneError: the pipeline needs more than prompts, or does something that no recording can hold.
     """
     run = PipelineRun(
-        pipeline, Observer(network, pipeline.scheduler), options, pictures or Pictures(), list(asked)
+        pipeline,
+        Observer(network, getattr(pipeline, scheduler_name)),
+        options,
+        pictures or Pictures(),
+        list(asked),
     )
     observer = run.observer
     with quiet(), observer.watching(pipeline), torch.no_grad():
@@ -103,6 +109,7 @@ def record(
         None if tensors else tuple(range(len(asked))),
         joined.axis,
         tuple(sorted(names.lists)),
+        names.twins,
     )
     return Recording(conditions, joined.shape, image, mu, guidance.remarks)
 
@@ -131,12 +138,12 @@ def conventions(
     guidance = fit_guidance(outputs, step["model_output"], joined.own(given), nominal, name)
     pairs = [
         (
-            noise_level(pipeline.scheduler, float(taken["timestep"])),
+            noise_level(observer.scheduler, float(taken["timestep"])),
             float(observer.calls[taken["calls"] - 1][timestep].max()),
         )
         for taken in observer.steps
     ]
-    time = fit_time(pairs, pipeline.scheduler.config.get("num_train_timesteps") or 1000)
+    time = fit_time(pairs, observer.scheduler.config.get("num_train_timesteps") or 1000)
     return guidance, time, joined
 
 

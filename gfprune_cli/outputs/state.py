@@ -40,9 +40,14 @@ class StateFolder:
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
         self.facts: Callable[[], Mapping[str, Any]] = dict  # what the run has found out once, for every state
 
+    @property
+    def parts(self) -> Path:
+        """Where the networks of a run that makes several for one output lie, until all are there."""
+        return self.folder / "parts"
+
     def exists(self) -> bool:
         """Whether there is a state to continue from."""
-        return bool(self.states())
+        return bool(self.states()) or self.parts.is_dir()
 
     def begun(self) -> bool:
         """Whether a run began, even if it was killed before its first state."""

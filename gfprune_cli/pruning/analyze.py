@@ -1,13 +1,13 @@
 """`analyze`: what a checkpoint is made of, what can go, and what each sparsity would leave."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.layout import denoiser_names, stock_name
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.families.table import is_known_class
 from gfprune_cli.flow.sensitivity import measured_rises
@@ -17,6 +17,7 @@ from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
+from gfprune_cli.recipes.options import ALL
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.recipes.timing import check_time_options
@@ -79,7 +80,46 @@ class Analysis:
         return {"schema_version": SCHEMA_VERSION, "command": "analyze", **asdict(self)}
 
 
-def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = silent) -> Analysis:
+@dataclass(frozen=True, kw_only=True)
+class Analyses:
+    """What was found of every denoiser of a pipeline."""
+
+    networks: tuple[Analysis, ...]
+
+    def document(self) -> dict[str, Any]:
+        found = [asdict(network) for network in self.networks]
+        return {"schema_version": SCHEMA_VERSION, "command": "analyze", "networks": found}
+
+
+def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = silent) -> Analysis | Analyses:
+    """Describe a checkpoint: one of its networks, or every denoiser.
+
+    Raises:
+        UsageError: a target out of reach; GfpruneError: the checkpoint cannot be read.
+    """
+    if recipe.component != ALL:
+        return analyze_one(recipe, options, progress)
+    if recipe.times is not None or options.times_out is not None:
+        raise UsageError("--times and --times-out hold the layers of one network: name its --component")
+    source = checkpoint_of(recipe, options, progress)
+    each = [replace(recipe, component=name) for name in denoiser_names(source.folder)]
+    return Analyses(networks=tuple(analyze_one(one, options, progress) for one in each))
+
+
+def checkpoint_of(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) -> Source:
+    """The checkpoint that a recipe names."""
+    return resolve(
+        recipe.model,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        config_from=recipe.config_from,
+        offline=options.offline,
+        config_only=not recipe.sensitivity,
+        progress=progress,
+    )
+
+
+def analyze_one(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) -> Analysis:
     """Describe a checkpoint, from its configuration and headers alone unless `sensitivity` is asked for.
 
     Where time is asked for, a network of the same structure is timed.
@@ -94,15 +134,7 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
             raise UsageError("--times-out has no effect with --times: drop one of the two")
         check_table_file(options.times_out, force=options.force)
     drawing = {name: getattr(recipe, name) for name in ("prompts", "size", "frames", "guidance")}
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        config_from=recipe.config_from,
-        offline=options.offline,
-        config_only=not recipe.sensitivity,
-        progress=progress,
-    )
+    source = checkpoint_of(recipe, options, progress)
     found = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=recipe.sensitivity
     )

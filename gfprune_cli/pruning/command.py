@@ -1,26 +1,26 @@
 """`prune`: from a checkpoint to a smaller one, end to end."""
 
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.checkpoint.record import finished_record
-from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.checkpoint.writer import write_checkpoint
-from gfprune_cli.outputs.cache import sweep_caches
+from gfprune_cli.checkpoint.layout import denoiser_names
+from gfprune_cli.checkpoint.record import joined
+from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.writer import write_joined
 from gfprune_cli.outputs.claim import Claim, claim
-from gfprune_cli.outputs.state import not_finished, run_digest
-from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
+from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.progress import Event, PhaseClock, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
-from gfprune_cli.pruning.networks import Networks
-from gfprune_cli.pruning.plan import Plan, make_plan, planned_result
-from gfprune_cli.pruning.record import make_record
+from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.pruning.result import PruneResult, PruneResults
+from gfprune_cli.pruning.writing import finished_run, make_networks, planned, result_of
+from gfprune_cli.recipes.options import ALL
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
-from gfprune_cli.runtime.device import choose_device, deterministic
+from gfprune_cli.runtime.device import choose_device
 from gfprune_cli.runtime.launch import check_alone
 
 
@@ -57,6 +57,8 @@ def prune(
         UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
         Interrupted: raised by `progress`; the state is durable by then.
     """
+    if recipe.component == ALL:
+        return prune_all(recipe, options, progress)
     start = time.monotonic()
     check_alone("prune")
     progress = clock = PhaseClock(progress)
@@ -64,15 +66,7 @@ def prune(
     device = choose_device(options.device)
     with ExitStack() as claims:
         outputs = [claims.enter_context(claim(folder, options)) for folder in folders]
-        source = resolve(
-            recipe.model,
-            revision=recipe.revision,
-            variant=recipe.variant,
-            config_from=recipe.config_from,
-            offline=options.offline,
-            config_only=options.dry_run,
-            progress=progress,
-        )
+        source = source_of(recipe, options, progress)
         plan = make_plan(
             source,
             recipe,
@@ -90,7 +84,7 @@ def prune(
                 output.refuse_state()
             results = planned(plan, recipe, progress, start)
         else:
-            records = make_networks(job, outputs)
+            records = make_networks(job, outputs, plan.component)
             results = [
                 result_of(recipe.up_to(number), folder, record, start, clock)
                 for number, (folder, record) in enumerate(zip(folders, records, strict=True))
@@ -98,79 +92,71 @@ def prune(
     return results[0] if len(results) == 1 else PruneResults(networks=tuple(results))
 
 
-def planned(plan: Plan, recipe: PruneRecipe, progress: Progress, start: float) -> list[PruneResult]:
-    """What a dry run says."""
-    if plan.fold:
-        notice(progress, f"--fold {plan.fold:g} is not in these numbers: ranks follow from the weights")
-    if recipe.keep_loss is not None:
-        notice(progress, f"--keep-loss {recipe.keep_loss:g} may stop before these numbers are reached")
-    each = [recipe.up_to(number) for number in range(len(recipe.targets))]
-    return [planned_result(plan, one, time.monotonic() - start) for one in each]
+def source_of(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> Source:
+    """The checkpoint that a recipe names."""
+    return resolve(
+        recipe.model,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        config_from=recipe.config_from,
+        offline=options.offline,
+        config_only=options.dry_run,
+        progress=progress,
+    )
 
 
-def make_networks(job: PruneJob, outputs: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Make the networks that are not there yet, and write each as soon as it is made; all their records."""
-    states = [output.state(job.identity(number)) for number, output in enumerate(outputs)]
-    records: list[dict[str, Any] | None] = [None] * len(outputs)
-    for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
-        if output.finished:
-            records[number] = finished_run(job, number, output.destination)
-            if not state.foreign():  # killed after the output was published
-                state.end()
-        else:
-            output.prepare(state)
-    if job.plan.time is not None:
-        states[0].facts = job.plan.time.facts
-    if None in records:
-        with deterministic():
-            done = [record is not None for record in records]
-            for number, model, outcome in Networks(job, states).make(done):
-                output = outputs[number]
-                job.progress(Event("write", text=f"writing {output.destination}"))
-                record = make_record(job, number, model, outcome)
-                component = job.plan.component
-                records[number] = write_checkpoint(
-                    output.destination, model, component, record, force=output.force
-                )
-                states[number].end()
-    return [record for record in records if record is not None]
+def prune_all(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> PruneResults:
+    """Prune every denoiser of a pipeline to the same budget, each beside the dense others.
 
-
-def finished_run(job: PruneJob, number: int, destination: Path) -> dict[str, Any]:
-    """The record of an output that this run wrote before it was killed, or long ago.
+    A network lies in the run's state until all are there; a resumed run makes those that are not.
 
     Raises:
-        UsageError: another run did.
+        UsageError: wrong settings; GfpruneError: anything that went wrong at run time;
+        Interrupted: raised by `progress`; the state is durable by then.
     """
-    record = finished_record(destination, run_digest(job.identity(number)))
-    if record is None:
-        raise not_finished(destination)
-    if record["source"]["data"] is not None:  # the digest is of the settings, not of what --data holds
-        job.draws(job.load())
-        if record["source"]["data"] != job.data_fingerprint:
-            raise not_finished(destination)
-    sweep_caches()
-    notice(job.progress, f"{destination} is finished: there is nothing left to do")
-    return record
+    start = time.monotonic()
+    check_alone("prune")
+    progress = clock = PhaseClock(progress)
+    folder, device = destinations(recipe, options.out)[0], choose_device(options.device)
+    with claim(folder, options) as output:
+        source = source_of(recipe, options, progress)
+        output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
+        required = not options.dry_run or source.kind != "hub"
+        jobs = []
+        for name in denoiser_names(source.folder):
+            plan = make_plan(
+                source,
+                replace(recipe, component=name),
+                progress,
+                weights_required=required,
+                device=device,
+                facts=StateFolder(output.state({}).parts / name, {}).found() if options.resume else {},
+            )
+            jobs.append(
+                PruneJob(recipe, source, plan, device, progress, offload_teacher=options.offload_teacher)
+            )
+        if options.dry_run:
+            output.refuse_state()
+            return PruneResults(networks=tuple(planned(job.plan, recipe, progress, start)[0] for job in jobs))
+        records = [finished_run(job, 0, folder) for job in jobs] if output.finished else None
+        if records is None:
+            records = make_all(jobs, output, options)
+        output.state({}).end()
+    found = [result_of(recipe, folder, record, start, clock) for record in records]
+    return PruneResults(networks=tuple(found))
 
 
-def result_of(
-    recipe: PruneRecipe, destination: Path, record: Mapping[str, Any], start: float, clock: PhaseClock
-) -> PruneResult:
-    """The numbers of a finished run; `start` and `clock` are this one's."""
-    shared = (
-        "component", "class_name", "sparsity", "params", "macs", "bytes", "loss", "scoring_gradients", "refit"
-    )  # fmt: skip
-    return PruneResult(
-        model=recipe.model,
-        output=str(destination),
-        layout=recipe.layout,
-        criterion=recipe.criterion,
-        seed=recipe.seed,
-        seconds=round(time.monotonic() - start, 3),
-        seconds_by_phase=clock.finish(),
-        fold=record.get("fold"),
-        limit=record.get("limit"),
-        time=record.get("time"),
-        **{name: record[name] for name in shared},
-    )
+def make_all(jobs: list[PruneJob], output: Claim, options: RunOptions) -> list[dict[str, Any]]:
+    """Make the networks of the jobs that are not there yet, and write them into one checkpoint."""
+    state = output.state({})
+    output.prepare(state)
+    parts = {job.plan.component.name: state.parts / job.plan.component.name for job in jobs}
+    records = []
+    for job, part in zip(jobs, parts.values(), strict=True):
+        bare = replace(job.plan.component, pipeline=None)
+        with claim(part, replace(options, force=False, resume=True)) as own:
+            records += make_networks(job, [own], bare)
+    destination = output.destination
+    jobs[0].progress(Event("write", text=f"writing {destination}"))
+    write_joined(destination, parts, jobs[0].plan.component, joined(records), force=output.force)
+    return records

@@ -37,7 +37,7 @@ class PruneResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResults:
-    """What a prune run with several sparsities did, the least first."""
+    """What a prune run with several sparsities did, the least first; or that of every denoiser."""
 
     networks: tuple[PruneResult, ...]
 

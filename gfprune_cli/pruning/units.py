@@ -10,6 +10,7 @@ from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, load_model
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
+from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Progress, notice
@@ -54,9 +55,9 @@ def find_units(
         GfpruneError: the network cannot be traced, or its pipeline cannot be run.
     """
     network, inputs = build_meta(component) if folded is None else skeleton(folded), None
-    if not has_known_inputs(network) and component.weights and component.pipeline is not None:
+    if not has_known_inputs(network) and component.weights:
         dense = load_model(component).requires_grad_(False)
-        inputs = pipeline_inputs(dense, component, progress, options)
+        inputs = pipeline_inputs(dense, component, progress, options) or example_inputs(dense)
         network = dense if folded is None else folded
     groups, trace = discover(network, inputs, width=width, stages=stages)
     if inputs is not None:

@@ -42,7 +42,10 @@ class AnalyzeRecipe:
         str | None,
         Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
     ] = None
-    component: Annotated[str | None, Help("Pipeline component to analyze (default: the denoiser).")] = None
+    component: Annotated[
+        str | None,
+        Help("Pipeline component to analyze, or all of its denoisers: all (default: the denoiser)."),
+    ] = None
     blocks: Annotated[bool, Help("Count whole residual blocks as groups too.")] = False
     prune_width: Annotated[bool, Help("And the residual width of transformers.")] = False
     prompts: PromptsFile = None

@@ -19,6 +19,7 @@ from gfprune_cli.errors import UsageError
 
 RECIPE_BYTES = 1 << 16
 VALUE_CHARACTERS = 4096  # of one value
+ALL = "all"  # in place of a component: every denoiser of the pipeline
 SCALARS = (str, int, float, type(None))
 RecipeT = TypeVar("RecipeT")
 

@@ -6,7 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.errors import UsageError
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, Names, PromptsFile, Size, refuse_idle
+from gfprune_cli.recipes.options import (
+    ALL,
+    Frames,
+    GuidanceScale,
+    Help,
+    Names,
+    PromptsFile,
+    Size,
+    refuse_idle,
+)
 from gfprune_cli.recipes.timing import (
     Latency,
     Runtime,
@@ -39,7 +48,9 @@ class PruneRecipe:
         str | None,
         Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
     ] = None
-    component: Annotated[str | None, Help("Pipeline component to prune (default: the denoiser).")] = None
+    component: Annotated[
+        str | None, Help("Pipeline component to prune, or all of its denoisers: all (default: the denoiser).")
+    ] = None
     sparsity: Annotated[
         Share | tuple[Share, ...] | None,
         Help(
@@ -122,6 +133,8 @@ class PruneRecipe:
             self.check_targets()
         if self.keep_loss is not None:
             self.check_keep_loss(self.keep_loss)
+        if self.component == ALL:
+            self.check_all()
         if self.one_shot:
             refuse_idle(self, "--one-shot", "iterations", "bound")
         if not self.removes:
@@ -138,6 +151,15 @@ class PruneRecipe:
             raise UsageError("--layout native makes one network: repeat the command, not --sparsity")
         if self.timed:
             raise UsageError("--speedup and --latency make one network: repeat the command, not --sparsity")
+
+    def check_all(self) -> None:
+        """Refuse what does not go with every denoiser of a pipeline."""
+        if len(self.targets) > 1:
+            raise UsageError(
+                "--component all makes one checkpoint: give --sparsity once, or name a component"
+            )
+        if self.times is not None:
+            raise UsageError("--times holds the layers of one network: name its --component")
 
     def check_keep_loss(self, limit: float) -> None:
         """Refuse what does not go with a limit of the loss."""

@@ -30,13 +30,22 @@ BLOCKS = {
     "GLUMBConv": Units(("conv_inverted", "conv_depth"), "conv_point"),
     "LuminaFeedForward": Units(("linear_1", "linear_3"), "linear_2"),
     "AuraFlowFeedForward": Units(("linear_1", "linear_2"), "out_projection"),
-    "HiDreamImageFeedForwardSwiGLU": Units(("w1", "w3"), "w2"),
     "Flux2FeedForward": Units(("linear_in",), "linear_out"),
     "Flux3FeedForward": Units(("linear_in",), "linear_out"),
     "Kandinsky5FeedForward": Units(("in_layer",), "out_layer"),
     "OmniGenFeedForward": Units(("gate_up_proj",), "down_proj"),
     "QwenImage21SwiGLUFeedForward": Units(("gate_layer", "proj"), "out"),
+    "StableAudio3FeedForward": Units(("proj_in",), "proj_out"),
+    "SanaWMMlp": Units(("fc1",), "fc2"),
+    "AudioDiTFeedForward": Units(("ff.0",), "ff.3"),
 }
+# gated units of many classes, by the names of their layers
+GATED = (
+    Units(("w1", "w3"), "w2"),
+    Units(("gate", "up"), "down"),
+    Units(("gate_proj", "up_proj"), "down_proj"),
+    Units(("gate_proj", "up_proj"), "linear_fc2"),
+)
 
 
 def feedforward_groups(model: nn.Module) -> Iterator[ChannelGroup]:
@@ -52,8 +61,8 @@ def feedforward_groups(model: nn.Module) -> Iterator[ChannelGroup]:
 def units_of(module: Any) -> Units | None:
     """Where the hidden units of a block are; None for a module that has none."""
     kind = type(module).__name__
-    if kind == "FeedForward" and hasattr(module, "w1"):
-        return BLOCKS["HiDreamImageFeedForwardSwiGLU"]
+    if (gated := gated_units(module)) is not None:
+        return gated
     if kind == "FeedForward" and isinstance(getattr(module, "net", None), nn.ModuleList):
         return Units(("net.0.proj",), "net.2") if type(module.net[0]).__name__ in ACTIVATIONS else None
     if kind in BLOCKS:
@@ -62,6 +71,16 @@ def units_of(module: Any) -> Units | None:
     if isinstance(before, nn.Linear) and isinstance(after, nn.Linear) and hasattr(module, "act_mlp"):
         # a single-stream block: the projection reads concat(attention, feed-forward)
         return Units(("proj_mlp",), "proj_out", after.in_features - before.out_features)
+    return None
+
+
+def gated_units(module: Any) -> Units | None:
+    """Where the units of a block of three linear layers are, two of which make a unit and its gate."""
+    layers = {leaf for leaf, child in module.named_children() if any(True for _ in child.parameters())}
+    for units in GATED:
+        names = {*units.producers, units.reader}
+        if layers == names and all(isinstance(getattr(module, leaf), nn.Linear) for leaf in names):
+            return units
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
@@ -78,8 +78,12 @@ def trace_groups(
     fixed = fixed_layers(model) + ([] if stages else tied_layers(model))
     names = {id(module): name for name, module in model.named_modules()}
     protected = {names[id(layer)] for layer in fixed}
-    with whole_groups():
-        read = [read_group(model, raw, names, width=width) for raw in graph.get_all_groups(fixed)]
+    try:
+        with whole_groups():
+            read = [read_group(model, raw, names, width=width) for raw in graph.get_all_groups(fixed)]
+    except ArithmeticError as error:  # the library's own, where a network splits channels in its own way
+        name = type(model).__name__
+        raise GfpruneError(f"the channels of {name} cannot be told apart: {first_line(error)}") from error
     found = [group for group in read if isinstance(group, ChannelGroup) and not touches(group, protected)]
     blockers = [group for group in read if isinstance(group, str)]
     if not found and blockers:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.structure.feedforward import feedforward_groups
+from gfprune_cli.structure.feedforward import feedforward_groups, units_of
 from gfprune_cli.structure.fused_blocks import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
@@ -30,10 +30,10 @@ ROTARY_NAMES = ("rotary", "rope", "freqs")
 
 
 def is_transformer(model: nn.Module) -> bool:
-    """Whether a denoiser is a stack of transformer blocks: attention, and no convolutional ones."""
+    """Whether a denoiser is a stack of transformer blocks: attention or their units, no convolutions."""
     kinds = {type(module).__name__ for module in model.modules()}
     return not any(kind.startswith("ResnetBlock") for kind in kinds) and any(
-        map(is_attention, model.modules())
+        is_attention(module) or units_of(module) is not None for module in model.modules()
     )
 
 

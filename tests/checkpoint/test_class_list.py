@@ -19,7 +19,7 @@ START, END = "<!-- classes -->\n", "<!-- end of classes -->\n"
 # what is no denoiser, by what the name says
 KINDS = {
     "networks that add to a denoiser's states": r"ControlNet|Adapter$",
-    "autoencoders other than AutoencoderKL and VQModel": (
+    "autoencoders of videos and sounds, and those that are not pruned": (
         r"Autoencoder|Vae$|VAE$|Decoder(Model)?$|Vocoder|Detokenizer|Tokenizer$"
     ),
     "parts of one pipeline": (

@@ -459,7 +459,7 @@ class TestTravellers:
         component = look(tmp_path / "sd")
         assert absent_parts(component) == ["safety_checker"]
         (tmp_path / "out").mkdir()
-        copy_pipeline(tmp_path / "out", component, "unet", ["diffusers", "UNet2DConditionModel"])
+        copy_pipeline(tmp_path / "out", component, {"unet": ["diffusers", "UNet2DConditionModel"]})
         index = json.loads((tmp_path / "out" / "model_index.json").read_text())
         assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
         (tmp_path / "sd" / "safety_checker").mkdir()

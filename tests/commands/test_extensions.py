@@ -101,21 +101,24 @@ def test_a_metric_with_its_gate_is_a_row(pipeline_folder: Path, monkeypatch: pyt
 
 
 def test_a_family_is_a_file_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare folder of a class that gfprune does not know needs its pipeline, until a row says its inputs."""
-    model, _ = build_other("AuraFlowTransformer2DModel")
+    """A bare folder whose configuration does not say the inputs needs its pipeline, until a row says them."""
+    model, _ = build_other("QwenImageTransformer2DModel")
     model.float().save_pretrained(tmp_path / "model")
 
     def inputs(request: Request) -> dict[str, Any]:
         config = request.config
+        text = request.text(8, config.joint_attention_dim)
         return {
-            "hidden_states": request.zeros(1, config.in_channels, config.sample_size, config.sample_size),
-            "encoder_hidden_states": request.text(8, config.joint_attention_dim),
+            "hidden_states": request.zeros(1, 16, config.in_channels),
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": request.zeros(1, 8) + 1,
             "timestep": request.time(),
+            "img_shapes": [(1, 4, 4)],
         }
 
     with pytest.raises(GfpruneError, match="its pipeline is needed"):
         gfprune_cli.analyze(tmp_path / "model")
-    family = Family(classes=("AuraFlowTransformer2DModel",), inputs=inputs)
+    family = Family(classes=("QwenImageTransformer2DModel",), inputs=inputs)
     monkeypatch.setattr("gfprune_cli.families.table.FAMILIES", [*FAMILIES, family])
     assert gfprune_cli.analyze(tmp_path / "model", sparsity=[0.3]).plan[0].achieved >= 0.3
 

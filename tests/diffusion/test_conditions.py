@@ -72,6 +72,13 @@ def test_the_network_is_told_the_timestep_as_its_pipeline_tells_it() -> None:
     torch.testing.assert_close(output[:, 0, 0, 0], -made.tensors["text"][:, 0].sum(1).float())
 
 
+def test_a_second_name_of_the_noise_level_is_told_the_same() -> None:
+    network = Network()
+    made = conditions(1, time_factor=0.001, twins=("r",))
+    call(network, torch.zeros(COUNT, 1, 2, 2), torch.tensor([0.0, 250.0, 1000.0]), made)
+    torch.testing.assert_close(network.arguments["r"], torch.tensor([0.0, 0.25, 1.0]))
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=6), data=st.data())
 def test_a_choice_of_a_choice_is_a_choice(rows: list[int], data: st.DataObject) -> None:

@@ -368,10 +368,8 @@ def cogvideox(folder: Path) -> Path:
     )
 
 
-def wan(folder: Path) -> Path:
-    encoder, tokenizer = t5(32, UMT5EncoderModel)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    transformer = WanTransformer3DModel(
+def wan_transformer() -> Any:
+    return WanTransformer3DModel(
         **HEADS,
         in_channels=16,
         out_channels=16,
@@ -381,18 +379,30 @@ def wan(folder: Path) -> Path:
         num_layers=2,
         rope_max_seq_len=32,
     )
+
+
+def wan(folder: Path, **others: Any) -> Path:
+    encoder, tokenizer = t5(32, UMT5EncoderModel)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     return saved(
         folder,
         WanPipeline,
-        transformer=transformer,
+        transformer=wan_transformer(),
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
         scheduler=scheduler,
+        **others,
     )
+
+
+def wan_22(folder: Path) -> Path:
+    """With an expert for low noise beside the one for high noise."""
+    torch.manual_seed(1)
+    return wan(folder, transformer_2=wan_transformer(), boundary_ratio=0.875)
 
 
 def ltx(folder: Path) -> Path:

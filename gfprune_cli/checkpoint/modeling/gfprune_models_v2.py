@@ -427,7 +427,7 @@ def refresh_attributes(model: nn.Module) -> None:
                     sampler.channels = sampler.out_channels = module.in_channels
         elif kind == "Attention" and module.to_q is not None:
             module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
-            if getattr(module, "to_out", None) is not None:
+            if isinstance(getattr(module, "to_out", None), nn.ModuleList):
                 module.out_dim = module.to_out[0].out_features
             if module.scale_qk:  # read by unfused processors
                 module.scale = (module.to_q.out_features // module.heads) ** -0.5

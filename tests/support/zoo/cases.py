@@ -1,0 +1,137 @@
+"""The tiny pipelines of diffusers' own tests, saved as checkpoints.
+
+Every test class of a pipeline has `get_dummy_components`; nothing else of the tests is run.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+NAMED = (
+    *("num_inference_steps", "height", "width", "num_frames", "guidance_scale", "prompt", "output_type"),
+    *("generator", "negative_prompt", "return_dict", "true_cfg_scale", "strength", "prompt_embeds"),
+)
+DESCRIPTION = "zoo.json"
+
+
+def test_classes(checkout: Path) -> dict[str, Any]:
+    """Pipeline class name -> a test class that builds it, of a checkout of diffusers."""
+    sys.path.insert(0, str(checkout))
+    found: dict[str, Any] = {}
+    for path in sorted((checkout / "tests" / "pipelines").glob("*/test_*.py")):
+        if "onnx" in path.name:
+            continue
+        name = f"tests.pipelines.{path.parent.name}.{path.stem}"
+        with contextlib.suppress(Exception, SystemExit):  # of a library that is not installed
+            for value in vars(importlib.import_module(name)).values():
+                kind = getattr(value, "pipeline_class", None)
+                own = isinstance(value, type) and value.__module__ == name
+                if own and isinstance(kind, type) and builds(value):
+                    found.setdefault(kind.__name__, value)
+    return found
+
+
+def builds(test_class: type) -> bool:
+    """Whether it makes its components without being told more."""
+    made = getattr(test_class, "get_dummy_components", None)
+    parameters = list(inspect.signature(made).parameters.values())[1:] if made else []
+    return made is not None and all(one.default is not one.empty for one in parameters)
+
+
+def build(name: str, test_class: Any, folder: Path) -> None:
+    """Save one pipeline, with what its test calls it with beside the prompt."""
+    test = object.__new__(test_class)
+    shutil.rmtree(folder, ignore_errors=True)
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        torch.manual_seed(0)
+        components = test.get_dummy_components()
+        for part in components.values():
+            if isinstance(part, torch.nn.Module):
+                vary(part)
+        fit_tokenizers(components)
+        if test_class.pipeline_class is diffusers.StableVideoDiffusionPipeline:
+            components["image_encoder"] = as_published(components["image_encoder"])
+        test_class.pipeline_class(**components).save_pretrained(folder, safe_serialization=True)
+    (folder / DESCRIPTION).write_text(json.dumps(call_of(test)))
+
+
+def vary(module: torch.nn.Module) -> None:
+    """No parameter stays constant: a zero-initialised projection would hide an error."""
+    for parameter in module.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    module.eval()
+
+
+def fit_tokenizers(components: dict[str, Any]) -> None:
+    """Text models have a place for every token of the stand-ins."""
+    for end in ("", "_2", "_3", "_4"):
+        tokenizer, encoder = components.get(f"tokenizer{end}"), components.get(f"text_encoder{end}")
+        if tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
+            continue
+        with contextlib.suppress(Exception):  # of a model that has no such table
+            if encoder.get_input_embeddings().num_embeddings < len(tokenizer):
+                encoder.resize_token_embeddings(len(tokenizer))
+        if hasattr(encoder.config, "image_token_id"):
+            encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            encoder.config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
+
+
+def as_published(encoder: Any) -> Any:
+    """The image encoder for 224 pixels, which the pipeline counts on."""
+    config = encoder.config
+    config.image_size, config.patch_size = 224, 56
+    return type(encoder)(config).eval()
+
+
+def call_of(test: Any) -> dict[str, Any]:
+    """Size, frames, and the other settings that keep a tiny text model within its length."""
+    try:
+        given = test.get_dummy_inputs(
+            *([] if not inspect.signature(test.get_dummy_inputs).parameters else ["cpu"])
+        )
+    except Exception:  # files of the Hub
+        given = {}
+    plain = {name: value for name, value in given.items() if is_plain(value)}
+    settings = {name: value for name, value in plain.items() if name not in NAMED}
+    return {"height": plain.get("height"), "width": plain.get("width"), "frames": plain.get("num_frames"),
+            "settings": settings}  # fmt: skip
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(entry, int | float | str) for entry in value)
+    return isinstance(value, int | bool)
+
+
+def use_settings(folder: Path) -> dict[str, Any]:
+    """Make the settings of a pipeline's test the defaults of its class; the options for gfprune."""
+    described = json.loads((folder / DESCRIPTION).read_text())
+    named = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    plain = named.replace("Img2Img", "").replace("Inpaint", "")  # what a network of the same shape is run in
+    for cls in {getattr(diffusers, named, None), getattr(diffusers, plain, None)} - {None}:
+        call = inspect.unwrap(cls.__call__)
+        names, defaults = list(inspect.signature(call).parameters), list(call.__defaults__ or ())
+        for name, value in described["settings"].items():
+            place = names.index(name) - len(names) + len(defaults) if name in names else -1
+            if place >= 0:
+                defaults[place] = tuple(value) if isinstance(value, list) else value
+        call.__defaults__ = tuple(defaults)
+    accepted = inspect.signature(getattr(diffusers, named).__call__).parameters
+    options: dict[str, Any] = {}
+    height, frames = described["height"], described["frames"]
+    if "height" in accepted and (height or not frames):
+        height = height or 32
+        options["size"] = f"{height}x{described['width'] or height}"
+    if "num_frames" in accepted and frames:
+        options["frames"] = frames
+    return options

@@ -1,0 +1,70 @@
+"""The table of docs/support.md about the pipelines of diffusers' tests."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+PAGE = Path(__file__).parents[3] / "docs" / "support.md"
+START, END = "<!-- pipelines -->\n", "<!-- end of pipelines -->\n"
+Found = dict[str, dict[str, Any]]
+COLUMNS = ("class", "pipeline", "groups", "prune", "finetune", "diffusers", "export")
+
+
+def counts(found: Found) -> str:
+    """How many pipelines and classes passed."""
+    runs = {name: row for name, row in found.items() if row["status"] != "unbuilt"}
+    pipelines, classes = defaultdict(list), defaultdict(list)
+    for name, row in runs.items():
+        pipelines[name.partition("/")[0]].append(row["status"] == "passed")
+        classes[row["class"]].append(row["status"] == "passed")
+    kinds = Counter(row["status"] for row in runs.values())
+    return (
+        f"{sum(map(all, pipelines.values()))} of {len(pipelines)} pipelines and "
+        f"{sum(map(any, classes.values()))} of {len(classes)} classes pass; "
+        f"{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}; "
+        f"{len(found) - len(runs)} pipelines could not be built"
+    )
+
+
+def write(found: Found) -> None:
+    """Put the tables in their place."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}{table(found)}{END}{after}", encoding="utf-8")
+
+
+def table(found: Found) -> str:
+    """One row for each class, then the pipelines that are refused, by reason."""
+    runs = {name: row for name, row in found.items() if row["status"] != "unbuilt"}
+    by_class: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for name, row in sorted(runs.items()):
+        by_class[row["class"]].append((name, row))
+    lines = [f"diffusers {diffusers.__version__}: {counts(found)}.", ""]
+    lines += [f"| {' | '.join(COLUMNS)} | other pipelines that prune |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for kind, rows in sorted(by_class.items()):
+        passed = [(name, row) for name, row in rows if row["status"] == "passed"]
+        if not passed:
+            continue
+        name, row = next((one for one in passed if one[1].get("whole")), passed[0])
+        others = [other for other, _ in passed if other != name]
+        seen = [row.get(column, "") for column in ("finetune", "diffusers", "export")]
+        cells = [f"`{kind}`", named(name), row.get("groups", ""), f"{row['prune']:.1%}", *seen]
+        lines.append(f"| {' | '.join(map(str, cells))} | {', '.join(map(named, others))} |")
+    lines += ["", "| pipeline | class | why it is refused |", "|---|---|---|"]
+    refused = [(name, row) for name, row in sorted(runs.items()) if row["status"] != "passed"]
+    lines += [f"| {named(name)} | `{row['class']}` | {reason(row)} |" for name, row in refused]
+    return "\n".join(lines) + "\n"
+
+
+def named(name: str) -> str:
+    """The pipeline, with the component where it is no usual one."""
+    pipeline, _, component = name.partition("/")
+    return pipeline if component in ("unet", "transformer") else f"{pipeline} ({component})"
+
+
+def reason(row: dict[str, Any]) -> str:
+    """The one line, without the folder of the run."""
+    words = [Path(word).name if word.startswith("/") else word for word in str(row.get("error", "")).split()]
+    return " ".join(words).replace("|", "\\|")
