@@ -154,18 +154,16 @@ def test_a_pruned_pipeline_draws_the_same_in_onnx(pruned: Path, tmp_path: Path) 
         gfprune_cli.analyze(str(out))
 
 
+@NEEDS_ONNX
 @NEEDS_OPENVINO
 @pytest.mark.slow
-def test_a_pruned_pipeline_draws_the_same_in_openvino(pruned: Path, tmp_path: Path) -> None:
-    check(pruned, "openvino", tmp_path / "openvino", unet=gfprune_cli.load(pruned))
-
-
-@NEEDS_ONNX
-@pytest.mark.slow
-@pytest.mark.matrix(3)
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
-def test_pipelines_of_every_supported_family_draw_the_same(family: str, tmp_path: Path) -> None:
-    check(FAMILIES[family](tmp_path / family), "onnx", tmp_path / "onnx")
+@pytest.mark.matrix(4)
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("stable-diffusion", "openvino"), ("sdxl", "onnx"), ("sd3", "onnx"), ("flux", "onnx")],
+)
+def test_pipelines_of_every_supported_family_draw_the_same(family: str, form: str, tmp_path: Path) -> None:
+    check(FAMILIES[family](tmp_path / family), form, tmp_path / form)
 
 
 def test_one_network_of_a_pipeline_is_asked_for_by_name(pruned: Path, tmp_path: Path) -> None:
