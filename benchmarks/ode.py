@@ -25,6 +25,7 @@ from subjects import Place, places_of
 
 from gfprune_cli.flow.criteria import CRITERIA, Evidence
 from gfprune_cli.flow.mask import Masks
+from gfprune_cli.flow.unit_sums import unit_sums
 
 STEPS, SHARE, DRAWS = 4, 0.2, 4
 RATIOS = (1.5, 4.0, 16.0)
@@ -44,12 +45,12 @@ def integrated(evidence: Evidence, ratio: float) -> Masks:
     names = list(before)
     weights = {name: torch.ones_like(weight) for name, weight in masked.weights.items()}
     sizes = [len(mask) for mask in before.values()]
-    counted = masked.unit_sums(weights)
+    counted = unit_sums(masked, weights, lambda _, one: one)
     cost = -torch.cat([counted[name] for name in names]).double().cpu()
     masks = torch.cat(list(before.values()))
     for _ in range(STEPS):
         masked.set_masks(dict(zip(names, masks.split(sizes), strict=True)))
-        flow = masked.unit_sums(evidence.energy_flow())
+        flow = evidence.energy_flow()
         energy = torch.cat([flow[name].double().cpu() for name in names])
         step = SHARE * float(-cost.sum())
         masks = (masks + step * direction(energy, cost, ratio)).clamp(0, 1)

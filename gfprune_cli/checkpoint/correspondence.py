@@ -90,10 +90,14 @@ class Correspondence:
 
     def new_name(self, old: str) -> str | None:
         """What a layer or block of the dense network is called now; None if it is gone."""
-        for new, block in self.blocks.items():
-            if old == block or old.startswith(f"{block}."):
-                return new + old[len(block) :]
-        return None if any(old == block or old.startswith(f"{block}.") for block in self.gone) else old
+        names: dict[str, str | None] = {block: new for new, block in self.blocks.items()}
+        names |= dict.fromkeys(self.gone)
+        around = [block for block in names if old == block or old.startswith(f"{block}.")]
+        if not around:
+            return old
+        block = max(around, key=len)  # blocks that moved may lie in others that did
+        new = names[block]
+        return None if new is None else new + old[len(block) :]
 
     def layer(self, old: str) -> tuple[str, Layer] | None:
         """(new name, what is left) of a layer of the dense network; None if it is gone."""

@@ -107,6 +107,7 @@ def locate_all(root: Path) -> list[Location]:
     """
     roots = trusted_roots(root)
     if (root / "model_index.json").exists():
+        refuse_export(root, roots)
         return _locate_in_pipeline(root, read_json(root / "model_index.json", roots))
     if not (root / "config.json").exists():
         hint = instead_of_folder(root, _networks_in(root, roots), roots)

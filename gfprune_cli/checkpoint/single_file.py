@@ -89,7 +89,7 @@ def check_file_destination(destination: Path, *, force: bool) -> None:
     """
     check_name(destination)
     if destination.suffix != SUFFIX:
-        raise UsageError(f"--out {destination}: with --single-file, name a file that ends in {SUFFIX}")
+        raise UsageError(f"--out {destination}: one file is written: give it a name that ends in {SUFFIX}")
     if destination.is_symlink() or (destination.exists() and not destination.is_file()):
         raise UsageError(f"--out {destination} is no regular file: name another --out")
     if destination.exists() and not force:

@@ -1,7 +1,7 @@
 """Calibration images: from the user's data, or drawn from the model itself so that none is needed."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
 from gfprune_cli.checkpoint.layout import is_autoencoder
+from gfprune_cli.data.annotations import SOURCES, Kind, class_labels
 from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
@@ -21,8 +22,10 @@ from gfprune_cli.data.drawing import (
     self_images,
     upscaling,
 )
-from gfprune_cli.data.images import load_images, to_model_range
+from gfprune_cli.data.image_source import ImageSource
+from gfprune_cli.data.images import load_images, open_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
+from gfprune_cli.data.stored import StoredImages, store_images
 from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of
 from gfprune_cli.diffusion.finite import refuse_zero_snr
 from gfprune_cli.diffusion.guidance import with_guidance
@@ -30,8 +33,11 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noi
 from gfprune_cli.errors import UsageError
 from gfprune_cli.inputs.conditioning import (
     Asked,
+    annotated_by,
     asked_of,
     batch_size,
+    class_count,
+    labels_of_pipeline,
     made_up,
     recorded,
     recording_fingerprint,
@@ -43,7 +49,6 @@ from gfprune_cli.inputs.prompts import prompts_fingerprint
 from gfprune_cli.inputs.recording import Recording, with_rows
 from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
-from gfprune_cli.outputs.digests import fingerprint
 from gfprune_cli.progress import Progress, notice
 
 __all__ = [
@@ -60,12 +65,15 @@ def training_process(component: Component, scheduler: Any) -> NoisingProcess:
     return Reconstruction() if is_autoencoder(component.class_name) else noising_process(scheduler)
 
 
+READ_AT_ONCE = 64  # images of `--data`
+
+
 @dataclass(frozen=True)
 class Images:
     """`images` [N, ...] as the network sees them, their `conditions`, the noise `process` that goes with
     both, and the `fingerprint` of data and prompts given."""
 
-    images: torch.Tensor
+    images: torch.Tensor | StoredImages
     conditions: Condition
     fingerprint: str | None
     process: NoisingProcess
@@ -153,6 +161,16 @@ class ImageRequest:
         return work.conditioned()
 
 
+def hashed(*names: str) -> str:
+    """SHA-256 of fingerprints together."""
+    return hashlib.sha256("".join(names).encode()).hexdigest()
+
+
+def beside(name: str, said: Sequence[str] | None) -> str:
+    """The fingerprint of images and what is said of them."""
+    return name if said is None else hashed(name, *(f"\n{text}" for text in said))
+
+
 @dataclass(frozen=True)
 class Work:
     """One request and what it is about."""
@@ -189,27 +207,35 @@ class Work:
         self.show_inputs(shape, process, labels)
         if request.data is None:
             return Images(self.drawn(process, labels, shape, SAMPLE_BATCH), labels, None, process)
+        source = self.source("classes" if config.num_class_embeds else None)
         if decoder_name(self.component) is None:
-            loaded = self.loaded(shape[1:], config.in_channels)
             low, high = process.value_range
-            images = (to_model_range(loaded) + 1) * ((high - low) / 2) + low
-            name = fingerprint(loaded)
+            images = self.stored(
+                source,
+                shape[1:],
+                config.in_channels,
+                lambda found: (to_model_range(found) + 1) * ((high - low) / 2) + low,
+            )
+            name = images.fingerprint()
         else:
-            images, name = self.encoded(shape, (0, 0))
-        labels = draw_labels(config.num_class_embeds, len(images), request.seed)
-        return Images(images, labels, name, process)
+            images, name = self.encoded(source, shape, (0, 0))
+        if source.said is not None:
+            labels = torch.tensor(self.labels(source.said, config.num_class_embeds))
+        else:
+            labels = draw_labels(config.num_class_embeds, len(images), request.seed)
+        return Images(images, labels, beside(name, source.said), process)
 
     def conditioned(self) -> Images:
         """Of a network that a pipeline conditions."""
         request, component = self.request, self.component
-        data = request.data is not None
+        source = None
+        if request.data is not None:
+            source = self.source(None if request.options.prompts else annotated_by(component))
         if component.pipeline is None:
             recording = made_up(self.model, request.count, request.seed, self.progress)
             asked = Asked([], list(range(request.count)))
         else:
-            asked = asked_of(
-                component, self.config, request.options, request.count, request.seed, shuffled=data
-            )
+            asked = self.asked(source)
             recording = recorded(
                 self.model,
                 component,
@@ -217,60 +243,100 @@ class Work:
                 asked,
                 request.options,
                 self.progress,
-                self.beside_prompts() if data else None,
+                self.beside_prompts() if source else None,
             )
         for remark in recording.remarks:
             notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
         named = prompts_fingerprint(request.options.prompts)
         self.show_inputs(recording.shape, process, with_rows(recording, asked.rows))
-        if data:
-            notice(self.progress, "--data comes without captions: images are paired with prompts at random")
-            images, name = self.encoded(recording.shape, recording.image[:2])
-            named = name if named is None else hashlib.sha256((name + named).encode()).hexdigest()
-            return Images(
-                images, with_rows(recording, asked.at_random(len(images), request.seed)), named, process
+        if source is None:
+            conditions = with_rows(recording, asked.rows)
+            images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
+            return Images(images, conditions, named, process)
+        encoded, name = self.encoded(source, recording.shape, recording.image[:2])
+        rows = asked.rows if source.said else asked.at_random(len(encoded), request.seed)
+        named = beside(name, source.said) if named is None else hashed(name, named)
+        return Images(encoded, with_rows(recording, rows), named, process)
+
+    def asked(self, source: ImageSource | None) -> Asked:
+        """What the pipeline is asked for: what comes with the user's images, else what is drawn for them."""
+        request, config = self.request, self.config
+        if source is None or source.said is None:
+            return asked_of(
+                self.component, config, request.options, request.count, request.seed, shuffled=bool(source)
             )
-        conditions = with_rows(recording, asked.rows)
-        images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
-        return Images(images, conditions, named, process)
+        if annotated_by(self.component) == "captions":
+            return Asked.each(source.said)
+        return Asked.each(self.labels(source.said, class_count(self.component, config)))
+
+    def labels(self, said: Sequence[str], classes: int) -> list[int]:
+        """Labels of images, by the names of their classes; a notice says how they were found."""
+        found, how = class_labels(said, classes, labels_of_pipeline(self.component))
+        notice(self.progress, how)
+        return found
+
+    def source(self, about: Kind | None) -> ImageSource:
+        """The images of `--data`, with what is wanted beside them; a notice says if they come without."""
+        request = self.request
+        source = open_images(
+            str(request.data), limit=request.count, seed=request.seed, about=about, progress=self.progress
+        )
+        if about and source.said is None:
+            what = "paired with prompts" if about == "captions" else "given class labels"
+            notice(
+                self.progress, f"--data comes without {about} ({SOURCES[about]}): images are {what} at random"
+            )
+        elif request.options.prompts:
+            notice(self.progress, "--prompts: images of --data are paired with them at random")
+        return source
 
     def beside_prompts(self) -> torch.Tensor | None:
         """uint8 images of `--data` for pipelines that take some; they bring them to their own size."""
+        request = self.request
         if not takes_pictures(pipeline_class(self.component)):
             return None
-        return self.loaded(self.request.options.pixels() or (EDGE, EDGE), 3)
+        size = request.options.pixels() or (EDGE, EDGE)
+        return load_images(
+            str(request.data), size=size, channels=3, limit=request.count, seed=request.seed,
+            progress=self.progress,
+        )  # fmt: skip
 
     def of_autoencoder(self) -> Images:
         """Pictures for an autoencoder to give back."""
         request, component = self.request, self.component
-        process, named = Reconstruction(), None
+        process = Reconstruction()
+        named: str | None
+        images: torch.Tensor | StoredImages
         if request.data is not None:
-            size = request.options.pixels()
-            loaded = self.loaded(size or image_size(component, self.config), self.config.in_channels)
-            images, named = to_model_range(loaded), fingerprint(loaded)
+            size = request.options.pixels() or image_size(component, self.config)
+            images = self.stored(self.source(None), size, self.config.in_channels, to_model_range)
+            named = images.fingerprint()
         else:
             images, named = self.pictures(), prompts_fingerprint(request.options.prompts)
         conditions = Conditions(timestep=None, rows=tuple(range(len(images))))
         return Images(images, conditions, named, process)
 
-    def loaded(self, size: tuple[int, ...], channels: int) -> torch.Tensor:
-        """uint8 images of `--data`."""
-        request = self.request
-        images = load_images(
-            str(request.data),
-            size=(size[0], size[1]),
-            channels=channels,
-            limit=request.count,
-            seed=request.seed,
-            progress=self.progress,
+    def stored(
+        self,
+        source: ImageSource,
+        size: tuple[int, ...],
+        channels: int,
+        scale: Callable[[torch.Tensor], torch.Tensor],
+    ) -> StoredImages:
+        """Images [N, channels, *size], kept as bytes."""
+        batches = source.batches(
+            size=(size[0], size[1]), channels=channels, batch=READ_AT_ONCE, progress=self.progress
         )
+        images = store_images(batches, scale)
         if len(images) < 2:
-            raise UsageError(f"--data {request.data} holds {len(images)} image: at least 2 are needed")
+            raise UsageError(f"--data {source.name} holds {len(images)} image: at least 2 are needed")
         return images
 
-    def encoded(self, shape: tuple[int, ...], pixels: tuple[int, ...]) -> tuple[torch.Tensor, str]:
-        """Latents [N, *shape] of `--data`, and the fingerprint of the images.
+    def encoded(
+        self, source: ImageSource, shape: tuple[int, ...], pixels: tuple[int, ...]
+    ) -> tuple[StoredImages, str]:
+        """Latents [N, *shape] of images, and the fingerprint of the images.
 
         Args:
             pixels: (height, width) of the images; zeros: as many as give latents of `shape`.
@@ -284,9 +350,9 @@ class Work:
                 raise UsageError(f"--data: no image becomes what this network works on, {list(shape)}")
             factor = upscaling(component, name)
             pixels = (shape[1] * factor, shape[2] * factor)
-        loaded = self.loaded(pixels, 3)
-        found = encode_images(loaded, component, self.scheduler, shape, self.device, self.progress)
-        return found, fingerprint(loaded)
+        images = self.stored(source, pixels, 3, to_model_range)
+        latents = encode_images(images, component, self.scheduler, shape, self.device, self.progress)
+        return store_images(latents), images.fingerprint()
 
     def drawn(
         self,

@@ -1,5 +1,6 @@
 """Images as the latents of a pipeline's own autoencoder, and as its pictures."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.data.images import to_model_range
+from gfprune_cli.data.stored import StoredImages
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline import load_component, quiet
@@ -25,19 +26,19 @@ def decoder_name(component: Component) -> str | None:
 
 @torch.no_grad()
 def encode_images(
-    images: torch.Tensor,
+    images: StoredImages,
     component: Component,
     scheduler: Any,
     shape: tuple[int, ...],
     device: torch.device,
     progress: Progress,
-) -> torch.Tensor:
-    """[N, *shape] latents of images, as the pipeline's denoiser sees them.
+) -> Iterator[torch.Tensor]:
+    """Latents [1, *shape] of each image, as the pipeline's denoiser sees them.
 
     Images are encoded one by one, without sampling the posterior.
 
     Args:
-        images: uint8 [N, 3, H, W].
+        images: [N, 3, H, W] in [-1, 1].
         shape: of one sample of the denoiser, with or without packing.
 
     Raises:
@@ -45,14 +46,12 @@ def encode_images(
     """
     vae = load_component(component, str(decoder_name(component)), device)
     dtype = next(vae.parameters()).dtype
-    found = []
-    for number, image in enumerate(images):
+    for number in range(len(images)):
         progress(Event("calibrate", number, len(images)))
-        pixels = to_model_range(image)[None].to(device, dtype)
+        pixels = images[torch.tensor([number])].to(device, dtype)
         latents = normalised(vae, encoded(vae, pixels).float(), scheduler)
-        found.append(laid_out(latents, shape, images.shape[2:]).cpu())
+        yield laid_out(latents, shape, images.shape[2:]).cpu()
     progress(Event("calibrate", len(images), len(images)))
-    return torch.cat(found)
 
 
 def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:

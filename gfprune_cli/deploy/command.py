@@ -5,7 +5,7 @@ import time
 from gfprune_cli.checkpoint.single_file import check_file_destination
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.deploy.job import ExportJob
-from gfprune_cli.deploy.plan import check_settings, default_output
+from gfprune_cli.deploy.plan import check_settings, default_output, is_file
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.outputs.claim import claim
 from gfprune_cli.outputs.durable import check_destination, check_space
@@ -17,7 +17,7 @@ from gfprune_cli.runtime.launch import check_alone
 
 
 def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silent) -> ExportResult:
-    """Export the denoiser of a checkpoint, dense or pruned.
+    """Export the denoiser of a checkpoint, dense or pruned, or its pipeline.
 
     Raises:
         UsageError: wrong settings, or an optional library is missing. GateMissed: the error is above the
@@ -27,7 +27,7 @@ def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silen
     check_alone("export")
     check_settings(recipe)
     destination = options.out or default_output(recipe)
-    check = check_file_destination if recipe.single_file else check_destination
+    check = check_file_destination if is_file(recipe) else check_destination
     with claim(destination, options, check=check) as output:
         source = resolve(
             recipe.model,
@@ -44,5 +44,5 @@ def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silen
         output.refuse_inputs({"--model": source.folder})
         check_space(destination, job.needed)
         with deterministic():
-            made = job.single_file(options.force) if recipe.single_file else job.folder(options.force)
+            made = job.export(options.force)
     return job.result(*made, time.monotonic() - start)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import load_model
+from gfprune_cli.deploy.graph import Graph
 from gfprune_cli.deploy.network import Denoiser, Exported, deployed, traced
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.signature import Signature
@@ -86,23 +87,38 @@ class Format:
     """One format.
 
     Args:
-        write: into a folder; comes back with what runs the files.
+        write: into a folder; comes back with what runs the files. None where a format is one file.
+        file: into one file, with the record; comes back with the network that it holds.
+        check: refuses, by its structure, a network that the format cannot hold.
         files: bytes of the weights -> the artefact's files and their bytes; None where `plan` asks the writer
             of checkpoints.
         loading: (job, folder's name) -> the Python that loads the artefact, for the model card.
         packages: what has to be installed beside gfprune; an extra of its name installs them.
         library: as the Hub calls it; "" for none.
         refuses: dtype -> why there is none in this format.
+        graph: writes any graph into a folder and loads it again, for formats that hold whole pipelines.
+        narrows: whether it makes half precision of float32 graphs itself.
+        optimum: module and class of optimum that load a whole pipeline.
         copies: of the artefact that the disk holds at once while it is written.
     """
 
-    write: Callable[[Job, Path], Artefact]
     loading: Callable[[Job, str], str]
+    write: Callable[[Job, Path], Artefact] | None = None
+    file: Callable[[Job, Path, Mapping[str, Any]], nn.Module] | None = None
+    check: Callable[[Component, nn.Module], None] | None = None
     files: Callable[[int], dict[str, int]] | None = None
     packages: tuple[str, ...] = ()
     library: str = ""
     refuses: Mapping[str, str] = field(default_factory=dict)
+    graph: Callable[[Path, Graph, ExportRecipe], Runner] | None = None
+    narrows: bool = False
+    optimum: tuple[str, str] | None = None
     copies: int = 1
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether it is never a folder."""
+        return self.write is None
 
     @property
     def is_graph(self) -> bool:

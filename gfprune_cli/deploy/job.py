@@ -1,6 +1,7 @@
 """One export run, step by step: write into a staging folder, run what was written, publish."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from torch import nn
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
-from gfprune_cli.checkpoint.single_file import load_single_file, staged_file, write_single_file
+from gfprune_cli.checkpoint.single_file import staged_file
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.parity import TOLERANCES, Parity, compare, draw_inputs
-from gfprune_cli.deploy.plan import check_component, opset_of, planned_files
+from gfprune_cli.deploy.parts import is_whole
+from gfprune_cli.deploy.pipeline import pipeline_loading, write_whole
+from gfprune_cli.deploy.plan import check_component, is_file, opset_of, planned_files, planned_pipeline
 from gfprune_cli.deploy.record import export_record, write_export_card
 from gfprune_cli.deploy.result import ExportResult
 from gfprune_cli.deploy.safetensors import run_model
@@ -25,6 +28,8 @@ from gfprune_cli.outputs.durable import staged, write_json
 from gfprune_cli.outputs.filesystem import give_default_mode
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.export import ExportRecipe
+
+Made = tuple[Any, dict[str, int], Parity]  # inputs of the graphs, files and their bytes, distance
 
 
 class ExportJob:
@@ -48,7 +53,8 @@ class ExportJob:
             source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
         )
         check_component(self.component, recipe)
-        self.plan = planned_files(recipe, self.component, destination)
+        self.whole = recipe.component is None and is_whole(self.component, self.format)
+        self.plan = (planned_pipeline if self.whole else planned_files)(recipe, self.component, destination)
         given = recipe.tolerance
         self.tolerance = TOLERANCES[recipe.dtype] if given is None else given
 
@@ -66,10 +72,8 @@ class ExportJob:
         parity = Parity(None, None, self.tolerance, 0, ())
         return self.make_result(None, self.plan, None, parity, seconds)
 
-    def result(
-        self, artefact: Artefact, files: dict[str, int], parity: Parity, seconds: float
-    ) -> ExportResult:
-        return self.make_result(str(self.destination), files, artefact.inputs, parity, seconds)
+    def result(self, inputs: Any, files: dict[str, int], parity: Parity, seconds: float) -> ExportResult:
+        return self.make_result(str(self.destination), files, inputs, parity, seconds)
 
     def make_result(
         self, output: str | None, files: dict[str, int], inputs: Any, parity: Parity, seconds: float
@@ -91,35 +95,57 @@ class ExportJob:
             seconds=round(seconds, 3),
         )
 
-    def folder(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
+    def export(self, force: bool) -> Made:
+        """Write, run what was written, and publish it if it computes what the source computes."""
+        if is_file(self.recipe):
+            return self.single_file(force)
+        return self.pipeline(force) if self.whole else self.folder(force)
+
+    def pipeline(self, force: bool) -> Made:
+        """The whole pipeline, for optimum."""
+        scheduler = load_scheduler(self.component)
+        job = Job(self.recipe, self.component, scheduler, self.progress)
+        with staged(self.destination, force=force, needed=self.needed) as staging:
+            written = write_whole(job, self.format, staging, self.tolerance)
+            names = [name for part in written.parts for name in sorted((staging / part).iterdir())]
+            files = sizes_in(staging, [path for path in names if path.name != "config.json"])
+            loading = pipeline_loading(self.format, self.destination.name)
+            self.describe(staging, loading, written.inputs, files, written.parity)
+        return written.inputs, files, written.parity
+
+    def folder(self, force: bool) -> Made:
         """Write a folder, run what stands in it, and publish it if it computes what the source computes."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
         job = Job(self.recipe, self.component, scheduler, self.progress)
         with staged(self.destination, force=force, needed=self.needed) as staging:
             self.progress(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
+            assert self.format.write is not None
             artefact = self.format.write(job, staging)
             known = job.known(model)
             source = deployed(known) if self.format.is_graph else known
             parity = self.verify(source, scheduler, artefact)
-            files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
-            self.complete(staging, model, job, artefact, files, parity)
-            self.progress(Event("write", text=f"writing {self.destination}"))
-        return artefact, files, parity
+            files = sizes_in(staging, artefact.files)
+            if self.format.is_graph:
+                self.add_sampling(staging, model)
+            loading = self.format.loading(job, self.destination.name)
+            self.describe(staging, loading, artefact.inputs, files, parity)
+        return artefact.inputs, files, parity
 
-    def single_file(self, force: bool) -> tuple[Artefact, dict[str, int], Parity]:
+    def single_file(self, force: bool) -> Made:
         """Likewise, one file."""
         model, scheduler = load_model(self.component), load_scheduler(self.component)
         job = Job(self.recipe, self.component, scheduler, self.progress)
         with staged_file(self.destination, force=force, needed=self.needed) as path:
             self.progress(Event("export", text=f"writing {path.name}"))
-            write_single_file(path, job.network(), self.record({}))
+            assert self.format.file is not None
+            network = self.format.file(job, path, self.record({}))
             known = job.known(model)
             signature = workable(known, scheduler)
-            run = run_model(load_single_file(path, dtype=job.dtype), signature, job.dtype)
+            run = run_model(network, signature, job.dtype)
             artefact = Artefact.of_class(signature, run, path)
             parity = self.verify(known, scheduler, artefact)
             files = {path.name: path.stat().st_size}
-        return artefact, files, parity
+        return None, files, parity
 
     def verify(self, source: nn.Module, scheduler: Any, artefact: Artefact) -> Parity:
         """Compare what was written with the source, both on the same seeded inputs."""
@@ -135,33 +161,29 @@ class ExportJob:
         hashes = sha256_of_weights(self.component)
         return export_record(self.source, self.component, hashes, self.recipe, details)
 
-    def complete(
-        self,
-        staging: Path,
-        model: nn.Module,
-        job: Job,
-        artefact: Artefact,
-        files: dict[str, int],
-        parity: Parity,
+    def add_sampling(self, staging: Path, network: Any) -> None:
+        """What a sampling loop needs beside a graph."""
+        (staging / "config.json").write_text(network.to_json_string(), encoding="utf-8")
+        schedule = scheduler_config_path(self.component)
+        if schedule is not None:
+            (staging / "scheduler").mkdir()
+            shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
+
+    def describe(
+        self, staging: Path, loading: str, inputs: Any, files: dict[str, int], parity: Parity
     ) -> None:
-        """What every folder holds beside the artefact: record, card, and what a sampling loop needs."""
-        if self.format.is_graph:
-            network: Any = model
-            (staging / "config.json").write_text(network.to_json_string(), encoding="utf-8")
-            schedule = scheduler_config_path(self.component)
-            if schedule is not None:
-                (staging / "scheduler").mkdir()
-                shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
-        details: dict[str, Any] = {"files": files, "inputs": artefact.inputs, "parity": asdict(parity)}
+        """Record and model card, which every folder holds; then its files are as they will be published."""
+        details: dict[str, Any] = {"files": files, "inputs": inputs, "parity": asdict(parity)}
         details["opset"] = opset_of(self.recipe)
         record = self.record(details)
         write_json(staging / RECORD, record)
-        write_export_card(
-            staging / "README.md",
-            root=self.component.root,
-            loading=self.format.loading(job, self.destination.name),
-            record=record,
-        )
+        write_export_card(staging / "README.md", root=self.component.root, loading=loading, record=record)
         for path in staging.rglob("*"):
             if path.is_file():
                 give_default_mode(path)
+        self.progress(Event("write", text=f"writing {self.destination}"))
+
+
+def sizes_in(folder: Path, files: Iterable[Path]) -> dict[str, int]:
+    """File, by its path in the folder -> bytes."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}

@@ -22,7 +22,9 @@ from torch import nn
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
-from gfprune_cli.deploy.signature import AREA, LatentDecoder, Signature, compact, larger, signature_of
+from gfprune_cli.deploy.graph import Graph
+from gfprune_cli.deploy.halves import LatentDecoder
+from gfprune_cli.deploy.signature import AREA, Signature, compact, larger, signature_of
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import Sizes
@@ -183,16 +185,26 @@ class Exported:
         ]
         return self.signature.labels.difference(*fixed)
 
+    @property
+    def graph(self) -> Graph:
+        """The network with the names that its class and `Signature.axis_name` give."""
+        name = self.signature.axis_name
+        axes = {key: {axis: name(key, axis) for axis in sorted(free)} for key, free in self.free.items()}
+        return Graph(self.program, axes, {OUTPUT: {}})
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """Name -> type and shape of the inputs."""
         return self.signature.describe(self.free)
 
 
-def traced(denoiser: Denoiser, scheduler: Any) -> Exported:
+def traced(denoiser: Denoiser, scheduler: Any, *, one_time: bool = False) -> Exported:
     """The network as a graph of PyTorch operators: batch free, and every size that can be.
 
     Sizes that look free are tried out, as a network may take another path for others. Where height and
     width are not, they are those that the network is made for.
+
+    Args:
+        one_time: see `signature_of`.
 
     Raises:
         GfpruneError: the network cannot be traced.
@@ -204,7 +216,7 @@ def traced(denoiser: Denoiser, scheduler: Any) -> Exported:
         (Sizes(text=compact(network, own=True).text), frozenset({"text"})),
         (Sizes(), frozenset[str]()),
     ):
-        denoiser.signature = signature_of(network, scheduler, sizes)
+        denoiser.signature = signature_of(network, scheduler, sizes, one_time=one_time)
         try:
             found = trace(denoiser, wanted & denoiser.signature.labels)
             if found.labels.issuperset(denoiser.signature.labels & wanted & set(AREA)):
@@ -227,12 +239,23 @@ def trace(denoiser: Denoiser, labels: frozenset[str]) -> Exported:
         name: tensor if name in signature.shared else torch.cat([tensor, tensor])
         for name, tensor in signature.inputs.items()
     }
+    program = program_of(denoiser, pair, dynamic_shapes(signature, labels))
+    return Exported(program, signature, free_dimensions(program, signature))
+
+
+def program_of(
+    module: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    """What the tracer makes of a module with named inputs, ready to be written.
+
+    Args:
+        shapes: input -> its free dimensions.
+    """
     with torch.no_grad():
-        program = torch.export.export(denoiser, (), pair, dynamic_shapes=dynamic_shapes(signature, labels))
-    free = free_dimensions(program, signature)
+        program = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
     drop_idle_squeezes(program)
     strip(program)
-    return Exported(program, signature, free)
+    return program
 
 
 def dynamic_shapes(signature: Signature, labels: frozenset[str]) -> dict[str, dict[int, Any]]:
@@ -275,7 +298,7 @@ def try_other_sizes(found: Exported, denoiser: Denoiser, scheduler: Any) -> None
     signature = found.signature
     for label in sorted(found.labels):
         sizes = larger(signature.sizes, label, factor=2 * signature.factor)
-        denoiser.signature = signature_of(denoiser.network, scheduler, sizes)
+        denoiser.signature = signature_of(denoiser.network, scheduler, sizes, one_time=signature.one_time)
         inputs = {
             name: torch.rand(tensor.shape, generator=generator(0, "trace", name))
             if tensor.is_floating_point()

@@ -11,9 +11,10 @@ import torch
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.deploy.format import Artefact, Format, Job
-from gfprune_cli.deploy.network import OUTPUT
-from gfprune_cli.deploy.parity import Inputs, Runner
+from gfprune_cli.deploy.graph import Graph
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recipes.export import ExportRecipe
 
 FILE = "model.onnx"
 DATA = "model.onnx.data"
@@ -39,7 +40,7 @@ def quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def to_onnx(program: torch.export.ExportedProgram, names: list[str], opset: int) -> torch.onnx.ONNXProgram:
+def to_onnx(graph: Graph, opset: int) -> torch.onnx.ONNXProgram:
     """A traced network in ONNX operators.
 
     Raises:
@@ -48,7 +49,11 @@ def to_onnx(program: torch.export.ExportedProgram, names: list[str], opset: int)
     try:
         with quiet_exporter():
             found = torch.onnx.export(
-                program, input_names=names, output_names=[OUTPUT], opset_version=opset, verbose=False
+                graph.program,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=opset,
+                verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever went wrong, in several layers
         raise GfpruneError(
@@ -66,22 +71,37 @@ def root_cause(error: BaseException) -> str:
     return first_line(error) if isinstance(error, Exception) else type(error).__name__
 
 
+def values_of(model: Any) -> list[Any]:
+    """The tensors of an ONNX model."""
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    return values + [value for node in model.graph for value in node.outputs]
+
+
 def clear(model: Any) -> None:
     """Drop names of source files, classes and shapes from tracing: equal networks, equal bytes."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    values += [value for node in model.graph for value in node.outputs]
-    for value in values:
+    for value in values_of(model):
         value.metadata_props.clear()
         value.doc_string = None
 
 
-def write_onnx(
-    folder: Path, program: torch.export.ExportedProgram, names: list[str], opset: int
-) -> torch.onnx.ONNXProgram:
+def name_axes(model: Any, graph: Graph) -> None:
+    """Give free dimensions the names of `graph`, wherever one of their size appears."""
+    from onnx_ir import SymbolicDim
+
+    named = [*zip(model.graph.inputs, graph.inputs.values(), strict=True)]
+    named += zip(model.graph.outputs, graph.outputs.values(), strict=True)
+    names = {str(value.shape[axis]): name for value, axes in named for axis, name in axes.items()}
+    for value in values_of(model):
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and str(size) in names:
+                value.shape[axis] = SymbolicDim(names[str(size)])
+
+
+def write_onnx(folder: Path, graph: Graph, opset: int) -> torch.onnx.ONNXProgram:
     """Write model.onnx (and model.onnx.data, where the weights need a file of their own) and check it.
 
     Raises:
@@ -89,9 +109,11 @@ def write_onnx(
     """
     import onnx
 
-    found = to_onnx(program, names, opset)
+    found = to_onnx(graph, opset)
     clear(found.model)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    name_axes(found.model, graph)
+    weights = graph.program.state_dict.values()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     with quiet_exporter():
         found.save(folder / FILE, external_data=needed > EXTERNAL_BYTES)
     try:
@@ -124,19 +146,24 @@ def run_onnx(path: Path, threads: int | None = None) -> Runner:
             "try another --dtype or --opset"
         ) from error
 
-    def run(inputs: Inputs) -> torch.Tensor:
+    def run(inputs: Inputs) -> Outputs:
         feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return torch.from_numpy(session.run([OUTPUT], feed)[0])
+        return only_or_all([torch.from_numpy(found) for found in session.run(None, feed)])
 
     return run
+
+
+def write_onnx_graph(folder: Path, graph: Graph, recipe: ExportRecipe) -> Runner:
+    """Write a graph, and load it in ONNX Runtime."""
+    write_onnx(folder, graph, recipe.opset or DEFAULT_OPSET)
+    return run_onnx(folder / FILE)
 
 
 def write(job: Job, folder: Path) -> Artefact:
     """Write the traced network, and run it in ONNX Runtime."""
     found = job.traced(job.dtype)
-    write_onnx(folder, found.program, list(found.signature.inputs), job.recipe.opset or DEFAULT_OPSET)
-    files = sorted(folder.glob(f"{FILE}*"))
-    return Artefact.of_graph(found, run_onnx(folder / FILE), *files)
+    run = write_onnx_graph(folder, found.graph, job.recipe)
+    return Artefact.of_graph(found, run, *sorted(folder.glob(f"{FILE}*")))
 
 
 def planned_file(weights: int) -> dict[str, int]:
@@ -148,6 +175,8 @@ FORMAT = Format(
     files=planned_file,
     loading=lambda job, name: f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/{FILE}")',
     packages=PACKAGES,
+    graph=write_onnx_graph,
+    optimum=("optimum.onnxruntime", "ORTDiffusionPipeline"),
     library="onnx",
     refuses={
         "bf16": "ONNX Runtime has no bfloat16 convolution on the CPU, so that nothing could be verified"

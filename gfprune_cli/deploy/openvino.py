@@ -9,9 +9,10 @@ import torch
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.deploy import onnx
 from gfprune_cli.deploy.format import Artefact, Format, Job
-from gfprune_cli.deploy.network import OUTPUT
-from gfprune_cli.deploy.parity import Inputs, Runner
+from gfprune_cli.deploy.graph import Graph
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.recipes.export import ExportRecipe
 
 FILE = "openvino_model.xml"
 # OpenVINO computes in bfloat16 on CPUs that can, whatever the type of the weights; parity means float32.
@@ -58,22 +59,27 @@ def run_openvino(path: Path, threads: int | None = None) -> Runner:
     except RuntimeError as error:
         raise GfpruneError(f"OpenVINO cannot run the network on the CPU: {first_line(error)}") from error
 
-    def run(inputs: Inputs) -> torch.Tensor:
+    def run(inputs: Inputs) -> Outputs:
         found = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
-        return torch.from_numpy(found[OUTPUT].copy())
+        return only_or_all([torch.from_numpy(found[output].copy()) for output in compiled.outputs])
 
     return run
 
 
-def write(job: Job, folder: Path) -> Artefact:
-    """Through ONNX in float32: OpenVINO narrows the weights itself and keeps the arithmetic free."""
-    found = job.traced(torch.float32)
-    onnx.write_onnx(folder, found.program, list(found.signature.inputs), onnx.DEFAULT_OPSET)
-    write_openvino(folder, folder / onnx.FILE, half=job.recipe.dtype == "fp16")
+def write_openvino_graph(folder: Path, graph: Graph, recipe: ExportRecipe) -> Runner:
+    """Write a float32 graph by way of ONNX, and load it in OpenVINO."""
+    onnx.write_onnx(folder, graph, onnx.DEFAULT_OPSET)
+    write_openvino(folder, folder / onnx.FILE, half=recipe.dtype == "fp16")
     for path in folder.glob(f"{onnx.FILE}*"):
         path.unlink()
-    files = sorted(folder.glob("openvino_model.*"))
-    return Artefact.of_graph(found, run_openvino(folder / FILE), *files)
+    return run_openvino(folder / FILE)
+
+
+def write(job: Job, folder: Path) -> Artefact:
+    """In float32: OpenVINO narrows the weights itself and keeps the arithmetic free."""
+    found = job.traced(torch.float32)
+    run = write_openvino_graph(folder, found.graph, job.recipe)
+    return Artefact.of_graph(found, run, *sorted(folder.glob("openvino_model.*")))
 
 
 FORMAT = Format(
@@ -84,6 +90,9 @@ FORMAT = Format(
     ),
     packages=("onnx", "onnxscript", "openvino"),
     library="openvino",
+    graph=write_openvino_graph,
+    narrows=True,
+    optimum=("optimum.intel", "OVDiffusionPipeline"),
     refuses={
         "bf16": "OpenVINO files hold float32 or float16, and the arithmetic is chosen when they are loaded"
     },

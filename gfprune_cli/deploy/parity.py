@@ -16,7 +16,8 @@ from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 from gfprune_cli.progress import Event, Progress
 
 Inputs = dict[str, torch.Tensor]
-Runner = Callable[[Inputs], torch.Tensor]
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
+Runner = Callable[[Inputs], Outputs]
 
 POSITIONS = 64  # image ids and sizes are numbers below
 COARSE = 4  # the clean images of the inputs are noise of this many cells a side, smoothed
@@ -70,10 +71,11 @@ def draw_inputs(
     if network.config.get("time_embedding_type") == "learned":
         steps = min(steps, network.config.num_train_timesteps)
     levels = (0, (steps - 1) // 2, steps - 1)
-    batches = [((level,), signature) for level in levels] + [(levels, signature)]
+    together = (levels[1],) * 3 if signature.one_time else levels
+    batches = [((level,), signature) for level in levels] + [(together, signature)]
     if free:
         grown = larger(signature.sizes, *(free - {"height"}), factor=signature.factor)
-        batches.append((levels, signature_of(network, scheduler, grown)))
+        batches.append((together, signature_of(network, scheduler, grown, one_time=signature.one_time)))
     return [one_batch(network, made, process, chosen, seed) for chosen, made in batches]
 
 
@@ -99,7 +101,7 @@ def one_batch(
         if name == signature.sample:
             found[name] = noise
         elif name == TIMESTEP:
-            found[name] = times.to(tensor.dtype)
+            found[name] = (times[0] if signature.one_time else times).to(tensor.dtype)
         elif known:
             found[name] = tensor.expand(shape).contiguous()
         else:
@@ -145,16 +147,9 @@ def compare(
     done = 0
     for batch in batches:
         progress(Event("verify", done, count))
-        expected, found = source(batch).double(), artefact(batch).double()
-        if found.shape != expected.shape or not bool(found.isfinite().all()):
-            raise GateMissed(
-                "the export's output is not finite, or not of the source's shape "
-                f"({list(found.shape)} for {list(expected.shape)}): nothing was written; use a wider --dtype"
-            )
-        difference = (found - expected).flatten(1).abs().amax(1)
-        peak = expected.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-        absolute = max(absolute, float(difference.max()))
-        relative = max(relative, float((difference / peak).max()))
+        for expected, found in zip(all_of(source(batch)), all_of(artefact(batch)), strict=True):
+            distance = difference(expected.double(), found.double())
+            absolute, relative = max(absolute, distance[0]), max(relative, distance[1])
         done += len(samples_of(batch))
     progress(Event("verify", count, count, values={"max_abs": absolute, "max_rel": relative}))
     if relative > tolerance:
@@ -163,6 +158,32 @@ def compare(
             f"{tolerance:g}: nothing was written; use a wider --dtype, or a larger --tolerance"
         )
     return Parity(absolute, relative, tolerance, count, sizes_of(batches))
+
+
+def difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    """The largest absolute difference, and the largest relative to the largest entry of the same sample.
+
+    Raises:
+        GateMissed: there is none.
+    """
+    if found.shape != expected.shape or not bool(found.isfinite().all()):
+        raise GateMissed(
+            "the export's output is not finite, or not of the source's shape "
+            f"({list(found.shape)} for {list(expected.shape)}): nothing was written; use a wider --dtype"
+        )
+    apart = (found - expected).flatten(1).abs().amax(1)
+    peak = expected.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(apart.max()), float((apart / peak).max())
+
+
+def all_of(found: Outputs) -> tuple[torch.Tensor, ...]:
+    """The outputs of a network, of which most have one."""
+    return (found,) if isinstance(found, torch.Tensor) else found
+
+
+def only_or_all(found: Sequence[torch.Tensor]) -> Outputs:
+    """The other way round."""
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def samples_of(batch: Inputs) -> torch.Tensor:

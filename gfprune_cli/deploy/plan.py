@@ -9,8 +9,14 @@ from gfprune_cli.deploy import onnx, safetensors
 from gfprune_cli.deploy.format import DTYPES
 from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import deployed
+from gfprune_cli.deploy.parts import sizes_of_parts
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
+
+
+def is_file(recipe: ExportRecipe) -> bool:
+    """Whether one file is written, and no folder."""
+    return recipe.single_file or FORMATS[recipe.format].is_one_file
 
 
 def check_settings(recipe: ExportRecipe) -> None:
@@ -39,9 +45,12 @@ def check_settings(recipe: ExportRecipe) -> None:
 
 
 def check_component(component: Component, recipe: ExportRecipe) -> None:
-    """Refuse pipelines that cannot travel along."""
+    """Refuse pipelines that cannot travel along, and networks that the format cannot hold."""
     if recipe.format == "safetensors" and not recipe.single_file and component.weights:
         check_pipeline(component)
+    check = FORMATS[recipe.format].check
+    if check is not None:
+        check(component, build_meta(component))
 
 
 def default_output(recipe: ExportRecipe) -> Path:
@@ -49,6 +58,8 @@ def default_output(recipe: ExportRecipe) -> Path:
     stem = Path(recipe.model).name or "model"
     if recipe.single_file:
         return Path(f"{stem}-{recipe.dtype}.safetensors")
+    if is_file(recipe):
+        return Path(f"{stem}-{recipe.format}-{recipe.dtype}.safetensors")
     return Path(f"{stem}-{recipe.format}-{recipe.dtype}")
 
 
@@ -67,7 +78,16 @@ def planned_files(recipe: ExportRecipe, component: Component, destination: Path)
     if form.files is not None:
         return form.files(total)
     return (
-        {destination.name: total}
-        if recipe.single_file
-        else safetensors.shard_sizes(recipe, component, tensors)
+        {destination.name: total} if is_file(recipe) else safetensors.shard_sizes(recipe, component, tensors)
     )
+
+
+def planned_pipeline(recipe: ExportRecipe, component: Component, destination: Path) -> dict[str, int]:
+    """Likewise of a whole pipeline."""
+    files = FORMATS[recipe.format].files
+    assert files is not None
+    return {
+        f"{part}/{name}": size
+        for part, weights in sizes_of_parts(component, recipe).items()
+        for name, size in files(weights).items()
+    }

@@ -1,7 +1,9 @@
 """safetensors: the checkpoint in diffusers' layout, in the type and the files that were asked for."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.shards import split, write_weights
+from gfprune_cli.checkpoint.single_file import load_single_file, write_single_file
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
 from gfprune_cli.deploy.format import DTYPES, Artefact, Format, Job
@@ -119,4 +122,10 @@ def loading(job: Job, name: str) -> str:
     return f"{torch_line}from diffusers import {stock}\n{variable} = {loader}"
 
 
-FORMAT = Format(write=write, loading=loading, library="diffusers")
+def write_alone(job: Job, path: Path, record: Mapping[str, Any]) -> nn.Module:
+    """Write the component alone, with its architecture, and read it back."""
+    write_single_file(path, job.network(), record)
+    return load_single_file(path, dtype=job.dtype)
+
+
+FORMAT = Format(write=write, file=write_alone, loading=loading, library="diffusers")

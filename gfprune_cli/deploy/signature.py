@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.deploy.halves import LatentDecoder, LatentEncoder
 from gfprune_cli.families.table import family_of
 from gfprune_cli.inputs.examples import Sizes, example_inputs
 from gfprune_cli.inputs.unknown_classes import RecordedNetwork
@@ -24,31 +25,6 @@ TEXT = "encoder_hidden_states"
 # Their pipelines mask the padding of a text.
 AREA = ("frames", "height", "width")
 LETTERS = {"frames": "f", "height": "h", "width": "w", "text": "text"}
-
-
-class LatentDecoder(nn.Module):
-    """The half of an autoencoder that a deployed pipeline runs.
-
-    Args:
-        autoencoder: an `AutoencoderKL` or `VQModel`, dense or pruned.
-    """
-
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__()
-        for name in ("quantize", "post_quant_conv", "decoder"):
-            part = getattr(autoencoder, name, None)
-            if part is not None:
-                self.add_module(name, part)
-        self.config = autoencoder.config
-
-    def forward(self, latent: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        """latent [N, C, h, w], unscaled as `decode` of the autoencoder takes it -> image [N, C', H, W]."""
-        parts = self._modules
-        if "quantize" in parts:
-            latent = parts["quantize"](latent)[0]  # type: ignore[misc]
-        if "post_quant_conv" in parts:
-            latent = parts["post_quant_conv"](latent)  # type: ignore[misc]
-        return (parts["decoder"](latent),)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,7 @@ class Signature:
         shared: the inputs that are the same for every sample, without a batch dimension.
         factor: heights and widths are multiples of it, where they are free.
         sizes: what the inputs were made for.
+        one_time: whether one timestep is given for the whole batch, a number without dimensions.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -70,6 +47,7 @@ class Signature:
     shared: frozenset[str]
     factor: int
     sizes: Sizes
+    one_time: bool = False
 
     @property
     def sample(self) -> str:
@@ -155,8 +133,8 @@ def taken_apart(name: str, value: Any) -> tuple[Any, Iterator[tuple[str, torch.T
 
 def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
     """Keyword arguments for one sample: those of `example_inputs`, and what pipelines give beside them."""
-    if isinstance(network, LatentDecoder):
-        return {"latent": latent(network, sizes)}
+    if isinstance(network, LatentDecoder | LatentEncoder):
+        return network.example(sizes)
     if isinstance(network, RecordedNetwork):
         return network.inputs
     found = example_inputs(network, sizes)
@@ -164,16 +142,6 @@ def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
     if family is not None and family.masked:
         found[MASK] = torch.ones_like(found[TEXT][..., 0])
     return found
-
-
-def latent(network: LatentDecoder, sizes: Sizes) -> torch.Tensor:
-    """One latent of zeros for the images that the autoencoder was made for."""
-    config: Any = network.config
-    scale = 2 ** (len(config.block_out_channels) - 1)
-    edge = max(1, config.sample_size // scale)
-    parameter = next(network.parameters())
-    channels = config.get("vq_embed_dim") or config.latent_channels
-    return parameter.new_zeros(1, channels, sizes.height or edge, sizes.width or edge)
 
 
 def factor_of(network: Any) -> int:
@@ -187,7 +155,9 @@ def factor_of(network: Any) -> int:
     return int(patch[-1] if isinstance(patch, tuple | list) else patch)
 
 
-def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None) -> Signature:
+def signature_of(
+    network: nn.Module, scheduler: Any, sizes: Sizes | None = None, *, one_time: bool = False
+) -> Signature:
     """The inputs of a network.
 
     Timesteps are integers, as most schedulers count them; they are float32 where the network is told a
@@ -196,6 +166,7 @@ def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None)
     Args:
         scheduler: of the pipeline, or None.
         sizes: other than those that the network is made for.
+        one_time: take a single timestep, in float32, so that any scheduler can step through fractions.
 
     Raises:
         GfpruneError: the inputs of this class are not known.
@@ -203,12 +174,14 @@ def signature_of(network: nn.Module, scheduler: Any, sizes: Sizes | None = None)
     sizes = sizes or Sizes()
     arguments, tensors = taken_apart("", example(network, sizes))
     inputs = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
-    if TIMESTEP in inputs and counts_steps(network, scheduler):
+    if TIMESTEP in inputs and one_time:
+        inputs[TIMESTEP] = inputs[TIMESTEP].float().squeeze()
+    elif TIMESTEP in inputs and counts_steps(network, scheduler):
         inputs[TIMESTEP] = inputs[TIMESTEP].long()
     elif TIMESTEP in inputs:
         inputs[TIMESTEP] = inputs[TIMESTEP].float()
     shared = frozenset(name for name, tensor in inputs.items() if tensor.shape[:1] != (1,))
-    return Signature(inputs, arguments, growth_of(network), shared, factor_of(network), sizes)
+    return Signature(inputs, arguments, growth_of(network), shared, factor_of(network), sizes, one_time)
 
 
 @torch.no_grad()
@@ -262,10 +235,12 @@ def compact(network: nn.Module, *, own: bool) -> Sizes:
     factor = factor_of(network)
     height = width = 4 * factor
     size = config.get("sample_size")
+    if isinstance(network, LatentEncoder):  # made for images, whose detail would only cost time
+        own = False
     if own and "block_out_channels" in config and size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         if isinstance(network, LatentDecoder):
-            height, width = latent(network, Sizes()).shape[2:]
+            height, width = network.example(Sizes())["latent"].shape[2:]
     return Sizes(frames=3, height=height, width=width, text=16)
 
 

@@ -78,6 +78,11 @@ class Conditions:
 Condition = torch.Tensor | Conditions | None
 
 
+def first_of(condition: Condition) -> Condition:
+    """Of the first sample alone."""
+    return None if condition is None else condition[:1]
+
+
 def call_with(
     function: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     x: torch.Tensor,

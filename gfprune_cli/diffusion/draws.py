@@ -5,7 +5,7 @@ That is what makes a run resumable in the middle, and independent of how batches
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,6 +19,19 @@ def generator(seed: int, *path: int | str) -> torch.Generator:
     text = "/".join(str(part) for part in (seed, *path))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class ImageStack(Protocol):
+    """Images [N, ...]: a tensor, or what is read when a batch is asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, chosen: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -42,13 +55,15 @@ class Draws:
         images: [N, ...] in the range and layout the network works in.
         steps: length of the noise schedule.
         seed: of the run.
-        conditions: of the images; those of a batch are moved to the device of the images.
+        conditions: of the images.
+        device: where batches go; None: where the images are.
     """
 
-    images: torch.Tensor
+    images: ImageStack
     steps: int
     seed: int
     conditions: Condition = None
+    device: torch.device | None = None
 
     def batch(
         self,
@@ -77,9 +92,10 @@ class Draws:
             index.append(self.level(purpose, step, draw, of, levels, offset))
             noise.append(torch.randn(self.images.shape[1:], generator=source))
         # none of these copies waits for the device: it is still busy with the batch before
-        device = self.images.device
+        device = self.device or self.images.device
+        images = self.images[torch.tensor(chosen).to(self.images.device, non_blocking=True)]
         return Batch(
-            self.images[torch.tensor(chosen).to(device, non_blocking=True)],
+            images.to(device, non_blocking=True),
             torch.stack(noise).to(device, self.images.dtype, non_blocking=True),
             torch.tensor(index).to(device, non_blocking=True),
             None if self.conditions is None else self.conditions[chosen].to(device),
@@ -101,4 +117,4 @@ class Draws:
             torch.randn(self.images.shape[1:], generator=generator(self.seed, purpose, step, draw))
             for draw in range(first, first + size)
         ]
-        return torch.stack(drawn).to(self.images.device, self.images.dtype)
+        return torch.stack(drawn).to(self.device or self.images.device, self.images.dtype)

@@ -87,7 +87,7 @@ def draw_all(
                     seed=inputs.recipe.seed,
                     device=processes.device,
                     what=inputs.subjects[role].label,
-                    given=None if starts is None else starts[list(members)],
+                    given=None if starts is None else starts[torch.tensor(members)],
                     precision=inputs.recipe.precision,
                 )
 

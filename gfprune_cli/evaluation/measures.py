@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.data.images import image_batches
+from gfprune_cli.data.stored import in_memory
 from gfprune_cli.diffusion.conditions import Condition
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.evaluation.consistency import Consistency, unit_range
@@ -146,7 +147,9 @@ class Measures:
         given = inputs.task.given
         if given is None or inputs.task.reconstructs or len(given.images) < 2:
             return None
-        return self.features(teacher, iter(given.images[:count].split(FEATURE_BATCH)), given.conditions)
+        return self.features(
+            teacher, iter(in_memory(given.images[:count]).split(FEATURE_BATCH)), given.conditions
+        )
 
     def real_images(self, count: int) -> Iterator[torch.Tensor]:
         """At most `count` images of `--data` in the network's range, batch by batch."""
@@ -186,7 +189,7 @@ class Measures:
         """Denoising losses on real images, or else on images that the reference drew."""
         inputs, given = self.inputs, self.inputs.task.given
         if given is not None:
-            images, conditions = given.images[:LOSS_DRAWS], given.conditions
+            images, conditions = in_memory(given.images[:LOSS_DRAWS]), given.conditions
         else:
             role = "reference" if "reference" in self.networks else "model"
             images = (

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfprune_cli.data.images import _DAMAGE, _reason, image_batches
+from gfprune_cli.data.decoding import DAMAGE, reason_of
+from gfprune_cli.data.images import image_batches
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.evaluation.inception import Extractor
 from gfprune_cli.evaluation.statistics import (
@@ -51,9 +52,9 @@ def is_statistics(data: str | None) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise GfpruneError(
-            f"--data {path}: not a readable .npz ({_reason(error)}); write it again"
+            f"--data {path}: not a readable .npz ({reason_of(error)}); write it again"
         ) from error
 
 
@@ -80,8 +81,8 @@ def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[st
             raise ValueError("they are not finite")
         if not is_covariance(covariance):
             raise ValueError("sigma is no covariance")
-    except _DAMAGE as error:
-        reason = _reason(error)
+    except DAMAGE as error:
+        reason = reason_of(error)
         raise GfpruneError(f"--data {path}: not readable statistics ({reason}); write them again") from error
     return Gaussian(mean, covariance, count), warnings
 

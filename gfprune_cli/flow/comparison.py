@@ -40,6 +40,7 @@ from gfprune_cli.structure.trace import first_given
 
 RIDGE = 1e-2  # of the mean second moment, as in the refit
 ROWS_PER_INPUT = 4
+BLOCK = 512  # inputs that leave what is left of the moments together
 LEAST_RISE = 1e-4  # of the mean over all steps of all groups: what is smaller cannot be told from nothing
 
 
@@ -74,7 +75,7 @@ class Curves:
             x: [N, ...] noisy samples, timesteps: [N].
             piece: samples that go there and back at once; None for all.
         """
-        weights = {name: w.detach().requires_grad_() for name, w in self.masked.effective().items()}
+        weights = self.masked.passing()
         whole = piece is None or piece >= len(x)
         if not whole:
             with self.hooked(), torch.no_grad():
@@ -85,7 +86,8 @@ class Curves:
             self.outputs.clear()
             with self.hooked(), torch.enable_grad():
                 chosen = condition if whole or condition is None else condition[part]
-                output = self.masked.forward(weights, x[part], timesteps[part], chosen)
+                watched = weights.watched(lambda *_: None)  # else no output has slopes
+                output = self.masked.forward(watched, x[part], timesteps[part], chosen)
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
                 slopes = torch.autograd.grad(
                     (output * along[part].to(output)).sum(), list(self.outputs.values()), allow_unused=True
@@ -101,11 +103,17 @@ class Curves:
             for member in () if group.is_block else group.members:
                 if member.side == "in":
                     readers.setdefault(member.module, []).append((group, member))
-        blocks = {group.name for group in self.masked.groups if group.is_block}
+        blocks = {
+            member.module: group.name
+            for group in self.masked.groups
+            for member in (group.members if group.is_block else ())
+        }
         with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
                 if name in blocks:
-                    hook: Any = module.register_forward_hook(self.block_hook(name), with_kwargs=True)
+                    hook: Any = module.register_forward_hook(
+                        self.block_hook(name, blocks[name]), with_kwargs=True
+                    )
                 elif name in readers and is_fittable(module):
                     hook = module.register_forward_hook(
                         self.reader_hook(name, readers[name]), with_kwargs=True
@@ -145,19 +153,14 @@ class Curves:
         shape = places(layer, output_shape(layer, x))
         source = generator(self.seed, "curve rows", name)
         rows = input_rows(x, layer, rows_drawn(shape, ROWS_PER_INPUT * fan_in(layer), source))
-        moments = (rows.T @ rows).double().div_(len(rows))
-        del rows
-        moments.diagonal().add_(RIDGE * moments.diagonal().mean() + torch.finfo(torch.float32).tiny)
         weight = layer.weight.detach().flatten(1).double()
         for group, member in read:
-            going = self.step_of_inputs(group, member, len(moments))
+            going = self.step_of_inputs(group, member, rows.shape[1])
             order = torch.argsort(going, descending=True, stable=True).to(weight.device)
-            factor, failed = torch.linalg.cholesky_ex(moments[order][:, order])
-            missed = (weight[:, order] @ factor).square().flip(1).cumsum(1)  # the weakest inputs first
+            missed = missed_by_input(rows[:, order], weight[:, order])
             gone = torch.stack([(going <= step).sum() for step in range(len(self.order[group.name]))])
-            energy = missed[:, (gone - 1).clamp_min(0)].T
-            if not int(failed):
-                self.energies[name, group.name] = energy
+            if missed is not None:  # the weakest inputs leave first
+                self.energies[name, group.name] = missed.flip(1).cumsum(1)[:, (gone - 1).clamp_min(0)].T
 
     def step_of_inputs(self, group: ChannelGroup, member: Member, inputs: int) -> torch.Tensor:
         """[inputs] the step at which each input of a layer goes; beyond the last for those that stay."""
@@ -170,7 +173,7 @@ class Curves:
         going[member.positions] = step.repeat_interleave(group.unit_size)[member.channels]
         return going.repeat_interleave(inputs // width)
 
-    def block_hook(self, name: str) -> Callable[..., None]:
+    def block_hook(self, name: str, group: str) -> Callable[..., None]:
         """A block that goes leaves its streams as they were: they miss what it adds."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -184,9 +187,45 @@ class Curves:
                 if key not in self.seen:
                     self.seen.add(key)
                     added = channel_rows((after - before).detach(), axis)
-                    self.energies[key, name] = added.square().mean(0, keepdim=True)
+                    self.energies[key, group] = added.square().mean(0, keepdim=True)
 
         return hook
+
+
+def missed_by_input(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """[o, n] float64: (W L)^2, what each input adds to the error when it and those after it go.
+
+    L is the Cholesky factor of the second moments and a ridge. Where rows are fewer than inputs the moments
+    are of low rank behind the ridge; what is left of them once some inputs are known is then followed through
+    a matrix that is as wide as there are rows (Woodbury), a block of inputs at a time.
+
+    Args:
+        x: [R, n] inputs, those that go first last; weight: [o, n].
+    """
+    rows, inputs = x.shape
+    ridge = RIDGE * (x.square().sum(0).double() / rows).mean() + torch.finfo(torch.float32).tiny
+    if rows >= inputs:
+        moments = (x.T @ x).double().div_(rows)
+        moments.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        return None if int(failed) else (weight @ factor).square()
+    x = x.double()
+    unknown = torch.eye(rows, dtype=x.dtype, device=x.device)
+    left = weight @ x.T
+    found = []
+    for first in range(0, inputs, BLOCK):
+        part = slice(first, first + BLOCK)
+        left -= weight[:, part] @ x[:, part].T
+        seen = unknown @ x[:, part]
+        moments = (x[:, part].T @ seen).div_(rows)
+        moments.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if int(failed):
+            return None
+        half = torch.linalg.solve_triangular(factor, seen.T, upper=False)
+        found.append(weight[:, part] @ factor + (left @ half.T).div_(rows))
+        unknown -= (half.T @ half).div_(rows)
+    return torch.cat(found, 1).square()
 
 
 def channel_rows(values: torch.Tensor, axis: int) -> torch.Tensor:

@@ -12,8 +12,17 @@ import torch
 
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.finite import NotFinite
-from gfprune_cli.flow.energy import Loss, Way, choose_way, gradient, hessian_gradient_product
+from gfprune_cli.flow.energy import (
+    Loss,
+    Way,
+    choose_way,
+    exact_product,
+    gradient,
+    take_differences,
+    take_gradient,
+)
 from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.flow.unit_sums import UnitSums, unit_sums
 from gfprune_cli.structure.blocks import inside
 from gfprune_cli.structure.groups import ChannelGroup
 
@@ -29,7 +38,6 @@ class Evidence:
         losses: the denoising loss, one function per chunk of the draws, in ascending order of noise.
         seed: of the run.
         way: how Hessian-gradient products are taken; chosen by measurement where None.
-        fused: take first derivatives by the fused kernels of attention.
         gradients: filled with the cost of the scoring, counted in gradients.
     """
 
@@ -37,33 +45,39 @@ class Evidence:
     losses: Sequence[Loss]
     seed: int
     way: Way | None = None
-    fused: bool = False
     gradients: float = field(default=0.0)
 
-    def energy_flow(self) -> dict[str, torch.Tensor]:
-        """theta * (H g) for every parameter, at the masked network: its sum over a unit is -dE/dm.
+    def energy_flow(self) -> Masks:
+        """The sum of theta * (H g) over each unit, at the masked network: -dE/dm.
 
         The statistics of the norms are held fixed: their own dependence on the masks is left out.
         """
-        weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(self.losses, weights, fused=self.fused)
+        weights = self.masked.passing()
+        _, first = gradient(self.losses, weights)
         if self.way is None:
-            self.way = choose_way(self.losses, weights, first, fused=self.fused)
-        product = hessian_gradient_product(self.losses, weights, first, self.way, fused=self.fused)
+            self.way = choose_way(self.losses, weights, first)
+        flow = UnitSums(self.masked, self.weighted)
+        if self.way == "finite-difference":
+            take_differences(self.losses, weights, first, flow.add)
+        else:
+            for name, part in exact_product(self.losses, weights, first).items():
+                flow.add(name, part)
         self.gradients += 3 if self.way == "finite-difference" else 4.5
-        return {name: self.masked.weights[name].detach() * tensor for name, tensor in product.items()}
+        return flow.total()
 
-    def first_order(self, losses: Sequence[Loss]) -> dict[str, torch.Tensor]:
-        """theta * g for every parameter, at the masked network."""
-        weights = {name: tensor.detach() for name, tensor in self.masked.effective().items()}
-        _, first = gradient(losses, weights, fused=self.fused)
+    def weighted(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        return self.masked.weights[name].detach() * part
+
+    def first_order(self, losses: Sequence[Loss]) -> Masks:
+        """The sum of |theta * g| over each unit, at the masked network."""
+        _, first = gradient(losses, self.masked.passing())
         self.gradients += len(losses) / len(self.losses)
-        return {name: self.masked.weights[name].detach() * tensor for name, tensor in first.items()}
+        return unit_sums(self.masked, first, lambda name, part: self.weighted(name, part).abs())
 
 
 def gradient_flow(evidence: Evidence) -> Masks:
     """theta . (H g), signed (arXiv 2501.09464): first go the units that raise ||grad L||^2 most."""
-    return evidence.masked.unit_sums(evidence.energy_flow())
+    return evidence.energy_flow()
 
 
 def gradient_flow_abs(evidence: Evidence) -> Masks:
@@ -73,22 +87,23 @@ def gradient_flow_abs(evidence: Evidence) -> Masks:
 
 def taylor(evidence: Evidence) -> Masks:
     """Sum of |theta * g| (arXiv 1906.10771): first-order change of the loss, parameter by parameter."""
-    values = evidence.first_order(evidence.losses)
-    return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
+    return evidence.first_order(evidence.losses)
 
 
 def fisher(evidence: Evidence) -> Masks:
     """Mean square of the first-order change over chunks of the draws: empirical Fisher (arXiv 1906.10771)."""
     squares: Masks = {}
     for loss in evidence.losses:
-        sums = evidence.masked.unit_sums(evidence.first_order([loss]))
-        squares = {name: squares.get(name, 0) + value.square() for name, value in sums.items()}
+        sums = UnitSums(evidence.masked, evidence.weighted)
+        take_gradient([loss], evidence.masked.passing(), sums.add)
+        squares = {name: squares.get(name, 0) + value.square() for name, value in sums.total().items()}
+    evidence.gradients += 1
     return squares
 
 
 def diff_pruning(evidence: Evidence) -> Masks:
     """Taylor over low-noise timesteps, while their loss exceeds 0.05 of the largest (arXiv 2305.10924)."""
-    weights = {name: tensor.detach() for name, tensor in evidence.masked.effective().items()}
+    weights = evidence.masked.passing()
     used, largest = 0, 0.0
     with torch.no_grad():
         for loss in evidence.losses:
@@ -98,14 +113,13 @@ def diff_pruning(evidence: Evidence) -> Masks:
                 break
             used += 1
     evidence.gradients += 1 / 3  # the forward passes that find the threshold
-    values = evidence.first_order(evidence.losses[:used])
-    return evidence.masked.unit_sums({name: value.abs() for name, value in values.items()})
+    return evidence.first_order(evidence.losses[:used])
 
 
 def magnitude(evidence: Evidence) -> Masks:
     """Euclidean norm of what produces the unit."""
-    squares = {name: weight.detach().square() for name, weight in evidence.masked.weights.items()}
-    norms = {name: score.sqrt() for name, score in evidence.masked.unit_sums(squares).items()}
+    squares = unit_sums(evidence.masked, evidence.masked.weights, lambda _, weight: weight.detach().square())
+    norms = {name: score.sqrt() for name, score in squares.items()}
     return add_blocks(relative(norms, evidence.masked.groups), evidence.masked.groups)
 
 
@@ -124,9 +138,7 @@ def add_blocks(scores: Masks, groups: tuple[ChannelGroup, ...]) -> Masks:
     Its own score stands where no channels may go, as in the native layout.
     """
     for block in groups:
-        within = [
-            scores[group.name].sum() for group in groups if block.is_block and inside(group, block.name)
-        ]
+        within = [scores[group.name].sum() for group in groups if block.is_block and inside(group, block)]
         if within:
             scores[block.name] = torch.stack(within).sum().view(1)
     return scores
@@ -151,7 +163,7 @@ class Criterion:
 
     Args:
         score: higher is more important.
-        copies: of the weights that are in memory at once: weights, masked weights, gradients, products.
+        copies: of the weights that are in memory at once: weights, and gradients.
     """
 
     score: Callable[[Evidence], Masks]
@@ -159,13 +171,13 @@ class Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "gradient-flow": Criterion(gradient_flow, 6),
-    "gradient-flow-abs": Criterion(gradient_flow_abs, 6),
-    "taylor": Criterion(taylor, 4),
-    "fisher": Criterion(fisher, 4),
-    "diff-pruning": Criterion(diff_pruning, 4),
-    "magnitude": Criterion(magnitude, 3),
-    "random": Criterion(random, 2),
+    "gradient-flow": Criterion(gradient_flow, 2),
+    "gradient-flow-abs": Criterion(gradient_flow_abs, 2),
+    "taylor": Criterion(taylor, 2),
+    "fisher": Criterion(fisher, 1),
+    "diff-pruning": Criterion(diff_pruning, 2),
+    "magnitude": Criterion(magnitude, 1),
+    "random": Criterion(random, 1),
 }
 
 

@@ -8,16 +8,17 @@ that of GraSP, arXiv 2002.07376):
 `g` is accumulated over all draws before H is applied: the mean of H_j g_j is not H times the mean of g.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gfprune_cli.flow.passing import PassingWeights, Taker
+
 Weights = dict[str, torch.Tensor]
-Loss = Callable[[Weights], torch.Tensor]  # weights by name -> mean loss of one chunk of the draws
+Loss = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # weights -> mean loss of a chunk of draws
 Way = Literal["exact", "finite-difference"]
 
 
@@ -27,7 +28,7 @@ class Pieced:
 
     pieces: tuple[Loss, ...]
 
-    def __call__(self, weights: Weights) -> torch.Tensor:
+    def __call__(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([piece(weights) for piece in self.pieces]).sum()
 
 
@@ -35,56 +36,73 @@ def pieces_of(loss: Loss) -> tuple[Loss, ...]:
     return loss.pieces if isinstance(loss, Pieced) else (loss,)
 
 
-def attention(*, fused: bool) -> AbstractContextManager[Any]:
-    """Fused kernels of attention keep no attention weights, and have first derivatives only."""
-    return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
-
-
 RELATIVE_STEP = 3e-5  # of the weight norm: below it float32 rounding wins, above it curvature changes
 AGREEMENT = 1e-2  # two finite-difference steps must agree this well to be trusted
 
 
-def gradient(losses: Sequence[Loss], weights: Weights, *, fused: bool = False) -> tuple[float, Weights]:
-    """Mean loss and gradient over all chunks, one piece of one in memory at a time.
+def as_passing(weights: Mapping[str, torch.Tensor]) -> PassingWeights:
+    return weights if isinstance(weights, PassingWeights) else PassingWeights(weights)
+
+
+def take_gradient(
+    losses: Sequence[Loss], weights: Mapping[str, torch.Tensor], taken: Taker, factor: float = 1.0
+) -> float:
+    """Mean loss over all chunks, one piece of one in memory at a time; its gradient goes to `taken`.
 
     Args:
         losses: one function per chunk; chunks count equally.
         weights: point of evaluation; leaves this function untouched.
-        fused: take the fused kernels of attention, where there are some.
+        taken: is given (name, part of the gradient): their sum is factor * the gradient of the mean.
     """
     total: torch.Tensor | None = None  # read once: every look at a number waits for the device
-    summed: Weights = {}
-    with attention(fused=fused), torch.enable_grad():
+    watched = as_passing(weights).watched(taken)
+    with torch.enable_grad():
         for piece in (piece for loss in losses for piece in pieces_of(loss)):
-            leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
-            value = piece(leaves)
-            found = torch.autograd.grad(
-                value, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            value = piece(watched)
+            (value * (factor / len(losses))).backward()
             part = value.detach().double()
             total = part if total is None else total + part
-            if not summed:
-                # autograd may hand out one tensor for several inputs, or an expanded one
-                summed = {name: part.clone() for name, part in zip(leaves, found, strict=True)}
-            else:
-                for name, part in zip(leaves, found, strict=True):
-                    summed[name] += part
-    for tensor in summed.values():
-        tensor /= len(losses)
     assert total is not None
-    return total.item() / len(losses), summed
+    return total.item() / len(losses)
 
 
-def norm(tensors: Weights) -> float:
+class Sum:
+    """Adds up what arrives in parts, by name."""
+
+    def __init__(self) -> None:
+        self.parts: Weights = {}
+
+    def add(self, name: str, part: torch.Tensor) -> None:
+        if name in self.parts:
+            self.parts[name] += part
+        else:  # autograd may hand out one tensor for several inputs, or an expanded one
+            self.parts[name] = part.clone()
+
+    def like(self, weights: Mapping[str, torch.Tensor]) -> Weights:
+        """All of them, in this order; zeros where nothing came."""
+        return {
+            name: self.parts[name] if name in self.parts else torch.zeros_like(weights[name])
+            for name in weights
+        }
+
+
+def gradient(losses: Sequence[Loss], weights: Mapping[str, torch.Tensor]) -> tuple[float, Weights]:
+    """Mean loss and gradient over all chunks; see `take_gradient`."""
+    found = Sum()
+    value = take_gradient(losses, weights, found.add)
+    return value, found.like(weights)
+
+
+def norm(tensors: Mapping[str, torch.Tensor]) -> float:
     """Euclidean norm over all tensors."""
     squares = torch.stack([tensor.double().square().sum() for tensor in tensors.values()])
     return float(sum(squares.tolist())) ** 0.5
 
 
-def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> Weights:
+def exact_product(losses: Sequence[Loss], weights: Mapping[str, torch.Tensor], vector: Weights) -> Weights:
     """H v by differentiating the gradient again: (3 to 4 gradients, about 2.7 times the memory of one)."""
     product = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    with attention(fused=False), torch.enable_grad():
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused kernels have first derivatives only
         for piece in (piece for loss in losses for piece in pieces_of(loss)):
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             inputs = list(leaves.values())
@@ -100,44 +118,43 @@ def exact_product(losses: Sequence[Loss], weights: Weights, vector: Weights) -> 
     return {name: tensor / len(losses) for name, tensor in product.items()}
 
 
-def finite_difference_product(
+def take_differences(
     losses: Sequence[Loss],
-    weights: Weights,
+    weights: Mapping[str, torch.Tensor],
     vector: Weights,
+    taken: Taker,
     relative_step: float = RELATIVE_STEP,
-    *,
-    fused: bool = False,
-) -> Weights:
-    """H v as a central difference of two gradients: (grad(w + h v) - grad(w - h v)) / 2h."""
+) -> None:
+    """H v as a central difference of two gradients: (grad(w + h v) - grad(w - h v)) / 2h.
+
+    Args:
+        taken: is given (name, part); nothing where v is 0.
+    """
     length = norm(vector)
     if length == 0:
-        return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        return
     step = relative_step * norm(weights) / length
-
-    def moved(by: float) -> Weights:
-        return {name: tensor + by * vector[name] for name, tensor in weights.items()}
-
-    _, ahead = gradient(losses, moved(step), fused=fused)
-    _, behind = gradient(losses, moved(-step), fused=fused)
-    for name, tensor in ahead.items():
-        tensor -= behind.pop(name)
-        tensor /= 2 * step
-    return ahead
+    at = as_passing(weights)
+    for side in (step, -step):
+        take_gradient(losses, at.moved(vector, side), taken, 1 / (2 * side))
 
 
-def choose_way(losses: Sequence[Loss], weights: Weights, vector: Weights, *, fused: bool = False) -> Way:
+def finite_difference_product(
+    losses: Sequence[Loss],
+    weights: Mapping[str, torch.Tensor],
+    vector: Weights,
+    relative_step: float = RELATIVE_STEP,
+) -> Weights:
+    """H v whole; see `take_differences`."""
+    found = Sum()
+    take_differences(losses, weights, vector, found.add, relative_step)
+    return found.like(weights)
+
+
+def choose_way(losses: Sequence[Loss], weights: Mapping[str, torch.Tensor], vector: Weights) -> Way:
     """Finite differences when two step sizes agree on the first chunk, else the exact product."""
-    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP, fused=fused)
-    fine = finite_difference_product(losses[:1], weights, vector, fused=fused)
+    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP)
+    fine = finite_difference_product(losses[:1], weights, vector)
     scale = norm(fine)
     gap = norm({name: fine[name] - coarse[name] for name in fine})
     return "finite-difference" if gap <= AGREEMENT * scale else "exact"
-
-
-def hessian_gradient_product(
-    losses: Sequence[Loss], weights: Weights, vector: Weights, way: Way, *, fused: bool = False
-) -> Weights:
-    """H v over all chunks, in the way asked for."""
-    if way == "exact":
-        return exact_product(losses, weights, vector)
-    return finite_difference_product(losses, weights, vector, fused=fused)

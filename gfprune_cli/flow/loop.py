@@ -97,7 +97,7 @@ class PruningLoop:
         draws: for scoring and refit.
         scoring_draws, chunk: samples per scoring, and how many of them share a loss.
         piece: how many are in memory at once while derivatives are taken.
-        fused: take first derivatives by the fused kernels of attention.
+        refitted, compared: as many as there is memory for in a refit, and where groups are compared.
         fixed: the widths do not follow from scores, so that groups need not be compared.
         drawn: iterations of flows that came before on this network, so that each has draws of its own.
         gone: group name -> bool [units] that left in those flows, and stay out.
@@ -119,7 +119,8 @@ class PruningLoop:
     progress: Progress
     fixed: bool = False
     piece: int = SCORE_CHUNK
-    fused: bool = False
+    refitted: int = 1 << 30
+    compared: int = 1 << 30
     drawn: int = 0
     gone: Masks = field(default_factory=dict)
     scored: "Scoring | None" = None
@@ -196,7 +197,7 @@ class PruningLoop:
             self.progress,
             piece=self.piece,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.fused)
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way)
         try:
             scores = score(self.criterion, evidence)
         except NotFinite:
@@ -208,7 +209,7 @@ class PruningLoop:
         self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
-            x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.chunk))
+            x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.compared, self.chunk))
             compared = comparable(
                 self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece
             )
@@ -226,7 +227,7 @@ class PruningLoop:
         state = self.state
         dense = state.refits[-1].dense if state.refits else self.judge(True)
         before = self.judge(False)
-        x, timesteps, batch = self.noisy("refit", REFIT_SAMPLES)
+        x, timesteps, batch = self.noisy("refit", min(REFIT_SAMPLES, self.refitted))
         poll = lambda: self.progress(Event("refit", state.iteration, self.schedule.iterations))  # noqa: E731
         changed = refit.fit(x, timesteps, batch.condition, self.drawn + state.iteration, poll)
         layers = len({name.rpartition(".")[0] for name in changed})
@@ -253,8 +254,7 @@ class PruningLoop:
             "moved": state.moved,
             "way": state.way,
             "gradients": state.gradients,
-            "piece": self.piece,
-            "fused": self.fused,
+            "at once": [self.piece, self.refitted, self.compared],
             "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
@@ -270,7 +270,7 @@ class PruningLoop:
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
         # other memory may be free by now, and sums of other pieces round otherwise
-        self.piece, self.fused = numbers["piece"], numbers["fused"]
+        self.piece, self.refitted, self.compared = numbers["at once"]
         self.gone = families.get("gone", {})
         self.state = LoopState(
             numbers["iteration"],
@@ -311,7 +311,7 @@ def scoring_losses(
     def piece_loss(first: int, end: int) -> Loss:
         count = end - first
 
-        def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        def loss(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             progress(Event("score", first + count, total, values={"iteration": iteration}))
             batch = draws.batch("score", iteration, count, first=first, of=total)
             return drawn_losses(masked, process, batch, weights).sum() * (chunks / total)
@@ -322,7 +322,7 @@ def scoring_losses(
 
 
 def drawn_losses(
-    masked: MaskedModel, process: NoisingProcess, batch: Batch, weights: dict[str, torch.Tensor]
+    masked: MaskedModel, process: NoisingProcess, batch: Batch, weights: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """[N] denoising loss of each draw at the given effective weights."""
     noisy = process.add_noise(batch.images, batch.noise, batch.index)
@@ -338,7 +338,7 @@ def look_for_timesteps(
     Raises:
         GfpruneError: some of them are not finite either; names their timesteps.
     """
-    weights = {name: tensor.detach() for name, tensor in masked.effective().items()}
+    weights = masked.passing()
     levels, losses = [], []
     with torch.no_grad():
         for first in range(0, total, chunk):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from gfprune_cli.diffusion.conditions import Condition, call_with
+from gfprune_cli.diffusion.conditions import Condition, call, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
+from gfprune_cli.flow.passing import PassingWeights, given_weights
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member, Side
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
@@ -86,8 +87,8 @@ class MaskedModel:
             elif name in members and is_feature_norm(module):
                 self.model.set_submodule(name, MaskedFeatureNorm(module))
         for group in self.groups:
-            if group.is_block:
-                self.model.get_submodule(group.name).register_forward_hook(
+            for member in group.members if group.is_block else ():
+                self.model.get_submodule(member.module).register_forward_hook(
                     lambda module, args, kwargs, output, name=group.name: gate(
                         module, self.gates[name], args, kwargs, output
                     ),
@@ -152,13 +153,9 @@ class MaskedModel:
                 found[key][member.positions] = per_channel[member.channels]
         return found
 
-    def effective(self, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """theta(m) = m * theta, by parameter name."""
-        source: Mapping[str, torch.Tensor] = self.weights if weights is None else weights
-        return {
-            name: tensor * self.factors[name] if name in self.factors else tensor
-            for name, tensor in source.items()
-        }
+    def passing(self) -> PassingWeights:
+        """theta(m) = m * theta, by parameter name, made as it is needed."""
+        return PassingWeights(self.weights, self.factors)
 
     def forward(
         self,
@@ -168,33 +165,13 @@ class MaskedModel:
         condition: Condition = None,
     ) -> torch.Tensor:
         """Network output at the given effective weights: [N, ...], or [N, 2, ...] with two branches."""
+        if isinstance(effective, PassingWeights):
+            with given_weights(self.model, effective):
+                return call(self.model, x, timesteps, condition)
         weights = dict(effective)
         return call_with(
             lambda args, kwargs: functional_call(self.model, weights, args, kwargs), x, timesteps, condition
         )
-
-    def unit_sums(self, values: Mapping[str, torch.Tensor]) -> Masks:
-        """Sum a quantity given per parameter over the producers of each unit: group name -> [units].
-
-        Every parameter of a block produces it.
-        """
-        sums = {}
-        for group in self.groups:
-            if group.is_block:
-                within = [value for name, value in values.items() if name.startswith(f"{group.name}.")]
-                sums[group.name] = torch.stack([value.double().sum().cpu() for value in within]).sum().view(1)
-                continue
-            total = torch.zeros(group.units, dtype=torch.float64)
-            for member in group.producers:
-                for key in leaves(member.module):
-                    value = values.get(key)
-                    if value is not None:
-                        per_row = value.double().movedim(masked_dimension(member) if value.ndim > 1 else 0, 0)
-                        per_row = per_row.flatten(1).sum(1) if value.ndim > 1 else per_row
-                        rows = per_row.cpu()[member.positions]
-                        total.index_add_(0, member.channels // group.unit_size, rows)
-            sums[group.name] = total
-        return sums
 
 
 def leaves(name: str) -> tuple[str, ...]:

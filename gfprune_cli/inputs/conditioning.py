@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,6 +46,13 @@ class Asked:
     distinct: list[Any]
     rows: list[int]
 
+    @classmethod
+    def each(cls, wanted: Sequence[Any]) -> "Asked":
+        """One prompt or label for each sample."""
+        distinct = list(dict.fromkeys(wanted))
+        numbers = {one: number for number, one in enumerate(distinct)}
+        return cls(distinct, [numbers[one] for one in wanted])
+
     def at_random(self, count: int, seed: int) -> list[int]:
         """Rows for `count` samples that come from elsewhere."""
         chosen = torch.randint(len(self.rows), (count,), generator=generator(seed, "captions"))
@@ -81,12 +88,43 @@ def asked_of(
     if "class_labels" not in parameters:
         pictures = min(count, PICTURES) if takes_pictures(pipeline_class(component)) else 1
         return Asked([None] * pictures, [number % pictures for number in range(count)])
-    classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
-    if classes is None:
-        raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
+    classes = class_count(component, config)
     labels = torch.randint(classes, (count,), generator=generator(seed, "labels")).tolist()
     distinct = sorted(set(labels))
     return Asked(distinct, [distinct.index(label) for label in labels])
+
+
+def annotated_by(component: Component) -> Literal["captions", "classes"] | None:
+    """What the pipeline around a network wants to know of each image."""
+    if component.pipeline is None:
+        return None
+    parameters = inspect.signature(pipeline_class(component).__call__).parameters
+    return "captions" if "prompt" in parameters else "classes" if "class_labels" in parameters else None
+
+
+def class_count(component: Component, config: Any) -> int:
+    """Classes of a network that is given labels.
+
+    Raises:
+        GfpruneError: its configuration does not say.
+    """
+    classes = next((config[name] for name in CLASS_COUNTS if config.get(name)), None)
+    if classes is None:
+        raise GfpruneError(f"{component.folder}/config.json does not say how many classes there are")
+    return int(classes)
+
+
+def labels_of_pipeline(component: Component) -> dict[str, int]:
+    """Name of a class -> its label, where `model_index.json` says (as DiT's does: synonyms with commas)."""
+    names = (component.pipeline or {}).get("id2label")
+    if not isinstance(names, Mapping):
+        return {}
+    return {
+        name.strip(): int(label)
+        for label, text in names.items()
+        if str(label).isdecimal()
+        for name in str(text).split(",")
+    }
 
 
 def recorded(

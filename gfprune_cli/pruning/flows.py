@@ -19,7 +19,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import Carrier, find_residuals
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.pruning.job import PruneJob
-from gfprune_cli.pruning.phases import SCORING
+from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import offload
@@ -95,7 +95,8 @@ class Flow:
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
             piece=job.memory.at_once(SCORING),
-            fused=job.fused,
+            refitted=job.memory.at_once(REFITTING),
+            compared=job.memory.at_once(COMPARING),
             drawn=self.drawn,
             gone=self.gone(),
             scored=scored,

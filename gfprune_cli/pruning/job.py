@@ -14,6 +14,7 @@ from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_pa
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
+from gfprune_cli.data.stored import StoredImages
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import NotFinite
@@ -29,7 +30,7 @@ from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
-from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, checked_in_double, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -161,13 +162,13 @@ class PruneJob:
         """
         recipe, offload = self.recipe, self.offload_teacher
         params = self.plan.cost.params({})
-        others = alternatives(recipe, one, offload=offload, device=self.device.type, params=params)
+        others = alternatives(recipe, one, offload=offload, device=self.device.type)
         plans = [
             MemoryPlan(
                 self.device,
                 self.free,
                 params * FLOAT,
-                phases_of(recipe, one, offload=offload, second_order=second_order, params=params),
+                phases_of(recipe, one, offload=offload, second_order=second_order),
                 others,
             )
             for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))
@@ -175,7 +176,7 @@ class PruneJob:
         self.memory = next((plan for plan in plans if plan.fits(plan.phases)), plans[-1])
         self.memory.check()
         self.exact = self.memory is plans[0]
-        self.fused = one.fuses
+        self.doubles = self.memory.fits([checked_in_double(one)])
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
         """The dense network, draws for scoring and training, and draws for the reported losses."""
@@ -215,6 +216,7 @@ class PruneJob:
                 self.process.steps,
                 self.recipe.seed,
                 None if conditions is None else conditions[part],
+                self.device,
             )
             for part in (slice(split), slice(split, None))
         ]
@@ -231,20 +233,20 @@ class PruneJob:
             masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
         )
         try:
-            scores = score("taylor", Evidence(masked, losses, self.recipe.seed, fused=self.fused))
+            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
         except NotFinite:
             look_for_timesteps(masked, self.process, draws, 1, count, piece)
             raise
         return Scored(masked, held_out, scores)
 
-    def images(self, dense: nn.Module) -> tuple[torch.Tensor, Condition]:
+    def images(self, dense: nn.Module) -> tuple[torch.Tensor | StoredImages, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
         found = self.request.answer(
             dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
         )
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions = found.process, found.conditions
-        return found.images.to(self.device), found.conditions
+        return found.images, found.conditions
 
     def see_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
@@ -260,8 +262,7 @@ class PruneJob:
         """[count] float64 denoising losses of a network, behind its masks if it has some."""
         called: Network
         if isinstance(network, MaskedModel):
-            effective = {name: tensor.detach() for name, tensor in network.effective().items()}
-            called = partial(network.forward, effective)
+            called = partial(network.forward, network.passing())
         else:
             called = partial(call, network)
         at_once = self.memory.at_once(LOSSES)

@@ -26,7 +26,6 @@ from gfprune_cli.structure.norms import plain_stand_ins
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
 MARGIN = 0.95  # of what is free
-LARGE_MAPS = 1 << 26  # numbers in the attention weights of one sample, from which they are not kept
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,7 +35,7 @@ class Pass:
 
     Args:
         kept: by autograd for the backward pass, attention weights left out.
-        maps: attention weights, which a kernel that is not fused keeps as well.
+        maps: attention weights, which second derivatives keep as well: fused kernels have first ones only.
         forward: alive at once without autograd.
         layers: positions, inputs of each, and channels of the outputs of those with a matrix of weights.
     """
@@ -45,16 +44,6 @@ class Pass:
     maps: int = 0
     forward: int = 0
     layers: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def widest(self) -> int:
-        """Inputs of the layer that has most of them."""
-        return max((inputs for _, inputs, _ in self.layers), default=0)
-
-    @property
-    def fuses(self) -> bool:
-        """Whether first derivatives are taken by fused attention kernels; small networks need none."""
-        return self.maps > LARGE_MAPS
 
 
 class AttentionMaps(TorchFunctionMode):
@@ -152,7 +141,7 @@ class Phase:
         sample: bytes of one sample.
         wanted: samples at once, where there is memory for them.
         least: fewer will not do.
-        rest: bytes beside weights and samples.
+        rest: samples at once -> bytes beside weights and what each sample takes.
     """
 
     name: str
@@ -160,10 +149,10 @@ class Phase:
     sample: int
     wanted: int
     least: int = 1
-    rest: int = 0
+    rest: Callable[[int], int] = lambda _samples: 0
 
     def need(self, weights: int, samples: int) -> float:
-        return self.copies * weights + samples * self.sample + self.rest
+        return self.copies * weights + samples * self.sample + self.rest(samples)
 
 
 @dataclass(frozen=True)
@@ -206,7 +195,9 @@ class MemoryPlan:
 
     def at_once(self, name: str) -> int:
         """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""
-        phase = next(phase for phase in self.phases if phase.name == name)
+        phase = next((phase for phase in self.phases if phase.name == name), None)
+        if phase is None:
+            return 0  # it does not take place
         samples = phase.wanted
         while samples > phase.least and phase.need(self.weights, samples) > MARGIN * self.free:
             samples = max(phase.least, samples // 2)

@@ -58,7 +58,7 @@ class Networks:
         dense = job.fold(dense, draws, held_out)
         job.progress(Event("check", text="checking that removal is exact"))
         if job.plan.groups:
-            check_removal(dense, job.plan.groups, one_sample(job.process, draws))
+            check_removal(dense, job.plan.groups, one_sample(job.process, draws), doubles=job.doubles)
         flow = Flow(job, dense, draws, held_out, several=last > 0 or job.recipe.keep_loss is not None)
         for number in range(first, last + 1):
             recovery = RecoveryState(self.states[number])

@@ -17,11 +17,15 @@ from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.structure.blocks import LENGTHS, can_shorten
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.native import narrows_streams, native_allocation
+from gfprune_cli.structure.native import (
+    feed_forward_allocation,
+    feed_forward_groups,
+    narrows_streams,
+    native_allocation,
+)
 from gfprune_cli.structure.search import TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.transformer import is_transformer
@@ -125,6 +129,7 @@ def make_plan(
         width=recipe.prune_width or stages,
         stages=stages,
         blocks=recipe.blocks,
+        stock=recipe.layout == "native",
         interfaces=recipe.keep_interfaces,
         options=PipelineOptions.of(recipe),
     )
@@ -138,7 +143,10 @@ def make_plan(
         raise UsageError("--sparsity 0 removes nothing: ask for more, or for --fold")
     if recipe.layout == "native" and recipe.timed:
         raise UsageError("--layout native has too few widths for a budget of time: use adaptive")
-    if recipe.layout == "native" and not hasattr(meta.config, "block_out_channels"):
+    inner = feed_forward_groups(meta, groups)
+    if recipe.layout == "native" and inner and not recipe.blocks:
+        return plan_feed_forward(component, meta, inner, trace, recipe, progress)
+    if recipe.layout == "native" and (recipe.blocks or not hasattr(meta.config, "block_out_channels")):
         return plan_depth(component, meta, groups, trace, recipe, progress)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
@@ -155,10 +163,6 @@ def make_plan(
             plan = replace(plan, time=times.asking(speedup=recipe.speedup, latency=recipe.latency))
         found = plan.check(recipe)
         return replace(plan, fold=tolerance_of(recipe, meta, found))
-    if recipe.blocks:
-        raise UsageError(
-            f"--layout native: the stock {component.class_name} cannot leave out blocks; drop --blocks"
-        )
     allocation, config = native_allocation(meta, cost, recipe.goal, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(
@@ -195,19 +199,17 @@ def plan_depth(
     recipe: PruneRecipe,
     progress: Progress,
 ) -> Plan:
-    """The native layout of a transformer: fewer blocks, each as wide as it was.
+    """The native layout without some blocks, and the others as wide as they were.
 
     Raises:
         UsageError: its stock class has no such key, or blocks were not asked for.
     """
-    stacks = tuple(
-        group
-        for group in groups
-        if group.stack in LENGTHS and can_shorten(meta, group.stack, LENGTHS[group.stack])
-    )
+    stacks = tuple(group for group in groups if group.is_block)
     if not stacks:
         why = (
-            "cannot be shortened: use adaptive" if recipe.blocks else "only knows fewer blocks: add --blocks"
+            "cannot leave out blocks: drop --blocks, or use adaptive"
+            if recipe.blocks
+            else "only knows fewer blocks: add --blocks"
         )
         raise UsageError(f"--layout native: the stock {component.class_name} {why}")
     cost = CostModel(meta, stacks, trace)
@@ -224,6 +226,25 @@ def plan_depth(
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.goal:.1%}",
     )
     return Plan(component, stacks, cost, None, None, nearest=True)
+
+
+def plan_feed_forward(
+    component: Component,
+    meta: Any,
+    groups: tuple[ChannelGroup, ...],
+    trace: Trace,
+    recipe: PruneRecipe,
+    progress: Progress,
+) -> Plan:
+    """The native layout of a transformer that has a key for the width of its feed-forward layers."""
+    cost = CostModel(meta, groups, trace)
+    allocation, config = feed_forward_allocation(cost, recipe.goal, recipe.budget)
+    notice(
+        progress,
+        f"native layout: feed-forward layers of {next(iter(config.values()))} are "
+        f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
+    )
+    return Plan(component, groups, cost, allocation, config)
 
 
 def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: Progress) -> Plan:

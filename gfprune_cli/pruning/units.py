@@ -32,6 +32,7 @@ def find_units(
     width: bool,
     blocks: bool,
     stages: bool = False,
+    stock: bool = False,
     interfaces: bool = False,
     folded: nn.Module | None = None,
     options: PipelineOptions | None = None,
@@ -44,6 +45,7 @@ def find_units(
     Args:
         width: the residual width of transformers too.
         blocks: whole residual blocks too.
+        stock: of blocks only those that the stock class can leave out.
         stages: whole stages of a U-Net, and with them what must be as wide as its stage.
         interfaces: not the channels at which adapters enter; those of a pipeline that has some stay anyway.
         folded: what the component has become, with its weights; the network is its own structure then.
@@ -62,7 +64,7 @@ def find_units(
         groups = exact_groups(network, groups, inputs, progress)
     if interfaces or has_attached(component):
         groups = beside_interfaces(network, groups)
-    return network, groups + (block_groups(network) if blocks else ()), trace
+    return network, groups + (block_groups(network, stock=stock) if blocks else ()), trace
 
 
 def has_attached(component: Component) -> bool:

@@ -13,31 +13,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.passing import given_weights
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
 from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 LEAST_PART, MOST_PART = 0.35, 0.75  # of the units of a group that stay
-DOUBLES = 400_000_000  # parameters up to which a copy in float64 is made
 
 Outputs = dict[str, torch.Tensor]
 
 
-def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any]) -> float:
+def check_removal(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any], *, doubles: bool = True
+) -> float:
     """Compare the masked network with the one whose masked units are gone, for a random part of the units.
-
-    The comparison is in float64 on a copy; networks too large for one are compared in float32, and stay as
-    they were.
 
     Args:
         inputs: keyword arguments of one forward pass; tensors of zeros are replaced by noise.
+        doubles: compare in float64, on a copy; where there is no memory for one, in float32 as they are.
 
     Returns:
         The relative difference of the outputs, |removed - masked| / |masked|.
@@ -47,7 +46,7 @@ def check_removal(model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Ma
             which the two differ is named.
     """
     try:
-        return removal_gap(model, groups, inputs, doubles=True)
+        return removal_gap(model, groups, inputs, doubles=doubles)
     except GfpruneError as error:
         if "dtype" not in str(error):
             raise
@@ -112,13 +111,9 @@ def random_part(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
 def comparable_inputs(model: nn.Module, *, doubles: bool = True) -> Iterator[nn.Module]:
     """The network in a type in which rounding is told from a real difference."""
     parameter = next(model.parameters())
-    small = (
-        doubles
-        and sum(one.numel() for one in model.parameters()) <= DOUBLES
-        and parameter.device.type != "mps"
-    )
-    if small or parameter.dtype not in TOLERANCE:
-        wide = torch.float64 if small else torch.float32
+    wider = doubles and parameter.device.type != "mps"
+    if wider or parameter.dtype not in TOLERANCE:
+        wide = torch.float64 if wider else torch.float32
         yield nn.Module.to(copy.deepcopy(model), wide).requires_grad_(False).eval()
     else:
         yield model
@@ -168,22 +163,8 @@ def checked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Ten
 
 
 def masked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-    wrapper = Calling(masked.model)
-    effective = {f"network.{name}": tensor for name, tensor in masked.effective().items()}
-    with torch.no_grad():
-        output: torch.Tensor = functional_call(wrapper, effective, (inputs,))
-    return output
-
-
-class Calling(nn.Module):
-    """A network as a function of its keyword arguments."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return first_output(self.network, inputs)
+    with torch.no_grad(), given_weights(masked.model, masked.passing()):
+        return first_output(masked.model, inputs)
 
 
 def outcome(model: nn.Module, inputs: Mapping[str, Any], class_name: str) -> torch.Tensor:

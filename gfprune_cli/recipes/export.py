@@ -7,7 +7,7 @@ from annotated_types import Ge, Le, Lt
 
 from gfprune_cli.recipes.options import Help, Names
 
-FORMATS = ("safetensors", "onnx", "torch-export", "openvino")
+FORMATS = ("safetensors", "onnx", "torch-export", "openvino", "comfyui")
 FormatName = Annotated[str, Names(FORMATS, "gfprune_cli.deploy.formats:FORMATS")]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 
@@ -21,7 +21,7 @@ class ExportRecipe:
     model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
-    component: Annotated[str | None, Help("Pipeline component to export (default: the denoiser).")] = None
+    component: Annotated[str | None, Help("Network of the pipeline to export alone (docs/export.md).")] = None
     format: Annotated[FormatName, Help("What to write (docs/export.md).")] = "safetensors"
     dtype: Annotated[DtypeName, Help("Type of the weights and of the arithmetic.")] = "fp32"
     max_shard_size: Annotated[

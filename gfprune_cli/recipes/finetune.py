@@ -7,6 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
+RATE, LORA_RATE = 1.5e-3, 3e-3
+RATES = {"adafactor": 3e-2}  # it is a share of a weight's size there
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe:
@@ -34,14 +37,28 @@ class FinetuneRecipe:
     micro_batch: Annotated[
         int | None, Ge(1), Le(65536), Help("Samples per pass and process; gradients add up (default: all).")
     ] = None
+    lora: Annotated[
+        int | None,
+        Ge(1),
+        Le(4096),
+        Help("Train adapters of this rank alone, on the layers that were pruned."),
+    ] = None
     optimizer: Annotated[
-        Literal["adamw", "muon"], Help("muon orthogonalises the steps of hidden layers; adamw does the rest.")
+        Literal["adamw", "muon", "adamw8bit", "adafactor"],
+        Help("muon orthogonalises the steps of hidden layers; adafactor keeps almost no state."),
     ] = "muon"
-    learning_rate: Annotated[float, Gt(0), Le(1), Help("Peak learning rate.")] = 1.5e-3
+    learning_rate: Annotated[
+        float | None,
+        Gt(0),
+        Le(1),
+        Help("Peak learning rate (default: 1.5e-3; 3e-3 with --lora, 0.03 with adafactor)."),
+    ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
     clip: Annotated[float, Gt(0), Help("Largest gradient norm.")] = 1.0
-    ema: Annotated[float, Ge(0), Lt(1), Help("Largest decay of the weight average that is written.")] = 0.9999
+    ema: Annotated[
+        float, Ge(0), Lt(1), Help("Largest decay of the weight average that is written; 0: none.")
+    ] = 0.9999
     denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
     distill: Annotated[float, Ge(0), Help("Weight of output distillation from the teacher.")] = 0.9
     features: Annotated[
@@ -60,6 +77,9 @@ class FinetuneRecipe:
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, Help("Of the passes (default: bf16 on CUDA, else fp32).")
     ] = None
+    teacher_precision: Annotated[
+        Literal["fp32", "bf16"], Help("Of the teacher's weights while the student trains.")
+    ] = "fp32"
     channels_last: Annotated[bool | None, Help("Memory format (default: on CUDA and CPU).")] = None
     checkpointing: Annotated[bool, Help("Recompute activations: slower, less memory.")] = False
     compile: Annotated[bool, Help("Compile the networks with torch.compile.")] = False
@@ -68,6 +88,12 @@ class FinetuneRecipe:
     frames: Frames = None
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, by default what `docs/finetuning.md` found for optimizer and adapters."""
+        default = RATES.get(self.optimizer, LORA_RATE if self.lora else RATE)
+        return self.learning_rate or default
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -19,6 +19,9 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.recovery.job import FinetuneJob, default_output
 from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_folder, make_tracker, sweep_logs
+from gfprune_cli.recovery.lora import load_peft
+from gfprune_cli.recovery.memory import memory_text
+from gfprune_cli.recovery.optimizers import eight_bit_optimizers
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
@@ -53,6 +56,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
         if options.dry_run:
             output.refuse_state()
             refuse_logs(output, logs)
+            notice(progress, memory_text(job.held))
             return result_of(job, {}, None, None, time.monotonic() - start)
         state = output.state(job.identity())
         if processes.told(output.finished):
@@ -136,6 +140,12 @@ def check_recipe(recipe: FinetuneRecipe) -> None:
     """
     if not (recipe.denoise or recipe.distill or recipe.features or recipe.jacobian):
         raise UsageError("all loss weights are 0: give --denoise, --distill, --features or --jacobian one")
+    if recipe.jacobian and recipe.teacher_precision != "fp32":
+        raise UsageError("--jacobian takes differences in float32: drop it, or --teacher-precision")
+    if recipe.lora:
+        load_peft()
+    if recipe.optimizer == "adamw8bit":
+        eight_bit_optimizers()
     if recipe.compile and recipe.checkpointing and recipe.features:
         raise UsageError("--compile, --checkpointing and --features do not go together: drop one of them")
 

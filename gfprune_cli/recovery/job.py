@@ -21,14 +21,16 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Samples, dense_samples
+from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
+from gfprune_cli.recovery.memory import held_bytes
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
@@ -66,9 +68,20 @@ class FinetuneJob:
         self.scheduler: Any = scheduler
         self.process: NoisingProcess = training_process(self.teacher.component, scheduler)
         teacher: Any = build_meta(self.teacher.component)
+        student: Any = build_meta(self.component)
         self.request.check(self.teacher.component, teacher.config, scheduler)
         check_weights(self.teacher.component, teacher)
-        check_weights(self.component, build_meta(self.component))
+        check_weights(self.component, student)
+        if self.recipe.checkpointing and not student._supports_gradient_checkpointing:
+            name = self.component.class_name
+            raise UsageError(f"--checkpointing: a {name} cannot recompute its activations: drop the flag")
+        rank, total = self.recipe.lora, parameter_count(student)
+        self.held = held_bytes(
+            self.recipe,
+            student=total,
+            training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else total,
+            teacher=parameter_count(teacher),
+        )
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
@@ -122,16 +135,21 @@ class FinetuneJob:
         state.identity["data contents"] = self.fingerprint
         losses = {"teacher": self.loss(held_out, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
+        if self.recipe.teacher_precision == "bf16":
+            cast_model(teacher, torch.bfloat16)
         if self.offload_teacher and self.device.type != "cpu":
             offload(teacher, self.device)
         student = self.place(load_model(self.component))
         losses["before"] = self.loss(held_out, student)
+        adapters = self.adapters(student) if self.recipe.lora else None
         recover(
             student, teacher, self.process, draws, self.recipe,
             processes=self.processes, precision=self.precision, state=state, progress=self.progress,
             save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
             pair=self.features(student, teacher),
         )  # fmt: skip
+        if adapters is not None:
+            student = merge_adapters(adapters)
         cast_model(student, stored_dtype(self.component))
         check_finite(student)
         losses["after"] = self.loss(held_out, cast_model(student, torch.float32))
@@ -151,7 +169,7 @@ class FinetuneJob:
             )
         self.fingerprint = found.fingerprint
         self.process = found.process
-        images, conditions = found.images.to(self.device), found.conditions
+        images, conditions = found.images, found.conditions
         split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
         parts = [
             Draws(
@@ -159,10 +177,21 @@ class FinetuneJob:
                 self.process.steps,
                 recipe.seed,
                 None if conditions is None else conditions[part],
+                self.device,
             )
             for part in (slice(split), slice(split, None))
         ]
         return parts[0], parts[1]
+
+    def adapters(self, student: nn.Module) -> Any:
+        """Adapters on the student's layers, of which a notice says how many numbers they train."""
+        layers = adapted_layers(student, self.record)
+        total = parameter_count(student)
+        found = add_adapters(student, layers, self.recipe.lora or 0, self.recipe.seed)
+        count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        what = f"adapters of rank {self.recipe.lora} on {len(layers)} layers"
+        notice(self.progress, f"{what}: {count:,} parameters train, {total:,} are frozen")
+        return found
 
     def features(self, student: nn.Module, teacher: nn.Module) -> FeaturePair | None:
         """The layers of both that can be compared; None if the recipe compares none."""
@@ -221,6 +250,10 @@ class FinetuneJob:
         }
         earlier = self.record.document.get("finetune")
         return {**self.record.document, "finetune": [*(earlier if isinstance(earlier, list) else []), entry]}
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_finite(model: nn.Module) -> None:

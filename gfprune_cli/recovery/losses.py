@@ -83,7 +83,8 @@ class FeaturePair:
         self.on = False
         modules = dict(student.named_modules())
         for name, index in layers.positions.items():
-            layer = modules.get(name)
+            layer: Any = modules.get(name)
+            layer = getattr(layer, "base_layer", layer)  # below its adapter, if it has one
             if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and len(index) == layer.weight.shape[0]:
                 self.positions[name] = index
                 self.dimensions[name] = -1 if isinstance(layer, nn.Linear) else 1
@@ -136,7 +137,7 @@ class RecoveryLoss:
 
     Args:
         student: called with gradients; may be compiled.
-        teacher: called without.
+        teacher: called without, in the type of its weights.
         process: noising process of both.
         weights: of the terms.
         features: caught layers; None if their weight is 0.
@@ -154,6 +155,7 @@ class RecoveryLoss:
     ) -> None:
         self.student, self.teacher, self.process = student, teacher, process
         self.weights, self.features, self.precision = weights, features, precision
+        self.teacher_type = getattr(teacher, "dtype", torch.float32)
 
     def terms(
         self, batch: Batch, probe: torch.Tensor | None, progress: float
@@ -175,7 +177,8 @@ class RecoveryLoss:
             reference = output
             if weights.distill or catch is not None:
                 with torch.no_grad():
-                    reference = call(self.teacher, noisy, timesteps, batch.condition).float()
+                    given = noisy.to(self.teacher_type)
+                    reference = call(self.teacher, given, timesteps, batch.condition).float()
         scale = weights.of_levels(process, batch.index)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
         terms = {"denoise": (weights.denoise, denoise)}
@@ -193,9 +196,9 @@ class RecoveryLoss:
         noisy = self.process.add_noise(batch.images, batch.noise, batch.index)
         timesteps = self.process.timesteps(batch.index)
         rows = []
-        for network in (self.student, self.teacher):
+        for network, dtype in ((self.student, noisy.dtype), (self.teacher, self.teacher_type)):
             with autocast(noisy.device, self.precision):
-                output = call(network, noisy, timesteps, batch.condition)
+                output = call(network, noisy.to(dtype), timesteps, batch.condition)
             rows.append(~output.isfinite().flatten(1).all(1))
         return torch.stack(rows)
 

@@ -1,37 +1,63 @@
 """Which optimiser moves which weights.
 
-adamw    AdamW (arXiv 1711.05101) for everything
-muon     Muon (kellerjordan.github.io/posts/muon) for the matrices of the hidden layers, AdamW for the rest.
-         Its steps are scaled to the size of AdamW's (arXiv 2502.16982, eq. 4), so both take one learning rate
+adamw      AdamW (arXiv 1711.05101) for everything
+muon       Muon (kellerjordan.github.io/posts/muon) for the matrices of the hidden layers, AdamW for the rest.
+           Its steps have the size of AdamW's (arXiv 2502.16982, eq. 4), so that both take one learning rate
+adamw8bit  AdamW of bitsandbytes, whose moments take a byte each (arXiv 2110.02861)
+adafactor  Adafactor (arXiv 1804.04235): of a matrix only sums over rows and columns are kept. Its rate is
+           relative to the size of a weight
 """
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-OptimizerName = Literal["adamw", "muon"]
+from gfprune_cli.checkpoint.files import first_line
+from gfprune_cli.errors import UsageError
+
+OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor"]
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Adafactor = partial(torch.optim.Adafactor, foreach=False)  # one weight after the other: less at once
 FusedAdamW = partial(torch.optim.AdamW, fused=True)  # one pass over memory: the loop takes 7 times as long
-MUON_MOMENTS = ("momentum_buffer",)
-ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(
     name: OptimizerName, network: nn.Module, *, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of a recipe, over all parameters of a network.
+    """The optimiser of a recipe, over all parameters of a network that want gradients.
 
-    Each of its parameter groups names, as `moments`, the tensors that it keeps in the state of a parameter.
+    Raises:
+        UsageError: its library is not installed.
     """
-    matrices = hidden_matrices(network) if name == "muon" else {}
-    others = [parameter for key, parameter in network.named_parameters() if key not in matrices]
-    groups = [{"params": list(matrices.values()), "moments": MUON_MOMENTS}] if matrices else []
-    groups.append({"params": others, "moments": ADAMW_MOMENTS})
-    kind = MuonWithAdamW if matrices else FusedAdamW
-    return kind(groups, lr=lr, weight_decay=weight_decay)
+    training = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+    if name in ("adafactor", "adamw8bit"):
+        kind = Adafactor if name == "adafactor" else eight_bit_optimizers().AdamW8bit
+        return OfMatrices(kind, list(training.values()), lr=lr, weight_decay=weight_decay)
+    matrices = {key: training[key] for key in hidden_matrices(network) if key in training}
+    if name == "adamw" or not matrices:
+        return FusedAdamW(training.values(), lr=lr, weight_decay=weight_decay)
+    groups = [{"params": list(matrices.values())}]
+    groups.append({"params": [parameter for key, parameter in training.items() if key not in matrices]})
+    return MuonWithAdamW(groups, lr=lr, weight_decay=weight_decay)
+
+
+def eight_bit_optimizers() -> Any:
+    """`bitsandbytes.optim`.
+
+    Raises:
+        UsageError: it is not installed, or not for this machine.
+    """
+    try:
+        return import_module("bitsandbytes.optim")
+    except (ImportError, OSError) as error:
+        raise UsageError(
+            f"--optimizer adamw8bit needs bitsandbytes ({first_line(error)}): pip install 'gfprune[8bit]', or"
+            " use adafactor"
+        ) from error
 
 
 def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -91,6 +117,48 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.step()
         for view in self.views.values():
             view.grad = None
+
+
+class OfMatrices(torch.optim.Optimizer):
+    """Another optimiser, on a view [out, in * kernel] of every convolution; its state is kept by weight.
+
+    On a weight [out, in, 3, 3] itself Adafactor would keep sums over the rows and columns of each kernel,
+    two thirds of what is to be saved, and bitsandbytes would put weights that are stored channels last
+    elsewhere: it works on memory as it lies.
+
+    Args:
+        kind: of the optimiser; takes parameters, lr and weight_decay.
+        parameters: whose storage must not be replaced.
+    """
+
+    def __init__(
+        self,
+        kind: Callable[..., torch.optim.Optimizer],
+        parameters: list[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.views = {
+            weight: nn.Parameter(as_matrix(weight.detach(), weight)) if weight.ndim > 2 else weight
+            for weight in parameters
+        }
+        self.worker = kind(self.views.values(), lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        assert closure is None
+        self.worker.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        for weight, view in self.views.items():
+            if view is not weight and weight.grad is not None:
+                view.grad = as_matrix(weight.grad, weight)
+            self.worker.state[view] = self.state[weight]
+        self.worker.step()
+        for weight, view in self.views.items():
+            if view is not weight:
+                view.grad = None
 
 
 def as_matrix(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,8 @@ def recover(
     """Train the student to the end of the recipe; it then holds the averaged weights, and is frozen.
 
     Args:
-        student: float32 and in eval mode, which it stays in: dropout would blur what it is taught.
+        student: float32 and in eval mode, which it stays in: dropout would blur what it is taught. With
+            adapters where the recipe wants them, which alone are trained then.
         teacher: frozen, on the student's device.
         process: noising process of both.
         draws: where batches come from.
@@ -57,12 +58,13 @@ def recover(
     """
     if recipe.checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
-    student.requires_grad_(True)
+    if recipe.lora is None:
+        student.requires_grad_(True)
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
     loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
     trainer = Trainer(student, loss, draws, recipe, processes, remedies or Remedies())
     Loop(trainer, process, state, progress, save_every, sample_every, samples, open_watch).run()
-    trainer.ema.copy_to(student.parameters())
+    trainer.finish()
     student.requires_grad_(False)
 
 

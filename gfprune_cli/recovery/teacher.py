@@ -21,10 +21,12 @@ from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.native import narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
-# what pruning may change in a configuration: widths, and what follows from them
+# what pruning may change in a configuration: widths and depths, and what follows from them
 WIDTHS = {
     *("block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"),
-    *("num_layers", "num_single_layers"),
+    *("num_layers", "num_single_layers", "ffn_dim"),
+    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    "mid_block_type",
 }
 OWN = {"gfprune", "auto_map"}
 NOISE = (  # what decides, in a scheduler's configuration, what the outputs mean
@@ -160,7 +162,7 @@ def paired_layers(
     width = bool(settings.get("prune_width")) or stages
     groups, _ = discover(teacher, inputs, width=width, stages=stages)
     if settings.get("blocks"):
-        groups += block_groups(teacher)
+        groups += block_groups(teacher, stock=layout == "native")
     if layout == "native":
         groups = tuple(group for group in groups if group.name in record.kept)
     alive = {}

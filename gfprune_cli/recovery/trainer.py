@@ -32,7 +32,7 @@ class Remedies:
     """What to do about a failure, in the flags of the command that trains; by default those of `finetune`."""
 
     not_finite: str = "lower --learning-rate, or use --precision fp32"
-    memory: str = "use --checkpointing, a half --precision, or a larger device"
+    memory: str = "use --checkpointing, --lora, a half --precision, or a larger device"
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -48,7 +48,7 @@ class Trainer:
     """Trains a network, and keeps the moving average of its weights.
 
     Args:
-        network: what is trained; its parameters are updated in place.
+        network: what is trained; those of its parameters that want gradients are updated in place.
         loss: of a batch; calls the network.
         draws: where batches come from.
         recipe: sizes, rates and seeds.
@@ -64,19 +64,19 @@ class Trainer:
     remedies: Remedies = Remedies()
     micro_batch: int = 0
     optimizer: torch.optim.Optimizer = field(init=False)
-    ema: EMAModel = field(init=False)
+    ema: EMAModel | None = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.parameters = dict(self.network.named_parameters())
+        named = self.network.named_parameters()
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.optimizer = make_optimizer(
-            recipe.optimizer, self.network, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            recipe.optimizer, self.network, lr=recipe.peak_rate, weight_decay=recipe.weight_decay
         )
-        groups = self.optimizer.param_groups
-        self.moments = {parameter: group["moments"] for group in groups for parameter in group["params"]}
         # its decay is min(decay, (1 + s) / (10 + s)) at step s
-        self.ema = EMAModel(self.parameters.values(), decay=recipe.ema, foreach=True)
+        average = recipe.ema > 0
+        self.ema = EMAModel(self.parameters.values(), decay=recipe.ema, foreach=True) if average else None
         device = self.processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.loss.precision == "fp16")
         self.micro_batch = self.micro_batch or recipe.micro_batch or recipe.batch
@@ -97,14 +97,15 @@ class Trainer:
         """
         while (sums := self.accumulate_or_fail(step, stopping)) is None:
             self.halve(step)  # outside of any handler: the failed pass's memory is free by now
-        rate = learning_rate(step, self.recipe.steps, self.recipe.learning_rate, self.recipe.warmup)
+        rate = learning_rate(step, self.recipe.steps, self.recipe.peak_rate, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = self.reduce_and_clip(step, sums)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.parameters.values())
+        if self.ema is not None:
+            self.ema.step(self.parameters.values())
         return {**sums, "lr": rate, "grad_norm": norm}
 
     def accumulate_or_fail(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
@@ -216,7 +217,10 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The network with the moving average in place of its weights."""
+        """The network with the moving average, if there is one, in place of its weights."""
+        if self.ema is None:
+            yield self.network
+            return
         self.ema.store(self.parameters.values())
         self.ema.copy_to(self.parameters.values())
         try:
@@ -224,19 +228,27 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters.values())
 
+    def finish(self) -> None:
+        """Leave the moving average, if there is one, in the network."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters.values())
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that the next steps depend on: (tensors, numbers)."""
         tensors: dict[str, torch.Tensor] = {}
-        shadows = zip(self.parameters.items(), self.ema.shadow_params, strict=True)
-        for (name, parameter), shadow in shadows:
-            tensors[f"weight/{name}"], tensors[f"ema/{name}"] = parameter.detach(), shadow
-            if parameter in self.optimizer.state:
-                entry = self.optimizer.state[parameter]
-                tensors.update({f"{moment}/{name}": entry[moment] for moment in self.moments[parameter]})
+        shadows = self.ema.shadow_params if self.ema else ()
+        for name, parameter in self.parameters.items():
+            tensors[f"weight/{name}"] = parameter.detach()
+            moments = self.optimizer.state.get(parameter, {})
+            for moment, value in moments.items():
+                if isinstance(value, torch.Tensor) and moment != "step":
+                    own = value.shape == parameter.shape  # tables may be shared, which no file can hold
+                    tensors[f"{moment}/{name}"] = value if own else value.clone()
+        tensors |= {f"ema/{name}": shadow for name, shadow in zip(self.parameters, shadows, strict=False)}
         updates = max((int(entry.get("step", 0)) for entry in self.optimizer.state.values()), default=0)
         numbers = {
             "updates": updates,
-            "averaged": self.ema.optimization_step,
+            "averaged": self.ema.optimization_step if self.ema else 0,
             "micro_batch": self.micro_batch,
             "scaler": self.scaler.state_dict(),
         }
@@ -249,24 +261,36 @@ class Trainer:
         Raises:
             GfpruneError: a tensor is missing, or has another shape.
         """
+        saved: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            saved.setdefault(name, {})[kind] = tensor
         shadows = []
         for name, parameter in self.parameters.items():
-            moments = self.moments[parameter]
-            families = ["weight", "ema", *(moments if f"{moments[0]}/{name}" in tensors else ())]
-            copies = {}
-            for family in families:
-                found = tensors.get(f"{family}/{name}")
-                if found is None or found.shape != parameter.shape:
-                    raise GfpruneError(f"the saved state does not fit: {family} of {name}; use --force")
-                # memory formats decide which kernels run, so they are those of the parameters
-                copies[family] = torch.empty_like(parameter).copy_(found)
+            found = saved.get(name, {})
+            for kind in ("weight", "ema") if self.ema else ("weight",):
+                if kind not in found or found[kind].shape != parameter.shape:
+                    raise GfpruneError(f"the saved state does not fit: {kind} of {name}; use --force")
+            # memory formats decide which kernels run, so they are those of the parameters
+            copies = {
+                kind: torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+                if tensor.shape == parameter.shape
+                else tensor.to(parameter.device, copy=True)
+                for kind, tensor in found.items()
+            }
             parameter.copy_(copies.pop("weight"))
-            shadows.append(copies.pop("ema"))
+            if self.ema:
+                shadows.append(copies.pop("ema"))
             if copies:
-                # fused optimisers count on the parameter's device
-                updates = torch.tensor(float(numbers["updates"]), device=parameter.device)
-                self.optimizer.state[parameter] = {"step": updates, **copies}
-        self.ema.shadow_params = shadows
-        self.ema.optimization_step = numbers["averaged"]
+                self.optimizer.state[parameter] = {"step": self.step_count(parameter, numbers), **copies}
+        if self.ema:
+            self.ema.shadow_params = shadows
+            self.ema.optimization_step = numbers["averaged"]
         self.micro_batch = numbers["micro_batch"]
         self.scaler.load_state_dict(numbers["scaler"])
+
+    def step_count(self, parameter: nn.Parameter, numbers: Mapping[str, Any]) -> Any:
+        """How often a parameter was updated, as its optimiser counts: fused ones do on its device."""
+        if self.recipe.optimizer == "adamw8bit":
+            return numbers["updates"]
+        return torch.tensor(float(numbers["updates"]), device=parameter.device)

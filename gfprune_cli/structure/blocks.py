@@ -15,6 +15,7 @@ from torch import nn
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import PAIRS
 from gfprune_cli.families.table import carriers
 from gfprune_cli.structure.groups import ChannelGroup, Member
+from gfprune_cli.structure.unet_depth import stock_groups, without_blocks
 
 # stack of blocks -> the key of the stock configuration that says how many there are
 LENGTHS = {
@@ -63,8 +64,15 @@ def is_needed(block: Any, first: bool) -> bool:
     return bool(getattr(block, "context_pre_only", False)) or (first and embeds)
 
 
-def block_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
-    """One group of one unit for each residual block that may go."""
+def block_groups(model: nn.Module, *, stock: bool = False) -> tuple[ChannelGroup, ...]:
+    """One group of one unit for each residual block that may go.
+
+    Args:
+        stock: only what the configuration of the stock class can leave out.
+    """
+    if stock:
+        shorter = {stack: key for stack, key in LENGTHS.items() if has_length(model, stack, key)}
+        return stock_groups(model) + tuple(g for g in block_groups(model) if g.stack in shorter)
     whole = torch.zeros(1, dtype=torch.long)
     groups = []
     for name, stack in residual_blocks(model):
@@ -73,9 +81,9 @@ def block_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     return tuple(groups)
 
 
-def inside(group: ChannelGroup, block: str) -> bool:
+def inside(group: ChannelGroup, block: ChannelGroup) -> bool:
     """Whether a group of channels lives in one block alone, and goes with it."""
-    return not group.is_block and all(member.module.startswith(f"{block}.") for member in group.members)
+    return not group.is_block and all(block.holds(member.module) for member in group.members)
 
 
 def floor_of_stack(blocks: int, ratio: float) -> int:
@@ -84,10 +92,16 @@ def floor_of_stack(blocks: int, ratio: float) -> int:
 
 
 def streams_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
-    """The inputs of a block that its outputs continue, in the order of its outputs."""
+    """The inputs of a block that its outputs continue, in the order of its outputs.
+
+    In a decoder the stream comes first, and beside it a skip connection.
+    """
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     names = PAIRS.get(type(module).__name__)
-    return tuple(given[name] for name in names) if names else (next(iter(given.values())),)
+    if names:
+        return tuple(given[name] for name in names)
+    stream = next(iter(given.values()))
+    return (stream[:, : module.out_channels] if type(module).__name__ == "ResnetBlock2D" else stream,)
 
 
 def gate(module: nn.Module, mask: torch.Tensor, args: Any, kwargs: Any, output: Any) -> Any:
@@ -119,7 +133,7 @@ class Depth:
     """
 
     moved: Mapping[str, str | None] = field(default_factory=dict)
-    config: Mapping[str, int] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 
     def rename(self, name: str) -> str | None:
@@ -139,6 +153,10 @@ def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str
     """What goes, given group name -> bool [units]."""
     network: Any = model
     gone = [group for group in groups if group.is_block and not bool(kept[group.name].all())]
+    modules = [member.module for group in gone for member in group.members]
+    found = without_blocks(model, modules) if gone else None
+    if found is not None:
+        return Depth(*found)
     moved: dict[str, str | None] = {}
     config: dict[str, int] = {}
     skipped = []
@@ -155,6 +173,11 @@ def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str
         moved |= {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(left)}
         config[key] = len(left)
     return Depth(moved, config, tuple(skipped))
+
+
+def has_length(model: Any, stack: str, key: str) -> bool:
+    """Whether a network has a stack that its stock class builds shorter."""
+    return isinstance(getattr(model, stack, None), nn.ModuleList) and can_shorten(model, stack, key)
 
 
 def can_shorten(model: Any, stack: str, key: str) -> bool:

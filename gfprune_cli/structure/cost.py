@@ -137,14 +137,17 @@ class CostModel:
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
-        for block in (name for name, group in self.groups.items() if group.is_block):
+        for block, group in self.groups.items():
+            if not group.is_block:
+                continue
             whole, in_layers = dict.fromkeys(self.groups, 0), 0
             for index, layer in enumerate(self.layers):
-                if layer.name.startswith(f"{block}."):
+                if group.holds(layer.name):
                     in_layers += COSTS["params"].of_layer(layer, whole)
                     self.layers[index] = replace(layer, blocks=(*layer.blocks, block))
                     self.layers_of[block].append(index)
-            rest = sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) - in_layers
+            parts = [model.get_submodule(member.module) for member in group.members]
+            rest = sum(parameter.numel() for part in parts for parameter in part.parameters()) - in_layers
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 

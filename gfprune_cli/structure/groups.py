@@ -51,8 +51,12 @@ class ChannelGroup:
 
     @property
     def is_block(self) -> bool:
-        """Whether its one unit is a whole residual block."""
+        """Whether its one unit is a whole residual block, or several that go together."""
         return bool(self.stack)
+
+    def holds(self, name: str) -> bool:
+        """Whether a module or tensor is part of one of its blocks."""
+        return any(name.startswith(f"{member.module}.") for member in self.members)
 
     @property
     def units(self) -> int:

@@ -46,7 +46,7 @@ class Ledger:
         self.group, self.layer, self.a, self.b = np.array(entries, np.int64).reshape(-1, 4).T
         self.blocks = {name: cost.layers_of[name] for name, group in cost.groups.items() if group.is_block}
         self.contents = {
-            block: [name for name, group in cost.groups.items() if inside(group, block)]
+            block: [name for name, group in cost.groups.items() if inside(group, cost.groups[block])]
             for block in self.blocks
         }
         self.removed = np.zeros(len(self.names), np.int64)

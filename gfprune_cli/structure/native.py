@@ -7,6 +7,7 @@ blocks are as wide as the stage, and a head keeps its dimension.
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 
 from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.graph import is_joined_attention
-from gfprune_cli.structure.groups import select
+from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import cuts_of, empty, slice_state
 from gfprune_cli.structure.search import Allocation
 from gfprune_cli.structure.trace import is_attention
 
 RATIOS = 32  # candidate width ratios between 0 and 1; at each, every stage rounds down or up
 TEXT_TO_IMAGE = "UNet2DConditionModel"
+FEED_FORWARD = "ffn_dim"  # a key of Wan and its kin: the hidden width of every block
+FEED_FORWARD_LAYER = re.compile(r"^blocks\.\d+\.ffn\.")
+KERNEL = 64  # channels that such widths are multiples of, where the dense one is
 
 
 def narrows_streams(class_name: str, layout: str) -> bool:
@@ -67,6 +71,37 @@ def native_allocation(
         if not best.sparsities or abs(achieved - sparsity) < abs(best.sparsity - sparsity):
             best, found = Allocation(kept, achieved, shares), config
     return best, found
+
+
+def feed_forward_groups(model: Any, groups: tuple[ChannelGroup, ...]) -> tuple[ChannelGroup, ...]:
+    """The hidden units of feed-forward layers that one key of the configuration counts, of all blocks; none
+    where there is no such key."""
+    width = model.config.get(FEED_FORWARD)
+    found = tuple(group for group in groups if FEED_FORWARD_LAYER.search(group.name))
+    return found if found and all(group.channels == width for group in found) else ()
+
+
+def feed_forward_allocation(
+    cost: CostModel, sparsity: float, budget: str
+) -> tuple[Allocation, dict[str, int]]:
+    """One width for the feed-forward layers of all blocks, nearest to the target.
+
+    Args:
+        cost: of a network whose groups are `feed_forward_groups`.
+
+    Returns:
+        (channels kept by each group, the key of the stock configuration).
+    """
+    width = next(iter(cost.groups.values())).channels
+    step = math.gcd(width, KERNEL)
+
+    def at(kept: int) -> Allocation:
+        channels = dict.fromkeys(cost.groups, kept)
+        shares = {key: 1 - cost.total(channels, key) / cost.total({}, key) for key in counted(budget)}
+        return Allocation(channels, min(shares.values()), shares)
+
+    found = min(map(at, range(step, width + 1, step)), key=lambda one: abs(one.sparsity - sparsity))
+    return found, {FEED_FORWARD: next(iter(found.kept.values()))}
 
 
 def stages_of(model: Any) -> list[Stage]:

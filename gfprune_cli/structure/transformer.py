@@ -30,7 +30,7 @@ ROTARY_NAMES = ("rotary", "rope", "freqs")
 
 
 def is_transformer(model: nn.Module) -> bool:
-    """Whether a denoiser is a stack of transformer blocks: attention or units, and no convolutional ones."""
+    """Whether a denoiser is a stack of transformer blocks: attention or their units, no convolutions."""
     kinds = {type(module).__name__ for module in model.modules()}
     return not any(kind.startswith("ResnetBlock") for kind in kinds) and any(
         is_attention(module) or units_of(module) is not None for module in model.modules()

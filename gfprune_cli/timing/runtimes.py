@@ -159,9 +159,9 @@ def compiled_network(bench: Bench, network: nn.Module) -> Call:
 def in_folder(bench: Bench, network: nn.Module, load: Callable[[Path], Runner]) -> Call:
     """Export to ONNX and load the file; it is gone afterwards."""
     denoiser = Denoiser(copy.deepcopy(network), torch.float32, bench.signature(network))
-    program = trace(denoiser, frozenset()).program
+    graph = trace(denoiser, frozenset()).graph
     with tempfile.TemporaryDirectory(prefix="gfprune-") as folder:
-        onnx.write_onnx(Path(folder), program, list(denoiser.signature.inputs), onnx.DEFAULT_OPSET)
+        onnx.write_onnx(Path(folder), graph, onnx.DEFAULT_OPSET)
         run = load(Path(folder) / onnx.FILE)
     return partial(run, bench.tensors(network))
 

@@ -28,6 +28,7 @@ from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
 from gfprune_cli.deploy import onnx as onnx_model
 from gfprune_cli.deploy import safetensors as weights
 from gfprune_cli.deploy.format import DTYPES
+from gfprune_cli.deploy.graph import Graph
 from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
@@ -357,7 +358,7 @@ def test_other_architectures_in_onnx(name: str, tmp_path: Path) -> None:
     signature = exported.signature
     assert signature.inputs["timestep"].dtype == (torch.float32 if name == "ncsnpp" else torch.int64)
     assert exported.labels == {"height", "width"}
-    onnx_model.write_onnx(tmp_path, exported.program, list(signature.inputs), 20)
+    onnx_model.write_onnx(tmp_path, exported.graph, 20)
     run, source = onnx_model.run_onnx(tmp_path / "model.onnx"), weights.run_model(model, signature)
     for batch in draw_inputs(model, scheduler, signature, free=exported.labels, seed=0):
         with torch.no_grad():
@@ -373,7 +374,7 @@ def test_an_operator_without_translation_is_one_line() -> None:
 
     program = torch.export.export(Unusual(), (torch.eye(3),))
     with pytest.raises(GfpruneError, match=r"at opset 20: .*linalg_eig") as caught:
-        onnx_model.to_onnx(program, ["x"], 20)
+        onnx_model.to_onnx(Graph(program, {"x": {}}, {"output": {}}), 20)
     assert "\n" not in str(caught.value)
 
 

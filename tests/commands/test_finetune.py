@@ -274,6 +274,66 @@ def test_a_finetuned_checkpoint_can_be_finetuned_again_on_data(tuned: Path, tmp_
     assert (tmp_path / "again" / "README.md").read_text().count("Then finetuned") == 2
 
 
+def test_adapters_are_merged_into_a_checkpoint_like_any_other(
+    pruned: Path, tuned: Path, tmp_path: Path
+) -> None:
+    """Layers that pruning did not touch and all that has no adapter keep their bytes; stopped runs resume."""
+    settings, seen = BRIEF | dict(lora=2, optimizer="muon", save_every=2, sample_every=0), 0
+    told = []
+
+    def stop(event: Event) -> None:
+        nonlocal seen
+        told.append(event.text or "")
+        seen += event.phase == "finetune"
+        if seen == 3:
+            raise Interrupted("stop", signal.SIGTERM)
+
+    result = gfprune_cli.finetune(pruned, out=tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted):
+        gfprune_cli.finetune(pruned, out=tmp_path / "parts", progress=stop, **settings)
+    gfprune_cli.finetune(pruned, out=tmp_path / "parts", resume=True, **settings)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    assert any("adapters of rank 2" in text for text in told)
+    assert result.loss["after"] != result.loss["before"]
+    names = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (tuned, tmp_path / "whole")]
+    assert names[0] == names[1]
+    before, after = (gfprune_cli.load(folder).state_dict() for folder in (pruned, tmp_path / "whole"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    touched = json.loads((pruned / "gfprune.json").read_text())["map"]["layers"]
+    assert changed
+    assert changed <= {f"{name}.weight" for name in touched}
+
+
+def test_images_of_class_folders_train_with_their_own_labels(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    dense = tmp_path / "dense"
+    DDPMPipeline(UNet2DModel(**TINY, num_class_embeds=3), DDPMScheduler()).save_pretrained(dense)
+    for number in range(6):
+        folder = tmp_path / "photos" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * number, 90, 200)).save(folder / f"{number}.png")
+    told: list[str] = []
+    options: dict[str, Any] = dict(
+        data=str(tmp_path / "photos"), progress=lambda event: told.append(event.text or "")
+    )
+    gfprune_cli.prune(str(dense), sparsity=0.5, out=tmp_path / "pruned", **ONE_SHOT | options)
+    gfprune_cli.finetune(
+        tmp_path / "pruned", out=tmp_path / "out", sample_every=0, **BRIEF | options | dict(images=None)
+    )
+    assert sum("'cat' is 0, 'dog' is 1" in text for text in told) == 2
+    assert not any("at random" in text for text in told)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_a_teacher_in_bfloat16_without_an_average(pruned: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = BRIEF | dict(steps=2, optimizer=optimizer, teacher_precision="bf16", ema=0.0)
+    result = gfprune_cli.finetune(pruned, out=tmp_path / "out", sample_every=0, **settings)
+    assert result.loss["after"] != result.loss["before"]
+
+
 def test_a_dry_run_checks_the_inputs_and_writes_nothing(
     pruned: Path, pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune
 ) -> None:
@@ -283,6 +343,16 @@ def test_a_dry_run_checks_the_inputs_and_writes_nothing(
     assert document["teacher"] == str(pipeline_folder)
     assert document["loss"] == {"before": None, "after": None, "teacher": None}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_that_cannot_recompute_is_refused_before_the_run(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import UNet2DModel
+
+    monkeypatch.setattr(UNet2DModel, "_supports_gradient_checkpointing", False)
+    with pytest.raises(UsageError, match="--checkpointing: a PrunedUNet2DModel cannot recompute"):
+        gfprune_cli.finetune(pruned, out=tmp_path / "out", checkpointing=True, dry_run=True)
 
 
 def test_json_has_the_promised_keys(pruned: Path, tmp_path: Path, gfprune: Gfprune) -> None:

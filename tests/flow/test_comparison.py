@@ -20,7 +20,15 @@ from test_structure import toy_group
 from torch import nn
 
 from gfprune_cli.diffusion.draws import generator
-from gfprune_cli.flow.comparison import LEAST_RISE, RIDGE, Curves, comparable, weakest_first
+from gfprune_cli.flow import comparison
+from gfprune_cli.flow.comparison import (
+    LEAST_RISE,
+    RIDGE,
+    Curves,
+    comparable,
+    missed_by_input,
+    weakest_first,
+)
 from gfprune_cli.flow.mask import MaskedModel, Masks, full_masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.structure.blocks import gate
@@ -105,7 +113,7 @@ def test_rises_are_what_the_best_refit_leaves_weighted_by_curvature(kind: str) -
     scores = random_scores(found.masked.groups)
     rises = rises_of(found, scores, seed=7)
     x, _, _ = batch_for(found.template, 16, 5)
-    weights = {name: weight.detach() for name, weight in found.masked.effective().items()}
+    weights = {name: weight.detach() for name, weight in found.masked.passing().items()}
 
     def run(name: str, given: torch.Tensor) -> torch.Tensor:
         own = {leaf: weights[f"{name}.{leaf}"] for leaf in ("weight", "bias")}
@@ -199,7 +207,7 @@ def test_a_block_costs_what_it_adds_to_each_of_its_streams(name: str) -> None:
     for block in blocks:
         found.dense.get_submodule(block).register_forward_hook(keep(block), with_kwargs=True)
     plain = MaskedModel(found.dense.requires_grad_(True), ())
-    result = plain.forward(plain.effective(), *batch_for(found.template, 16, 5))
+    result = plain.forward(plain.passing(), *batch_for(found.template, 16, 5))
     along = torch.randn(result.shape, generator=generator(2, "curves"))
     for block in blocks:
         slopes = torch.autograd.grad(
@@ -327,3 +335,24 @@ def test_a_comparison_follows_from_its_seed_and_leaves_the_network_alone() -> No
     assert all(torch.equal(weight, before[name]) for name, weight in masked.weights.items())
     assert all(weight.grad is None for weight in masked.weights.values())
     assert not any(module._forward_hooks for module in masked.model.modules())
+
+
+@given(
+    seed=st.integers(0, 2**16), rows=st.integers(1, 60), inputs=st.integers(1, 60), block=st.integers(1, 70)
+)
+@settings(max_examples=60, deadline=None)
+def test_moments_of_few_rows_are_followed_through_the_rows(
+    seed: int, rows: int, inputs: int, block: int
+) -> None:
+    """Block by block the same as one factor of the whole, of more or fewer rows than inputs."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=source, dtype=torch.float64)
+    weight = torch.randn(3, inputs, generator=source, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "BLOCK", block)
+        found = missed_by_input(x, weight)
+    moments = x.T @ x / rows
+    moments.diagonal().add_(RIDGE * moments.diagonal().mean())
+    expected = (weight @ torch.linalg.cholesky(moments)).square()
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)

@@ -30,7 +30,6 @@ from gfprune_cli.flow.energy import (
     exact_product,
     finite_difference_product,
     gradient,
-    hessian_gradient_product,
     norm,
 )
 from gfprune_cli.flow.loop import (
@@ -45,6 +44,7 @@ from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.flow.unit_sums import unit_sums
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning.state import Outcome, RecoveryState
@@ -74,7 +74,7 @@ def double_losses(masked: MaskedModel, chunks: int = 2) -> list[Loss]:
     def chunk(number: int) -> Loss:
         batch = draws.batch("score", 1, 2, first=2 * number, of=2 * chunks)
 
-        def loss(weights: Weights) -> torch.Tensor:
+        def loss(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             noisy = noising.add_noise(batch.images, batch.noise, batch.index)
             return (masked.forward(weights, noisy, batch.index, None) - batch.noise).square().mean()
 
@@ -97,7 +97,7 @@ def small_losses(dtype: torch.dtype, chunks: int = 3) -> tuple[list[Loss], Weigh
     data = [(draw(5, 3), draw(5, 2)) for _ in range(chunks)]
 
     def chunk(x: torch.Tensor, y: torch.Tensor) -> Loss:
-        def loss(w: Weights) -> torch.Tensor:
+        def loss(w: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return (torch.tanh(x @ w["a"].T + w["b"]) @ w["c"].T - y).square().mean()
 
         return loss
@@ -175,7 +175,7 @@ def test_products_agree_on_a_network() -> None:
     """On a U-Net, differences of gradients and the double backward give the same H g."""
     masked = masked_model(torch.float64)
     losses = double_losses(masked)
-    weights = {name: tensor.detach() for name, tensor in masked.effective().items()}
+    weights = {name: tensor.detach() for name, tensor in masked.passing().items()}
     _, first = gradient(losses, weights)
     exact = flatten(exact_product(losses, weights, first))
     assert relative_error(flatten(finite_difference_product(losses, weights, first)), exact) < 2e-3
@@ -186,7 +186,7 @@ def test_hessian_meets_the_mean_gradient() -> None:
     losses, weights = small_losses(torch.float64)
     expected_gradient, hessian = reference(losses, weights)
     _, first = gradient(losses, weights)
-    found = flatten(hessian_gradient_product(losses, weights, first, "exact"))
+    found = flatten(exact_product(losses, weights, first))
     assert relative_error(found, hessian @ expected_gradient) < 1e-9
     parts = [reference([loss], weights) for loss in losses]
     per_chunk = torch.stack([h @ g for g, h in parts]).mean(0)
@@ -198,10 +198,55 @@ def test_evidence_applies_the_hessian_to_the_mean_gradient() -> None:
     masked = masked_model(torch.float64)
     losses = double_losses(masked)
     flow = Evidence(masked, losses, 0, way="exact").energy_flow()
-    weights = {name: tensor.detach() for name, tensor in masked.effective().items()}
+    weights = {name: tensor.detach() for name, tensor in masked.passing().items()}
     _, first = gradient(losses, weights)
-    expected = exact_product(losses, weights, first)
-    assert all(torch.allclose(flow[n], masked.weights[n] * expected[n], rtol=1e-9, atol=0) for n in flow)
+    product = exact_product(losses, weights, first)
+    expected = unit_sums(masked, product, lambda name, part: masked.weights[name].detach() * part)
+    assert all(torch.allclose(flow[n], expected[n], rtol=1e-9, atol=0) for n in flow)
+
+
+def test_weights_made_as_they_are_needed_give_what_all_at_once_give() -> None:
+    """Outputs and gradients, behind soft masks and moved along a direction; the network is as it was."""
+    masked = masked_model(torch.float64)
+    masked.set_masks({name: torch.linspace(0.1, 1, len(mask)) for name, mask in masked.masks.items()})
+    losses = double_losses(masked)
+    before = {name: weight.detach().clone() for name, weight in masked.weights.items()}
+    vector = {name: torch.randn_like(weight) for name, weight in before.items()}
+    whole = {name: w.detach() + 1e-3 * vector[name] for name, w in masked.passing().items()}
+    value, found = gradient(losses, masked.passing().moved(vector, 1e-3))
+    leaves = {name: tensor.requires_grad_() for name, tensor in whole.items()}
+    expected = torch.stack([loss(leaves) for loss in losses]).mean()
+    slopes = torch.autograd.grad(expected, list(leaves.values()))
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    for name, slope in zip(leaves, slopes, strict=True):
+        torch.testing.assert_close(found[name], slope, rtol=1e-9, atol=1e-12)
+    assert dict(masked.model.named_parameters()) == masked.weights
+    assert all(torch.equal(masked.weights[name], weight) for name, weight in before.items())
+
+
+class Borrowing(torch.nn.Module):
+    """Reads the weights of a layer that it never calls, and one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent, self.twice = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True) -> Any:
+        lent = torch.nn.functional.linear(x, self.lent.weight, self.lent.bias)
+        return (self.twice(torch.tanh(self.twice(lent))),)
+
+
+def test_weights_that_others_read_and_layers_that_run_twice_have_their_gradients() -> None:
+    masked = MaskedModel(Borrowing().double(), ())
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return masked.forward(weights, x, torch.zeros(4)).square().sum()
+
+    _, found = gradient([loss], masked.passing())
+    loss(masked.weights).backward()
+    for name, weight in masked.weights.items():
+        torch.testing.assert_close(found[name], weight.grad)
 
 
 def test_a_zero_gradient_gives_a_zero_product() -> None:
@@ -216,13 +261,15 @@ def test_choose_way_trusts_differences_that_agree() -> None:
     losses, weights = small_losses(torch.float32)
     assert choose_way(losses, weights, gradient(losses, weights)[1]) == "finite-difference"
 
-    def jumping(w: Weights) -> torch.Tensor:  # the gradient jumps at 1: quotients grow as the step shrinks
+    def jumping(
+        w: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:  # the gradient jumps at 1: quotients grow as the step shrinks
         return 0.5 * w["w"].square().sum() + (w["w"] - 1).abs().sum()
 
     at_the_jump = {"w": torch.ones(4)}
     assert choose_way([jumping], at_the_jump, {"w": torch.ones(4)}) == "exact"
 
-    def broken(w: Weights) -> torch.Tensor:
+    def broken(w: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return w["w"].square().sum() * float("nan")
 
     assert choose_way([broken], at_the_jump, {"w": torch.ones(4)}) == "exact"
@@ -240,7 +287,7 @@ def test_energy_derivative(level: float) -> None:
 
     def at(masks: dict[str, torch.Tensor]) -> Weights:
         masked.set_masks(masks)
-        return {name: tensor.detach() for name, tensor in masked.effective().items()}
+        return {name: tensor.detach() for name, tensor in masked.passing().items()}
 
     def energy(masks: dict[str, torch.Tensor]) -> float:
         weights = at(masks)
@@ -305,12 +352,12 @@ def test_masks_settle_in_the_promised_iterations(data: st.DataObject, bound: flo
 def test_full_masks_change_no_weight() -> None:
     """At mask 1 effective weights equal the weights; at mask 0 a unit's producers are exactly zero."""
     masked = masked_model()
-    assert all(torch.equal(tensor, masked.weights[name]) for name, tensor in masked.effective().items())
+    assert all(torch.equal(tensor, masked.weights[name]) for name, tensor in masked.passing().items())
     group = masked.groups[2]
     masks = full_masks(masked.groups, torch.device("cpu"))
     masks[group.name][1] = 0
     masked.set_masks(masks)
-    effective = masked.effective()
+    effective = dict(masked.passing())
     for member in group.producers:
         rows = member.positions[member.channels == 1]
         assert not bool(effective[f"{member.module}.weight"][rows].any())
@@ -605,7 +652,7 @@ def test_fisher_by_hand() -> None:
         leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in masked.weights.items()}
         loss(leaves).backward()
         products = {name: leaf.detach() * leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        expected += masked.unit_sums(products)[group.name].square()
+        expected += unit_sums(masked, products, lambda _, product: product)[group.name].square()
     torch.testing.assert_close(found[group.name], expected, rtol=1e-4, atol=1e-12)
     assert len(seen.losses) > 1
     assert seen.gradients == pytest.approx(1)
@@ -629,7 +676,7 @@ def test_diff_pruning_leaves_high_noise_out() -> None:
     parameter = "conv_in.weight"
 
     def chunk(value: float, slope: float) -> Loss:
-        def loss(weights: Weights) -> torch.Tensor:
+        def loss(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             tensor = weights[parameter]
             return value + (torch.full_like(tensor, slope) * (tensor - tensor.detach())).sum()
 
@@ -754,7 +801,7 @@ def toy_loop(
             return 0.0
         batch = draws.batch("judge", 0, 4)
         with torch.no_grad():
-            x, effective = batch.images + batch.noise, masked.effective()
+            x, effective = batch.images + batch.noise, dict(masked.passing())
             gap = masked.forward(effective, x, batch.index) - dense(x, batch.index).sample
         return float(gap.square().mean())
 

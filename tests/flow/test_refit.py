@@ -92,7 +92,7 @@ class Pair:
         held_out = batch_for(self.template, 32, 2, self.dtype)
         with torch.no_grad():
             expected = call(self.dense, *held_out)
-            found = self.masked.forward(self.masked.effective(), *held_out)
+            found = self.masked.forward(self.masked.passing(), *held_out)
         return float((found - expected).square().sum() / expected.square().sum())
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -165,7 +165,7 @@ def test_the_fitted_network_without_its_masked_units_is_the_masked_one(name: str
         fitted.load_state_dict(found.masked.model.state_dict(), strict=False)
         with torch.no_grad():
             narrow = call(remove(fitted, found.masked.groups, kept), *held_out)
-            expected = found.masked.forward(found.masked.effective(), *held_out)
+            expected = found.masked.forward(found.masked.passing(), *held_out)
             dense = call(found.dense, *held_out)
     assert float((narrow - expected).norm() / expected.norm()) < 1e-9
     assert float((dense - expected).norm() / expected.norm()) > 1e-3

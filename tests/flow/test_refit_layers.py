@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_refit import Pair, batch_for, pair, same
 from torch import nn
 
 from gfprune_cli.diffusion.conditions import Conditions
-from gfprune_cli.flow.refit import JUDGES, OFFSET_RIDGE, RIDGE, Refit
+from gfprune_cli.flow import least_squares
+from gfprune_cli.flow.least_squares import OFFSET_RIDGE, RIDGE, Problem
+from gfprune_cli.flow.refit import JUDGES, Refit
 from gfprune_cli.structure.groups import ChannelGroup, Member
 
 # --- one layer -----------------------------------------------------------------------------------
@@ -270,3 +274,35 @@ def test_the_target_of_a_branch_is_what_its_stream_lacks() -> None:
             fitted = found.masked.weights[f"second.{leaf}"].detach().double()
             torch.testing.assert_close(fitted, values, rtol=1e-3, atol=1e-3)
     assert distances[0] < 0.8 * distances[1]
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    known=st.integers(3, 30),
+    inputs=st.integers(2, 40),
+    soft=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_equations_as_wide_as_rows_give_what_those_as_wide_as_inputs_give(
+    seed: int, known: int, inputs: int, soft: bool, bias: bool
+) -> None:
+    """With dead inputs, soft masks and offsets; more or fewer rows than inputs."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(known + 4, inputs, generator=source, dtype=torch.float64)
+    x[:, :: max(2, inputs // 3)] = 0
+    y = torch.randn(known + 4, 5, generator=source, dtype=torch.float64) + 3
+    odds = torch.rand(inputs, generator=source, dtype=torch.float64) if soft else None
+    problem = Problem(lambda first, end: x[first:end], y, odds, known)
+    weight = torch.randn(5, inputs, generator=source, dtype=torch.float64)
+    offset = torch.randn(5, generator=source, dtype=torch.float64) if bias else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(least_squares, "OFFSET_RIDGE", 1e-12)  # rows centre instead
+        ways = [way(weight, offset) for way in (problem.step_of_moments, problem.step_of_rows)]
+    if not bool(x[:known].any()):
+        return
+    (moments, first), (rows, second) = [way for way in ways if way is not None]
+    torch.testing.assert_close(rows, moments, rtol=1e-4, atol=1e-6)
+    assert (first is None) is (second is None)
+    if first is not None:
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)

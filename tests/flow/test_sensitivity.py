@@ -55,7 +55,7 @@ def test_a_dense_network_without_a_finite_loss_is_an_error() -> None:
 
 def weights_norm(masked: MaskedModel) -> Callable[[], float]:
     """A loss that every masked weight raises by its size."""
-    return lambda: -float(sum(tensor.detach().abs().double().sum() for tensor in masked.effective().values()))
+    return lambda: -float(sum(tensor.detach().abs().double().sum() for tensor in masked.passing().values()))
 
 
 @pytest.mark.parametrize("share", [0.25, SHARE])

@@ -10,15 +10,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipelines import COMPONENTS, FAMILIES, conditional_unet
 from safetensors import safe_open
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions
 from gfprune_cli.data.drawing import self_images
 from gfprune_cli.data.latents import pictures
+from gfprune_cli.data.stored import in_memory
 from gfprune_cli.diffusion.conditions import Conditions, call
 from gfprune_cli.diffusion.guidance import GuidedProcess
 from gfprune_cli.diffusion.schedulers import Reconstruction
@@ -412,6 +415,21 @@ def test_a_signal_within_a_pipeline_is_no_error_of_the_pipeline() -> None:
     assert "forward" not in vars(network)
 
 
+@pytest.mark.parametrize("family", CONDITIONED)
+def test_a_network_in_bfloat16_takes_what_was_recorded(family: str, folder: Folder) -> None:
+    """As a teacher on little memory is called."""
+    recording, model, _ = recording_of(folder(family), family)
+    x = torch.randn(2, *recording.shape, generator=torch.Generator().manual_seed(0))
+    times, conditions = torch.tensor([1.0, 400.0]), recording.conditions
+    if recording.conditions.time_factor == 1:
+        times = times.long()
+    with torch.no_grad():
+        single = call(model, x, times, conditions)
+        half = call(cast_model(model, torch.bfloat16), x.bfloat16(), times, conditions)
+    assert half.dtype == torch.bfloat16
+    assert float((half.float() - single).norm()) < 0.1 * float(single.norm())
+
+
 # --- the user's images -------------------------------------------------------------------------------------
 
 
@@ -434,13 +452,59 @@ def test_images_become_latents_that_the_decoder_turns_back(family: str, folder: 
     assert len(found.images) == 3
     assert found.fingerprint is not None
     assert len(found.conditions) == 3 if found.conditions is not None else family == "ldm"
-    captions = [event for event in told if event.phase == "notice" and "captions" in event.text]
-    assert bool(captions) == (family != "ldm")
+    random = [event.text for event in told if event.phase == "notice" and "at random" in event.text]
+    assert ["captions" in text for text in random] == {"ldm": [], "dit": [False]}.get(family, [True])
+
+
+def labelled(folder: Path, kind: str) -> list[str]:
+    """Images with captions, or in class folders; what is said of each, in their order."""
+    said = ["a red fox", "two dogs and a cat", "a red fox"] if kind == "captions" else ["7", "3", "7"]
+    rows = []
+    for number, text in enumerate(said):
+        place = folder / (f"{number}.png" if kind == "captions" else f"{text}/{number}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(place)
+        rows.append(json.dumps({"file_name": place.name, "text": text}) + "\n")
+    if kind == "captions":
+        (folder / "metadata.jsonl").write_text("".join(reversed(rows)))
+    return said if kind == "captions" else sorted(said)
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "dit"])
+def test_images_go_with_their_own_captions_and_classes(family: str, folder: Folder, tmp_path: Path) -> None:
+    """Each image has the conditions that the pipeline gives its network for what is said of that image."""
+    root, name, kind = folder(family), COMPONENTS[family], "classes" if family == "dit" else "captions"
+    said = labelled(tmp_path / "photos", kind)
+    told: list[Event] = []
+    found = answer(root, name, PipelineOptions(), data=str(tmp_path / "photos"), progress=told.append)
+    assert isinstance(found.conditions, Conditions)
+    expected, _, _ = recording_of(root, family)
+    order = [PROMPTS.index(text) if kind == "captions" else LABELS.index(int(text)) for text in said]
+    for key, tensor in expected.conditions.tensors.items():
+        assert found.conditions.rows is not None
+        torch.testing.assert_close(found.conditions.tensors[key][list(found.conditions.rows)], tensor[order])
+    assert not any("at random" in event.text for event in told)
+    plain = answer(root, name, PipelineOptions(), data=str(tmp_path / "photos"), count=2)
+    assert plain.fingerprint != found.fingerprint
+
+
+def test_prompts_that_were_given_go_before_captions(folder: Folder, tmp_path: Path) -> None:
+    labelled(tmp_path / "photos", "captions")
+    (tmp_path / "prompts.txt").write_text("a house\n")
+    told: list[Event] = []
+    options = PipelineOptions(prompts=str(tmp_path / "prompts.txt"))
+    data = str(tmp_path / "photos")
+    found = answer(folder("stable-diffusion"), "unet", options, data=data, progress=told.append)
+    assert isinstance(found.conditions, Conditions)
+    assert found.conditions.rows == (0, 0, 0)
+    assert [event.text for event in told if "--prompts" in (event.text or "")] == [
+        "--prompts: images of --data are paired with them at random"
+    ]
 
 
 def test_flux_latents_are_packed_as_the_pipeline_packs_them(folder: Folder, pixels: str) -> None:
     root = folder("flux")
-    found = answer(root, "transformer", options_of("flux"), data=pixels).images
+    found = in_memory(answer(root, "transformer", options_of("flux"), data=pixels).images)
     vae = diffusers.AutoencoderKL.from_pretrained(root / "vae")
     image = torch.from_numpy(np.load(pixels)["x"][:1]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.record import Origin, Record
 from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.schedulers import VariancePreserving, noising_process
-from gfprune_cli.errors import GfpruneError, Interrupted
+from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import METRICS, Watch, grid
+from gfprune_cli.recovery.lora import add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
-from gfprune_cli.recovery.optimizers import hidden_matrices, make_optimizer
+from gfprune_cli.recovery.optimizers import eight_bit_optimizers, hidden_matrices, make_optimizer
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import paired_layers
 from gfprune_cli.recovery.trainer import Remedies, Stopped, Trainer, learning_rate
@@ -441,21 +444,37 @@ def test_muon_takes_the_hidden_layers_of_every_family() -> None:
     assert not [name for name in names if "embedding_table" in name]
 
 
-def unet_trainer(optimizer: str, *, last: bool = False, precision: str = "fp32") -> Trainer:
+def unet_trainer(
+    optimizer: str, *, last: bool = False, precision: str = "fp32", lora: int | None = None, **changes: Any
+) -> Trainer:
     """A tiny U-Net, taught by another one."""
     student, teacher = tiny(1), tiny(0)
     if last:
         channels_last(student)
-    recipe = FinetuneRecipe(model="m", steps=4, batch=2, optimizer=optimizer, precision=precision)  # type: ignore[arg-type]
+    if lora:
+        add_adapters(student, ["conv_in", "mid_block.resnets.0.conv1"], lora, 0)
+    settings = dict(steps=4, batch=2, optimizer=optimizer, precision=precision, lora=lora)
+    recipe = FinetuneRecipe(model="m", **settings | changes)  # type: ignore[arg-type]
     loss = RecoveryLoss(student, teacher.requires_grad_(False), PROCESS, Weights.of(recipe), None, precision)  # type: ignore[arg-type]
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     return Trainer(student, loss, Draws(images, 1000, 0), recipe, Processes(None, CPU))
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_saved_trainer_resumes_to_the_same_bytes(optimizer: str, last: bool, tmp_path: Path) -> None:
-    whole, first, second = (unet_trainer(optimizer, last=last) for _ in range(3))
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        *((name, dict(last=last)) for name in ("adamw", "muon", "adafactor") for last in (False, True)),
+        *((name, dict(lora=2)) for name in ("adamw", "muon")),
+        ("muon", dict(ema=0.0)),
+        ("adamw8bit", dict()),
+    ],
+)
+def test_a_saved_trainer_resumes_to_the_same_bytes(
+    optimizer: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if optimizer == "adamw8bit":
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Bytes))
+    whole, first, second = (unet_trainer(optimizer, **settings) for _ in range(3))
     for step in range(4):
         whole.step(step, never)
     for step in range(2):
@@ -485,6 +504,91 @@ def test_an_overflow_in_float16_skips_both_parts_of_muon() -> None:
         trainer.step(step, never)
     moved = [not torch.equal(trainer.parameters[name], tensor) for name, tensor in before.items()]
     assert sum(moved) > 0.9 * len(moved)
+
+
+class Bytes(torch.optim.Optimizer):
+    """Keeps its state as bitsandbytes does: bytes in the weight's shape, a scale, a shared table, an int."""
+
+    table = torch.arange(256.0)
+
+    def __init__(self, parameters: Any, *, lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state |= dict(step=0, state1=torch.zeros_like(parameter, dtype=torch.uint8), qmap1=self.table)
+            assert isinstance(state["step"], int)
+            assert state["state1"].dtype == torch.uint8
+            state["step"] += 1
+            state["state1"] += (parameter.grad > 0).byte()
+            state["absmax1"] = parameter.grad.abs().max()[None]
+            change = (self.table[state["state1"].int()] - state["step"] / 2) * state["absmax1"]
+            parameter -= self.param_groups[0]["lr"] * change
+
+
+def test_a_missing_bitsandbytes_is_one_line_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UsageError, match=r"adamw8bit needs bitsandbytes .*gfprune\[8bit\].*adafactor"):
+        eight_bit_optimizers()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_adafactor_keeps_sums_over_rows_and_columns_of_the_whole_matrix(last: bool) -> None:
+    """It moves flattened weights as torch's own does, with a state that is small beside them."""
+    network = Layers()
+    flat = {
+        name: nn.Parameter(parameter.detach().clone().flatten(1) if parameter.ndim > 2 else parameter.clone())
+        for name, parameter in network.named_parameters()
+    }
+    if last:
+        channels_last(network)
+    settings = dict(lr=0.01, weight_decay=0.1)
+    plain = torch.optim.Adafactor(flat.values(), foreach=False, **settings)
+    made = make_optimizer("adafactor", network, **settings)
+    for step in range(3):
+        one_update(made, dict(network.named_parameters()), step)
+        one_update(plain, flat, step)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach().reshape(flat[name].shape), flat[name].detach(), msg=name
+        )
+    weight = network.get_parameter("blocks.0.weight")
+    kept = sum(value.numel() for key, value in made.state[weight].items() if key != "step")
+    assert kept == 12 + 8 * 9
+
+
+def test_only_what_trains_has_gradients_moments_and_an_average() -> None:
+    trainer = unet_trainer("muon", lora=2)
+    trainer.step(0, never)
+    assert len(trainer.parameters) == len(trainer.optimizer.state) == len(trainer.ema.shadow_params) == 4
+    assert {name.rpartition("/")[2] for name in trainer.state()[0]} == set(trainer.parameters)
+    assert all(".lora_" in name for name in trainer.parameters)
+
+
+def test_without_an_average_there_is_no_copy_of_the_weights() -> None:
+    trainer = make_trainer(ema=0.0, learning_rate=0.1)
+    train(trainer, 3)
+    assert trainer.ema is None
+    assert not any(name.startswith("ema/") for name in trainer.state()[0])
+    with trainer.averaged() as network:
+        assert network is trainer.network
+    state = Kept()
+    assert float(recovered(Scale(2.0), state, ema=0.0).factor) == float(state.saved[0]["weight/factor"])
+
+
+def test_a_teacher_in_bfloat16_is_called_in_its_own_type() -> None:
+    dense, student = tiny(0), tiny(1)
+    single = loss_of(student, dense, distill=1.0).terms(batch(), None, 0.0)["distill"][1]
+    cast_model(dense, torch.bfloat16)
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+    half = loss_of(student, dense, distill=1.0)
+    torch.testing.assert_close(half.terms(batch(), None, 0.0)["distill"][1], single, rtol=0.05, atol=0)
+    assert not bool(half.not_finite(batch()).any())
 
 
 class Kept:
@@ -549,19 +653,38 @@ def test_a_state_of_another_network_is_refused() -> None:
         make_trainer().restore(tensors, numbers)
 
 
-def test_checkpointing_changes_no_gradient_and_features_survive_it() -> None:
+def test_features_are_those_of_a_layer_with_its_adapter() -> None:
+    dense = tiny()
+    student, record = half_pruned(dense)
+    found = paired_layers(dense, record)
+    only = replace(found, positions={"conv_in": found.positions["conv_in"]}, scales={})
+    tuner = add_adapters(student, ["conv_in"], 2, 0)
+    loss = loss_of(student, dense, FeaturePair(student, dense, only), features=1.0)
+    assert float(loss.terms(batch(), None, 0.0)["features"][1].abs().max()) < 1e-10
+    student.get_parameter("conv_in.lora_B.default.weight").data.fill_(0.1)
+    adapted = loss.terms(batch(), None, 0.0)["features"][1].detach()
+    assert float(adapted.min()) > 1e-3
+    merged = merge_adapters(tuner)
+    again = loss_of(merged, dense, FeaturePair(merged, dense, only), features=1.0)
+    torch.testing.assert_close(again.terms(batch(), None, 0.0)["features"][1].detach(), adapted)
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_checkpointing_changes_no_gradient_and_features_survive_it(lora: int | None) -> None:
     dense = tiny()
     results = []
     for recompute in (False, True):
         student, record = half_pruned(dense)
         student.requires_grad_(True)
+        if lora:
+            add_adapters(student, ["conv_in", "mid_block.resnets.0.conv1"], lora, 0)
         if recompute:
             student.enable_gradient_checkpointing()
         pair = FeaturePair(student, dense, paired_layers(dense, record))
         loss = loss_of(student, dense, pair, features=1.0, distill=1.0)
         terms = loss.terms(batch(), None, 0.0)
         sum(weight * values.sum() for weight, values in terms.values()).backward()
-        results.append({name: p.grad for name, p in student.named_parameters()})
+        results.append({name: p.grad for name, p in student.named_parameters() if p.requires_grad})
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 

@@ -95,7 +95,7 @@ def masked_forward(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kep
     """Output at binary masks; replaces the norms of `model`."""
     masked = MaskedModel(model, groups, {name: alive.float() for name, alive in kept.items()})
     with torch.no_grad():
-        return masked.forward(masked.effective(), made["sample"], made["timestep"], made.get("class_labels"))
+        return masked.forward(masked.passing(), made["sample"], made["timestep"], made.get("class_labels"))
 
 
 def count_macs(model: nn.Module) -> int:
@@ -310,7 +310,7 @@ def test_plain_norms_would_not_be_exact(name: str) -> None:
     made = inputs(model)
     pruned = forward(remove(model, groups, kept), made)
     masked = MaskedModel(model, groups, {key: alive.float() for key, alive in kept.items()})
-    arguments = (masked.effective(), made["sample"], made["timestep"], None)
+    arguments = (dict(masked.passing()), made["sample"], made["timestep"], None)
     with torch.no_grad():
         with plain_norms(masked):
             assert relative_error(masked.forward(*arguments), pruned) > 1e-3

@@ -124,7 +124,7 @@ def run_masked(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept, m
     masked = MaskedModel(model, groups, {name: alive.double() for name, alive in kept.items()})
     with torch.no_grad(), double_precision():
         output: torch.Tensor = functional_call(
-            masked.model, masked.effective(), (), {**made, "return_dict": False}
+            masked.model, dict(masked.passing()), (), {**made, "return_dict": False}
         )[0]
     return output
 

@@ -1,0 +1,151 @@
+"""What a prune run of a large network takes: planned and measured memory, bytes per parameter, seconds.
+
+    python benchmarks/large.py                       # about 25 minutes; needs 12 GB
+    python benchmarks/large.py --networks dit        # one of them
+
+Writes `large.md` into docs/benchmarks. Weights are random, architectures real, samples small, since what is
+asked is how memory follows the weights. Every run is told how much is free, and takes pieces that fit in it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from provenance import PAGES, write_page
+
+GB = 1e9
+SETTINGS: dict[str, Any] = dict(sparsity=0.5, images=4, sample_steps=1, draws=8, recover=2, force=True)
+MEASURE = """
+import json, resource, sys
+import diffusers
+import gfprune_cli, gfprune_cli.pruning.job as job
+from gfprune_cli.pruning.memory import MemoryPlan
+asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
+job.available = lambda device: int(free)
+check, plans = MemoryPlan.check, []
+MemoryPlan.check = lambda plan: (plans.append(plan), check(plan))
+with open("/proc/self/statm") as file:
+    start = int(file.read().split()[1]) * resource.getpagesize()
+result = gfprune_cli.prune(**asked)
+with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
+    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+plan = plans[-1]
+planned = {phase.name: phase.need(plan.weights, plan.at_once(phase.name)) for phase in plan.phases}
+seconds, params = result.seconds_by_phase, result.params["before"]
+print(json.dumps(dict(peak=peak - start, planned=planned, seconds=seconds, params=params)))
+"""
+
+
+def stable_diffusion(width: int, size: int) -> Any:
+    """The U-Net of Stable Diffusion 1.5, at a part of its width."""
+    widths = (width, 2 * width, 4 * width, 4 * width)
+    return UNet2DConditionModel(
+        sample_size=size, block_out_channels=widths, cross_attention_dim=768, attention_head_dim=8
+    )
+
+
+def dit(layers: int, size: int) -> Any:
+    """DiT-XL/2 of fewer or more layers."""
+    return DiTTransformer2DModel(
+        num_layers=layers, sample_size=size, num_attention_heads=16, attention_head_dim=72
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, and the gigabytes that its run is told are free."""
+
+    words: str
+    make: Callable[[], Any]
+    free: float
+
+
+SUBJECTS = {
+    "half": Subject("SD 1.5 at half of its width, 16 x 16 latents", lambda: stable_diffusion(160, 16), 5),
+    "dit": Subject("DiT-XL/2, 16 x 16 latents", lambda: dit(28, 16), 10),
+    "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 12),
+}
+
+
+def measured(subject: Subject, root: Path, seed: int) -> dict[str, Any]:
+    """A prune run in a process of its own."""
+    torch.manual_seed(seed)
+    model = root / "dense"
+    subject.make().save_pretrained(model / "denoiser")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    asked = SETTINGS | dict(model=str(model / "denoiser"), out=str(root / "out"), seed=seed)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(asked), str(subject.free * GB)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": str(root / "cache")},
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
+    lines = [
+        "| network | parameters | free, GB | planned peak, GB | measured, GB | planned for measured "
+        "| bytes per parameter | scoring, s | refit, s | all, s |",
+        "|---" * 10 + "|",
+    ]
+    for subject, found in rows:
+        where, planned = max(found["planned"].items(), key=lambda item: item[1])
+        seconds = found["seconds"]
+        peak, params = found["peak"], found["params"]
+        cells = [
+            subject.words,
+            f"{params / 1e6:.0f} M",
+            f"{subject.free:g}",
+            f"{planned / GB:.2f} ({where})",
+            f"{peak / GB:.2f}",
+            f"{planned / peak:.2f}",
+            f"{peak / params:.1f}",
+            f"{seconds.get('scoring', 0):.0f}",
+            f"{seconds.get('refit', 0):.0f}",
+            f"{sum(seconds.values()):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(given: Sequence[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=PAGES, help="folder")
+    options = parser.parse_args(given)
+    torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "benchmarks/large.py", *(sys.argv[1:] if given is None else given)])
+    rows = []
+    for name in options.networks:
+        with tempfile.TemporaryDirectory() as root:
+            rows.append((SUBJECTS[name], measured(SUBJECTS[name], Path(root), options.seed)))
+        print(rows_table(rows), flush=True)
+    asked = " ".join(
+        f"--{key.replace('_', '-')} {value}" for key, value in SETTINGS.items() if key != "force"
+    )
+    text = f"Each run: `gfprune prune {asked}`. Peaks are above what the imports take.\n\n"
+    return write_page(
+        options.out / "large.md", "Memory of large networks", command, options.seed, text + rows_table(rows)
+    )
+
+
+if __name__ == "__main__":
+    print(main())

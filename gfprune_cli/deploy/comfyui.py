@@ -1,0 +1,130 @@
+"""comfyui: the denoiser in one file, in the naming of its authors, if ComfyUI can tell what network it is.
+
+ComfyUI reads no configuration: it counts the blocks in the names, measures some widths, and takes the rest
+from the family that these point to (its comfy/model_detection.py and comfy/supported_models.py). What it
+would get wrong, or not recognise, is refused here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.shards import saved_tensors
+from gfprune_cli.checkpoint.single_file import KEY
+from gfprune_cli.deploy.format import Format, Job
+from gfprune_cli.deploy.original_names import NAMES
+from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.outputs.durable import write_tensors
+
+PREFIX = "model.diffusion_model."
+CHANNELS = 320  # of the first stage of every U-Net that is listed
+HEAD = 128  # dimension of a head of Flux, Wan and Qwen-Image
+QWEN_HEADS = 24
+HEADS_BY_TEXT = {768: "8 heads", 1024: "heads of 64", 2048: "heads of 64"}  # width of the text -> attention
+# blocks of the transformer behind each residual block of the encoder: SDXL, SSD-1B, Vega, KOALA
+XL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
+
+
+def check_expressible(component: Component, model: Any) -> None:
+    """Refuse a network that ComfyUI would take for another one, or for none.
+
+    Args:
+        model: the network; the meta device is enough.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    name = component.class_name
+    reason = f"it has no file format for {name} here; known are {', '.join(sorted(NAMES))}"
+    if component.is_pruned:
+        reason = "it builds stock networks alone, without widths of their own; prune with --layout native"
+    elif name == "SD3Transformer2DModel":
+        reason = "it takes the number of SD3's blocks from their width"
+    elif name in NAMES:
+        reason = {"UNet2DConditionModel": unet_reason, "QwenImageTransformer2DModel": qwen_reason}.get(
+            name, head_reason
+        )(model.config, model)
+    if reason:
+        raise UsageError(f"--format comfyui: ComfyUI cannot hold this network: {reason}")
+
+
+def head_reason(config: Any, model: Any) -> str:
+    """Of transformers whose heads are counted by their width."""
+    return "" if config.attention_head_dim == HEAD else f"it expects heads of {HEAD} channels"
+
+
+def qwen_reason(config: Any, model: Any) -> str:
+    fixed = config.num_attention_heads == QWEN_HEADS and config.attention_head_dim == HEAD
+    return "" if fixed else f"it expects {QWEN_HEADS} heads of {HEAD} channels"
+
+
+def unet_reason(config: Any, model: Any) -> str:
+    """Of Stable Diffusion 1 and 2 and SDXL."""
+    widths, text = list(config.block_out_channels), config.cross_attention_dim
+    if widths[0] != CHANNELS or text not in HEADS_BY_TEXT or config.use_linear_projection != (text > 768):
+        return f"it is none of Stable Diffusion 1.5, 2 and SDXL: {widths[0]} channels, text of {text}"
+    uneven = [width for width in widths if width % widths[0]]
+    if uneven:
+        return f"a stage of {uneven[0]} channels is no multiple of the first one's {widths[0]}"
+    for module in model.modules():
+        if type(module).__name__ == "Attention":
+            known = module.heads == 8 if text == 768 else module.to_q.out_features == 64 * module.heads
+            if not known:
+                return f"it expects {HEADS_BY_TEXT[text]} in every attention, and a stage has {module.heads}"
+    depths = depths_of(model)
+    if text == 2048 and depths not in XL_DEPTHS:
+        return f"of SDXL it knows the depths {', '.join(map(str, XL_DEPTHS))}, and this one has {depths}"
+    return ""
+
+
+def depths_of(model: Any) -> list[int]:
+    """Transformer blocks behind each residual block of the encoder."""
+    return [
+        len(block.attentions[layer].transformer_blocks) if getattr(block, "attentions", None) else 0
+        for block in model.down_blocks
+        for layer in range(len(block.resnets))
+    ]
+
+
+def write_original(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Write the file; equal inputs give equal bytes."""
+    names = NAMES[type(model).__name__](model, saved_tensors(model))
+    tensors = {PREFIX + name: tensor for name, tensor in names.items()}
+    text = json.dumps({"format": 1, "record": dict(record)}, sort_keys=True, allow_nan=False)
+    write_tensors(path, tensors, metadata=(KEY, text))
+
+
+def check_written(path: Path, model: nn.Module) -> None:
+    """Compare a file with the network that it was written from, tensor by tensor.
+
+    Raises:
+        GfpruneError: a tensor is missing or differs.
+    """
+    found = load_file(path)
+    expected = NAMES[type(model).__name__](model, saved_tensors(model))
+    for name, tensor in expected.items():
+        if not torch.equal(found.pop(PREFIX + name, torch.empty(0)), tensor):
+            raise GfpruneError(f"{path.name} does not hold tensor {name} as it was written")
+    if found:
+        raise GfpruneError(f"{path.name} holds tensors that nobody wrote: {min(found)}")
+
+
+def write_authors_file(job: Job, path: Path, record: Mapping[str, Any]) -> nn.Module:
+    """Write the file, and read it back."""
+    network = job.network()
+    write_original(path, network, record)
+    check_written(path, network)
+    return network
+
+
+FORMAT = Format(
+    file=write_authors_file,
+    check=check_expressible,
+    loading=lambda job, name: f"# in ComfyUI: models/diffusion_models/{name}, node Load Diffusion Model",
+)

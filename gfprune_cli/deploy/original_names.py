@@ -1,0 +1,176 @@
+"""From diffusers' names of tensors to those of a model's authors, which ComfyUI reads.
+
+The other way round diffusers has it: `diffusers.loaders.single_file_utils`. Tests hold one against the other.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+Rules = tuple[tuple[str, str], ...]  # pattern -> what stands in its place, one after the other
+
+UNET: Rules = (
+    (r"^time_embedding\.linear_1", "time_embed.0"),
+    (r"^time_embedding\.linear_2", "time_embed.2"),
+    (r"^(add|class)_embedding\.linear_1", "label_emb.0.0"),
+    (r"^(add|class)_embedding\.linear_2", "label_emb.0.2"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^conv_norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+)
+RESNET: Rules = (
+    (r"\.norm1\b", ".in_layers.0"),
+    (r"\.conv1\b", ".in_layers.2"),
+    (r"\.norm2\b", ".out_layers.0"),
+    (r"\.conv2\b", ".out_layers.3"),
+    (r"\.time_emb_proj\b", ".emb_layers.1"),
+    (r"\.conv_shortcut\b", ".skip_connection"),
+)
+FLUX: Rules = (
+    (r"^time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+    (r"^time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"^time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+    (r"^context_embedder", "txt_in"),
+    (r"^x_embedder", "img_in"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"\.norm1_context\.linear", ".txt_mod.lin"),
+    (r"\.norm1\.linear", ".img_mod.lin"),
+    (r"\.ff_context\.net\.0\.proj", ".txt_mlp.0"),
+    (r"\.ff_context\.net\.2", ".txt_mlp.2"),
+    (r"\.ff\.net\.0\.proj", ".img_mlp.0"),
+    (r"\.ff\.net\.2", ".img_mlp.2"),
+    (r"\.attn\.to_out\.0", ".img_attn.proj"),
+    (r"\.attn\.to_add_out", ".txt_attn.proj"),
+    (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
+    (r"^(double_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.img_attn.norm.query_norm.scale"),
+    (r"^(double_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.img_attn.norm.key_norm.scale"),
+    (r"^single_transformer_blocks\.", "single_blocks."),
+    (r"^(single_blocks\.\d+)\.norm\.linear", r"\1.modulation.lin"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
+    (r"^(single_blocks\.\d+)\.proj_out", r"\1.linear2"),
+)
+# what the authors keep in one tensor: (its parts in order, its name), by suffix
+FLUX_JOINED = (
+    ((".attn.to_q", ".attn.to_k", ".attn.to_v", ".proj_mlp"), ".linear1"),  # of single blocks
+    ((".attn.to_q", ".attn.to_k", ".attn.to_v"), ".img_attn.qkv"),
+    ((".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"), ".txt_attn.qkv"),
+)
+WAN: Rules = (
+    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"^proj_out", "head.head"),
+    (r"\.scale_shift_table", ".modulation"),
+    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
+    (r"\.ffn\.net\.2", ".ffn.2"),
+    (r"^(blocks\.\d+)\.norm2\b", r"\1.norm#"),
+    (r"^(blocks\.\d+)\.norm3\b", r"\1.norm2"),
+    (r"\.norm#", ".norm3"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.add_([kv])_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
+)
+
+
+def renamed_by(rules: Rules, name: str) -> str:
+    for pattern, place in rules:
+        name = re.sub(pattern, place, name)
+    return name
+
+
+def unet_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Tensors of a `UNet2DConditionModel` under the names of CompVis and Stability AI."""
+    places = unet_places(model)
+
+    def new_name(name: str) -> str:
+        for old, (new, is_resnet) in places.items():
+            if name.startswith(f"{old}."):
+                rest = name[len(old) :]
+                return new + (renamed_by(RESNET, rest) if is_resnet else rest)
+        return renamed_by(UNET, name)
+
+    return {new_name(name): tensor for name, tensor in tensors.items()}
+
+
+def unet_places(model: Any) -> dict[str, tuple[str, bool]]:
+    """Module -> (its name there, whether it is a residual block): one list of layers for each side."""
+    places: dict[str, tuple[str, bool]] = {}
+    number = 1
+    for stage, block in enumerate(model.down_blocks):
+        own = f"down_blocks.{stage}"
+        for layer in range(len(block.resnets)):
+            places[f"{own}.resnets.{layer}"] = f"input_blocks.{number}.0", True
+            places[f"{own}.attentions.{layer}"] = f"input_blocks.{number}.1", False
+            number += 1
+        if block.downsamplers is not None:
+            places[f"{own}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op", False
+            number += 1
+    places["mid_block.resnets.0"] = "middle_block.0", True
+    places["mid_block.attentions.0"] = "middle_block.1", False
+    places["mid_block.resnets.1"] = "middle_block.2", True
+    number = 0
+    for stage, block in enumerate(model.up_blocks):
+        own, attends = f"up_blocks.{stage}", getattr(block, "attentions", None) is not None
+        for layer in range(len(block.resnets)):
+            places[f"{own}.resnets.{layer}"] = f"output_blocks.{number}.0", True
+            places[f"{own}.attentions.{layer}"] = f"output_blocks.{number}.1", False
+            number += 1
+        if block.upsamplers is not None:
+            places[f"{own}.upsamplers.0"] = f"output_blocks.{number - 1}.{1 + attends}", False
+    return places
+
+
+def flux_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Tensors of a `FluxTransformer2DModel` under the names of Black Forest Labs."""
+    left = dict(tensors)
+    joined: dict[str, torch.Tensor] = {}
+    for parts, place in FLUX_JOINED:
+        for name in [name for name in left if parts[-1] in name]:
+            block, kind = name.split(parts[-1])
+            pieces = [left.get(f"{block}{part}{kind}") for part in parts]
+            if all(piece is not None for piece in pieces):
+                joined[f"{block}{place}{kind}"] = torch.cat(pieces)  # type: ignore[arg-type]
+                for part in parts:
+                    del left[f"{block}{part}{kind}"]
+    for name in [name for name in left if name.startswith("norm_out.linear")]:
+        scale, shift = left[name].chunk(2)  # diffusers has them the other way round
+        left[name] = torch.cat([shift, scale])
+    return {renamed_by(FLUX, name): tensor for name, tensor in {**left, **joined}.items()}
+
+
+def wan_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Tensors of a `WanTransformer3DModel` under the names of its authors."""
+    return {renamed_by(WAN, name): tensor for name, tensor in tensors.items()}
+
+
+def same_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Of Qwen-Image, whose authors published it in diffusers' naming."""
+    return dict(tensors)
+
+
+NAMES: dict[str, Callable[[Any, Tensors], dict[str, torch.Tensor]]] = {
+    "UNet2DConditionModel": unet_names,
+    "FluxTransformer2DModel": flux_names,
+    "WanTransformer3DModel": wan_names,
+    "QwenImageTransformer2DModel": same_names,
+}
