@@ -22,7 +22,6 @@ from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.runtime.device import offload
 from gfprune_cli.structure.removal import skeleton
 from gfprune_cli.timing.budget import Scores, TimeBudget
 
@@ -58,8 +57,7 @@ class Flow:
         student = self.dense
         if job.recipe.refit or job.steps or self.several:
             student = copy.deepcopy(self.dense)
-            if job.offload_teacher:
-                offload(self.dense, job.device)
+            job.put_elsewhere(self.dense)
         return MaskedModel(student.requires_grad_(True), job.plan.groups)
 
     @cached_property

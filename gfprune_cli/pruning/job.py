@@ -1,8 +1,9 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
-from gfprune_cli.runtime.device import default_precision
+from gfprune_cli.runtime.device import default_precision, offload
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
@@ -49,6 +50,11 @@ def as_loaded(network: nn.Module, device: torch.device) -> nn.Module:
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()
     return nn.Module.to(network, device)
+
+
+def is_elsewhere(network: nn.Module) -> bool:
+    """Whether the layers of a network visit the device when they are called."""
+    return any(parameter.is_meta for parameter in network.parameters())
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class PruneJob:
             device,
             progress,
         )
-        self.offload_teacher = offload_teacher and device.type != "cpu"
+        self.asked_to_offload = offload_teacher and device.type != "cpu"
+        self.new_folder: Callable[[], Path] | None = None  # for weights that main memory has no room for
         scheduler = load_scheduler(plan.component)
         if scheduler is None:
             raise GfpruneError(
@@ -152,7 +159,8 @@ class PruneJob:
     def plan_memory(self, one: Pass) -> None:
         """Decide how many samples go through a network at once, in each phase.
 
-        Second derivatives are taken exactly only where there is memory for that.
+        Second derivatives are taken exactly, and the dense network stays where it is, only where there is
+        memory for that.
 
         Args:
             one: what one sample takes in the dense network.
@@ -160,22 +168,28 @@ class PruneJob:
         Raises:
             GfpruneError: the run does not fit.
         """
-        recipe, offload = self.recipe, self.offload_teacher
-        params = self.plan.cost.params({})
-        others = alternatives(recipe, one, offload=offload, device=self.device.type)
-        plans = [
-            MemoryPlan(
+        recipe, weights = self.recipe, self.plan.cost.params({}) * FLOAT
+        others = alternatives(recipe, one)
+        ways = [(True, False), (False, False), (False, True)]  # second derivatives, dense network elsewhere
+        if not recipe.criterion.startswith("gradient-flow"):
+            ways = ways[1:]
+        if self.asked_to_offload:
+            ways = [(exact, True) for exact, _ in ways[:-1]]
+        plans = {
+            way: MemoryPlan(
                 self.device,
                 self.free,
-                params * FLOAT,
-                phases_of(recipe, one, offload=offload, second_order=second_order),
+                weights,
+                phases_of(recipe, one, second_order=way[0], offload=way[1]),
                 others,
             )
-            for second_order in ((True, False) if recipe.criterion.startswith("gradient-flow") else (False,))
-        ]
-        self.memory = next((plan for plan in plans if plan.fits(plan.phases)), plans[-1])
+            for way in ways
+        }
+        way = next((way for way, plan in plans.items() if plan.fits(plan.phases)), ways[-1])
+        self.memory = plans[way]
         self.memory.check()
-        self.exact = self.memory is plans[0]
+        self.exact = way == ways[0]
+        self.offload_teacher = way[1]
         self.doubles = self.memory.fits([checked_in_double(one)])
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
@@ -205,6 +219,16 @@ class PruneJob:
     def load(self) -> nn.Module:
         """The dense network on the run's device, frozen."""
         return as_loaded(load_model(self.plan.component).requires_grad_(False), self.device)
+
+    def put_elsewhere(self, dense: nn.Module) -> None:
+        """Make room where the plan needs it: the dense network goes to main memory, from there to a disk."""
+        if not self.offload_teacher or is_elsewhere(dense):
+            return
+        folder = None
+        if self.device.type == "cpu" and self.new_folder is not None:
+            notice(self.progress, "there is memory for one copy of the weights: the dense ones stay on disk")
+            folder = self.new_folder()
+        offload(dense, self.device, folder)
 
     def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
         """Draws for scoring and training, and for the reported losses; from different images."""

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,10 +14,12 @@ from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.durable import check_space
+from gfprune_cli.outputs.locks import own_folder
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning.flows import Flow
-from gfprune_cli.pruning.job import PruneJob, as_loaded
+from gfprune_cli.pruning.job import PruneJob, as_loaded, is_elsewhere
 from gfprune_cli.pruning.loss_limit import LossLimit
 from gfprune_cli.pruning.phases import RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
@@ -23,7 +27,6 @@ from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.trainer import Remedies
-from gfprune_cli.runtime.device import offload
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
@@ -48,6 +51,17 @@ class Networks:
 
     def make(self, done: Sequence[bool]) -> Iterator[tuple[int, nn.Module, Outcome]]:
         """(number, network, what was measured on the way) of each network that is not there yet."""
+        place = self.states[0].folder
+        with ExitStack() as stack:
+
+            def new_folder() -> Path:
+                check_space(place, self.job.memory.weights)
+                return stack.enter_context(own_folder(place))
+
+            self.job.new_folder = new_folder
+            yield from self.made(done)
+
+    def made(self, done: Sequence[bool]) -> Iterator[tuple[int, nn.Module, Outcome]]:
         job, last = self.job, len(self.states) - 1
         dense, draws, held_out = job.prepared()
         for state in self.states:
@@ -111,7 +125,7 @@ class Networks:
         job = self.job
         if job.steps:
             self.recover(narrow, self.teacher(dense), draws, state)
-            if len(self.states) > 1:  # the next refit reads it as the first did
+            if len(self.states) > 1 and not is_elsewhere(dense):  # the next refit reads it as the first did
                 as_loaded(dense, job.device)
         model = stored(narrow, stored_dtype(job.plan.component))
         if job.steps:
@@ -122,11 +136,8 @@ class Networks:
 
     def teacher(self, dense: nn.Module) -> nn.Module:
         """The network as it was given, whatever it was folded to."""
-        if self.job.folding is None:
-            return dense
-        teacher = self.job.load()
-        if self.job.offload_teacher:
-            offload(teacher, self.job.device)
+        teacher = dense if self.job.folding is None else self.job.load()
+        self.job.put_elsewhere(teacher)
         return teacher
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:

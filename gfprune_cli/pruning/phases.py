@@ -14,8 +14,8 @@ from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES, SCORE_CHUNK
 from gfprune_cli.pruning.memory import FLOAT, Pass, Phase
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.recovery.memory import held_bytes
 
-RECOVERY_COPIES = 5  # of the narrow weights: themselves, gradients, two moments, their average
 LEAST_COMPARED, LEAST_REFITTED = 4, 8  # samples, where there is no memory for more
 COMPARING_MATRICES = 3  # moments in both precisions, their factor
 REFITTING_MATRICES = 2  # a system and its factor
@@ -36,7 +36,7 @@ def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bo
 
     Args:
         one: of the dense network.
-        offload: the teacher stays in main memory.
+        offload: the dense network is on a disk, or in the main memory of another device's machine.
         second_order: scoring may take the product with the Hessian exactly.
     """
     return list(_phases(recipe, one, offload=offload, second_order=second_order))
@@ -63,8 +63,9 @@ def _phases(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool
         yield Phase(REFITTING, masked, both, REFIT_SAMPLES, LEAST_REFITTED, refitted)
     if recipe.recover:
         batch = FinetuneRecipe.batch
-        trained = dense + several + RECOVERY_COPIES * (1 - recipe.targets[0])
-        yield Phase(RECOVERING, trained, FLOAT * one.kept, batch)
+        left = 1 - recipe.targets[0]
+        held = held_bytes(FinetuneRecipe(model=""), student=left, training=left, teacher=dense + several)
+        yield Phase(RECOVERING, sum(held.values()) / FLOAT, FLOAT * one.kept, batch)
 
 
 def checked_in_double(one: Pass) -> Phase:
@@ -96,8 +97,8 @@ def refitting(one: Pass, samples: int) -> int:
     return max(sizes)
 
 
-def alternatives(recipe: PruneRecipe, one: Pass, *, offload: bool, device: str) -> dict[str, list[Phase]]:
-    """Flags that were not given and take memory away -> the phases with them."""
+def alternatives(recipe: PruneRecipe, one: Pass) -> dict[str, list[Phase]]:
+    """Flags that were not given and take memory away -> the phases with them, the dense network elsewhere."""
     found: dict[str, list[Phase]] = {}
     without: dict[str, dict[str, Any]] = {
         "--no-refit": dict(refit=False),
@@ -107,7 +108,5 @@ def alternatives(recipe: PruneRecipe, one: Pass, *, offload: bool, device: str) 
     }
     for flags, changes in without.items() if recipe.removes else ():  # folding alone does none of that
         if all(getattr(recipe, name) != value for name, value in changes.items()):
-            found[flags] = phases_of(replace(recipe, **changes), one, offload=offload)
-    if device != "cpu" and not offload:
-        found["--offload-teacher"] = phases_of(recipe, one, offload=True)
+            found[flags] = phases_of(replace(recipe, **changes), one, offload=True)
     return found

@@ -8,7 +8,9 @@ MOMENTS = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "adafactor": 0.0}
 TEACHER = {"fp32": 4, "bf16": 2}
 
 
-def held_bytes(recipe: FinetuneRecipe, *, student: int, training: int, teacher: int) -> dict[str, float]:
+def held_bytes(
+    recipe: FinetuneRecipe, *, student: float, training: float, teacher: float
+) -> dict[str, float]:
     """Bytes of what a run holds from its first step to its last, by kind.
 
     Args:

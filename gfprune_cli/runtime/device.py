@@ -91,8 +91,15 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def offload(teacher: nn.Module, device: torch.device) -> None:
-    """Keep the weights of a frozen network in main memory; each layer visits the device when it is called."""
+def offload(teacher: nn.Module, device: torch.device, folder: Path | None = None) -> None:
+    """Keep the weights of a frozen network elsewhere; each layer visits the device when it is called.
+
+    Args:
+        folder: empty, on a disk, where the device has the main memory; None for those that have their own.
+    """
     import accelerate
 
-    accelerate.cpu_offload(teacher, execution_device=device)
+    if folder is None:
+        accelerate.cpu_offload(teacher, execution_device=device)
+    else:
+        accelerate.disk_offload(teacher, folder, execution_device=device)

@@ -207,7 +207,7 @@ def test_a_block_costs_what_it_adds_to_each_of_its_streams(name: str) -> None:
     for block in blocks:
         found.dense.get_submodule(block).register_forward_hook(keep(block), with_kwargs=True)
     plain = MaskedModel(found.dense.requires_grad_(True), ())
-    result = plain.forward(plain.passing(), *batch_for(found.template, 16, 5))
+    result = plain.forward(plain.weights, *batch_for(found.template, 16, 5))
     along = torch.randn(result.shape, generator=generator(2, "curves"))
     for block in blocks:
         slopes = torch.autograd.grad(

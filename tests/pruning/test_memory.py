@@ -17,6 +17,7 @@ from gfprune_cli.diffusion.variance import VariancePreserving
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.progress import Event
 from gfprune_cli.pruning import job, memory
 from gfprune_cli.pruning.memory import GIB, MemoryPlan, Pass, Phase, measured_pass, one_pass
 from gfprune_cli.pruning.phases import REFITTING, SCORING, alternatives, phases_of
@@ -125,12 +126,12 @@ def test_few_draws_need_what_few_draws_take_and_nothing_given_is_advised() -> No
     phases = {phase.name: phase for phase in phases_of(recipe, one, offload=False)}
     assert (phases[SCORING].wanted, phases[SCORING].sample) == (4, 4 * 100)
     assert REFITTING not in phases
-    assert list(alternatives(recipe, one, offload=False, device="cpu")) == []
+    assert list(alternatives(recipe, one)) == []
     exact = phases_of(recipe, one, offload=False, second_order=True)
     assert {phase.name: phase for phase in exact}[SCORING].sample == 3 * 4 * 1100
     flow = PruneRecipe(criterion="gradient-flow")
-    assert list(alternatives(flow, one, offload=False, device="cuda")) == [
-        "--no-refit", "--recover 0", "--no-refit --recover 0", "--criterion taylor", "--offload-teacher",
+    assert list(alternatives(flow, one)) == [
+        "--no-refit", "--recover 0", "--no-refit --recover 0", "--criterion taylor",
     ]  # fmt: skip
 
 
@@ -158,6 +159,27 @@ def test_memory_is_settled_before_anything_is_drawn(
             found[name] = json.loads((tmp_path / name / "gfprune.json").read_text())["kept"]
     assert found["plenty"] == found["little"]
     assert {samples for phase, samples in pieces if phase == SCORING} == {16, 8}
+
+
+def test_a_dense_network_that_memory_has_no_room_for_stays_on_disk(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same network to rounding, from one copy of the weights; a notice says so, and nothing is left."""
+    written, said = {}, []
+    fits = MemoryPlan.fits
+    settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=8, recover=2)
+    for name in ("memory", "disk"):
+        if name == "disk":  # a plan whose largest phase holds one copy, and what is done with it
+            monkeypatch.setattr(
+                MemoryPlan, "fits", lambda plan, phases: phases[0].copies < 2 and fits(plan, phases)
+            )
+        events: list[Event] = []
+        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / name, progress=events.append, **settings)
+        said.append([event.text for event in events if "stay on disk" in (event.text or "")])
+        written[name] = gfprune_cli.load(tmp_path / name).state_dict()
+    assert [len(texts) for texts in said] == [0, 1]
+    torch.testing.assert_close(written["disk"], written["memory"], rtol=1e-2, atol=2e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
