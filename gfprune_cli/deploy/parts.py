@@ -118,7 +118,7 @@ def text_encoders(component: Component) -> list[str]:
     return found
 
 
-def beside(component: Component, name: str, *, weights_required: bool = True) -> Component:
+def sibling(component: Component, name: str, *, weights_required: bool = True) -> Component:
     """Another network of the same pipeline."""
     source = Source(str(component.root), component.root, "local", None)
     return inspect(source, component=name, weights_required=weights_required)
@@ -137,7 +137,7 @@ def parts_of(job: Job, form: Format) -> Iterator[Part]:
     )
     for name in text_encoders(job.component):
         yield text_part(job, form, name)
-    vae = beside(job.component, AUTOENCODER)
+    vae = sibling(job.component, AUTOENCODER)
     if vae.config.get("force_upcast"):  # it overflows in float16
         job = replace(job, recipe=replace(job.recipe, dtype="fp32"))
     scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -246,7 +246,7 @@ def text_part(job: Job, form: Format, name: str) -> Part:
 def sizes_of_parts(component: Component, recipe: ExportRecipe) -> dict[str, int]:
     """Folder -> bytes of its weights, from shapes alone."""
     texts = text_encoders(component)
-    vae = build_meta(beside(component, AUTOENCODER, weights_required=False))
+    vae = build_meta(sibling(component, AUTOENCODER, weights_required=False))
     networks = {
         component.name: build_meta(component),
         "vae_encoder": LatentEncoder(vae),
