@@ -46,6 +46,11 @@ REFUSED = (
         "--keep-interfaces, which it then fits unchanged",
     ),
     (
+        r"^AsymmetricAutoencoderKL$",
+        "joins what it makes of a mask to the states of its decoder, which no loss here sees: leave it as "
+        "it is",
+    ),
+    (
         r"^AutoencoderTiny$",
         "rounds its latents to bytes, so that no gradient reaches its encoder: leave it as it is",
     ),

@@ -22,7 +22,7 @@ PRUNED = "Pruned"  # before the name of the stock class
 EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
 PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
 
-AUTOENCODERS = ("AutoencoderKL", "VQModel", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2")
+AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderKLFlux2")
 FAMILIES = (
     "U-Nets and diffusion transformers of diffusers, its autoencoders of images (AutoencoderKL, VQModel), "
     "and what it pruned itself"

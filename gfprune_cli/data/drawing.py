@@ -114,9 +114,9 @@ def self_images(
             progress(Event("calibrate", done, count))
             try:
                 return call(model, x, timesteps, chosen)
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the network's own code
+                if "memory" in str(error):
+                    raise
                 raise GfpruneError(
                     f"{type(model).__name__} does not take {len(x)} samples as its pipeline gives it one: "
                     f"{first_line(error)}"

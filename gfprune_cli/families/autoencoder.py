@@ -9,6 +9,6 @@ def autoencoder(request: Request) -> Inputs:
 
 
 FAMILY = Family(
-    classes=("AutoencoderKL", "VQModel", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2"),
+    classes=("AutoencoderKL", "VQModel", "AutoencoderKLFlux2"),
     inputs=autoencoder,
 )

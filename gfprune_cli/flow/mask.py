@@ -82,6 +82,8 @@ class MaskedModel:
             for member in group.members
         }
         for name, module in list(self.model.named_modules()):
+            if name.endswith(".norm_cross"):  # attention asks for one of torch's own norms there
+                continue
             if isinstance(module, NORMS) and module.weight is not None:
                 self.model.set_submodule(name, MaskedGroupNorm(module))
             elif name in members and is_feature_norm(module):

@@ -42,8 +42,8 @@ def inputs_by_name(model: nn.Module, sizes: Sizes) -> Inputs:
     """
     name, request = type(model).__name__, Request(model, sizes)
     errors: list[Exception] = []
-    for shape in layouts(request):
-        inputs = filled(request, shape)
+    for shape in sample_layouts(request):
+        inputs = arguments_for(request, shape)
         try:
             with torch.no_grad():
                 found = first_tensor(model(**inputs, **in_tuples(model)))
@@ -65,7 +65,7 @@ def in_tuples(model: Any) -> dict[str, bool]:
     return {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
 
 
-def layouts(request: Request) -> Iterator[Shape]:
+def sample_layouts(request: Request) -> Iterator[Shape]:
     """Shapes of the sample: pictures, videos with channels or frames first, tokens; likely ones first."""
     channels = request.config.get("in_channels")
     if not isinstance(channels, int):
@@ -91,7 +91,7 @@ def reads(layer: Any, channels: int) -> bool:
     )
 
 
-def filled(request: Request, shape: Shape) -> Inputs:
+def arguments_for(request: Request, shape: Shape) -> Inputs:
     """The arguments that have no default, and those that the configuration asks for."""
     parameters = inspect.signature(request.model.forward).parameters
     wanted = [
@@ -110,10 +110,10 @@ def is_asked(name: str, config: Any) -> bool:
         return bool(config.get("guidance_embeds"))
     if name in STATES or name in ("timestep", "img_ids", "txt_ids"):
         return True
-    return name in POOLED and width_of(config, POOLED_WIDTHS) is not None
+    return name in POOLED and config_width(config, POOLED_WIDTHS) is not None
 
 
-def width_of(config: Any, keys: tuple[str, ...]) -> int | None:
+def config_width(config: Any, keys: tuple[str, ...]) -> int | None:
     found = [config[key] for key in keys if isinstance(config.get(key), int)]
     return found[0] if found else None
 
@@ -125,7 +125,7 @@ def value_of(name: str, request: Request, shape: Shape) -> torch.Tensor:
         GfpruneError: nothing says what it is.
     """
     config = request.config
-    text, pooled = width_of(config, TEXT_WIDTHS), width_of(config, POOLED_WIDTHS)
+    text, pooled = config_width(config, TEXT_WIDTHS), config_width(config, POOLED_WIDTHS)
     tokens = request.sizes.text or TEXT
     axes = next((len(config[key]) for key in AXES if isinstance(config.get(key), list | tuple)), 3)
     if name in SAMPLES:

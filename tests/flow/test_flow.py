@@ -49,7 +49,7 @@ from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.structure.budget import allocate
-from gfprune_cli.structure.groups import ChannelGroup, select
+from gfprune_cli.structure.groups import ChannelGroup, Member, select
 
 TINY = "no-middle-attention"
 many = settings(max_examples=60, deadline=None, derandomize=True)
@@ -1059,3 +1059,17 @@ def test_the_exact_product_is_finite_behind_masks_of_zero() -> None:
     weights = {"w": torch.ones(1, 4, 1, 1, dtype=torch.float64)}
     product = exact_product(loss, weights, {"w": torch.ones(1, 4, 1, 1, dtype=torch.float64)})
     assert bool(product["w"].isfinite().all())
+
+
+def test_the_norm_of_text_states_stays_torch_s_own() -> None:
+    """Attention of DeepFloyd's networks asks for the class of the norm that its text states go through."""
+    network = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 1), "norm": nn.GroupNorm(2, 8), "attn": nn.ModuleDict()})
+    network["attn"]["norm_cross"] = nn.GroupNorm(2, 8)
+    channels = torch.arange(8)
+    members = (
+        Member("conv", "out", "conv", channels, channels),
+        Member("norm", "out", "norm", channels, channels),
+    )
+    MaskedModel(network, (ChannelGroup("conv", 8, 1, channels.view(2, 4), members),))
+    assert isinstance(network["norm"], MaskedGroupNorm)
+    assert isinstance(network["attn"]["norm_cross"], nn.GroupNorm)

@@ -80,6 +80,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vae": ("AutoencoderKL", AUTOENCODER),
     "vae-bare": ("AutoencoderKL", {**AUTOENCODER, "use_quant_conv": False, "use_post_quant_conv": False}),
+    "vae-flux2": ("AutoencoderKLFlux2", AUTOENCODER),
     "vq": ("VQModel", CODEBOOK),
     "movq": (
         "VQModel",
