@@ -19,13 +19,15 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
-from gfprune_cli.structure.native import narrows_streams
+from gfprune_cli.structure.native import TEXT_TO_IMAGE, narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
 # what pruning may change in a configuration: widths and depths, and what follows from them
 WIDTHS = {
     *("block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"),
     *("num_layers", "num_single_layers", "ffn_dim"),
+}
+DEPTHS = {  # of the U-Nets that lose blocks in the native layout
     *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
     "mid_block_type",
 }
@@ -106,7 +108,8 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
             f"{student.class_name.removeprefix('Pruned')}: name the model it was pruned from"
         )
     mine, theirs = dict(build_config(student)), dict(build_config(teacher))
-    for key in sorted((mine.keys() | theirs.keys()) - WIDTHS - OWN):
+    free = WIDTHS | OWN | (DEPTHS if student.class_name == TEXT_TO_IMAGE else set())
+    for key in sorted((mine.keys() | theirs.keys()) - free):
         if not key.startswith("_") and plain_network(mine.get(key)) != plain_network(theirs.get(key)):
             raise UsageError(
                 f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
