@@ -27,7 +27,7 @@ from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
-from gfprune_cli.recovery.teacher import correspondence
+from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
@@ -172,7 +172,7 @@ class Networks:
             return None
         assert state.found is not None
         try:
-            return FeaturePair(narrow, dense, correspondence(dense, self.job.plan.groups, state.found.kept))
+            return FeaturePair(narrow, dense, layers_left(dense, self.job.plan.groups, state.found.kept))
         except GfpruneError:  # nothing was removed, or nothing that has an image in it
             return None
 

@@ -179,10 +179,10 @@ def paired_layers(
         channels = torch.zeros(group.channels, dtype=torch.bool)
         channels[kept] = True
         alive[group.name] = channels.view(group.units, group.unit_size).all(1)
-    return correspondence(teacher, groups, alive)
+    return layers_left(teacher, groups, alive)
 
 
-def correspondence(
+def layers_left(
     teacher: nn.Module, groups: tuple[ChannelGroup, ...], alive: Mapping[str, torch.Tensor]
 ) -> Correspondence:
     """The same by group name -> bool [units] that are left."""
