@@ -63,7 +63,7 @@ class FinetuneRecipe:
     features: Annotated[
         float | None,
         Ge(0),
-        Help("Weight of feature distillation on the kept channels; decays to 0 (default: 0.1 if it can)."),
+        Help("Weight of feature distillation on the kept channels; decays to 0 (default: 0.1 if paired)."),
     ] = None
     jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
     image_weight: Annotated[
