@@ -164,7 +164,7 @@ def watch_removal(other: Callable[[Any], dict[str, Any]] | None) -> dict[str, fl
         gap = verify.removal_gap(model, groups, inputs, doubles=False)
         return 0.0 if gap < ROUNDING else gap
 
-    def check_removal(model: Any, groups: Any, inputs: Any) -> float:
+    def check_removal(model: Any, groups: Any, inputs: Any, **_precision: bool) -> float:
         given = {"one": inputs, "three": seen.pop()}
         if other is not None:
             given["another size"] = other(model)
