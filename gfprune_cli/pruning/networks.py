@@ -33,6 +33,7 @@ from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 SAVE_EVERY = 100  # recovery steps
+FEATURES = 0.1  # weight of feature distillation, which pays in short runs
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
     memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
@@ -144,10 +145,11 @@ class Networks:
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        job = self.job
+        job, pair = self.job, self.pair(narrow, dense, state)
         recipe = FinetuneRecipe(
             model=job.recipe.model,
             steps=job.steps,
+            features=FEATURES if pair else 0.0,
             seed=job.recipe.seed,
             micro_batch=job.memory.at_once(RECOVERING),
         )
@@ -163,7 +165,7 @@ class Networks:
             progress=job.progress,
             save_every=SAVE_EVERY,
             remedies=RECOVERY_REMEDIES,
-            pair=self.pair(narrow, dense, state),
+            pair=pair,
         )
 
     def pair(self, narrow: nn.Module, dense: nn.Module, state: RecoveryState) -> FeaturePair | None:

@@ -61,10 +61,8 @@ class FinetuneRecipe:
     denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
     distill: Annotated[float, Ge(0), Help("Weight of output distillation from the teacher.")] = 0.9
     features: Annotated[
-        float | None,
-        Ge(0),
-        Help("Weight of feature distillation on the kept channels; decays to 0 (default: 0.1 if paired)."),
-    ] = None
+        float, Ge(0), Help("Weight of feature distillation on the kept channels; decays to 0.")
+    ] = 0.0
     jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
     image_weight: Annotated[
         float, Ge(0), Help("Cap of what errors of the image count beside errors of the noise; 0: nothing.")

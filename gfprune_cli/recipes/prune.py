@@ -107,7 +107,7 @@ class PruneRecipe:
         int,
         Ge(0),
         Le(10**8),
-        Help("Training steps after removal, by finetune's defaults; 0 for none."),
+        Help("Training steps after removal, with the dense network as teacher; 0 for none."),
     ] = 50
     align: Annotated[int, Ge(1), Le(1024), Help("Round widths to a multiple.")] = 1
     data: Annotated[

@@ -22,7 +22,6 @@ from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
 from gfprune_cli.progress import Progress, notice
@@ -195,25 +194,11 @@ class FinetuneJob:
         return found
 
     def features(self, student: nn.Module, teacher: nn.Module) -> FeaturePair | None:
-        """The layers of both that can be compared; None if the recipe compares none.
-
-        Where it does not say: if they can be, and nothing else that was asked for stands in the way.
-        """
-        recipe = self.recipe
-        if recipe.features is None:
-            recomputed = recipe.compile and recipe.checkpointing
-            if recomputed or recipe.lora is not None or not has_known_inputs(teacher):
-                return None
-        elif not recipe.features:
+        """The layers of both that can be compared; None if the recipe compares none."""
+        if not self.recipe.features:
             return None
         inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
-        try:
-            return FeaturePair(student, teacher, paired_layers(teacher, self.record, inputs))
-        except GfpruneError as error:
-            if recipe.features:
-                raise
-            notice(self.progress, f"features are not compared: {error}")
-            return None
+        return FeaturePair(student, teacher, paired_layers(teacher, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, or where none can be drawn."""

@@ -32,7 +32,6 @@ from gfprune_cli.runtime.device import Precision, autocast
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
-FEATURES = 0.1  # weight where none is asked for
 SMALL = 1e-6  # of the denominators of relative differences
 
 
@@ -48,13 +47,11 @@ class Weights:
     image_weight: float = 0.0  # 0 for the plain losses; not beside `min_snr`
 
     @classmethod
-    def of(cls, recipe: FinetuneRecipe, *, paired: bool = False) -> "Weights":
-        """Args: paired: whether layers of student and teacher are compared."""
-        features = FEATURES if recipe.features is None else recipe.features
+    def of(cls, recipe: FinetuneRecipe) -> "Weights":
         return cls(
             recipe.denoise,
             recipe.distill,
-            features * paired,
+            recipe.features,
             recipe.jacobian,
             recipe.min_snr,
             recipe.image_weight,

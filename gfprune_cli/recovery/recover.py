@@ -49,7 +49,7 @@ def recover(
         state: where the run survives a kill, and goes on from.
         save_every: steps between saved states; 0 for the last step only.
         sample_every, samples, open_watch: what people see on the way, see `Loop`.
-        pair: layers of both that are compared, in the end let go; None to compare none.
+        pair: layers of both, if the recipe gives features a weight; let go in the end.
         remedies: what the command can advise when training fails.
 
     Raises:
@@ -61,8 +61,7 @@ def recover(
     if recipe.lora is None:
         student.requires_grad_(True)
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
-    weights = Weights.of(recipe, paired=pair is not None)
-    loss = RecoveryLoss(called[0], called[1], process, weights, pair, precision)  # type: ignore[arg-type]
+    loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
     trainer = Trainer(student, loss, draws, recipe, processes, remedies or Remedies())
     try:
         Loop(trainer, process, state, progress, save_every, sample_every, samples, open_watch).run()
