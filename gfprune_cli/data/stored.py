@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -92,7 +93,8 @@ def store_images(
     Raises:
         GfpruneError: the disk is full.
     """
-    folder = cache_folder()
+    folder, coming = cache_folder(), iter(batches)
+    first = next(coming)  # images that are refused leave no folder behind
     file: IO[bytes]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def store_images(
     except OSError:
         file = io.BytesIO()
     count = 0
-    for batch in batches:
+    for batch in itertools.chain([first], coming):
         try:
             file.write(batch.contiguous().view(-1).view(torch.uint8).numpy().data)
         except OSError as error:

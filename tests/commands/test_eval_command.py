@@ -361,7 +361,7 @@ def test_a_failing_disk_does_not_pass_for_a_missing_reference(
 ) -> None:
     """The numbers would be others, though the command says that all went well."""
 
-    def failing(root: Path) -> Any:
+    def failing(root: Path, _component: str) -> Any:
         try:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         except OSError as error:

@@ -12,6 +12,7 @@ import torch
 from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, image_vae, saved
 from safetensors.torch import load_file, save_file
 from text_encoders import t5
+from transformers_zoo import build_other
 
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
@@ -325,7 +326,7 @@ def test_linear_attention_with_a_floor_is_that_of_sana(folder_of: Callable[[str]
 
 
 def unknown_network() -> Any:
-    """A class that no part of gfprune names."""
+    """A class that no part of gfprune names; its inputs follow from the names of its arguments."""
     return diffusers.CogView3PlusTransformer2DModel(
         in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, out_channels=4,
         text_embed_dim=32, time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8,
@@ -370,8 +371,8 @@ def test_the_inputs_of_an_unknown_class_are_seen_in_its_pipeline(tmp_path: Path)
 
 
 def test_an_unknown_class_is_one_line(tmp_path: Path) -> None:
-    unknown_network().save_pretrained(tmp_path / "bare")
-    with pytest.raises(GfpruneError, match="CogView3PlusTransformer2DModel") as caught:
+    build_other("QwenImageTransformer2DModel")[0].save_pretrained(tmp_path / "bare")
+    with pytest.raises(GfpruneError, match="QwenImageTransformer2DModel") as caught:
         exported(tmp_path / "bare", "torch-export", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -357,11 +357,14 @@ def test_pruned_networks_reload_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_classes_of_the_same_blocks_are_exact_too(name: str) -> None:
-    """Nothing is written down about these classes: their inputs are enough."""
+    """Nothing is written down about these classes: their inputs are enough, and mostly follow by name."""
     model, made = build_other(name)
-    with pytest.raises(GfpruneError, match=f"the inputs of {name} are not known"):
-        discover(model)
     groups, trace = discover(model, made)
+    if name == "QwenImageTransformer2DModel":  # a list of shapes, which no key of its configuration tells
+        with pytest.raises(GfpruneError, match=f"the inputs of {name} are not known"):
+            discover(model)
+    else:
+        assert [group.name for group in discover(model)[0]] == [group.name for group in groups]
     source = torch.Generator().manual_seed(0)
     kept = {group.name: torch.rand(group.units, generator=source) < 0.6 for group in groups}
     for alive in kept.values():
