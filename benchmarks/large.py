@@ -36,11 +36,10 @@ MEASURE = """
 import json, resource, sys
 import diffusers
 import gfprune_cli, gfprune_cli.pruning.job as job
-from gfprune_cli.pruning.memory import MemoryPlan
 asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
 job.available = lambda device: int(free)
-check, plans = MemoryPlan.check, []
-MemoryPlan.check = lambda plan: (plans.append(plan), check(plan))
+plan_memory, plans = job.PruneJob.plan_memory, []
+job.PruneJob.plan_memory = lambda run, one: (plan_memory(run, one), plans.append(run.memory))
 with open("/proc/self/statm") as file:
     start = int(file.read().split()[1]) * resource.getpagesize()
 result = gfprune_cli.prune(**asked)

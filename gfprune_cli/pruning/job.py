@@ -1,7 +1,7 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,11 @@ class PruneJob:
         self.memory.check()
         self.exact = way == ways[0]
         self.offload_teacher = way[1]
-        self.doubles = self.memory.fits([checked_in_double(one)])
+        double = checked_in_double(one)
+        self.doubles = self.memory.fits([double])
+        if self.doubles:
+            phases = [double if phase.name == double.name else phase for phase in self.memory.phases]
+            self.memory = replace(self.memory, phases=phases)
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
         """The dense network, draws for scoring and training, and draws for the reported losses."""
