@@ -33,7 +33,8 @@ from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 SAVE_EVERY = 100  # recovery steps
-FEATURES = 0.1  # weight of feature distillation, which pays in short runs
+FEATURES = 0.1  # weight of feature distillation, in runs of
+SHORT = 500  # steps or less: in long ones it costs loss
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
     memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
@@ -169,8 +170,8 @@ class Networks:
         )
 
     def pair(self, narrow: nn.Module, dense: nn.Module, state: RecoveryState) -> FeaturePair | None:
-        """Layers whose outputs are compared; none of a network that was folded, which has others."""
-        if self.job.folding is not None:
+        """Layers whose outputs are compared; none in long runs, and of a network that was folded."""
+        if self.job.folding is not None or self.job.steps > SHORT:
             return None
         assert state.found is not None
         try:

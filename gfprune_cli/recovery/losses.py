@@ -76,7 +76,7 @@ class FeaturePair:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, layers: Correspondence) -> None:
-        self.scales = layers.scales
+        self.scales, self.device = layers.scales, next(student.parameters()).device
         self.positions: dict[str, torch.Tensor] = {}
         self.dimensions: dict[str, int] = {}
         self.caught: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
@@ -132,14 +132,15 @@ class FeaturePair:
         """[samples] mean over layers of |student - teacher|^2 / |teacher|^2; forgets what was caught."""
         terms = []
         for name in self.positions:
-            mine, theirs = self.caught["student"].pop(name), self.caught["teacher"].pop(name)
-            if mine.ndim < 3:
-                continue  # the time embedding: no image in it
+            mine, theirs = (self.caught[role].pop(name, None) for role in ("student", "teacher"))
+            if mine is None or theirs is None or mine.ndim < 3:
+                continue  # a layer that does not run; the time embedding: no image in it
             theirs = theirs.float() * self.scales.get(name, 1.0)
             relative = mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL)
-            terms.append(relative.view(samples, -1).mean(1))  # branches and frames of a sample lie together
+            if not len(relative) % samples:
+                terms.append(relative.view(samples, -1).mean(1))  # branches and frames of a sample lie together
         self.forget()
-        return torch.stack(terms).mean(0)
+        return torch.stack(terms).mean(0) if terms else torch.zeros(samples).to(self.device)
 
 
 class RecoveryLoss:
