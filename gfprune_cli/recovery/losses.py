@@ -137,8 +137,8 @@ class FeaturePair:
                 continue  # a layer that does not run; the time embedding: no image in it
             theirs = theirs.float() * self.scales.get(name, 1.0)
             relative = mean_square(mine.float() - theirs) / mean_square(theirs).clamp_min(SMALL)
-            if not len(relative) % samples:
-                terms.append(relative.view(samples, -1).mean(1))  # branches and frames of a sample lie together
+            if not len(relative) % samples:  # branches and frames of a sample lie together
+                terms.append(relative.view(samples, -1).mean(1))
         self.forget()
         return torch.stack(terms).mean(0) if terms else torch.zeros(samples).to(self.device)
 
