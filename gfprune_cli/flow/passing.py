@@ -29,6 +29,7 @@ class PassingWeights(Mapping[str, torch.Tensor]):
     Args:
         weights: theta; factors: m, of those that have masks.
         taken: is given (name, gradient) whenever one arrives, once for each use of the weights.
+        anchor: what autograd takes the weights to be made of; there where gradients are taken.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -36,12 +37,14 @@ class PassingWeights(Mapping[str, torch.Tensor]):
     direction: Mapping[str, torch.Tensor] | None = None
     step: float = 0.0
     taken: Taker | None = None
+    anchor: torch.Tensor | None = None
 
     def moved(self, direction: Mapping[str, torch.Tensor], step: float) -> "PassingWeights":
         return replace(self, direction=direction, step=step)
 
     def watched(self, taken: Taker) -> "PassingWeights":
-        return replace(self, taken=taken)
+        device = next(iter(self.weights.values())).device
+        return replace(self, taken=taken, anchor=torch.zeros((), device=device, requires_grad=True))
 
     def made(self, name: str) -> torch.Tensor:
         """The effective weights; those that are as stored share their memory."""
@@ -55,10 +58,9 @@ class PassingWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The same, as autograd sees them."""
-        if self.taken is None:
+        if self.anchor is None:
             return self.made(name)
-        anchor = torch.zeros((), device=self.weights[name].device, requires_grad=True)
-        made: torch.Tensor = Made.apply(anchor, self, name)
+        made: torch.Tensor = Made.apply(self.anchor, self, name)
         return made
 
     def __iter__(self) -> Iterator[str]:

@@ -13,11 +13,20 @@ from torch import nn
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import UsageError
-from gfprune_cli.flow.loop import SCORE_CHUNK, LoopState, PruningLoop, RefitResult, Scoring, Store
+from gfprune_cli.flow.loop import (
+    REFIT_SAMPLES,
+    SCORE_CHUNK,
+    LoopState,
+    PruningLoop,
+    RefitResult,
+    Scoring,
+    Store,
+)
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import Carrier, find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.progress import notice
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
@@ -54,11 +63,21 @@ class Flow:
     @cached_property
     def masked(self) -> MaskedModel:
         job = self.job
+        self.say_what_gives()
         student = self.dense
         if job.recipe.refit or job.steps or self.several:
             student = copy.deepcopy(self.dense)
             job.put_elsewhere(self.dense)
         return MaskedModel(student.requires_grad_(True), job.plan.groups)
+
+    def say_what_gives(self) -> None:
+        """Fewer samples than usual behind a refit are no rounding: the log says so."""
+        samples = self.job.memory.at_once(REFITTING)
+        if self.job.recipe.refit and samples < REFIT_SAMPLES:
+            notice(
+                self.job.progress,
+                f"refits see {samples} samples instead of {REFIT_SAMPLES}: there is no memory for more",
+            )
 
     @cached_property
     def residuals(self) -> dict[str, Carrier]:

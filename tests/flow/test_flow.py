@@ -41,6 +41,7 @@ from gfprune_cli.flow.loop import (
 )
 from gfprune_cli.flow.mask import MaskedModel, full_masks, move, plain_norms, settled
 from gfprune_cli.flow.masked_norms import MaskedGroupNorm
+from gfprune_cli.flow.passing import Remake
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.flow.schedule import Schedule
@@ -222,6 +223,24 @@ def test_weights_made_as_they_are_needed_give_what_all_at_once_give() -> None:
         torch.testing.assert_close(found[name], slope, rtol=1e-9, atol=1e-12)
     assert dict(masked.model.named_parameters()) == masked.weights
     assert all(torch.equal(masked.weights[name], weight) for name, weight in before.items())
+
+
+def test_autograd_keeps_how_weights_are_made_and_not_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every layer behind masks are made again on the way back."""
+    masked = masked_model(torch.float64)
+    masked.set_masks({name: torch.full((len(mask),), 0.5) for name, mask in masked.masks.items()})
+    again, made = Remake.again, []
+    monkeypatch.setattr(Remake, "again", lambda kept: made.append(kept.name) or again(kept))
+    gradient(double_losses(masked)[:1], masked.passing())
+    layers = dict(masked.model.named_modules())
+    matrices = {
+        name
+        for name in masked.factors
+        if isinstance(layers.get(name.removesuffix(".weight")), torch.nn.Conv2d | torch.nn.Linear)
+    }
+    first = {"conv_in.weight", "time_embedding.linear_1.weight"}  # nobody asks for the slopes of their inputs
+    assert len(matrices - first) > 5
+    assert matrices - first <= set(made)
 
 
 class Borrowing(torch.nn.Module):
