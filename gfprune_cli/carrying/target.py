@@ -129,12 +129,14 @@ def find_target(recipe: CarryRecipe, *, offline: bool, progress: Progress) -> Ta
         offline=offline,
         progress=progress,
     )
-    record = read_record(source.folder)
+    record = read_record(source.folder, recipe.component)
     if record is None:
         raise UsageError(
             f"--model {recipe.model} was not pruned by gfprune (it has no {RECORD}): adapters of the dense "
             "model fit it as they are"
         )
+    if recipe.component not in (None, record.component):
+        raise UsageError(f"--component {recipe.component} was not pruned: {record.component} was")
     component = inspect(source, component=record.component or None, variant=recipe.variant)
     return Target(recipe, source, component, record, offline, progress)
 

@@ -235,10 +235,10 @@ def check_config(config: dict[str, Any], path: Path) -> None:
 def _check_limit(path: Path, key: str, value: object) -> None:
     if isinstance(value, list) and len(value) > MAX_ITEMS:
         raise GfpruneError(f"{path}: {key!r} has {len(value)} entries, more than {MAX_ITEMS}")
-    lowest = -1 if key == "num_attention_heads" and isinstance(value, list) else 1  # stages without attention
+    without = key == "num_attention_heads" and isinstance(value, list)  # stages that have no attention are -1
     for number in _numbers(value):
-        if number != int(number) or not lowest <= number <= LIMITS[key]:
-            raise GfpruneError(f"{path}: {key!r} is {number}, but has to be from {lowest} to {LIMITS[key]}")
+        if number != int(number) or not (1 <= number <= LIMITS[key] or (without and number == -1)):
+            raise GfpruneError(f"{path}: {key!r} is {number}, but has to be from 1 to {LIMITS[key]}")
 
 
 def _numbers(value: object) -> Iterator[float]:

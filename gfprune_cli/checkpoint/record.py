@@ -206,6 +206,17 @@ def about(document: dict[str, Any], component: str | None) -> dict[str, Any]:
     return joined([others[component], first, *(other for name, other in others.items() if name != component)])
 
 
+def records_of(root: Path) -> dict[str, dict[str, Any]]:
+    """Component -> what a checkpoint folder has on record of it; nothing if it was never pruned."""
+    path = root / RECORD
+    if not path.exists():
+        return {}
+    document = read_json(path, trusted_roots(root), limit=RECORD_BYTES)
+    others = document.pop(OTHERS, {})
+    found = [document, *(others.values() if isinstance(others, dict) else ())]
+    return {str(one.get("component")): one for one in found if isinstance(one, dict) and "kept" in one}
+
+
 def read_record(root: Path, component: str | None = None) -> Record | None:
     """The record of a checkpoint folder; None if it was never pruned.
 

@@ -17,7 +17,7 @@ from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, 
 from gfprune_cli.checkpoint.layout import OPTIONAL, PRUNED, pipeline_components, weights_variant
 from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import model_class
-from gfprune_cli.checkpoint.record import RECORD
+from gfprune_cli.checkpoint.record import RECORD, joined, records_of
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
@@ -54,10 +54,11 @@ def write_checkpoint(
             copy_pipeline(staging, component, {name: library_entry(model)})
         else:
             copy_scheduler(staging, component)
-        complete = {
-            **record,
-            "bytes": {**record["bytes"], "after": sum(path.stat().st_size for path in files)},
-        }
+        size = sum(path.stat().st_size for path in files)
+        own = {**record, "bytes": {**record["bytes"], "after": size}}
+        earlier = {} if bare else records_of(component.root)  # of what was pruned before, and comes along
+        beside = component.entries.keys() - {name}
+        complete = joined([own, *(one for other, one in earlier.items() if other in beside)])
         write_description(
             staging, complete, component, loading_line(destination, type(model).__name__, bare=bare)
         )
@@ -167,11 +168,7 @@ def copy_pipeline(staging: Path, component: Component, entries: Mapping[str, lis
     assert component.pipeline is not None
     roots = component.roots
     adaptive = any(library == modeling.STEM for library, _ in entries.values())
-    index = {**component.pipeline, **entries}
-    for absent in absent_parts(component):  # what diffusers writes for a part that is not there
-        index[absent] = [None, None]
-    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
+    index = index_without_absent(component, entries)
     for other, (library, class_name) in component.entries.items():
         if other not in entries and (component.root / other).is_dir():
             copy_component(component.root / other, staging / other, variant_of(component), roots)
@@ -185,6 +182,15 @@ def copy_pipeline(staging: Path, component: Component, entries: Mapping[str, lis
     if schedule is not None and (where := component.scheduler_name) in component.pipeline:
         (staging / where).mkdir(exist_ok=True)
         shutil.copyfile(schedule, staging / where / "scheduler_config.json")
+
+
+def index_without_absent(component: Component, entries: Mapping[str, list[str]]) -> dict[str, Any]:
+    """model_index.json with other entries, and with parts that are not there as diffusers writes them."""
+    index = {**(component.pipeline or {}), **entries}
+    index |= {absent: [None, None] for absent in absent_parts(component)}
+    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    return index
 
 
 def automatic(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,17 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.shards import saved_tensors
 from gfprune_cli.checkpoint.single_file import KEY
 from gfprune_cli.deploy.format import Format, Job
-from gfprune_cli.deploy.original_names import NAMES
+from gfprune_cli.deploy.original_names import NAMES, unet_places, unknown_name
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import write_tensors
 
 PREFIX = "model.diffusion_model."
 CHANNELS = 320  # of the first stage of every U-Net that is listed
 HEAD = 128  # dimension of a head of Flux, Wan and Qwen-Image
-QWEN_HEADS = 24
+# heads of transformers whose number is not told by their width
+HEADS = {"FluxTransformer2DModel": 24, "QwenImageTransformer2DModel": 24}
+LAST = "output_blocks.11.1"  # by whose weights a v prediction of Stable Diffusion 2 is known
 HEADS_BY_TEXT = {768: "8 heads", 1024: "heads of 64", 2048: "heads of 64"}  # width of the text -> attention
 # blocks of the transformer behind each residual block of the encoder: SDXL, SSD-1B, Vega, KOALA
 XL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
@@ -47,21 +50,32 @@ def check_expressible(component: Component, model: Any) -> None:
     elif name == "SD3Transformer2DModel":
         reason = "it takes the number of SD3's blocks from their width"
     elif name in NAMES:
-        reason = {"UNet2DConditionModel": unet_reason, "QwenImageTransformer2DModel": qwen_reason}.get(
-            name, head_reason
-        )(model.config, model)
+        reason = unet_reason(model.config, model) if name == "UNet2DConditionModel" else head_reason(model)
+        reason = reason or prediction_reason(component, model)
+        if not reason and (left := unknown_name(model)) is not None:
+            reason = f"its authors have no name for {left}"
     if reason:
         raise UsageError(f"--format comfyui: ComfyUI cannot hold this network: {reason}")
 
 
-def head_reason(config: Any, model: Any) -> str:
-    """Of transformers whose heads are counted by their width."""
-    return "" if config.attention_head_dim == HEAD else f"it expects heads of {HEAD} channels"
+def head_reason(model: Any) -> str:
+    """Of transformers."""
+    heads, config = HEADS.get(type(model).__name__), model.config
+    fixed = config.attention_head_dim == HEAD and heads in (None, config.num_attention_heads)
+    return "" if fixed else f"it expects {f'{heads} ' if heads else ''}heads of {HEAD} channels"
 
 
-def qwen_reason(config: Any, model: Any) -> str:
-    fixed = config.num_attention_heads == QWEN_HEADS and config.attention_head_dim == HEAD
-    return "" if fixed else f"it expects {QWEN_HEADS} heads of {HEAD} channels"
+def prediction_reason(component: Component, model: Any) -> str:
+    """Of U-Nets that predict v: which ones do is not in the file."""
+    if type(model).__name__ != "UNet2DConditionModel":
+        return ""
+    scheduler: Any = load_scheduler(component)
+    if getattr(scheduler and scheduler.config, "prediction_type", None) != "v_prediction":
+        return ""
+    told = model.config.cross_attention_dim == 1024 and any(
+        place == LAST for place, _ in unet_places(model).values()
+    )
+    return "" if told else "it would take its v prediction for one of epsilon"
 
 
 def unet_reason(config: Any, model: Any) -> str:

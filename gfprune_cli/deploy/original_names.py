@@ -75,6 +75,7 @@ WAN: Rules = (
     (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
     (r"^condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
     (r"^condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"^condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
     (r"^scale_shift_table", "head.modulation"),
     (r"^proj_out", "head.head"),
     (r"\.scale_shift_table", ".modulation"),
@@ -166,6 +167,22 @@ def wan_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
 def same_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Of Qwen-Image, whose authors published it in diffusers' naming."""
     return dict(tensors)
+
+
+# names that authors and diffusers share, by their beginning
+SHARED = {"WanTransformer3DModel": ("blocks.", "patch_embedding."), "QwenImageTransformer2DModel": ("",)}
+
+
+def unknown_name(model: Any) -> str | None:
+    """A tensor that has no name there, if there is one.
+
+    Args:
+        model: the meta device is enough.
+    """
+    kind, tensors = type(model).__name__, dict(model.state_dict())
+    shared = SHARED.get(kind, ())
+    left = (name for name in NAMES[kind](model, tensors) if name in tensors and not name.startswith(shared))
+    return next(left, None)
 
 
 NAMES: dict[str, Callable[[Any, Tensors], dict[str, torch.Tensor]]] = {

@@ -6,7 +6,9 @@ and optimum-intel 2.0 (`intel/openvino/modeling_diffusion.py`). Inputs and outpu
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from gfprune_cli.checkpoint.files import read_json
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.reader import build_meta, cast_model, inspect, load_model
 from gfprune_cli.checkpoint.source import Source
+from gfprune_cli.checkpoint.writer import variant_of
 from gfprune_cli.deploy.format import DTYPES, Format, Job
 from gfprune_cli.deploy.graph import Axes, Graph
 from gfprune_cli.deploy.halves import LatentDecoder, LatentEncoder
@@ -119,13 +122,18 @@ def text_encoders(component: Component) -> list[str]:
 
 
 def sibling(component: Component, name: str, *, weights_required: bool = True) -> Component:
-    """Another network of the same pipeline."""
+    """Another network of the same pipeline, of the same variant where it has that."""
     source = Source(str(component.root), component.root, "local", None)
-    return inspect(source, component=name, weights_required=weights_required)
+    found = partial(inspect, source, component=name, weights_required=weights_required)
+    variant = variant_of(component)
+    if variant is not None:
+        with suppress(UsageError):
+            return found(variant=variant)
+    return found()
 
 
 def parts_of(job: Job, form: Format) -> Iterator[Part]:
-    """One graph after the other, so that memory holds one network at a time."""
+    """One graph after the other: memory holds one network at a time, as it is traced and in float32."""
     unet = job.component.name == "unet"
     yield network_part(
         job,
@@ -138,8 +146,7 @@ def parts_of(job: Job, form: Format) -> Iterator[Part]:
     for name in text_encoders(job.component):
         yield text_part(job, form, name)
     vae = sibling(job.component, AUTOENCODER)
-    if vae.config.get("force_upcast"):  # it overflows in float16
-        job = replace(job, recipe=replace(job.recipe, dtype="fp32"))
+    job = replace(job, recipe=replace(job.recipe, dtype=autoencoder_dtype(vae, job.recipe)))
     scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
     names = {"height": "sample_height", "width": "sample_width"}
     encoder = Spelling("latent_parameters", names, f" / {scale}")
@@ -147,6 +154,11 @@ def parts_of(job: Job, form: Format) -> Iterator[Part]:
     names = {"height": "latent_height", "width": "latent_width"}
     decoder = Spelling("sample", names, f" * {scale}", {"latent": "latent_sample"})
     yield network_part(job, form, "vae_decoder", vae, decoder, LatentDecoder)
+
+
+def autoencoder_dtype(vae: Component, recipe: ExportRecipe) -> DtypeName:
+    """That of the recipe, but for autoencoders that overflow in float16."""
+    return "fp32" if vae.config.get("force_upcast") else recipe.dtype
 
 
 def traced_type(job: Job, form: Format) -> torch.dtype:
@@ -246,17 +258,17 @@ def text_part(job: Job, form: Format, name: str) -> Part:
 def sizes_of_parts(component: Component, recipe: ExportRecipe) -> dict[str, int]:
     """Folder -> bytes of its weights, from shapes alone."""
     texts = text_encoders(component)
-    vae = build_meta(sibling(component, AUTOENCODER, weights_required=False))
-    networks = {
-        component.name: build_meta(component),
-        "vae_encoder": LatentEncoder(vae),
-        "vae_decoder": LatentDecoder(vae),
-        **{name: text_skeleton(component, name) for name in texts},
+    autoencoder = sibling(component, AUTOENCODER, weights_required=False)
+    vae, wider = build_meta(autoencoder), autoencoder_dtype(autoencoder, recipe)
+    networks: dict[str, tuple[nn.Module, DtypeName]] = {
+        component.name: (build_meta(component), recipe.dtype),
+        "vae_encoder": (LatentEncoder(vae), wider),
+        "vae_decoder": (LatentDecoder(vae), wider),
+        **{name: (text_skeleton(component, name), recipe.dtype) for name in texts},
     }
-    dtype = DTYPES[recipe.dtype]
     return {
-        name: sum(tensor.numel() * dtype.itemsize for tensor in network.state_dict().values())
-        for name, network in networks.items()
+        name: sum(tensor.numel() * DTYPES[dtype].itemsize for tensor in network.state_dict().values())
+        for name, (network, dtype) in networks.items()
     }
 
 

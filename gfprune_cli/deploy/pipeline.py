@@ -10,7 +10,7 @@ from typing import Any
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.layout import PRUNED, stock_name
-from gfprune_cli.checkpoint.writer import absent_parts, copy_component, variant_of
+from gfprune_cli.checkpoint.writer import copy_component, index_without_absent, variant_of
 from gfprune_cli.deploy.format import Format, Job
 from gfprune_cli.deploy.parity import Inputs, Parity, Runner, compare
 from gfprune_cli.deploy.parts import AUTOENCODER, Part, parts_of, text_encoders
@@ -45,6 +45,7 @@ def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Writt
         job.progress(Event("export", text=f"writing {part.name}, {job.recipe.format}, {job.recipe.dtype}"))
         inputs |= described_inputs(part)
         found[part.name] = write_part(job, form, folder, part, tolerance)
+        del part  # or its networks would lie beside the next one's
     copy_rest(folder, job.component)
     worst = max(found.values(), key=lambda parity: parity.max_rel or 0)
     count = sum(parity.inputs for parity in found.values())
@@ -84,10 +85,8 @@ def renamed(run: Runner, names: list[str]) -> Runner:
 
 def copy_rest(folder: Path, component: Component) -> None:
     """model_index.json with stock classes, and the parts that are no graphs: tokenizers, schedule, ..."""
-    index = {key: value for key, value in (component.pipeline or {}).items() if key != "auto_map"}
-    index |= {name: [None, None] for name in absent_parts(component)}
-    if index.get("safety_checker") == [None, None] and "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
+    index = index_without_absent(component, {})
+    index.pop("auto_map", None)  # no class loads a graph
     graphs = (component.name, AUTOENCODER, *text_encoders(component))
     for name, (_, class_name) in component.entries.items():
         if class_name.startswith(PRUNED):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gfprune_cli.errors import UsageError
 from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.graph import is_joined_attention
 from gfprune_cli.structure.groups import ChannelGroup, select
@@ -91,6 +92,9 @@ def feed_forward_allocation(
 
     Returns:
         (channels kept by each group, the key of the stock configuration).
+
+    Raises:
+        UsageError: there is no narrower one.
     """
     width = next(iter(cost.groups.values())).channels
     step = math.gcd(width, KERNEL)
@@ -100,7 +104,12 @@ def feed_forward_allocation(
         shares = {key: 1 - cost.total(channels, key) / cost.total({}, key) for key in counted(budget)}
         return Allocation(channels, min(shares.values()), shares)
 
-    found = min(map(at, range(step, width + 1, step)), key=lambda one: abs(one.sparsity - sparsity))
+    narrower = range(step, width, step)
+    if not narrower:
+        raise UsageError(
+            f"--layout native: feed-forward layers of {width} cannot shrink by steps of {step}: use adaptive"
+        )
+    found = min(map(at, narrower), key=lambda one: abs(one.sparsity - sparsity))
     return found, {FEED_FORWARD: next(iter(found.kept.values()))}
 
 

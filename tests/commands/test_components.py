@@ -14,9 +14,12 @@ from pipelines import wan_22
 from test_prune import files
 
 import gfprune_cli
+from gfprune_cli.carrying.target import find_target
+from gfprune_cli.checkpoint.record import read_record, records_of
 from gfprune_cli.errors import Interrupted, UsageError
-from gfprune_cli.progress import Event
+from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning.result import PruneResults
+from gfprune_cli.recipes.carry import CarryRecipe
 
 pytestmark = pytest.mark.usefixtures("few_draws")
 
@@ -147,3 +150,27 @@ def test_a_component_that_is_not_pruned_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         gfprune_cli.analyze(str(dense), component=name)
+
+
+def test_experts_pruned_one_after_the_other_are_both_on_record(dense: Path, tmp_path: Path) -> None:
+    """At sparsities of their own; each is the teacher's pupil of its own record."""
+    brief = BRIEF | dict(recover=0)
+    first, second = tmp_path / "first", tmp_path / "second"
+    gfprune_cli.prune(str(dense), out=first, **brief | dict(component="transformer"))
+    gfprune_cli.prune(str(first), out=second, **brief | dict(component="transformer_2", sparsity=0.2))
+    assert sorted(records_of(second)) == BOTH
+    for name, sparsity in zip(BOTH, (0.3, 0.2), strict=True):
+        record = read_record(second, name)
+        assert record is not None
+        assert record.component == name
+        assert record.document["sparsity"]["target"] == sparsity
+
+
+def test_an_adapter_is_carried_to_the_expert_that_it_is_for(pruned: tuple[Path, PruneResults]) -> None:
+    out, _ = pruned
+    for name in BOTH:
+        recipe = CarryRecipe(adapter="a.safetensors", model=str(out), component=name)
+        target = find_target(recipe, offline=True, progress=silent)
+        assert (target.record.component, target.component.name) == (name, name)
+    with pytest.raises(UsageError, match="--component vae was not pruned: transformer was"):
+        find_target(CarryRecipe(adapter="a", model=str(out), component="vae"), offline=True, progress=silent)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
+from diffusers import DDPMScheduler, FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from pipelines import FAMILIES
 from safetensors import safe_open
@@ -17,6 +17,7 @@ from transformers_zoo import build
 
 import gfprune_cli
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.deploy import comfyui
 from gfprune_cli.deploy.comfyui import PREFIX, check_expressible
 from gfprune_cli.deploy.original_names import NAMES
 from gfprune_cli.errors import UsageError
@@ -182,3 +183,16 @@ def test_the_adaptive_layout_is_refused(pipeline_folder: Path, tmp_path: Path) -
         gfprune_cli.export(str(pipeline_folder), format="comfyui", out=tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r"one file is written: give it a name that ends in \.safetensors"):
         gfprune_cli.export(str(pipeline_folder), format="comfyui", out=tmp_path / "folder")
+
+
+def test_tensors_without_a_name_of_the_authors_are_refused() -> None:
+    """They would go into the file under diffusers' names, which nobody reads."""
+    assert not refusal(empty(UNet2DConditionModel, **UNET))
+    left = refusal(empty(UNet2DConditionModel, **UNET, time_cond_proj_dim=8))
+    assert left == "its authors have no name for time_embedding.cond_proj.weight"
+
+
+def test_a_v_prediction_that_the_file_cannot_tell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    monkeypatch.setattr(comfyui, "load_scheduler", lambda component: scheduler)
+    assert "v prediction" in refusal(empty(UNet2DConditionModel, **UNET))

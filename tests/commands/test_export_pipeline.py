@@ -19,8 +19,12 @@ from pipelines import FAMILIES
 from transformers.modeling_outputs import ModelOutput
 
 import gfprune_cli
+from gfprune_cli.checkpoint.reader import inspect
+from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.deploy.formats import FORMATS
+from gfprune_cli.deploy.parts import sibling, sizes_of_parts
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.recipes.export import ExportRecipe
 
 NEEDS_ONNX, NEEDS_OPENVINO = (
     pytest.mark.skipif(
@@ -185,3 +189,19 @@ def test_a_pipeline_that_optimum_does_not_take_says_what_to_do(tmp_path: Path) -
         UsageError, match=r"vae is AutoencoderTiny.*: export the network alone with --component"
     ):
         gfprune_cli.export(str(folder), format="onnx", dry_run=True)
+
+
+def test_the_autoencoder_keeps_the_variant_and_its_own_precision(tmp_path: Path) -> None:
+    """A folder of nothing but fp16 files; an autoencoder that overflows in float16 stays in float32."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        FAMILIES["stable-diffusion"](tmp_path / "plain")
+    )
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.save_pretrained(tmp_path / "fp16", variant="fp16")
+    unet = inspect(resolve(str(tmp_path / "fp16")), component="unet", variant="fp16")
+    assert [path.name for path in sibling(unet, "vae").weights] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    sizes = [sizes_of_parts(unet, ExportRecipe(format="onnx", dtype=dtype)) for dtype in ("fp32", "fp16")]
+    assert sizes[1]["unet"] == sizes[0]["unet"] // 2
+    assert sizes[1]["vae_decoder"] == sizes[0]["vae_decoder"]

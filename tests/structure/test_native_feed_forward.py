@@ -8,6 +8,7 @@ from diffusers import WanTransformer3DModel
 from pipelines import FAMILIES
 
 import gfprune_cli
+from gfprune_cli.errors import UsageError
 
 
 @pytest.mark.slow
@@ -28,3 +29,17 @@ def test_feed_forward_layers_narrow_alike_and_load_in_the_stock_class(tmp_path: 
     assert done.loss["masked"] == pytest.approx(done.loss["removed"], rel=1e-4)
     planned = gfprune_cli.prune(str(dense), layout="native", sparsity=0.2, budget="params", dry_run=True)
     assert planned.params == done.params
+
+
+def test_layers_that_cannot_narrow_are_refused_and_not_copied(tmp_path: Path) -> None:
+    """A width of one step, and targets below what one step takes away."""
+    dense = FAMILIES["wan"](tmp_path / "dense")
+    plan = dict(layout="native", budget="params", dry_run=True, size="16", frames=5)
+    with pytest.raises(UsageError, match=r"feed-forward layers of \d+ cannot shrink by steps of \d+"):
+        gfprune_cli.prune(str(dense), sparsity=0.3, **plan)
+    wide = WanTransformer3DModel.from_config(
+        dict(WanTransformer3DModel.from_pretrained(dense / "transformer").config) | {"ffn_dim": 192}
+    )
+    wide.save_pretrained(dense / "transformer")
+    planned = gfprune_cli.prune(str(dense), sparsity=0.01, **plan)
+    assert planned.params["after"] < planned.params["before"]
