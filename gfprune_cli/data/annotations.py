@@ -84,7 +84,7 @@ def annotation(row: Mapping[str, Any], kind: Kind) -> str | None:
     value = next((row[name] for name in COLUMNS[kind] if row.get(name) is not None), None)
     if isinstance(value, list) and value and kind == "captions":
         value = value[0]
-    if value is None or value == -1:  # as data sets say that a row has no label
+    if value is None or str(value).strip() == "-1":  # as data sets say that a row has no label
         return None
     if not isinstance(value, str) and (kind == "captions" or not isinstance(value, int)):
         raise ValueError(f"{kind} that are {type(value).__name__}")
@@ -94,32 +94,48 @@ def annotation(row: Mapping[str, Any], kind: Kind) -> str | None:
     return text or None
 
 
-def class_labels(names: Sequence[str], classes: int, known: Mapping[str, int]) -> tuple[list[int], str]:
+def class_labels(
+    said: Sequence[str], names: Sequence[str] | None, classes: int, known: Mapping[str, int]
+) -> tuple[list[int], str]:
     """Label of each image, and a sentence on how they follow from the names of their classes.
 
     Names that are numbers are the labels; names that the pipeline knows have its labels; others count in
-    their alphabetical order.
+    their order. All of them decide, those of images that were left out as well: else a part of the images
+    would have other labels than the whole.
 
     Args:
-        names: class of each image.
+        said: class of each image.
+        names: of all classes, in the source's order; None where it does not say.
         classes: of the network.
         known: name -> label, of the pipeline.
 
     Raises:
-        UsageError: more classes than the network has.
+        UsageError: more classes than the network has, or names of several sorts.
     """
-    distinct = sorted(set(names))
-    if all(name.isascii() and name.isdecimal() and len(name) < 10 for name in distinct):
-        numbers, how = {name: int(name) for name in distinct}, "by their numbers"
-    elif all(name in known for name in distinct):
-        numbers, how = {name: known[name] for name in distinct}, "by the pipeline's own names"
+    every = sorted(set(said)) if names is None else list(names)
+    numeric = [name for name in every if name.isascii() and name.isdecimal() and len(name) < 10]
+    ours = [name for name in every if name in known]
+    for some, what in ((numeric, "numbers"), (ours, "names that the pipeline knows")):
+        if some and len(some) < len(every) and len(ours) < len(every):
+            strangers = ", ".join(repr(name) for name in every if name not in some)
+            raise UsageError(
+                f"--data: some classes are {what}, and others are not: {strangers[:200]}; rename them"
+            )
+    if len(numeric) == len(every):
+        numbers, how = {name: int(name) for name in every}, "by their numbers"
+    elif len(ours) == len(every):
+        numbers, how = {name: known[name] for name in every}, "by the pipeline's own names"
+    elif names is None:
+        raise UsageError(
+            "--data: classes of a dataset have to be numbers, ClassLabel, or names of the pipeline's"
+        )
     else:
-        numbers, how = {name: number for number, name in enumerate(distinct)}, "in alphabetical order"
+        numbers, how = {name: number for number, name in enumerate(every)}, "in their order"
     if max(numbers.values()) >= classes:
         raise UsageError(
             f"--data has class {max(numbers, key=numbers.__getitem__)!r}, label {max(numbers.values())}, and"
             f" the network {classes} classes, from 0: name class folders by the network's own numbers"
         )
-    first = ", ".join(f"{name!r} is {numbers[name]}" for name in distinct[:SHOWN])
-    rest = f" and {len(distinct) - SHOWN} more" if len(distinct) > SHOWN else ""
-    return [numbers[name] for name in names], f"labels of --data {how}: {first}{rest}"
+    first = ", ".join(f"{name!r} is {numbers[name]}" for name in every[:SHOWN])
+    rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return [numbers[name] for name in said], f"labels of --data {how}: {first}{rest}"

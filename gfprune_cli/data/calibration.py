@@ -23,7 +23,7 @@ from gfprune_cli.data.drawing import (
     upscaling,
 )
 from gfprune_cli.data.image_source import ImageSource
-from gfprune_cli.data.images import load_images, open_images, to_model_range
+from gfprune_cli.data.images import open_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
 from gfprune_cli.data.stored import StoredImages, store_images
 from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of
@@ -42,7 +42,7 @@ from gfprune_cli.inputs.conditioning import (
     recorded,
     recording_fingerprint,
 )
-from gfprune_cli.inputs.pictures import EDGE, takes_pictures
+from gfprune_cli.inputs.pictures import EDGE, Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import prompts_fingerprint
@@ -220,7 +220,7 @@ class Work:
         else:
             images, name = self.encoded(source, shape, (0, 0))
         if source.said is not None:
-            labels = torch.tensor(self.labels(source.said, config.num_class_embeds))
+            labels = torch.tensor(self.labels(source, config.num_class_embeds))
         else:
             labels = draw_labels(config.num_class_embeds, len(images), request.seed)
         return Images(images, labels, with_annotations(name, source.said), process)
@@ -243,7 +243,7 @@ class Work:
                 asked,
                 request.options,
                 self.progress,
-                self.beside_prompts() if source else None,
+                self.beside_prompts(source, asked) if source else None,
             )
         for remark in recording.remarks:
             notice(self.progress, remark)
@@ -268,11 +268,12 @@ class Work:
             )
         if annotated_by(self.component) == "captions":
             return Asked.each(source.said)
-        return Asked.each(self.labels(source.said, class_count(self.component, config)))
+        return Asked.each(self.labels(source, class_count(self.component, config)))
 
-    def labels(self, said: Sequence[str], classes: int) -> list[int]:
+    def labels(self, source: ImageSource, classes: int) -> list[int]:
         """Labels of images, by the names of their classes; a notice says how they were found."""
-        found, how = class_labels(said, classes, labels_of_pipeline(self.component))
+        known = labels_of_pipeline(self.component)
+        found, how = class_labels(source.said or (), source.classes, classes, known)
         notice(self.progress, how)
         return found
 
@@ -291,16 +292,13 @@ class Work:
             notice(self.progress, "--prompts: images of --data are paired with them at random")
         return source
 
-    def beside_prompts(self) -> torch.Tensor | None:
-        """uint8 images of `--data` for pipelines that take some; they bring them to their own size."""
-        request = self.request
+    def beside_prompts(self, source: ImageSource, asked: Asked) -> Pictures | None:
+        """Images of `--data` for pipelines that take some; they bring them to their own size."""
         if not takes_pictures(pipeline_class(self.component)):
             return None
-        size = request.options.pixels() or (EDGE, EDGE)
-        return load_images(
-            str(request.data), size=size, channels=3, limit=request.count, seed=request.seed,
-            progress=self.progress,
-        )  # fmt: skip
+        images = self.stored(source, self.request.options.pixels() or (EDGE, EDGE), 3, lambda found: found)
+        order = asked.firsts() if source.said else tuple(range(len(images)))
+        return Pictures(images, order=order, fingerprint=images.fingerprint())
 
     def of_autoencoder(self) -> Images:
         """Pictures for an autoencoder to give back."""

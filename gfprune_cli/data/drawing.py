@@ -17,6 +17,7 @@ from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.runtime.device import out_of_memory
 
 SAMPLE_BATCH = 32
 
@@ -115,11 +116,10 @@ def self_images(
             try:
                 return call(model, x, timesteps, chosen)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the network's own code
-                if "memory" in str(error):
+                if out_of_memory(error):
                     raise
                 raise GfpruneError(
-                    f"{type(model).__name__} does not take {len(x)} samples as its pipeline gives it one: "
-                    f"{first_line(error)}"
+                    f"{type(model).__name__} fails on a batch of {len(x)}: {first_line(error)}"
                 ) from error
 
         images.append(process.sample(denoise, noise.to(device), steps).cpu())

@@ -12,8 +12,9 @@ from gfprune_cli.data.dataset_names import check_dataset, missing_offline
 from gfprune_cli.data.decoding import Frames, decoding, reason_of
 from gfprune_cli.data.image_source import ImageSource
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.progress import Progress, notice
+from gfprune_cli.progress import Event, Progress, notice
 
+PEEKED = 1000  # rows without any caption or class, after which none is expected
 RETRY = "try again, or download the dataset and give its images"
 
 
@@ -44,6 +45,7 @@ def open_dataset(source: str, limit: int, about: Kind | None, progress: Progress
     if column is None:
         raise UsageError(f"--data {source!r}: no image column in it (columns: {', '.join(features)})")
     beside = next((name for name in COLUMNS[about] if name in features), None) if about else None
+    names = tuple(getattr(features.get(beside), "names", None) or ()) if about == "classes" else ()
     said = _said(source, stream.select_columns([beside]), limit, about, progress) if about and beside else ()
     if not said or about is None:
         plain = stream.select_columns([column]).take(limit)
@@ -53,11 +55,13 @@ def open_dataset(source: str, limit: int, about: Kind | None, progress: Progress
         found = _dataset_rows(source, stream.select_columns([column, beside]))
         return itertools.islice((row for row in found if annotation(row[1], kind)), len(said))
 
-    return ImageSource(source, lambda: _dataset_frames(annotated(), column), len(said), said)
+    if names:  # a ClassLabel, whose rows hold numbers
+        said = tuple(names[int(text)] for text in said)
+    return ImageSource(source, lambda: _dataset_frames(annotated(), column), len(said), said, names or None)
 
 
 def _said(source: str, stream: Any, limit: int, about: Kind, progress: Progress) -> tuple[str, ...]:
-    """The first `limit` captions or classes of a stream that holds nothing else."""
+    """The first `limit` captions or classes of a stream of nothing else; none if it starts with none."""
     found: list[str] = []
     without = 0
     for name, row in _dataset_rows(source, stream):
@@ -65,7 +69,8 @@ def _said(source: str, stream: Any, limit: int, about: Kind, progress: Progress)
             text = annotation(row, about)
         found += [text] if text else []
         without += not text
-        if len(found) == limit:
+        progress(Event("load", len(found), limit, f"{about} of rows"))
+        if len(found) == limit or (not found and without == PEEKED):
             break
     if found and without:
         notice(progress, f"{without} rows of {source!r} have no {about} and are left out")

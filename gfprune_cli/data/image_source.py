@@ -25,12 +25,15 @@ class ImageSource:
         frames: (name, image as it is stored) of each, read anew at every call.
         total: how many there are, at most.
         said: caption or class of each; None where that was not asked for, or comes with none of them.
+        classes: every class of the source, those of images that were not chosen included, in its order; None
+            where it does not say.
     """
 
     name: str
     frames: Callable[[], Frames]
     total: int
     said: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     def batches(
         self, *, size: tuple[int, int], channels: int, batch: int, progress: Progress

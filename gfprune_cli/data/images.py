@@ -134,7 +134,8 @@ def _open_folder(
         files = [file for file in files if file in said]
     chosen = [files[number] for number in _subset(len(files), limit, seed)]
     texts = tuple(said[file] for file in chosen) if said else None
-    return ImageSource(source, lambda: _folder_frames(chosen), len(chosen), texts)
+    classes = tuple(sorted(set(said.values()))) if about == "classes" else None
+    return ImageSource(source, lambda: _folder_frames(chosen), len(chosen), texts, classes)
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,11 @@ def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 def normalised(vae: Any, latents: torch.Tensor, scheduler: Any) -> torch.Tensor:
     """Shifted and scaled as the configurations of the autoencoder and the scheduler say."""
     config = vae.config
+    if "batch_norm_eps" in config:  # FLUX.2: squares of 2 x 2 are channels, and are normalised as such
+        squares = nn.functional.pixel_unshuffle(latents, 2)
+        norm = vae.bn
+        spread = (norm.running_var + config["batch_norm_eps"]).sqrt().to(squares).view(1, -1, 1, 1)
+        return (squares - norm.running_mean.to(squares).view(1, -1, 1, 1)) / spread
     scale = float(config.get("scaling_factor") or 1.0)
     buffers = dict(vae.named_buffers())  # some autoencoders keep them there
     mean, spread = (buffers.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))

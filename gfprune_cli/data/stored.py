@@ -105,6 +105,7 @@ def store_images(
     for batch in itertools.chain([first], coming):
         try:
             file.write(batch.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.flush()  # or what does not fit would show when it is read
         except OSError as error:
             raise GfpruneError(
                 f"{folder} has no room for the images of this run ({error.strerror}): free some, or name"

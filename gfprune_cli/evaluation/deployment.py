@@ -61,12 +61,3 @@ def default_kernels() -> Iterator[None]:
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether the device, or the host's allocator, had no room."""
-    text = str(error).lower()
-    said = "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and said
-    )

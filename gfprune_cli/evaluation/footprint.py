@@ -13,12 +13,11 @@ from gfprune_cli.evaluation.deployment import (
     NetworkInputs,
     batch_inputs,
     computing_in,
-    out_of_memory,
     prepare,
 )
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Progress, notice
-from gfprune_cli.runtime.device import Precision
+from gfprune_cli.runtime.device import Precision, out_of_memory
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.trace import Trace, observe
 

@@ -21,12 +21,11 @@ from gfprune_cli.evaluation.deployment import (
     batch_inputs,
     computing_in,
     default_kernels,
-    out_of_memory,
     prepare,
 )
 from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.runtime.device import Precision
+from gfprune_cli.runtime.device import Precision, out_of_memory
 
 __all__ = ["Latency", "macs", "measure_latency", "memory_measured", "peak_memory"]
 

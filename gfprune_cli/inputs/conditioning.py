@@ -53,6 +53,13 @@ class Asked:
         numbers = {one: number for number, one in enumerate(distinct)}
         return cls(distinct, [numbers[one] for one in wanted])
 
+    def firsts(self) -> tuple[int, ...]:
+        """The first sample of each."""
+        found: dict[int, int] = {}
+        for sample, row in enumerate(self.rows):
+            found.setdefault(row, sample)
+        return tuple(found[row] for row in range(len(self.distinct)))
+
     def at_random(self, count: int, seed: int) -> list[int]:
         """Rows for `count` samples that come from elsewhere."""
         chosen = torch.randint(len(self.rows), (count,), generator=generator(seed, "captions"))
@@ -134,22 +141,22 @@ def recorded(
     asked: Asked,
     options: PipelineOptions,
     progress: Progress,
-    data: torch.Tensor | None = None,
+    pictures: Pictures | None = None,
 ) -> Recording:
     """What the pipeline passes to `model`: from the cache, or from the pipeline, which is then let go.
 
     Args:
-        data: uint8 [N, 3, H, W] images for pipelines that take some; None to draw them.
+        pictures: for pipelines that take some; None to draw them.
     """
     device = next(model.parameters()).device
     key = recording_key(model, component, scheduler, asked, options)
-    if data is not None:
-        key["pictures"] = fingerprint(data)
+    if pictures is not None:
+        key["pictures"] = f"{pictures.fingerprint} {pictures.order}"
 
     def make() -> tuple[Tensors, Any]:
         pipeline = open_pipeline(component, model, scheduler)
         name = component.scheduler_name
-        made = record(pipeline, model, asked.distinct, options, progress, Pictures(data), name)
+        made = record(pipeline, model, asked.distinct, options, progress, pictures, name)
         del pipeline
         gc.collect()
         if device.type == "cuda":

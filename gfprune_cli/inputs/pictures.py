@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,22 +35,35 @@ KNOWN = (*IMAGES, *MASKS, *VIDEOS, *MASK_VIDEOS, *VECTORS, *TENSORS)
 EDGE, FRAMES = 512, 9  # of images and videos where nothing says their size
 
 
+class Stack(Protocol):
+    """Images that are indexed by a tensor of positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Where the images come from.
 
     Args:
-        data: uint8 [N, 3, H, W] of `--data`; None to draw them.
+        data: uint8 [N, 3, H, W] of `--data`, in memory or on disk; None to draw them.
         seed: of the run.
+        order: which of them belongs to each entry of what is recorded; empty: they in turn.
+        fingerprint: of the images.
     """
 
-    data: torch.Tensor | None = None
+    data: Stack | None = None
     seed: int = 0
+    order: tuple[int, ...] = ()
+    fingerprint: str = ""
 
     def image(self, pipeline: Any, number: int, size: tuple[int, int]) -> Image.Image:
         """One RGB image of (height, width)."""
         if self.data is not None:
-            pixels = self.data[number % len(self.data)].permute(1, 2, 0).numpy()
+            row = self.order[number % len(self.order)] if self.order else number % len(self.data)
+            pixels = self.data[torch.tensor([row])][0].permute(1, 2, 0).numpy()
         else:
             pixels = drawn(pipeline, size, generator(self.seed, "picture", number))
         return Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC)

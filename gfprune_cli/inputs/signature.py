@@ -18,6 +18,7 @@ from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.family import Inputs, Request, Sizes
+from gfprune_cli.runtime.device import out_of_memory
 
 EDGE, FRAMES, TEXT = 16, 4, 8  # latent height and width, latent frames, text tokens
 SAMPLES = ("hidden_states", "sample", "x")
@@ -47,7 +48,11 @@ def inputs_by_name(model: nn.Module, sizes: Sizes) -> Inputs:
         try:
             with torch.no_grad():
                 found = first_tensor(model(**inputs, **in_tuples(model)))
+        except GfpruneError:  # a signal may arrive in here
+            raise
         except Exception as raised:  # a layout that the network's own code does not expect can fail anywhere
+            if out_of_memory(raised):
+                raise
             errors.append(raised)
             continue
         if (

@@ -80,7 +80,9 @@ class FinetuneJob:
             self.recipe,
             student=total,
             training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else total,
-            teacher=parameter_count(teacher),
+            teacher=0
+            if self.offload_teacher and self.processes.device.type != "cpu"
+            else parameter_count(teacher),
         )
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)

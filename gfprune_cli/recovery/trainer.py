@@ -13,6 +13,7 @@ from torch import nn
 from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.outputs.state import by_family
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
@@ -259,15 +260,12 @@ class Trainer:
         """Continue from `state()`.
 
         Raises:
-            GfpruneError: a tensor is missing, or has another shape.
+            GfpruneError: a weight or its average is missing, or has another shape.
         """
-        saved: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            saved.setdefault(name, {})[kind] = tensor
+        families = by_family(tensors)
         shadows = []
         for name, parameter in self.parameters.items():
-            found = saved.get(name, {})
+            found = {kind: members[name] for kind, members in families.items() if name in members}
             for kind in ("weight", "ema") if self.ema else ("weight",):
                 if kind not in found or found[kind].shape != parameter.shape:
                     raise GfpruneError(f"the saved state does not fit: {kind} of {name}; use --force")

@@ -103,3 +103,12 @@ def offload(teacher: nn.Module, device: torch.device, folder: Path | None = None
         accelerate.cpu_offload(teacher, execution_device=device)
     else:
         accelerate.disk_offload(teacher, folder, execution_device=device)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host's allocator, had no room."""
+    text = str(error).lower()
+    said = "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and said
+    )

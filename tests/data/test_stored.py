@@ -41,6 +41,15 @@ def test_nothing_is_left_in_the_cache_and_a_cache_that_cannot_be_written_is_no_r
     assert torch.equal(in_memory(store_images([PIXELS])), in_memory(images))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_is_found_when_the_images_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when what was held back in a buffer is written, or read."""
+    full = Path("/dev/full")
+    monkeypatch.setattr(stored.tempfile, "TemporaryFile", lambda dir: full.open("w+b"))
+    with pytest.raises(GfpruneError, match="has no room for the images"):
+        store_images([torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
+
+
 def test_a_full_disk_is_one_line_that_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, content: bytes) -> None:

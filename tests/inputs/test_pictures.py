@@ -11,6 +11,7 @@ from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.diffusion.conditions import AFTER, BEFORE, call
+from gfprune_cli.inputs.conditioning import Asked
 from gfprune_cli.inputs.pictures import Pictures
 from gfprune_cli.inputs.pipeline import open_pipeline
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
@@ -59,6 +60,15 @@ def test_images_come_from_the_users_data_where_there_is_some(tmp_path: Path) -> 
     assert not torch.equal(drawn.conditions.tensors[AFTER], given.conditions.tensors[AFTER])
     image = given.conditions.tensors[AFTER]
     assert torch.equal(image[0], image[1]), "two black pictures are one"
+
+
+def test_a_picture_goes_with_the_caption_that_came_with_it() -> None:
+    """The first one, where a caption comes with several."""
+    asked = Asked.each(["a fox", "a cat", "a fox", "a dog"])
+    data = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8).contiguous()
+    pictures = Pictures(data, order=asked.firsts())
+    colours = [pictures.image(None, number, (8, 8)).getpixel((0, 0))[0] for number in range(3)]
+    assert (asked.distinct, colours) == (["a fox", "a cat", "a dog"], [0, 1, 3])
 
 
 def test_three_branches_count_as_the_one_with_all_conditions(tmp_path: Path) -> None:

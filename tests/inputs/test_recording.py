@@ -20,7 +20,7 @@ from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.data.calibration import ImageRequest, Images, PipelineOptions
 from gfprune_cli.data.drawing import self_images
-from gfprune_cli.data.latents import pictures
+from gfprune_cli.data.latents import laid_out, normalised, pictures
 from gfprune_cli.data.stored import in_memory
 from gfprune_cli.diffusion.conditions import Conditions, call
 from gfprune_cli.diffusion.guidance import GuidedProcess
@@ -512,6 +512,26 @@ def test_flux_latents_are_packed_as_the_pipeline_packs_them(folder: Folder, pixe
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     wanted = diffusers.FluxPipeline._pack_latents(latents, 1, 4, 8, 8)
     torch.testing.assert_close(found[:1], wanted)
+
+
+def test_flux2_latents_are_normalised_as_squares_before_they_are_packed() -> None:
+    """As the pipeline does with the statistics of the autoencoder's own norm."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    latents = torch.randn(1, 4, 8, 6)
+    pipeline = diffusers.Flux2Pipeline
+    wanted = pipeline._patchify_latents(latents)
+    wanted = (wanted - vae.bn.running_mean.view(1, -1, 1, 1)) / (
+        vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+    ).sqrt()
+    wanted = pipeline._pack_latents(wanted)
+    found = laid_out(normalised(vae, latents, None), tuple(wanted.shape[1:]), (16, 12))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("family", ["wan", "stable-audio"])
