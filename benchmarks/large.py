@@ -28,7 +28,10 @@ from provenance import PAGES, write_page
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.pruning.memory import FLOAT, one_pass
 from gfprune_cli.pruning.phases import phases_of
+from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.graph import discover
 
 GB = 1e9
 SETTINGS: dict[str, Any] = dict(sparsity=0.5, images=4, sample_steps=1, draws=8, recover=2, force=True)
@@ -107,10 +110,13 @@ def plan_table() -> str:
             network = kind(**config)
         params = sum(parameter.numel() for parameter in network.parameters())
         one = one_pass(network, example_inputs(network))
+        groups, trace = discover(network)
+        narrow = small_share(groups, CostModel(network, groups, trace))
         cells = []
         for settings in PLANS.values():
-            phases = phases_of(PruneRecipe(sparsity=0.5, **settings), one, offload=True)
-            needs = {phase.name: phase.need(params * FLOAT, phase.least) for phase in phases}
+            recipe = PruneRecipe(sparsity=0.5, **settings)
+            phases = phases_of(recipe, one, offload=True, narrow=narrow)
+            needs = {forms[-1].name: forms[-1].need(params * FLOAT, forms[-1].least) for forms in phases}
             worst = max(needs, key=lambda phase: needs[phase])
             cells.append(f"{needs[worst] / GB:.1f} GB ({worst})")
         kept = f"{FLOAT * one.kept / GB:.1f}"

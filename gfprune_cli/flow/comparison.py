@@ -26,12 +26,12 @@ from gfprune_cli.diffusion.conditions import Condition
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.layers import (
     CONVOLUTIONS,
-    fan_in,
     input_rows,
     is_fittable,
     output_shape,
     places,
     rows_drawn,
+    rows_looked_at,
 )
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.structure.blocks import streams_of
@@ -52,14 +52,17 @@ class Curves:
         masked: the network at its present masks.
         order: group name -> [steps, units per step], weakest first.
         seed: of positions and directions.
+        per_input: see `rows_looked_at`.
     """
 
     masked: MaskedModel
     order: Mapping[str, torch.Tensor]
     seed: int
+    per_input: int = ROWS_PER_INPUT
     energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
+    followed: set[str] = field(default_factory=set)  # layers and blocks whose slopes are counted
     powers: dict[str, torch.Tensor] = field(default_factory=dict)  # [channels] squares of the slopes, summed
     seen: set[str] = field(default_factory=set)  # layers and blocks whose energies are known
 
@@ -84,15 +87,13 @@ class Curves:
         for first in range(0, len(x), size):
             part = slice(first, min(len(x), first + size))
             self.outputs.clear()
+            self.followed.clear()
             with self.hooked(), torch.enable_grad():
                 chosen = condition if whole or condition is None else condition[part]
                 watched = weights.watched(lambda *_: None)  # else no output has slopes
                 output = self.masked.forward(watched, x[part], timesteps[part], chosen)
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
-                slopes = torch.autograd.grad(
-                    (output * along[part].to(output)).sum(), list(self.outputs.values()), allow_unused=True
-                )
-            self.add_powers(dict(zip(self.outputs, slopes, strict=True)))
+                self.go_back((output * along[part].to(output)).sum())
         return {group.name: self.rises(group) for group in self.masked.groups}
 
     @contextmanager
@@ -123,12 +124,35 @@ class Curves:
                 stack.callback(hook.remove)
             yield
 
-    def add_powers(self, slopes: Mapping[str, torch.Tensor | None]) -> None:
-        """Add the squares of slopes, channel by channel."""
-        for source, slope in slopes.items():
+    def follow(self, source: str, output: torch.Tensor, axis: int) -> None:
+        """Have the slopes of an output counted on the way back; of its first call, where there are more.
+
+        Where activations are computed again, outputs are not held until then, at the price of gradients of
+        all weights.
+        """
+        if source in self.followed or not output.requires_grad:
+            return
+        self.followed.add(source)
+        if self.masked.recompute is not None:
+            output.register_hook(lambda slope: self.add_power(source, slope, axis))
+        else:
+            self.outputs[source], self.axes[source] = output, axis
+
+    def go_back(self, total: torch.Tensor) -> None:
+        """Count the slopes of all outputs that are followed."""
+        if self.masked.recompute is not None:
+            total.backward()
+            return
+        slopes = torch.autograd.grad(total, list(self.outputs.values()), allow_unused=True)
+        for source, slope in zip(self.outputs, slopes, strict=True):
             if slope is not None:
-                power = channel_rows(slope, self.axes[source]).square().sum(0)
-                self.powers[source] = self.powers[source] + power if source in self.powers else power
+                self.add_power(source, slope, self.axes[source])
+
+    @torch.no_grad()
+    def add_power(self, source: str, slope: torch.Tensor, axis: int) -> None:
+        """Add the squares of slopes, channel by channel."""
+        power = channel_rows(slope, axis).square().sum(0)
+        self.powers[source] = self.powers[source] + power if source in self.powers else power
 
     def rises(self, group: ChannelGroup) -> torch.Tensor:
         total = torch.zeros(len(self.order[group.name]), dtype=torch.float64)
@@ -139,8 +163,7 @@ class Curves:
 
     def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
         def hook(layer: Any, inputs: Any, named: Any, output: torch.Tensor) -> None:
-            if output.requires_grad and name not in self.outputs:
-                self.outputs[name], self.axes[name] = output, 1 if isinstance(layer, CONVOLUTIONS) else -1
+            self.follow(name, output, 1 if isinstance(layer, CONVOLUTIONS) else -1)
             if name not in self.seen:
                 self.seen.add(name)
                 with torch.no_grad():
@@ -152,7 +175,7 @@ class Curves:
         """E_o after each step of every group that a layer reads."""
         shape = places(layer, output_shape(layer, x))
         source = generator(self.seed, "curve rows", name)
-        rows = input_rows(x, layer, rows_drawn(shape, ROWS_PER_INPUT * fan_in(layer), source))
+        rows = input_rows(x, layer, rows_drawn(shape, rows_looked_at(layer, self.per_input), source))
         weight = layer.weight.detach().flatten(1).double()
         for group, member in read:
             going = self.step_of_inputs(group, member, rows.shape[1])
@@ -182,8 +205,7 @@ class Curves:
             for number, (before, after) in enumerate(pairs):
                 key = f"{name} {number}"
                 axis = 1 if after.ndim > 3 else -1
-                if after.requires_grad:
-                    self.outputs[key], self.axes[key] = after, axis
+                self.follow(key, after, axis)
                 if key not in self.seen:
                     self.seen.add(key)
                     added = channel_rows((after - before).detach(), axis)
@@ -248,6 +270,7 @@ def comparable(
     condition: Condition,
     seed: int,
     piece: int | None = None,
+    per_input: int = ROWS_PER_INPUT,
 ) -> Masks:
     """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
 
@@ -255,12 +278,13 @@ def comparable(
         scores: group name -> [units]; they say in which order the units of a group go.
         x, timesteps, condition: noisy samples to look at.
         piece: samples that go through the network and back at once; None for all.
+        per_input: positions looked at, for each input of a layer; see `rows_looked_at`.
 
     Returns:
         group name -> [units] float64; within a group the order of the units is that of the scores.
     """
     order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
-    rises = Curves(masked, order, seed).take(x, timesteps, condition, piece)
+    rises = Curves(masked, order, seed, per_input).take(x, timesteps, condition, piece)
     # a greedy search walks up convex curves: what a step adds never falls
     steps = {
         name: rise.diff(prepend=rise.new_zeros(1)).clamp_min(0).sort().values for name, rise in rises.items()

@@ -14,6 +14,7 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.flow.energy import (
     Loss,
+    Sum,
     Way,
     choose_way,
     exact_product,
@@ -22,7 +23,7 @@ from gfprune_cli.flow.energy import (
     take_gradient,
 )
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.flow.unit_sums import UnitSums, unit_sums
+from gfprune_cli.flow.unit_sums import UnitSums, shares, unit_sums
 from gfprune_cli.structure.blocks import inside
 from gfprune_cli.structure.groups import ChannelGroup
 
@@ -38,6 +39,7 @@ class Evidence:
         losses: the denoising loss, one function per chunk of the draws, in ascending order of noise.
         seed: of the run.
         way: how Hessian-gradient products are taken; chosen by measurement where None.
+        turns: in which a gradient that has to be summed over all draws is taken, a share of it at a time.
         gradients: filled with the cost of the scoring, counted in gradients.
     """
 
@@ -45,6 +47,7 @@ class Evidence:
     losses: Sequence[Loss]
     seed: int
     way: Way | None = None
+    turns: int = 1
     gradients: float = field(default=0.0)
 
     def energy_flow(self) -> Masks:
@@ -70,9 +73,14 @@ class Evidence:
 
     def first_order(self, losses: Sequence[Loss]) -> Masks:
         """The sum of |theta * g| over each unit, at the masked network."""
-        _, first = gradient(losses, self.masked.passing())
-        self.gradients += len(losses) / len(self.losses)
-        return unit_sums(self.masked, first, lambda name, part: self.weighted(name, part).abs())
+        sums = UnitSums(self.masked, lambda name, part: self.weighted(name, part).abs())
+        for names in shares(sums.names(), self.masked.weights, self.turns):
+            first = Sum()
+            take_gradient(losses, self.masked.passing(), first.add, names=names)
+            for name, part in first.parts.items():
+                sums.add(name, part)
+            self.gradients += len(losses) / len(self.losses)
+        return sums.total()
 
 
 def gradient_flow(evidence: Evidence) -> Masks:
@@ -95,7 +103,7 @@ def fisher(evidence: Evidence) -> Masks:
     squares: Masks = {}
     for loss in evidence.losses:
         sums = UnitSums(evidence.masked, evidence.weighted)
-        take_gradient([loss], evidence.masked.passing(), sums.add)
+        take_gradient([loss], evidence.masked.passing(), sums.add, names=sums.names())
         squares = {name: squares.get(name, 0) + value.square() for name, value in sums.total().items()}
     evidence.gradients += 1
     return squares
@@ -164,18 +172,20 @@ class Criterion:
     Args:
         score: higher is more important.
         copies: of the weights that are in memory at once: weights, and gradients.
+        turns: whether the gradients may come a share at a time.
     """
 
     score: Callable[[Evidence], Masks]
     copies: int
+    turns: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     "gradient-flow": Criterion(gradient_flow, 2),
     "gradient-flow-abs": Criterion(gradient_flow_abs, 2),
-    "taylor": Criterion(taylor, 2),
+    "taylor": Criterion(taylor, 2, turns=True),
     "fisher": Criterion(fisher, 1),
-    "diff-pruning": Criterion(diff_pruning, 2),
+    "diff-pruning": Criterion(diff_pruning, 2, turns=True),
     "magnitude": Criterion(magnitude, 1),
     "random": Criterion(random, 1),
 }

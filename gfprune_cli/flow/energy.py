@@ -8,7 +8,7 @@ that of GraSP, arXiv 2002.07376):
 `g` is accumulated over all draws before H is applied: the mean of H_j g_j is not H times the mean of g.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +45,11 @@ def as_passing(weights: Mapping[str, torch.Tensor]) -> PassingWeights:
 
 
 def take_gradient(
-    losses: Sequence[Loss], weights: Mapping[str, torch.Tensor], taken: Taker, factor: float = 1.0
+    losses: Sequence[Loss],
+    weights: Mapping[str, torch.Tensor],
+    taken: Taker,
+    factor: float = 1.0,
+    names: Collection[str] | None = None,
 ) -> float:
     """Mean loss over all chunks, one piece of one in memory at a time; its gradient goes to `taken`.
 
@@ -53,9 +57,10 @@ def take_gradient(
         losses: one function per chunk; chunks count equally.
         weights: point of evaluation; leaves this function untouched.
         taken: is given (name, part of the gradient): their sum is factor * the gradient of the mean.
+        names: of the weights that it is taken by; None for all of them.
     """
     total: torch.Tensor | None = None  # read once: every look at a number waits for the device
-    watched = as_passing(weights).watched(taken)
+    watched = as_passing(weights).watched(taken, names)
     with torch.enable_grad():
         for piece in (piece for loss in losses for piece in pieces_of(loss)):
             value = piece(watched)

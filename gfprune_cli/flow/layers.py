@@ -41,14 +41,18 @@ def places(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:-1]) if isinstance(layer, nn.Linear) else (shape[0], *shape[2:])
 
 
+def rows_looked_at(layer: Any, per_input: int) -> int:
+    """Positions behind what is said of a layer: so many for each input, and 4096 at least."""
+    return max(LEAST_ROWS, per_input * fan_in(layer))
+
+
 def rows_drawn(shape: Sequence[int], wanted: int, source: torch.Generator) -> torch.Tensor:
-    """Positions of a layer's outputs, ascending: all, or as many at random as `wanted` (4096 at least).
+    """Positions of a layer's outputs, ascending: all, or as many at random as `wanted`.
 
     Args:
         shape: from `places`.
     """
     total = torch.Size(shape).numel()
-    wanted = max(LEAST_ROWS, wanted)
     if total <= wanted:
         return torch.arange(total)
     return torch.randperm(total, generator=source)[:wanted].sort().values

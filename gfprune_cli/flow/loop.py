@@ -12,7 +12,7 @@ from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.finite import NotFinite, lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.flow.comparison import comparable
+from gfprune_cli.flow.comparison import ROWS_PER_INPUT, comparable
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Pieced, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
@@ -97,6 +97,8 @@ class PruningLoop:
         draws: for scoring and refit.
         scoring_draws, chunk: samples per scoring, and how many of them share a loss.
         piece: how many are in memory at once while derivatives are taken.
+        turns: see `Evidence`.
+        looks: positions that groups are compared at, for each input of a layer.
         refitted, compared: as many as there is memory for in a refit, and where groups are compared.
         fixed: the widths do not follow from scores, so that groups need not be compared.
         drawn: iterations of flows that came before on this network, so that each has draws of its own.
@@ -119,6 +121,8 @@ class PruningLoop:
     progress: Progress
     fixed: bool = False
     piece: int = SCORE_CHUNK
+    turns: int = 1
+    looks: int = ROWS_PER_INPUT
     refitted: int = 1 << 30
     compared: int = 1 << 30
     drawn: int = 0
@@ -197,7 +201,7 @@ class PruningLoop:
             self.progress,
             piece=self.piece,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, state.way)
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.turns)
         try:
             scores = score(self.criterion, evidence)
         except NotFinite:
@@ -211,7 +215,7 @@ class PruningLoop:
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.compared, self.chunk))
             compared = comparable(
-                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece
+                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece, self.looks
             )
             cost += len(batch)
         return Scoring(scores, compared, evidence.way, cost)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from gfprune_cli.diffusion.conditions import Condition, call, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
 from gfprune_cli.flow.passing import PassingWeights, given_weights
+from gfprune_cli.flow.recompute import Recompute
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member, Side
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
@@ -62,18 +63,22 @@ class MaskedModel:
         model: the network; its norms are replaced by mask-aware ones in place.
         groups: channel groups of the network.
         masks: on the CPU, where they are decided.
+        recomputes: whether activations are computed again on the way back, where the network can.
     """
 
     model: nn.Module
     groups: tuple[ChannelGroup, ...]
     masks: Masks = field(default_factory=dict)
+    recomputes: InitVar[bool] = False
+    recompute: Recompute | None = field(init=False, default=None)
     weights: dict[str, nn.Parameter] = field(init=False)
     returned: dict[str, "MaskedOutput"] = field(init=False, default_factory=dict)
     factors: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     gates: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
     sizes: dict[tuple[str, Side], int] = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, recomputes: bool) -> None:
+        self.recompute = Recompute.of(self.model) if recomputes else None
         channels = [group for group in self.groups if not group.is_block]
         members = {member.module for group in channels for member in group.members}
         self.sizes = {
@@ -168,7 +173,8 @@ class MaskedModel:
     ) -> torch.Tensor:
         """Network output at the given effective weights: [N, ...], or [N, 2, ...] with two branches."""
         if isinstance(effective, PassingWeights):
-            with given_weights(self.model, effective):
+            again = self.recompute if effective.anchor is not None else None
+            with given_weights(self.model, effective) if again is None else again.at(effective):
                 return call(self.model, x, timesteps, condition)
         weights = dict(effective)
         return call_with(

@@ -42,6 +42,9 @@ class MaskedGroupNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.full and self.native:
+            if torch.is_grad_enabled() and not x.requires_grad:
+                # the way back of torch 2.13 crashes where an input that is channels last wants no gradient
+                x = x.contiguous()
             return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         return group_norm_from_moments(x, self.averaging, self.membership, self.weight, self.bias, self.eps)
 

@@ -11,7 +11,7 @@ handed over when it arrives, and let go.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +29,7 @@ class PassingWeights(Mapping[str, torch.Tensor]):
     Args:
         weights: theta; factors: m, of those that have masks.
         taken: is given (name, gradient) whenever one arrives, once for each use of the weights.
+        names: of the weights whose gradients are wanted; None for all of them.
         anchor: what autograd takes the weights to be made of; there where gradients are taken.
     """
 
@@ -37,14 +38,16 @@ class PassingWeights(Mapping[str, torch.Tensor]):
     direction: Mapping[str, torch.Tensor] | None = None
     step: float = 0.0
     taken: Taker | None = None
+    names: Collection[str] | None = None
     anchor: torch.Tensor | None = None
 
     def moved(self, direction: Mapping[str, torch.Tensor], step: float) -> "PassingWeights":
         return replace(self, direction=direction, step=step)
 
-    def watched(self, taken: Taker) -> "PassingWeights":
+    def watched(self, taken: Taker, names: Collection[str] | None = None) -> "PassingWeights":
         device = next(iter(self.weights.values())).device
-        return replace(self, taken=taken, anchor=torch.zeros((), device=device, requires_grad=True))
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        return replace(self, taken=taken, names=names, anchor=anchor)
 
     def made(self, name: str) -> torch.Tensor:
         """The effective weights; those that are as stored share their memory."""
@@ -58,7 +61,7 @@ class PassingWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The same, as autograd sees them."""
-        if self.anchor is None:
+        if self.anchor is None or (self.names is not None and name not in self.names):
             return self.made(name)
         made: torch.Tensor = Made.apply(self.anchor, self, name)
         return made
@@ -135,10 +138,8 @@ class Making(dict[str, Any]):
 
 @contextmanager
 def given_weights(model: nn.Module, passing: PassingWeights) -> Iterator[None]:
-    """Run a network with these weights; outside it is as it was."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
+    """Run a network with these weights, of which autograd keeps none; outside it is as it was."""
     alive: dict[int, str] = {}
-    before = {module: module._parameters for module in model.modules() if module._parameters}
 
     def pack(tensor: torch.Tensor) -> Any:
         name = alive.get(tensor.untyped_storage().data_ptr())
@@ -146,12 +147,23 @@ def given_weights(model: nn.Module, passing: PassingWeights) -> Iterator[None]:
             return tensor
         return Remake(passing, name, tensor.size(), tensor.stride(), tensor.storage_offset())
 
+    with read_weights(model, passing, alive), torch.autograd.graph.saved_tensors_hooks(pack, remade):
+        yield
+
+
+@contextmanager
+def read_weights(
+    model: nn.Module, passing: PassingWeights, alive: MutableMapping[int, str] | None = None
+) -> Iterator[None]:
+    """Let the modules of a network read these weights; see `Making`."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    before = {module: module._parameters for module in model.modules() if module._parameters}
+    made = {} if alive is None else alive
     try:
         for module, own in before.items():
             known = {key: names[id(weight)] for key, weight in own.items() if id(weight) in names}
-            module.__dict__["_parameters"] = Making(own, known, passing, alive)
-        with torch.autograd.graph.saved_tensors_hooks(pack, remade):
-            yield
+            module.__dict__["_parameters"] = Making(own, known, passing, made)
+        yield
     finally:
         for module, own in before.items():
             module.__dict__["_parameters"] = own

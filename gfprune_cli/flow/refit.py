@@ -26,7 +26,16 @@ from torch import nn
 
 from gfprune_cli.diffusion.conditions import Condition, call, first_of
 from gfprune_cli.diffusion.draws import generator
-from gfprune_cli.flow.layers import fan_in, input_rows, is_fittable, output_shape, places, rows_drawn, rows_of
+from gfprune_cli.flow.layers import (
+    fan_in,
+    input_rows,
+    is_fittable,
+    output_shape,
+    places,
+    rows_drawn,
+    rows_looked_at,
+    rows_of,
+)
 from gfprune_cli.flow.least_squares import Problem
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.relay import Hand, relayed
@@ -48,12 +57,14 @@ class Refit:
         dense: stays as it is.
         residuals: layer -> where the stream that its output is added to can be seen (`find_residuals`).
         seed: of the positions that are looked at.
+        per_input: how many of them, for each input of a layer; see `rows_looked_at`.
     """
 
     masked: MaskedModel
     dense: nn.Module
     residuals: Mapping[str, Carrier]
     seed: int
+    per_input: int = ROWS_PER_INPUT
     repeated: frozenset[str] | None = None  # layers that run more than once: no weights serve all their calls
 
     @torch.no_grad()
@@ -158,7 +169,7 @@ class Refit:
     def positions(self, name: str, layer: Any, shape: Sequence[int], number: int) -> torch.Tensor:
         """The same positions of a layer's outputs in both networks."""
         source = generator(self.seed, "refit rows", number, name)
-        return rows_drawn(places(layer, shape), ROWS_PER_INPUT * fan_in(layer), source)
+        return rows_drawn(places(layer, shape), rows_looked_at(layer, self.per_input), source)
 
     def with_stream(
         self,

@@ -1,6 +1,6 @@
 """What is known parameter by parameter, as one number per unit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ class UnitSums:
 
     def __init__(self, masked: MaskedModel, measure: Measure) -> None:
         self.measure = measure
+        self.weights = tuple(masked.weights)
         device = next(iter(masked.weights.values())).device
         self.totals = {
             group.name: torch.zeros(group.units, dtype=torch.float64, device=device)
@@ -34,6 +35,14 @@ class UnitSums:
                     self.places.setdefault(key, []).append(
                         (group.name, masked_dimension(member), rows, units)
                     )
+
+    def names(self) -> list[str]:
+        """Of the parameters that produce a unit."""
+        return [
+            name
+            for name in self.weights
+            if name in self.places or any(block.holds(name) for block in self.blocks)
+        ]
 
     @torch.no_grad()
     def add(self, name: str, given: torch.Tensor) -> None:
@@ -53,6 +62,16 @@ class UnitSums:
     def total(self) -> Masks:
         """Group name -> [units] float64 on the CPU."""
         return {name: total.cpu() for name, total in self.totals.items()}
+
+
+def shares(names: Sequence[str], weights: Mapping[str, torch.Tensor], turns: int) -> Iterator[frozenset[str]]:
+    """The names in so many parts of about the same size in numbers, or fewer."""
+    total = sum(weights[name].numel() for name in names)
+    before, parts = 0, [set[str]() for _ in range(turns)]
+    for name in names:
+        parts[min(turns - 1, before * turns // max(1, total))].add(name)
+        before += weights[name].numel()
+    return (frozenset(part) for part in parts if part)
 
 
 def unit_sums(masked: MaskedModel, values: Mapping[str, torch.Tensor], measure: Measure) -> Masks:

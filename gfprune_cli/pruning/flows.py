@@ -1,6 +1,5 @@
 """The dense network behind masks, as it narrows from one sparsity to the next."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from torch import nn
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import UsageError
+from gfprune_cli.flow import comparison
+from gfprune_cli.flow.energy import Way
 from gfprune_cli.flow.loop import (
     REFIT_SAMPLES,
     SCORE_CHUNK,
@@ -64,20 +65,23 @@ class Flow:
     def masked(self) -> MaskedModel:
         job = self.job
         self.say_what_gives()
-        student = self.dense
+        student, recomputes = self.dense, bool(job.memory.settings(SCORING).get("recomputes"))
         if job.recipe.refit or job.steps or self.several:
-            student = copy.deepcopy(self.dense)
-            job.put_elsewhere(self.dense)
-        return MaskedModel(student.requires_grad_(True), job.plan.groups)
+            student = job.twin(self.dense)
+        return MaskedModel(student.requires_grad_(True), job.plan.groups, recomputes=recomputes)
 
     def say_what_gives(self) -> None:
-        """Fewer samples than usual behind a refit are no rounding: the log says so."""
-        samples = self.job.memory.at_once(REFITTING)
+        """What memory has no room for is said; fewer samples than usual behind a refit are no rounding."""
+        memory = self.job.memory
+        samples, turns = memory.at_once(REFITTING), memory.settings(SCORING).get("turns", 0)
         if self.job.recipe.refit and samples < REFIT_SAMPLES:
             notice(
                 self.job.progress,
                 f"refits see {samples} samples instead of {REFIT_SAMPLES}: there is no memory for more",
             )
+        if turns:
+            shares = "" if turns == 1 else f", and takes gradients in {turns} turns"
+            notice(self.job.progress, f"scoring computes activations twice{shares}: memory is short")
 
     @cached_property
     def residuals(self) -> dict[str, Carrier]:
@@ -98,7 +102,10 @@ class Flow:
             scored: the scoring of its first iteration, where it is known.
         """
         job, recipe, masked = self.job, self.job.recipe, self.masked
-        refit = Refit(masked, self.dense, self.residuals, recipe.seed) if recipe.refit else None
+        looks = job.memory.settings(REFITTING)
+        refit = Refit(masked, self.dense, self.residuals, recipe.seed, **looks) if recipe.refit else None
+        settings = job.memory.settings(SCORING)
+        way: Way | None = None if settings.get("exact") else "finite-difference"
         loop = PruningLoop(
             masked=masked,
             refit=refit,
@@ -112,12 +119,14 @@ class Flow:
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
             piece=job.memory.at_once(SCORING),
+            turns=settings.get("turns", 1),
+            looks=job.memory.settings(COMPARING).get("per_input", comparison.ROWS_PER_INPUT),
             refitted=job.memory.at_once(REFITTING),
             compared=job.memory.at_once(COMPARING),
             drawn=self.drawn,
             gone=self.gone(),
             scored=scored,
-            state=LoopState(way=None if job.exact else "finite-difference", gradients=self.gradients),
+            state=LoopState(way=way, gradients=self.gradients),
             store=store,
             progress=job.progress,
             fixed=job.plan.native is not None,

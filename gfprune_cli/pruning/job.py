@@ -1,7 +1,8 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
-from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, checked_in_double, phases_of
+from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
+from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.runtime.device import default_precision, offload
@@ -157,10 +159,8 @@ class PruneJob:
         return {} if given is None else {"times": run_digest(given.table.document())}
 
     def plan_memory(self, one: Pass) -> None:
-        """Decide how many samples go through a network at once, in each phase.
-
-        Second derivatives are taken exactly, and the dense network stays where it is, only where there is
-        memory for that.
+        """Decide how many samples go through a network at once in each phase, and what gives where memory is
+        short: the place of the dense network first.
 
         Args:
             one: what one sample takes in the dense network.
@@ -168,33 +168,15 @@ class PruneJob:
         Raises:
             GfpruneError: the run does not fit.
         """
-        recipe, weights = self.recipe, self.plan.cost.params({}) * FLOAT
-        others = alternatives(recipe, one)
-        ways = [(True, False), (False, False), (False, True)]  # second derivatives, dense network elsewhere
-        if not recipe.criterion.startswith("gradient-flow"):
-            ways = ways[1:]
-        if self.asked_to_offload:
-            ways = [(exact, True) for exact, _ in ways[:-1]]
-        plans = {
-            way: MemoryPlan(
-                self.device,
-                self.free,
-                weights,
-                phases_of(recipe, one, second_order=way[0], offload=way[1]),
-                others,
-            )
-            for way in ways
-        }
-        way = next((way for way, plan in plans.items() if plan.fits(plan.phases)), ways[-1])
-        self.memory = plans[way]
+        weights = self.plan.cost.params({}) * FLOAT
+        recipe, narrow = self.recipe, small_share(self.plan.groups, self.plan.cost)
+        empty = MemoryPlan(self.device, self.free, weights, (), alternatives(recipe, one, narrow))
+        here = empty.of(phases_of(recipe, one, offload=False, narrow=narrow))
+        self.offload_teacher = self.asked_to_offload or not here.fits(here.phases)
+        self.memory = (
+            empty.of(phases_of(recipe, one, offload=True, narrow=narrow)) if self.offload_teacher else here
+        )
         self.memory.check()
-        self.exact = way == ways[0]
-        self.offload_teacher = way[1]
-        double = checked_in_double(one)
-        self.doubles = self.memory.fits([double])
-        if self.doubles:
-            phases = [double if phase.name == double.name else phase for phase in self.memory.phases]
-            self.memory = replace(self.memory, phases=phases)
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
         """The dense network, draws for scoring and training, and draws for the reported losses."""
@@ -223,6 +205,15 @@ class PruneJob:
     def load(self) -> nn.Module:
         """The dense network on the run's device, frozen."""
         return as_loaded(load_model(self.plan.component).requires_grad_(False), self.device)
+
+    def twin(self, dense: nn.Module) -> nn.Module:
+        """A network to change, beside the dense one; where that goes elsewhere, it takes over the weights."""
+        if not self.offload_teacher or is_elsewhere(dense):
+            return copy.deepcopy(dense)
+        own = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in dense.parameters()}
+        twin = copy.deepcopy(dense, own)
+        self.put_elsewhere(dense)
+        return twin
 
     def put_elsewhere(self, dense: nn.Module) -> None:
         """Make room where the plan needs it: the dense network goes to main memory, from there to a disk."""

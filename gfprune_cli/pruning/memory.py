@@ -8,8 +8,9 @@ Results do not depend on how many samples go through a network at once, beyond t
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.layers import is_fittable
+from gfprune_cli.flow.recompute import can_recompute
 from gfprune_cli.structure.norms import plain_stand_ins
 
 GIB = 1 << 30
@@ -35,12 +37,14 @@ class Pass:
 
     Args:
         kept: by autograd for the backward pass, attention weights left out.
+        recomputed: the same where blocks are computed again on the way back; None where they cannot be.
         maps: attention weights, which second derivatives keep as well: fused kernels have first ones only.
         forward: alive at once without autograd.
         layers: positions, inputs of each, and channels of the outputs of those with a matrix of weights.
     """
 
     kept: int = 0
+    recomputed: int | None = None
     maps: int = 0
     forward: int = 0
     layers: tuple[tuple[int, int, int], ...] = ()
@@ -93,29 +97,76 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def measured_pass(model: nn.Module, call: Callable[[nn.Module], Any]) -> Pass:
-    """What one call of a network takes, nearly; runs on the meta device too."""
-    counted = 0
-    layers = []
+class Kept:
+    """Counts the numbers that layers put out, and what is left of them if blocks keep their inputs alone.
 
-    def count(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal counted
+    A block is what the network calls through this object.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = self.inputs = self.of_blocks = self.largest = 0
+        self.seen: dict[int, Any] = {}
+        self.layers: list[tuple[int, int, int]] = []
+
+    def count(self, module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            counted += output.numel()
+            self.numbers += output.numel()
             if is_fittable(module):
                 weight: Any = module.weight
-                layers.append((output.numel() // len(weight), weight[0].numel(), len(weight)))
+                self.layers.append((output.numel() // len(weight), weight[0].numel(), len(weight)))
 
+    def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        for tensor in (one for one in tree_leaves(inputs) if isinstance(one, torch.Tensor)):
+            known = self.seen.get(id(tensor))
+            if known is None or known() is not tensor:  # what many blocks are given is kept once
+                self.seen[id(tensor)] = weakref.ref(tensor)
+                self.inputs += tensor.numel()
+        before, within = self.numbers, self.of_blocks
+        output = block(*inputs)
+        inside = self.numbers - before
+        self.of_blocks = within + inside  # blocks within it are part of it
+        self.largest = max(self.largest, inside)
+        return output
+
+    @property
+    def recomputed(self) -> int:
+        """Inputs of the blocks, what lies between them, and the block that is computed again."""
+        return self.numbers - self.of_blocks + self.inputs + self.largest
+
+
+def measured_pass(model: nn.Module, call: Callable[[nn.Module], Any]) -> Pass:
+    """What one call of a network takes, nearly; runs on the meta device too."""
+    kept = Kept()
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(count) for module in leaves]
+    hooks = [module.register_forward_hook(kept.count) for module in leaves]
     alive = Alive([*model.parameters(), *model.buffers()])
     try:
-        with plain_stand_ins(model), torch.no_grad(), AttentionMaps() as maps, alive:
+        with plain_stand_ins(model), block_calls(model, kept) as recomputes, AttentionMaps() as maps, alive:
             call(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return Pass(counted, maps.counted, alive.most // FLOAT, tuple(layers))
+    recomputed = kept.recomputed if recomputes else None
+    return Pass(kept.numbers, recomputed, maps.counted, alive.most // FLOAT, tuple(kept.layers))
+
+
+@contextmanager
+def block_calls(model: Any, through: Callable[..., Any]) -> Iterator[bool]:
+    """Have the network call its blocks through a function, and take no gradients; whether it can."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recomputes = can_recompute(model)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if recomputes:
+            model.enable_gradient_checkpointing(through)
+        with torch.set_grad_enabled(recomputes):  # it asks for that
+            yield recomputes
+    finally:
+        if recomputes:
+            model.disable_gradient_checkpointing()
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:
@@ -142,6 +193,7 @@ class Phase:
         wanted: samples at once, where there is memory for them.
         least: fewer will not do.
         rest: samples at once -> bytes beside weights and what each sample takes.
+        settings: with which the phase takes no more than that.
     """
 
     name: str
@@ -150,6 +202,7 @@ class Phase:
     wanted: int
     least: int = 1
     rest: Callable[[int], int] = lambda _samples: 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def need(self, weights: int, samples: int) -> float:
         return self.copies * weights + samples * self.sample + self.rest(samples)
@@ -164,17 +217,22 @@ class MemoryPlan:
         free: bytes on it, before the run has loaded anything.
         weights: bytes of the dense network's.
         phases: of the run.
-        alternatives: flags -> the phases of the run with them; the advice of those that would help.
+        alternatives: flags -> the forms of the phases with them; those that would help are advised.
     """
 
     device: torch.device
     free: int
     weights: int
     phases: Sequence[Phase]
-    alternatives: Mapping[str, Sequence[Phase]] = field(default_factory=dict)
+    alternatives: Mapping[str, Sequence[Sequence[Phase]]] = field(default_factory=dict)
 
     def fits(self, phases: Sequence[Phase]) -> bool:
         return all(phase.need(self.weights, phase.least) <= MARGIN * self.free for phase in phases)
+
+    def of(self, forms: Iterable[Sequence[Phase]]) -> "MemoryPlan":
+        """The same for phases that each have several forms: of each the first that fits, or the last."""
+        chosen = [next((one for one in each if self.fits([one])), each[-1]) for each in forms]
+        return replace(self, phases=chosen)
 
     def check(self) -> None:
         """Refuse a run that cannot fit, before it has cost anything.
@@ -185,7 +243,8 @@ class MemoryPlan:
         if self.fits(self.phases):
             return
         worst = max(self.phases, key=lambda phase: phase.need(self.weights, phase.least))
-        found = [flags for flags, phases in self.alternatives.items() if self.fits(phases)]
+        plans = {flags: self.of(forms) for flags, forms in self.alternatives.items()}
+        found = [flags for flags, plan in plans.items() if plan.fits(plan.phases)]
         helping = [flags for flags in found if not any(other in flags and other != flags for other in found)]
         remedy = f"use {' or '.join(helping)}" if helping else "use a machine with more memory"
         raise GfpruneError(
@@ -193,9 +252,18 @@ class MemoryPlan:
             f" {self.device.type} while {worst.name}, and {self.free / GIB:.1f} GiB are free: {remedy}"
         )
 
+    def phase(self, name: str) -> Phase | None:
+        """None where it does not take place."""
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+    def settings(self, name: str) -> Mapping[str, Any]:
+        """What a phase has to do differently to fit."""
+        phase = self.phase(name)
+        return {} if phase is None else phase.settings
+
     def at_once(self, name: str) -> int:
         """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""
-        phase = next((phase for phase in self.phases if phase.name == name), None)
+        phase = self.phase(name)
         if phase is None:
             return 0  # it does not take place
         samples = phase.wanted

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.durable import check_space
 from gfprune_cli.outputs.locks import own_folder
 from gfprune_cli.outputs.state import StateFolder
-from gfprune_cli.progress import Event
+from gfprune_cli.progress import Event, notice
 from gfprune_cli.pruning.flows import Flow
 from gfprune_cli.pruning.job import PruneJob, as_loaded, is_elsewhere
 from gfprune_cli.pruning.loss_limit import LossLimit
-from gfprune_cli.pruning.phases import RECOVERING
+from gfprune_cli.pruning.phases import CHECKING, RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -76,7 +77,8 @@ class Networks:
         dense = job.fold(dense, draws, held_out)
         job.progress(Event("check", text="checking that removal is exact"))
         if job.plan.groups:
-            check_removal(dense, job.plan.groups, one_sample(job.process, draws), doubles=job.doubles)
+            inputs, how = one_sample(job.process, draws), job.memory.settings(CHECKING)
+            check_removal(dense, job.plan.groups, inputs, **how)
         flow = Flow(job, dense, draws, held_out, several=last > 0 or job.recipe.keep_loss is not None)
         for number in range(first, last + 1):
             recovery = RecoveryState(self.states[number])
@@ -147,12 +149,18 @@ class Networks:
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
         job, pair = self.job, self.pair(narrow, dense, state)
+        settings = state.trained_with(job.memory.settings(RECOVERING))
+        if settings:
+            notice(
+                job.progress, f"memory is short: recovery trains as finetune does with {flags_of(settings)}"
+            )
         recipe = FinetuneRecipe(
             model=job.recipe.model,
             steps=job.steps,
             features=FEATURES if pair else 0.0,
             seed=job.recipe.seed,
             micro_batch=job.memory.at_once(RECOVERING),
+            **settings,
         )
         recover(
             channels_last(narrow),
@@ -196,6 +204,18 @@ class Networks:
             cast_model(model, stored_dtype(job.plan.component))  # what is measured and written is one
             cast_model(model, torch.float32)
         return nn.Module.to(model, job.device)
+
+
+def flags_of(settings: Mapping[str, Any]) -> str:
+    """As on the command line of finetune."""
+    return " ".join(
+        f"--{name}"
+        if value is True
+        else f"--{name} {value:g}"
+        if isinstance(value, float)
+        else f"--{name} {value}"
+        for name, value in settings.items()
+    )
 
 
 def take_losses(flow: Flow, outcome: Outcome, narrow: nn.Module) -> None:

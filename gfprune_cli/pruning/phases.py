@@ -1,6 +1,5 @@
 """The phases of a prune run and the memory that each takes."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,68 +15,133 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.memory import held_bytes
 
-LEAST_COMPARED, LEAST_REFITTED = 4, 8  # samples, where there is no memory for more
+LEAST_COMPARED, LEAST_REFITTED = 4, 8  # samples, where there is no memory for more; half if it is short
 COMPARING_MATRICES = 3  # moments in both precisions, their factor
 REFITTING_MATRICES = 2  # a system and its factor
 FEW_COPIES = 3  # of few rows: inputs, centred, scaled
 DOUBLE = 8  # bytes
+MOST_NARROW = 0.6  # of the parameters, where it is not worked out
 PASSES = 2  # of the dense network and of the masked one, in turns
 SECOND_ORDER = 3  # times what autograd keeps for first derivatives
 SECOND_ORDER_COPIES = 6  # weights, masked ones, gradients, products, and their parts
-SINGLE_COPIES = 2  # of a network whose removal is checked, and what it narrows to
-DOUBLE_COPIES = 5  # of one that is checked in float64
+DOUBLE_COPIES = 5  # of a network whose removal is checked in float64
+TURNS = (1, 2, 4, 8)  # in which a gradient may come, where memory is short
+THRIFT: tuple[dict[str, Any], ...] = (
+    {},
+    {"checkpointing": True},
+    {"checkpointing": True, "ema": 0.0},
+    {"checkpointing": True, "ema": 0.0, "optimizer": "adafactor"},
+)
+Forms = list[Phase]  # of one phase, the best first
 LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
     "taking losses", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
 )  # fmt: skip
 
 
-def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool = False) -> list[Phase]:
+def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = MOST_NARROW) -> list[Forms]:
     """What a run does with its memory; bytes of a sample are 0 where `one` is not known.
 
     Args:
         one: of the dense network.
-        offload: the dense network is on a disk, or in the main memory of another device's machine.
-        second_order: scoring may take the product with the Hessian exactly.
+        offload: the dense network is on a disk, or in the main memory of another device's machine; what is
+            slower then comes into question.
+        narrow: see `checks`.
     """
-    return list(_phases(recipe, one, offload=offload, second_order=second_order))
-
-
-def _phases(recipe: PruneRecipe, one: Pass, *, offload: bool, second_order: bool) -> Iterator[Phase]:
     several = len(recipe.targets) > 1
     copied = recipe.refit or recipe.recover > 0 or several or recipe.keep_loss is not None
     dense = int(copied and not offload)
     spare = int(recipe.keep_loss is not None)  # weights of the last network that keeps the limit
     masked = dense + spare + 1  # the weights that change; behind masks they are made layer by layer
-    kept = one.kept + (one.maps if second_order else 0)
-    scored = FLOAT * kept * (SECOND_ORDER if second_order else 1)
-    yield Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)
+    phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)]]
     if not recipe.removes:  # folding alone
-        return
-    yield Phase(CHECKING, SINGLE_COPIES, PASSES * FLOAT * one.forward, 1)
-    copies = dense + spare + (SECOND_ORDER_COPIES if second_order else CRITERIA[recipe.criterion].copies)
-    yield Phase(SCORING, copies, scored, min(SCORE_CHUNK, recipe.draws))
-    compared, refitted = partial(comparing, one), partial(refitting, one)
-    yield Phase(COMPARING, masked, FLOAT * one.forward, COMPARED_SAMPLES, LEAST_COMPARED, compared)
+        return phases
+    phases += [checks(one, narrow), scorings(recipe, one, dense + spare, thrifty=offload)]
+    forward = FLOAT * one.forward
+    phases.append(
+        [
+            Phase(COMPARING, masked, forward, COMPARED_SAMPLES, least, partial(comparing, one, looks), given)
+            for looks, least, given in looked_at(comparison.ROWS_PER_INPUT, LEAST_COMPARED, thrifty=offload)
+        ]
+    )
     if recipe.refit:
-        both = PASSES * FLOAT * one.forward
-        yield Phase(REFITTING, masked, both, REFIT_SAMPLES, LEAST_REFITTED, refitted)
+        both = PASSES * forward
+        phases.append(
+            [
+                Phase(REFITTING, masked, both, REFIT_SAMPLES, least, partial(refitting, one, looks), given)
+                for looks, least, given in looked_at(refit.ROWS_PER_INPUT, LEAST_REFITTED, thrifty=offload)
+            ]
+        )
     if recipe.recover:
-        batch = FinetuneRecipe.batch
-        left = 1 - recipe.targets[0]
-        held = held_bytes(FinetuneRecipe(model=""), student=left, training=left, teacher=dense + several)
-        yield Phase(RECOVERING, sum(held.values()) / FLOAT, FLOAT * one.kept, batch)
+        phases.append(recoveries(recipe, one, dense + several, thrifty=offload))
+    return phases
 
 
-def checked_in_double(one: Pass) -> Phase:
-    """The check of removal where there is memory for it in float64."""
-    return Phase(CHECKING, DOUBLE_COPIES, 2 * PASSES * FLOAT * one.forward, 1)
+def looked_at(per_input: int, least: int, *, thrifty: bool) -> list[tuple[int, int, dict[str, Any]]]:
+    """Positions for each input of a layer, and the fewest samples: as usual, and where memory is short."""
+    usual: list[tuple[int, int, dict[str, Any]]] = [(per_input, least, {})]
+    return [*usual, (0, least // 2, {"per_input": 0})] if thrifty else usual
 
 
-def comparing(one: Pass, samples: int) -> int:
-    """Bytes of the moments of the layer for which they take most: as wide as its inputs, or as its rows."""
+def checks(one: Pass, narrow: float) -> Forms:
+    """The check of removal, in float64 where there is memory for it.
+
+    Args:
+        narrow: share of the parameters that it leaves in float32.
+    """
+    both = PASSES * FLOAT * one.forward
+    double = Phase(CHECKING, DOUBLE_COPIES, 2 * both, 1, settings={"doubles": True})
+    return [double, Phase(CHECKING, 1 + narrow, both, 1, settings={"doubles": False})]
+
+
+def scorings(recipe: PruneRecipe, one: Pass, others: int, *, thrifty: bool) -> Forms:
+    """Scoring: with exact second derivatives, with finite differences, and in less memory for more time.
+
+    Args:
+        others: copies of the weights beside those that are scored.
+    """
+    criterion, wanted = CRITERIA[recipe.criterion], min(SCORE_CHUNK, recipe.draws)
+    exact = Phase(
+        SCORING,
+        others + SECOND_ORDER_COPIES,
+        FLOAT * (one.kept + one.maps) * SECOND_ORDER,
+        wanted,
+        settings={"exact": True},
+    )
+    forms = [exact] if recipe.criterion.startswith("gradient-flow") else []
+    forms.append(Phase(SCORING, others + criterion.copies, FLOAT * one.kept, wanted))
+    if thrifty and one.recomputed is not None:
+        for turns in TURNS if criterion.turns else TURNS[:1]:
+            copies = others + 1 + (criterion.copies - 1) / turns
+            settings = {"recomputes": True, "turns": turns}
+            forms.append(Phase(SCORING, copies, FLOAT * one.recomputed, wanted, settings=settings))
+    return forms
+
+
+def recoveries(recipe: PruneRecipe, one: Pass, teachers: int, *, thrifty: bool) -> Forms:
+    """Recovery, with what gives where memory is short: fields of `FinetuneRecipe`.
+
+    Args:
+        teachers: copies of the dense network that are there.
+    """
+    left = 1 - recipe.targets[0]
+    forms = []
+    for settings in THRIFT if thrifty and one.recomputed is not None else THRIFT[:1]:
+        held = held_bytes(FinetuneRecipe(model="", **settings), student=left, training=left, teacher=teachers)
+        kept = one.recomputed if settings else one.kept
+        copies, batch = sum(held.values()) / FLOAT, FinetuneRecipe.batch
+        forms.append(Phase(RECOVERING, copies, FLOAT * (kept or 0), batch, settings=settings))
+    return forms
+
+
+def comparing(one: Pass, looks: int, samples: int) -> int:
+    """Bytes of the moments of the layer for which they take most: as wide as its inputs, or as its rows.
+
+    Args:
+        looks: positions for each input of a layer.
+    """
     sizes = [0]
     for places, inputs, _ in one.layers:
-        rows = min(places * samples, max(LEAST_ROWS, comparison.ROWS_PER_INPUT * inputs))
+        rows = min(places * samples, max(LEAST_ROWS, looks * inputs))
         few = rows < inputs
         sizes.append(
             rows * inputs * (FLOAT + DOUBLE) + COMPARING_MATRICES * DOUBLE * (rows if few else inputs) ** 2
@@ -85,11 +149,11 @@ def comparing(one: Pass, samples: int) -> int:
     return max(sizes)
 
 
-def refitting(one: Pass, samples: int) -> int:
+def refitting(one: Pass, looks: int, samples: int) -> int:
     """The same for the normal equations, with the dense outputs that the layer aims at."""
     sizes = [0]
     for places, inputs, outputs in one.layers:
-        rows = min(places * samples, max(LEAST_ROWS, refit.ROWS_PER_INPUT * inputs))
+        rows = min(places * samples, max(LEAST_ROWS, looks * inputs))
         few = rows < inputs
         held = FEW_COPIES * rows * inputs if few else PIECE * inputs
         square = DOUBLE * REFITTING_MATRICES * (rows if few else inputs) ** 2
@@ -97,9 +161,9 @@ def refitting(one: Pass, samples: int) -> int:
     return max(sizes)
 
 
-def alternatives(recipe: PruneRecipe, one: Pass) -> dict[str, list[Phase]]:
+def alternatives(recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW) -> dict[str, list[Forms]]:
     """Flags that were not given and take memory away -> the phases with them, the dense network elsewhere."""
-    found: dict[str, list[Phase]] = {}
+    found: dict[str, list[Forms]] = {}
     without: dict[str, dict[str, Any]] = {
         "--no-refit": dict(refit=False),
         "--recover 0": dict(recover=0),
@@ -108,5 +172,5 @@ def alternatives(recipe: PruneRecipe, one: Pass) -> dict[str, list[Phase]]:
     }
     for flags, changes in without.items() if recipe.removes else ():  # folding alone does none of that
         if all(getattr(recipe, name) != value for name, value in changes.items()):
-            found[flags] = phases_of(replace(recipe, **changes), one, offload=True)
+            found[flags] = phases_of(replace(recipe, **changes), one, offload=True, narrow=narrow)
     return found

@@ -40,6 +40,7 @@ class RecoveryState:
     def __init__(self, state: StateFolder) -> None:
         self.state = state
         self.found: Outcome | None = None
+        self.settings: dict[str, Any] = {}
 
     def begun(self) -> bool:
         """Whether the state that a stopped run left is of its recovery."""
@@ -54,6 +55,12 @@ class RecoveryState:
         kept = {key.partition("/")[2]: units for key, units in tensors.items() if key.startswith("kept/")}
         refits = [RefitResult(**refit) for refit in numbers["refits"]]
         return Outcome(kept, numbers["losses"], refits, numbers["gradients"], numbers["limit"])
+
+    def trained_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What recovery does differently because memory is short: as it began, whatever is free by now."""
+        saved = self.state.load() if self.begun() else None
+        self.settings = dict(settings if saved is None else saved[1]["settings"])
+        return self.settings
 
     def of(self, outcome: Outcome) -> Self:
         """The same, for a run that has found this."""
@@ -81,6 +88,7 @@ class RecoveryState:
             {
                 "phase": PHASE,
                 "recovery": dict(numbers),
+                "settings": self.settings,
                 "losses": self.found.losses,
                 "refits": [asdict(refit) for refit in self.found.refits],
                 "gradients": self.found.gradients,

@@ -19,12 +19,14 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.passing import given_weights
+from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
 from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
-LEAST_PART, MOST_PART = 0.35, 0.75  # of the units of a group that stay
+PART = (0.35, 0.75)  # of the units of a group that stay
+SMALL_PART = (0.2, 0.4)  # the same where memory is short
 
 Outputs = dict[str, torch.Tensor]
 
@@ -57,7 +59,7 @@ def removal_gap(
     model: nn.Module, groups: tuple[ChannelGroup, ...], inputs: Mapping[str, Any], *, doubles: bool
 ) -> float:
     """As `check_removal`, in float64 or float32."""
-    kept = random_part(groups)
+    kept = random_part(groups, PART if doubles else SMALL_PART)
     with comparable_inputs(model, doubles=doubles) as network:
         dtype = next(network.parameters()).dtype
         given = noisy(inputs, dtype)
@@ -92,7 +94,9 @@ def narrow_network(
         raise GfpruneError(f"channels of {name} cannot be removed: {first_line(error)}") from error
 
 
-def random_part(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
+def random_part(
+    groups: tuple[ChannelGroup, ...], part: tuple[float, float] = PART
+) -> dict[str, torch.Tensor]:
     """Group name -> bool [units], true for a random part of them and at least one; always the same.
 
     Each group keeps another share: of equal ones a network would not show that it ties two widths.
@@ -100,11 +104,18 @@ def random_part(groups: tuple[ChannelGroup, ...]) -> dict[str, torch.Tensor]:
     source = generator(0, "check of removal")
     kept = {}
     for group in groups:
-        share = LEAST_PART + (MOST_PART - LEAST_PART) * float(torch.rand((), generator=source))
+        share = part[0] + (part[1] - part[0]) * float(torch.rand((), generator=source))
         kept[group.name] = torch.zeros(group.units, dtype=torch.bool)
         count = max(1, round(share * group.units))
         kept[group.name][torch.randperm(group.units, generator=source)[:count]] = True
     return kept
+
+
+def small_share(groups: tuple[ChannelGroup, ...], cost: CostModel) -> float:
+    """The share of the parameters that stays in a check with little memory."""
+    kept = random_part(groups, SMALL_PART)
+    widths = {group.name: int(kept[group.name].sum()) * group.unit_size for group in groups}
+    return cost.params(widths) / cost.params({})
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning import job, memory
 from gfprune_cli.pruning.memory import GIB, MemoryPlan, Pass, Phase, measured_pass, one_pass
-from gfprune_cli.pruning.phases import REFITTING, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.phases import RECOVERING, REFITTING, SCORING, alternatives, phases_of
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import offload
 
@@ -97,7 +97,7 @@ def test_first_derivatives_keep_no_attention_weights() -> None:
 
 def plan(free: float, *phases: Phase, **others: list[Phase]) -> MemoryPlan:
     """Gigabytes in the place of bytes."""
-    alternatives = {flags.replace("_", "-"): phases for flags, phases in others.items()}
+    alternatives = {flags.replace("_", "-"): [[phase] for phase in found] for flags, found in others.items()}
     return MemoryPlan(torch.device("cpu"), round(free * GIB), GIB, phases, alternatives)
 
 
@@ -123,13 +123,13 @@ def test_a_run_that_cannot_fit_is_refused_with_both_numbers_and_advice_that_help
 def test_few_draws_need_what_few_draws_take_and_nothing_given_is_advised() -> None:
     recipe = PruneRecipe(draws=4, one_shot=True, refit=False, recover=0)
     one = Pass(kept=100, maps=1000, forward=10)
-    phases = {phase.name: phase for phase in phases_of(recipe, one, offload=False)}
-    assert (phases[SCORING].wanted, phases[SCORING].sample) == (4, 4 * 100)
+    phases = {forms[0].name: forms for forms in phases_of(recipe, one, offload=False)}
+    assert [(form.wanted, form.sample) for form in phases[SCORING]] == [(4, 4 * 100)]
     assert REFITTING not in phases
     assert list(alternatives(recipe, one)) == []
-    exact = phases_of(recipe, one, offload=False, second_order=True)
-    assert {phase.name: phase for phase in exact}[SCORING].sample == 3 * 4 * 1100
     flow = PruneRecipe(criterion="gradient-flow")
+    phases = {forms[0].name: forms for forms in phases_of(flow, one, offload=False)}
+    assert [form.sample for form in phases[SCORING]] == [3 * 4 * 1100, 4 * 100]
     assert list(alternatives(flow, one)) == [
         "--no-refit", "--recover 0", "--no-refit --recover 0", "--criterion taylor",
     ]  # fmt: skip
@@ -180,6 +180,36 @@ def test_a_dense_network_that_memory_has_no_room_for_stays_on_disk(
     assert [len(texts) for texts in said] == [0, 1]
     torch.testing.assert_close(written["disk"], written["memory"], rtol=1e-2, atol=2e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
+
+
+def test_of_several_forms_of_a_phase_the_first_that_fits_is_taken() -> None:
+    """As usual, activations computed again, gradients in turns; and a recovery that keeps less."""
+    one = Pass(kept=8 * GIB // 4, recomputed=GIB // 4, forward=GIB // 8)
+    forms = phases_of(PruneRecipe(), one, offload=True)
+    found = {}
+    for free in (14, 5, 3, 2.5):
+        chosen = plan(free).of(forms)
+        settings = {name: dict(chosen.settings(name)) for name in (SCORING, RECOVERING)}
+        found[free] = (settings[SCORING].get("turns", 0), len(settings[RECOVERING]))
+        assert chosen.fits([phase for phase in chosen.phases if phase.name in settings])
+    assert found == {14: (0, 0), 5: (1, 1), 3: (2, 2), 2.5: (4, 3)}
+
+
+def test_a_network_without_blocks_to_recompute_has_no_other_forms() -> None:
+    forms = phases_of(PruneRecipe(), Pass(kept=100, forward=10), offload=True)
+    assert {forms[0].name: len(forms) for forms in forms}[SCORING] == 1
+
+
+@pytest.mark.parametrize(("cls", "config"), [(UNet2DModel, PLAIN), (UNet2DConditionModel, TEXT)])
+def test_recomputing_keeps_less_and_the_plan_is_near(cls: type, config: dict) -> None:
+    """What autograd holds at the end of a forward pass through blocks that are computed again."""
+    with torch.device("meta"):
+        one = one_pass(cls(**config), example_inputs(cls(**config)))
+    model = cls(**config)
+    model.enable_gradient_checkpointing()
+    held = kept_by_autograd(model)
+    assert one.recomputed is not None
+    assert held < one.recomputed < 0.8 * one.kept
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
