@@ -3,6 +3,7 @@
     python benchmarks/large.py                       # about 25 minutes; needs 12 GB
     python benchmarks/large.py --networks dit        # one of them
     python benchmarks/large.py --networks            # plans alone, seconds
+    python benchmarks/large.py --networks sdxl --device cuda    # large-cuda.md: on a card, and finetune
 
 Writes `large.md` into docs/benchmarks: what the memory plan asks for on real networks, and what runs took.
 Of the latter weights are random, architectures real, samples small, since what is asked is how memory follows
@@ -35,23 +36,45 @@ from gfprune_cli.structure.graph import discover
 
 GB = 1e9
 SETTINGS: dict[str, Any] = dict(sparsity=0.5, images=4, sample_steps=1, draws=8, recover=2, force=True)
+FINETUNE: dict[str, Any] = dict(
+    steps=20, lora=16, batch=4, micro_batch=1, images=8, sample_steps=1, force=True
+)
+MEMORY = """
+import resource, torch
+def peak():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+def now():
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+"""
 MEASURE = """
-import json, resource, sys
+import json, sys
 import diffusers
 import gfprune_cli, gfprune_cli.pruning.job as job
 asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
 job.available = lambda device: int(free)
+for function in (job.PruneJob.loss, job.PruneJob.losses):  # of memory they take no less, and much less time
+    function.__defaults__ = (16,)
 plan_memory, plans = job.PruneJob.plan_memory, []
 job.PruneJob.plan_memory = lambda run, one: (plan_memory(run, one), plans.append(run.memory))
-with open("/proc/self/statm") as file:
-    start = int(file.read().split()[1]) * resource.getpagesize()
+start = now()
 result = gfprune_cli.prune(**asked)
-with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
-    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 plan = plans[-1]
 planned = {phase.name: phase.need(plan.weights, plan.at_once(phase.name)) for phase in plan.phases}
 seconds, params = result.seconds_by_phase, result.params["before"]
-print(json.dumps(dict(peak=peak - start, planned=planned, seconds=seconds, params=params)))
+print(json.dumps(dict(peak=peak() - start, planned=planned, seconds=seconds, params=params)))
+"""
+MEASURE_FINETUNE = """
+import json, sys, time
+import diffusers, gfprune_cli
+begin, start = time.perf_counter(), now()
+gfprune_cli.finetune(**json.loads(sys.argv[1]))
+print(json.dumps(dict(peak=peak() - start, seconds=time.perf_counter() - begin)))
 """
 
 
@@ -131,24 +154,32 @@ class Subject:
     words: str
     make: Callable[[], Any]
     free: float
+    dtype: torch.dtype = torch.float32
 
 
 SUBJECTS = {
     "half": Subject("SD 1.5 at half of its width, 16 x 16 latents", lambda: stable_diffusion(160, 16), 5),
     "dit": Subject("DiT-XL/2, 16 x 16 latents", lambda: dit(28, 16), 10),
     "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 12),
+    "sdxl": Subject(
+        "SDXL, 128 x 128 latents, stored in bf16",
+        lambda: real("Stable Diffusion XL, 1024 px"),
+        16,
+        torch.bfloat16,
+    ),
 }
+DEFAULT = ("half", "dit", "sd15")
 
 
-def measured(subject: Subject, root: Path, seed: int) -> dict[str, Any]:
-    """A prune run in a process of its own."""
-    torch.manual_seed(seed)
-    model = root / "dense"
-    subject.make().save_pretrained(model / "denoiser")
-    DDIMScheduler().save_pretrained(model / "scheduler")
-    asked = SETTINGS | dict(model=str(model / "denoiser"), out=str(root / "out"), seed=seed)
+def real(name: str) -> Any:
+    kind, config = REAL[name]
+    return kind(**config)
+
+
+def in_a_process(script: str, root: Path, *given: Any) -> dict[str, Any]:
+    """What a script prints last, as JSON."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(asked), str(subject.free * GB)],
+        [sys.executable, "-W", "ignore", "-c", MEMORY + script, *map(str, given)],
         capture_output=True,
         text=True,
         check=False,
@@ -158,6 +189,24 @@ def measured(subject: Subject, root: Path, seed: int) -> dict[str, Any]:
     if done.returncode:
         sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(subject: Subject, root: Path, seed: int, device: str) -> dict[str, Any]:
+    """A prune run in a process of its own; on a card, a finetuning of what it wrote as well."""
+    torch.manual_seed(seed)
+    model, out = root / "dense", root / "out"
+    with torch.device(device):
+        subject.make().to(subject.dtype).save_pretrained(model / "denoiser")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    common = dict(seed=seed, device=device)
+    asked = SETTINGS | common | dict(model=str(model / "denoiser"), out=str(out))
+    found = in_a_process(MEASURE, root, json.dumps(asked), subject.free * GB)
+    if device == "cuda":
+        asked = (
+            FINETUNE | common | dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
+        )
+        found["finetune"] = in_a_process(MEASURE_FINETUNE, root, json.dumps(asked))
     return found
 
 
@@ -187,10 +236,29 @@ def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def finetune_text(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
+    """What finetuning took, where it was run."""
+    tuned = [(subject.words, found["finetune"]) for subject, found in rows if "finetune" in found]
+    if not tuned:
+        return ""
+    lines = [
+        f"\n`gfprune finetune {flags(FINETUNE)}` of what that wrote, drawing its images included:\n",
+        "| network | peak, GB | seconds |",
+        "|---|---|---|",
+        *(f"| {words} | {found['peak'] / GB:.2f} | {found['seconds']:.0f} |" for words, found in tuned),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def flags(settings: dict[str, Any]) -> str:
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if key != "force")
+
+
 def main(given: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--networks", nargs="*", choices=SUBJECTS, default=list(DEFAULT))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=PAGES, help="folder")
     options = parser.parse_args(given)
@@ -199,17 +267,17 @@ def main(given: Sequence[str] | None = None) -> Path:
     rows = []
     for name in options.networks:
         with tempfile.TemporaryDirectory() as root:
-            rows.append((SUBJECTS[name], measured(SUBJECTS[name], Path(root), options.seed)))
-        print(rows_table(rows), flush=True)
-    asked = " ".join(
-        f"--{key.replace('_', '-')} {value}" for key, value in SETTINGS.items() if key != "force"
-    )
+            rows.append((SUBJECTS[name], measured(SUBJECTS[name], Path(root), options.seed, options.device)))
+        print(rows_table(rows), finetune_text(rows), flush=True)
     body = f"Least by the plan, float32, one sample at a time, the dense network on disk:\n\n{plan_table()}\n"
     if rows:
         body += (
-            f"\nRuns: `gfprune prune {asked}`. Peaks are above what the imports take.\n\n{rows_table(rows)}\n"
+            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take; "
+            "reported losses are of 16 draws instead of 128.\n\n"
+            f"{rows_table(rows)}\n{finetune_text(rows)}"
         )
-    return write_page(options.out / "large.md", "Memory of large networks", command, options.seed, body)
+    page = "large.md" if options.device == "cpu" else "large-cuda.md"
+    return write_page(options.out / page, "Memory of large networks", command, options.seed, body)
 
 
 if __name__ == "__main__":

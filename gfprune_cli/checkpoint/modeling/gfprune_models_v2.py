@@ -22,7 +22,10 @@ to the shapes written there:
                                        shapes of their own
 """
 
+from __future__ import annotations  # Triton reads some that mean nothing until it is imported
+
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -58,6 +61,7 @@ ORDER = ("identity", "attributes", "heads")  # what is applied after the weights
 FIRST = "rank"  # what is applied before them: the factors may be narrowed in their turn
 
 ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a tensor of a LoRA and its kin
+KERNEL_BLOCK = 4096  # numbers that a program of the group norm's kernel has at once
 SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
 PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
@@ -164,6 +168,89 @@ def _spread(found: Any) -> Any:
     return by_x, None, None, by_weight, by_bias, None
 
 
+tl: Any = None  # triton.language, once the kernel below is wanted
+
+
+def _group_norm_kernel(
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    starts: Any,
+    positions: Any,
+    eps: Any,
+    by_sample: Any,
+    by_channel: Any,
+    by_position: Any,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """A Triton program for one group of one sample: mean, variance, and what is written; sums in float32."""
+    sample, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = tl.load(starts + group)
+    size = tl.load(starts + group + 1) - start
+    channel = tl.arange(0, channels)
+    own = channel < size
+    rows = sample * by_sample + (start + channel) * by_channel
+    count = (size * positions).to(tl.float32)
+    total = tl.zeros((channels, block), tl.float32)
+    for first in range(0, positions, block):
+        position = first + tl.arange(0, block)
+        inside = own[:, None] & (position < positions)[None, :]
+        at = rows[:, None] + (position * by_position)[None, :]
+        total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(total, 1), 0) / count
+    total = tl.zeros((channels, block), tl.float32)
+    for first in range(0, positions, block):
+        position = first + tl.arange(0, block)
+        inside = own[:, None] & (position < positions)[None, :]
+        at = rows[:, None] + (position * by_position)[None, :]
+        away = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
+        total += away * away
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / count + eps)
+    scale = tl.load(weight + start + channel, mask=own, other=0.0).to(tl.float32) * inverse
+    shift = tl.load(bias + start + channel, mask=own, other=0.0).to(tl.float32) - mean * scale
+    for first in range(0, positions, block):
+        position = first + tl.arange(0, block)
+        inside = own[:, None] & (position < positions)[None, :]
+        at = rows[:, None] + (position * by_position)[None, :]
+        normed = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale[:, None] + shift[:, None]
+        tl.store(y + at, normed.to(y.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def _compiled_kernel() -> Any:
+    """`_group_norm_kernel` for Triton, which comes with PyTorch for CUDA; None without it."""
+    global tl
+    try:
+        tl = importlib.import_module("triton.language")
+        return importlib.import_module("triton").jit(_group_norm_kernel)
+    except ImportError:
+        return None
+
+
+def fused_group_norm(
+    x: torch.Tensor, starts: torch.Tensor, widest: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Group norm with free group sizes in one kernel, in the memory format of what it is given.
+
+    Args:
+        x: [N, C, ...].
+        starts: [G + 1] int32, the first channel of each group, and C.
+        widest: channels of the largest group.
+        weight, bias: [C].
+    """
+    if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        x = x.contiguous()
+    y, positions = torch.empty_like(x), x[0, 0].numel()
+    channels = 1 << (widest - 1).bit_length()
+    block = max(1, min(1 << (positions - 1).bit_length(), KERNEL_BLOCK // channels))
+    strides = x.stride(0), x.stride(1), x.stride(-1)
+    grid = (len(x), len(starts) - 1)
+    _compiled_kernel()[grid](x, y, weight, bias, starts, positions, eps, *strides, channels, block)
+    return y
+
+
 def _autocasts(x: torch.Tensor) -> bool:
     """Whether products would be taken in half precision; to ask is cheaper than to forbid."""
     return torch.is_autocast_enabled(x.device.type)
@@ -184,6 +271,7 @@ class UnevenGroupNorm(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self._matrices: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._starts: dict[torch.device, torch.Tensor] = {}
 
     def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
@@ -201,7 +289,22 @@ class UnevenGroupNorm(nn.Module):
         membership = ((channel < ends) & (channel >= ends - sizes)).to(dtype)
         return membership / sizes, membership
 
+    def starts(self, device: torch.device) -> torch.Tensor:
+        """[G + 1] the first channel of each group, and their number."""
+        if device not in self._starts:
+            ends = [0, *itertools.accumulate(self.group_sizes)]
+            self._starts[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._starts[device]
+
+    def is_fused(self, x: torch.Tensor) -> bool:
+        """Whether one kernel does it all."""
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return plain and x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and bool(_compiled_kernel())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_fused(x):
+            starts = self.starts(x.device)
+            return fused_group_norm(x, starts, max(self.group_sizes), self.weight, self.bias, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         averaging, membership = self.matrices(x.device, dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
