@@ -117,7 +117,7 @@ class Refit:
             problem = Problem(
                 lambda first, end: input_rows(inputs, layer, index[first:end]),
                 self.with_stream(name, streams, target, shape, index, -1),
-                softness(inside.get(name), fan_in(layer)),
+                softness(inside.get(name), fan_in(layer), inputs.device),
                 judged_from(index, places(layer, shape)),
             )
             self.renew(name, problem, written.get(name), before)
@@ -243,12 +243,12 @@ def repeated_layers(
     return frozenset(name for name, count in calls.items() if count > 1)
 
 
-def softness(mask: torch.Tensor | None, inputs: int) -> torch.Tensor | None:
+def softness(mask: torch.Tensor | None, inputs: int, device: torch.device) -> torch.Tensor | None:
     """[inputs] (1 - m) / m of the unit behind each input; None where every mask is 0 or 1."""
     if mask is None or bool(((mask == 0) | (mask == 1)).all()):
         return None
     odds = torch.where(mask > 0, (1 - mask) / mask.clamp_min(1e-6), torch.zeros_like(mask))
-    return odds.repeat_interleave(inputs // len(mask))
+    return odds.repeat_interleave(inputs // len(mask)).to(device)
 
 
 def judged_from(index: torch.Tensor, shape: Sequence[int]) -> int:

@@ -61,9 +61,10 @@ class Bench:
         return found
 
     def inputs(self, network: nn.Module) -> dict[str, Any]:
-        """Keyword arguments of one evaluation."""
+        """Keyword arguments of one evaluation, in the type of the network as it is."""
         signature = self.signature(network)
-        return signature.keywords(signature.cast(self.tensors(network), self.dtype))
+        dtype = next(network.parameters()).dtype
+        return signature.keywords(signature.cast(self.tensors(network), dtype))
 
     def layer(self, kind: Kind, out: int, into: int) -> Call:
         """One layer of random weights at these widths."""

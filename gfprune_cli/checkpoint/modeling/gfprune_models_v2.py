@@ -171,20 +171,20 @@ def _spread(found: Any) -> Any:
 tl: Any = None  # triton.language, once the kernel below is wanted
 
 
-def _group_norm_kernel(
-    x: Any,
-    y: Any,
-    weight: Any,
-    bias: Any,
-    starts: Any,
-    positions: Any,
-    eps: Any,
-    by_sample: Any,
-    by_channel: Any,
-    by_position: Any,
+def _group_norm_kernel(  # type: ignore[no-untyped-def]  # Triton takes annotations for its own
+    x,
+    y,
+    weight,
+    bias,
+    starts,
+    positions,
+    eps,
+    by_sample,
+    by_channel,
+    by_position,
     channels: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """A Triton program for one group of one sample: mean, variance, and what is written; sums in float32."""
     sample, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.load(starts + group)
