@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.finetune import RATE, FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 
 Entry = dict[str, Any]
 SCORING = 512  # the most gradients that a peer's scoring takes; a quarter of the run's, where that is less
+RECIPES = ("prune", "finetune")
+UNUSED = {"teacher_precision": "fp32", "runtime": "eager", "time_batch": 1}
 PUBLISHED: dict[str, Any] = {
     "denoise": 1.0,
     "distill": 0.0,
@@ -119,6 +121,18 @@ def peer_recipe(cell: Cell, **sizes: Any) -> FinetuneRecipe:
     return FinetuneRecipe(seed=cell.seed, **settings, **{"model": "", **sizes})
 
 
+def said(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change something: an option that came later counts only where it is in use."""
+    settings = {"learning_rate": RATE} | {key: value for key, value in recipe.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not False and UNUSED.get(key) != value}
+
+
+def told_apart(key: str) -> str:
+    """The key of a run, its recipes without what is not in use."""
+    found = json.loads(key)
+    return json.dumps(found | {part: said(found[part]) for part in RECIPES if part in found}, sort_keys=True)
+
+
 def depends_on(cell: Cell, form: Form) -> dict[str, Any]:
     """Settings and defaults, other than the cell's own, that its numbers depend on."""
     found: dict[str, Any] = {"samples": form.samples, "sample_steps": form.sample_steps}
@@ -143,11 +157,11 @@ class Store:
     def __init__(self, path: Path, form: Form, fingerprints: dict[str, str]) -> None:
         self.path, self.form, self.fingerprints = path, form, fingerprints
         lines = path.read_text().splitlines() if path.exists() else []
-        self.entries: dict[str, Entry] = {entry["key"]: entry for entry in map(json.loads, lines)}
+        self.entries: dict[str, Entry] = {told_apart(run["key"]): run for run in map(json.loads, lines)}
 
     def key(self, cell: Cell) -> str:
         network = self.fingerprints[cell.subject]
-        return json.dumps(asdict(cell) | depends_on(cell, self.form) | {"network": network}, sort_keys=True)
+        return told_apart(json.dumps(asdict(cell) | depends_on(cell, self.form) | {"network": network}))
 
     def get(self, cell: Cell) -> Entry | None:
         """The numbers of a run; None if it has not been made."""

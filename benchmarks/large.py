@@ -53,7 +53,7 @@ def now():
         return int(file.read().split()[1]) * resource.getpagesize()
 """
 MEASURE = """
-import json, sys
+import json, sys, time
 import diffusers
 import gfprune_cli, gfprune_cli.pruning.job as job
 asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
@@ -63,7 +63,12 @@ for function in (job.PruneJob.loss, job.PruneJob.losses):  # of memory they take
 plan_memory, plans = job.PruneJob.plan_memory, []
 job.PruneJob.plan_memory = lambda run, one: (plan_memory(run, one), plans.append(run.memory))
 start = now()
-result = gfprune_cli.prune(**asked)
+seen = []
+def follow(event):
+    if event.phase not in seen[-1:]:
+        seen.append(event.phase)
+        print(f"{time.perf_counter():.0f} s, {peak() / 1e9:.2f} GB: {event.phase} {event.text}", file=sys.stderr)
+result = gfprune_cli.prune(progress=follow, **asked)
 plan = plans[-1]
 planned = {phase.name: phase.need(plan.weights, plan.at_once(phase.name)) for phase in plan.phases}
 seconds, params = result.seconds_by_phase, result.params["before"]
@@ -180,14 +185,14 @@ def in_a_process(script: str, root: Path, *given: Any) -> dict[str, Any]:
     """What a script prints last, as JSON."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY + script, *map(str, given)],
-        capture_output=True,
+        stdout=subprocess.PIPE,  # what it says on the way is seen
         text=True,
         check=False,
         env=os.environ
         | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": str(root / "cache")},
     )
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(done.returncode)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -220,13 +220,21 @@ def _group_norm_kernel(  # type: ignore[no-untyped-def]  # Triton takes annotati
 
 @functools.cache
 def _compiled_kernel() -> Any:
-    """`_group_norm_kernel` for Triton, which comes with PyTorch for CUDA; None without it."""
+    """`_group_norm_kernel` for Triton, which comes with PyTorch for CUDA."""
     global tl
+    tl = importlib.import_module("triton.language")
+    return importlib.import_module("triton").jit(_group_norm_kernel)
+
+
+@functools.cache
+def _runs_kernel(device: torch.device) -> bool:
+    """Whether Triton is there, and works: it needs a C compiler, and a card that is not too old."""
     try:
-        tl = importlib.import_module("triton.language")
-        return importlib.import_module("triton").jit(_group_norm_kernel)
-    except ImportError:
-        return None
+        weight, starts = torch.ones(2, device=device), torch.tensor([0, 2], dtype=torch.int32, device=device)
+        fused_group_norm(torch.ones(1, 2, 1, device=device), starts, 2, weight, weight, 1.0)
+    except Exception:
+        return False
+    return True
 
 
 def fused_group_norm(
@@ -299,7 +307,7 @@ class UnevenGroupNorm(nn.Module):
     def is_fused(self, x: torch.Tensor) -> bool:
         """Whether one kernel does it all."""
         plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return plain and x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and bool(_compiled_kernel())
+        return plain and x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _runs_kernel(x.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_fused(x):
