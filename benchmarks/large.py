@@ -67,7 +67,7 @@ seen = []
 def follow(event):
     if event.phase not in seen[-1:]:
         seen.append(event.phase)
-        print(f"{time.perf_counter():.0f} s, {peak() / 1e9:.2f} GB: {event.phase} {event.text}", file=sys.stderr)
+        print(f"{time.perf_counter():.0f} s, {peak() / 1e9:.2f} GB: {event.phase}", file=sys.stderr)
 result = gfprune_cli.prune(progress=follow, **asked)
 plan = plans[-1]
 planned = {phase.name: phase.need(plan.weights, plan.at_once(phase.name)) for phase in plan.phases}
