@@ -1,12 +1,15 @@
 """The ledger that a search keeps says what the cost model counts, and searches end."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from test_blocks import random_network
 
+from gfprune_cli.structure import search
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
@@ -93,3 +96,36 @@ def test_a_search_ends_where_scores_are_not_finite() -> None:
         search = Search(cost, scores, 0.5, BOTH, 1, depth)
         found = search.landed({"params": 0.5, "macs": 0.5}, strict=True)
         assert found.sparsity >= 0.3
+
+
+def test_wide_groups_take_several_steps_at_once_for_about_the_same_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Feed-forward layers of 1,024 channels; the floor of every group and the budget hold."""
+    with torch.device("meta"):
+        network = DiTTransformer2DModel(num_layers=3, num_attention_heads=4, attention_head_dim=64)
+    cost = CostModel(network, *discover(network))
+    source = torch.Generator().manual_seed(0)
+    scores = {
+        group.name: torch.rand(group.units, generator=source, dtype=torch.float64).pow(3)
+        for group in cost.groups.values()
+    }
+    lost, moves = [], []
+    move = Ledger.move
+    for steps in (1 << 30, search.STEPS):
+        monkeypatch.setattr(search, "STEPS", steps)
+        taken: list[str] = []
+
+        def counted(ledger: Ledger, name: str, *rest: Any, taken: list[str] = taken) -> list[str]:
+            taken.append(name)
+            return move(ledger, name, *rest)
+
+        monkeypatch.setattr(Ledger, "move", counted)
+        one = Search(cost, scores, 0.7, BOTH, 1, 0.25)
+        found = one.cheapest(strict=True)
+        assert one.excess(found) >= 0
+        assert all(found.kept[key] >= low for key, low in zip(one.names, one.minimum, strict=True))
+        lost.append(one.lost(found.kept))
+        moves.append(len(taken))
+    assert moves[1] < 0.25 * moves[0]
+    assert lost[1] == pytest.approx(lost[0], rel=0.01)
