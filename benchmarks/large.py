@@ -58,6 +58,8 @@ import diffusers
 import gfprune_cli, gfprune_cli.pruning.job as job
 asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
 job.available = lambda device: int(free)
+if torch.cuda.is_available():  # cuDNN would take what is there for its workspaces
+    torch.cuda.set_per_process_memory_fraction(min(1.0, free / torch.cuda.mem_get_info()[1]))
 for function in (job.PruneJob.loss, job.PruneJob.losses):  # of memory they take no less, and much less time
     function.__defaults__ = (16,)
 plan_memory, plans = job.PruneJob.plan_memory, []
@@ -166,6 +168,12 @@ SUBJECTS = {
     "half": Subject("SD 1.5 at half of its width, 16 x 16 latents", lambda: stable_diffusion(160, 16), 5),
     "dit": Subject("DiT-XL/2, 16 x 16 latents", lambda: dit(28, 16), 10),
     "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 12),
+    "sdxl-16": Subject(
+        "SDXL, 16 x 16 latents, stored in bf16",
+        lambda: real("Stable Diffusion XL, 1024 px", sample_size=16),
+        16,
+        torch.bfloat16,
+    ),
     "sdxl": Subject(
         "SDXL, 128 x 128 latents, stored in bf16",
         lambda: real("Stable Diffusion XL, 1024 px"),
@@ -176,9 +184,9 @@ SUBJECTS = {
 DEFAULT = ("half", "dit", "sd15")
 
 
-def real(name: str) -> Any:
+def real(name: str, **changes: Any) -> Any:
     kind, config = REAL[name]
-    return kind(**config)
+    return kind(**config | changes)
 
 
 def in_a_process(script: str, root: Path, *given: Any) -> dict[str, Any]:
