@@ -40,17 +40,20 @@ FINETUNE: dict[str, Any] = dict(
     steps=20, lora=16, batch=4, micro_batch=1, images=8, sample_steps=1, force=True
 )
 MEMORY = """
-import resource, torch
-def peak():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+import threading, time, torch
 def now():
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/status") as file:  # pages of mapped files can go whenever others want the room
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+most = [now()]
+def watch():
+    while True:
+        most[0] = max(most[0], now())
+        time.sleep(0.01)
+def peak():
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else most[0]
+threading.Thread(target=watch, daemon=True).start()
 """
 MEASURE = """
 import json, sys, time
@@ -285,7 +288,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     body = f"Least by the plan, float32, one sample at a time, the dense network on disk:\n\n{plan_table()}\n"
     if rows:
         body += (
-            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take; "
+            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, without mapped files; "
             "reported losses are of 16 draws instead of 128.\n\n"
             f"{rows_table(rows)}\n{finetune_text(rows)}"
         )

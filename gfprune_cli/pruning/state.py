@@ -59,7 +59,7 @@ class RecoveryState:
     def trained_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What recovery does differently because memory is short: as it began, whatever is free by now."""
         saved = self.state.load() if self.begun() else None
-        self.settings = dict(settings if saved is None else saved[1]["settings"])
+        self.settings = dict(settings if saved is None else saved[1].get("settings", {}))
         return self.settings
 
     def of(self, outcome: Outcome) -> Self:

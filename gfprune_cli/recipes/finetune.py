@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
-RATE, LORA_RATE = 1.5e-3, 1e-2
+RATE, HIGH_RATE = 1.5e-3, 1e-2  # the second for adapters, and for Adafactor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class FinetuneRecipe:
         float | None,
         Gt(0),
         Le(1),
-        Help("Peak learning rate (default: 1.5e-3; 1e-2 with --lora)."),
+        Help("Peak learning rate (default: 1.5e-3; 1e-2 with --lora and with adafactor)."),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
@@ -91,7 +91,8 @@ class FinetuneRecipe:
     @property
     def peak_rate(self) -> float:
         """The peak learning rate: the one given, or what `docs/finetuning.md` found."""
-        return self.learning_rate or (LORA_RATE if self.lora else RATE)
+        high = self.lora is not None or self.optimizer == "adafactor"
+        return self.learning_rate or (HIGH_RATE if high else RATE)
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""
