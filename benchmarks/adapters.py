@@ -3,9 +3,9 @@
     python benchmarks/adapters.py
     python benchmarks/adapters.py --steps 1000 --rank 64
 
-The demo, pruned to half of its parameters and MACs without recovery, is finetuned on its training images by
-each row of flags. Prints the denoising loss on images that no run has seen. Runs that are done are kept in
---work.
+Networks pruned to half of their parameters and MACs without recovery are finetuned on their training images
+by each row of flags: the demo, and those that `quality.py` has trained in --networks. Prints the denoising
+loss on images that no run has seen. Runs that are done are kept in --work.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from yardstick import demo, losses
+from subjects import Place, places_of
+from yardstick import losses
 
 import gfprune_cli as gfprune
 
@@ -28,38 +29,54 @@ def rows(rank: int) -> list[dict[str, Any]]:
     return [
         {"optimizer": "muon", "learning_rate": 1.5e-3},
         *(lora | {"optimizer": "muon", "learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
-        {"optimizer": "adafactor", "learning_rate": 1.5e-3},
-        lora | {"optimizer": "adamw", "learning_rate": 1e-2},
-        {"optimizer": "adafactor", "learning_rate": 5e-3},
-        lora | {"optimizer": "adamw", "learning_rate": 3e-3},
-        {"optimizer": "adafactor", "learning_rate": 1e-2},
+        *(lora | {"optimizer": "adamw", "learning_rate": rate} for rate in (3e-3, 1e-2)),
+        *({"optimizer": "adafactor", "learning_rate": rate} for rate in (1.5e-3, 5e-3, 1e-2, 2e-2)),
     ]
+
+
+def compared(place: Place, work: Path, steps: int, rank: int) -> dict[str, float]:
+    """Words for a network -> its held-out loss, for the dense one, the pruned one, and what each row made."""
+    target, pruned = place.open(), work / "pruned"
+    data: dict[str, Any] = dict(data=str(target.data), images=ALL_IMAGES)
+    if not pruned.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        gfprune.prune(target.model, out=pruned, sparsity=0.5, recover=0, **data)
+    found = {
+        name: losses(target, gfprune.load(model))[0]
+        for name, model in (("dense", target.model), ("pruned", pruned))
+    }
+    for settings in rows(rank):
+        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+        store = work / f"{steps} {text}.json"
+        if not store.exists():
+            out = work / "out"
+            how: dict[str, Any] = dict(steps=steps, force=True, save_every=0, sample_every=0)
+            gfprune.finetune(pruned, out=out, **how, **data, **settings)
+            store.write_text(json.dumps(losses(target, gfprune.load(out))[0]))
+        found[f"`{text}`"] = json.loads(store.read_text())
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", nargs="+", default=["demo", "second", "third"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--networks", type=Path, default=Path("build/benchmark/full"))
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/adapters"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    target, pruned = demo(), options.work / "pruned"
-    data: dict[str, Any] = dict(data=str(target.data), images=ALL_IMAGES)
-    if not pruned.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
-        gfprune.prune(target.model, out=pruned, sparsity=0.5, recover=0, **data)
-    before, dense = (losses(target, gfprune.load(model))[0] for model in (pruned, target.model))
-    print(f"Loss: dense {dense:.4f}, pruned {before:.4f}\n\n| flags | loss |\n|---|---|", flush=True)
-    for settings in rows(options.rank):
-        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-        store = options.work / f"{options.steps} {text}.json"
-        if not store.exists():
-            out = options.work / "out"
-            how: dict[str, Any] = dict(steps=options.steps, force=True, save_every=0, sample_every=0)
-            gfprune.finetune(pruned, out=out, **how, **data, **settings)
-            store.write_text(json.dumps(losses(target, gfprune.load(out))[0]))
-        print(f"| `{text}` | {json.loads(store.read_text()):.4f} |", flush=True)
+    places = places_of(options.networks.absolute())
+    found = {
+        name: compared(places[name], options.work / name, options.steps, options.rank)
+        for name in options.subjects
+    }
+    print(
+        f"| held-out loss after {options.steps} steps | {' | '.join(found)} |\n|{'---|' * (1 + len(found))}"
+    )
+    for row in next(iter(found.values())):
+        print(f"| {row} | {' | '.join(f'{losses[row]:.4f}' for losses in found.values())} |")
 
 
 if __name__ == "__main__":

@@ -288,8 +288,8 @@ def main(given: Sequence[str] | None = None) -> Path:
     body = f"Least by the plan, float32, one sample at a time, the dense network on disk:\n\n{plan_table()}\n"
     if rows:
         body += (
-            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, without mapped files; "
-            "reported losses are of 16 draws instead of 128.\n\n"
+            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, "
+            "without mapped files; reported losses are of 16 draws instead of 128.\n\n"
             f"{rows_table(rows)}\n{finetune_text(rows)}"
         )
     page = "large.md" if options.device == "cpu" else "large-cuda.md"

@@ -259,6 +259,12 @@ class PruningLoop:
             "way": state.way,
             "gradients": state.gradients,
             "at once": [self.piece, self.refitted, self.compared],
+            "short of memory": [
+                self.turns,
+                self.looks,
+                None if self.refit is None else self.refit.per_input,
+                self.masked.recompute is not None,
+            ],
             "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
@@ -275,6 +281,12 @@ class PruningLoop:
         self.masked.set_masks(families["mask"])
         # other memory may be free by now, and sums of other pieces round otherwise
         self.piece, self.refitted, self.compared = numbers["at once"]
+        if "short of memory" in numbers:
+            self.turns, self.looks, per_input, recomputes = numbers["short of memory"]
+            if self.refit is not None and per_input is not None:
+                self.refit.per_input = per_input
+            if recomputes:
+                self.masked.recompute_blocks()
         self.gone = families.get("gone", {})
         self.state = LoopState(
             numbers["iteration"],

@@ -78,7 +78,8 @@ class MaskedModel:
     sizes: dict[tuple[str, Side], int] = field(init=False)
 
     def __post_init__(self, recomputes: bool) -> None:
-        self.recompute = Recompute.of(self.model) if recomputes else None
+        if recomputes:
+            self.recompute_blocks()
         channels = [group for group in self.groups if not group.is_block]
         members = {member.module for group in channels for member in group.members}
         self.sizes = {
@@ -108,6 +109,10 @@ class MaskedModel:
                 owner = self.model.get_submodule(name.rpartition(".")[0])
                 owner.register_forward_hook(self.returned[name])
         self.set_masks(self.masks or full_masks(self.groups, torch.device("cpu")))
+
+    def recompute_blocks(self) -> None:
+        """From now on activations of blocks are computed again on the way back, where the network can."""
+        self.recompute = self.recompute or Recompute.of(self.model)
 
     def set_masks(self, masks: Masks) -> None:
         """Make these the masks of the network: factors of the producers' weights, weights of the norms."""

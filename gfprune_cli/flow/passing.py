@@ -147,12 +147,12 @@ def given_weights(model: nn.Module, passing: PassingWeights) -> Iterator[None]:
             return tensor
         return Remake(passing, name, tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    with read_weights(model, passing, alive), torch.autograd.graph.saved_tensors_hooks(pack, remade):
+    with reading_weights(model, passing, alive), torch.autograd.graph.saved_tensors_hooks(pack, remade):
         yield
 
 
 @contextmanager
-def read_weights(
+def reading_weights(
     model: nn.Module, passing: PassingWeights, alive: MutableMapping[int, str] | None = None
 ) -> Iterator[None]:
     """Let the modules of a network read these weights; see `Making`."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gfprune_cli.flow.passing import PassingWeights, given_weights, read_weights
+from gfprune_cli.flow.passing import PassingWeights, given_weights, reading_weights
 
 
 class Recompute:
@@ -42,15 +42,15 @@ class Recompute:
         """
         before, self.passing = self.passing, passing
         try:
-            with (read_weights if again else given_weights)(self.model, passing):
+            with (reading_weights if again else given_weights)(self.model, passing):
                 yield
         finally:
             self.passing = before
 
-    def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
+    def __call__(self, block: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         passing = self.passing
         if passing is None:
-            return block(*inputs)
+            return block(*inputs, **named)
         # nothing random happens in eval mode
         return checkpoint(
             block,
@@ -58,6 +58,7 @@ class Recompute:
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), self.at(passing, again=True)),
+            **named,
         )
 
 

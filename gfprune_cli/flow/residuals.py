@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from gfprune_cli.structure.removal import skeleton
 
 KEEPS = {  # the same numbers in another shape
     *("reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "dropout", "to"),
@@ -92,9 +95,21 @@ class Additions(TorchFunctionMode):
 def find_residuals(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Carrier]:
     """Layer -> where the stream that its output is added to can be seen when it runs.
 
+    All that is computed stays until the end, so a network without weights is asked, on the meta device;
+    where values decide what a network computes, itself.
+
     Args:
         inputs: keyword arguments of one forward pass.
     """
+    empty = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
+    try:
+        return seen_residuals(skeleton(model), empty)
+    except Exception:  # of its own code, which may look at values
+        return seen_residuals(model, inputs)
+
+
+def seen_residuals(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Carrier]:
+    """The same from a pass of this very network."""
     additions, hooks, clock = Additions(), [], iter(range(10**9))
 
     def given(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The dense network behind masks, as it narrows from one sparsity to the next."""
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import UsageError
 from gfprune_cli.flow import comparison
 from gfprune_cli.flow.energy import Way
+from gfprune_cli.flow.layers import LEAST_ROWS
 from gfprune_cli.flow.loop import (
     REFIT_SAMPLES,
     SCORE_CHUNK,
@@ -79,6 +81,12 @@ class Flow:
                 self.job.progress,
                 f"refits see {samples} samples instead of {REFIT_SAMPLES}: there is no memory for more",
             )
+        fewer = [name for name in (COMPARING, REFITTING) if "per_input" in memory.settings(name)]
+        if fewer:
+            notice(
+                self.job.progress,
+                f"{' and '.join(fewer)}: at {LEAST_ROWS:,} positions of wide layers, memory is short",
+            )
         if turns:
             shares = "" if turns == 1 else f", and takes gradients in {turns} turns"
             notice(self.job.progress, f"scoring computes activations twice{shares}: memory is short")
@@ -90,6 +98,7 @@ class Flow:
     def let_go(self) -> None:
         """Forget the masked network; what was narrowed from it keeps what it needs."""
         self.__dict__.pop("masked", None)
+        gc.collect()  # a network and what is hooked to it hold each other
 
     def gone(self) -> Masks:
         """Group name -> bool [units] that have left."""

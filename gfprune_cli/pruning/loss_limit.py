@@ -20,6 +20,7 @@ from gfprune_cli.progress import Event
 from gfprune_cli.pruning.flows import Flow, Kept
 from gfprune_cli.pruning.plan import uniform_scores
 from gfprune_cli.recipes.prune import MOST
+from gfprune_cli.runtime.device import weights_of
 from gfprune_cli.structure.cost import TIME
 from gfprune_cli.structure.search import TOLERANCE
 
@@ -147,7 +148,7 @@ class LossLimit:
     def put_back(self) -> Kept:
         """Give the flow the last network that keeps the limit; the dense one, if there is none."""
         flow, last = self.flow, self.last_kept()
-        weights = self.kept or dict(flow.dense.named_parameters())
+        weights = self.kept or weights_of(flow.dense)
         with torch.no_grad():
             for name, weight in flow.masked.weights.items():
                 weight.copy_(weights[name])

@@ -115,14 +115,14 @@ class Kept:
                 weight: Any = module.weight
                 self.layers.append((output.numel() // len(weight), weight[0].numel(), len(weight)))
 
-    def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        for tensor in (one for one in tree_leaves(inputs) if isinstance(one, torch.Tensor)):
+    def __call__(self, block: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        for tensor in (one for one in tree_leaves((inputs, named)) if isinstance(one, torch.Tensor)):
             known = self.seen.get(id(tensor))
             if known is None or known() is not tensor:  # what many blocks are given is kept once
                 self.seen[id(tensor)] = weakref.ref(tensor)
                 self.inputs += tensor.numel()
         before, within = self.numbers, self.of_blocks
-        output = block(*inputs)
+        output = block(*inputs, **named)
         inside = self.numbers - before
         self.of_blocks = within + inside  # blocks within it are part of it
         self.largest = max(self.largest, inside)
@@ -260,6 +260,15 @@ class MemoryPlan:
         """What a phase has to do differently to fit."""
         phase = self.phase(name)
         return {} if phase is None else phase.settings
+
+    def gave(self) -> dict[str, dict[str, Any]]:
+        """Phase -> what it did differently from what is usual, of those that did."""
+        usual = {"exact": True, "doubles": True}
+        found = {
+            phase.name: {key: value for key, value in phase.settings.items() if usual.get(key) is not value}
+            for phase in self.phases
+        }
+        return {name: settings for name, settings in found.items() if settings}
 
     def at_once(self, name: str) -> int:
         """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""

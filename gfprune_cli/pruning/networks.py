@@ -22,7 +22,7 @@ from gfprune_cli.progress import Event, notice
 from gfprune_cli.pruning.flows import Flow
 from gfprune_cli.pruning.job import PruneJob, as_loaded, is_elsewhere
 from gfprune_cli.pruning.loss_limit import LossLimit
-from gfprune_cli.pruning.phases import CHECKING, RECOVERING
+from gfprune_cli.pruning.phases import CHECKING, FEATURES, RECOVERING, SHORT
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -34,8 +34,6 @@ from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 SAVE_EVERY = 100  # recovery steps
-FEATURES = 0.1  # weight of feature distillation, in runs of
-SHORT = 500  # steps or less: in long ones it costs loss
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
     memory="use --recover 0 and gfprune finetune with --checkpointing, or a larger device",
@@ -148,8 +146,9 @@ class Networks:
 
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
-        job, pair = self.job, self.pair(narrow, dense, state)
+        job = self.job
         settings = state.trained_with(job.memory.settings(RECOVERING))
+        pair = None if "features" in settings else self.pair(narrow, dense, state)
         if settings:
             notice(
                 job.progress, f"memory is short: recovery trains as finetune does with {flags_of(settings)}"
@@ -157,10 +156,9 @@ class Networks:
         recipe = FinetuneRecipe(
             model=job.recipe.model,
             steps=job.steps,
-            features=FEATURES if pair else 0.0,
             seed=job.recipe.seed,
             micro_batch=job.memory.at_once(RECOVERING),
-            **settings,
+            **{"features": FEATURES if pair else 0.0, **settings},
         )
         recover(
             channels_last(narrow),

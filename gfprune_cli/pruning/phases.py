@@ -28,10 +28,12 @@ DOUBLE_COPIES = 5  # of a network whose removal is checked in float64
 TURNS = (1, 2, 4, 8)  # in which a gradient may come, where memory is short
 THRIFT: tuple[dict[str, Any], ...] = (
     {},
-    {"checkpointing": True},
-    {"checkpointing": True, "ema": 0.0},
-    {"checkpointing": True, "ema": 0.0, "optimizer": "adafactor"},
+    {"checkpointing": True, "features": 0.0},
+    {"checkpointing": True, "features": 0.0, "ema": 0.0},
+    {"checkpointing": True, "features": 0.0, "ema": 0.0, "optimizer": "adafactor"},
 )
+FEATURES = 0.1  # weight of feature distillation in recovery, in runs of
+SHORT = 500  # steps or less: in long ones it costs loss
 Forms = list[Phase]  # of one phase, the best first
 LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
     "taking losses", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
@@ -53,9 +55,10 @@ def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = 
     spare = int(recipe.keep_loss is not None)  # weights of the last network that keeps the limit
     masked = dense + spare + 1  # the weights that change; behind masks they are made layer by layer
     phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)]]
+    phases.append(checks(one, narrow))
     if not recipe.removes:  # folding alone
         return phases
-    phases += [checks(one, narrow), scorings(recipe, one, dense + spare, thrifty=offload)]
+    phases.append(scorings(recipe, one, dense + spare, thrifty=offload))
     forward = FLOAT * one.forward
     phases.append(
         [
@@ -124,10 +127,12 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: int, *, thrifty: bool) 
         teachers: copies of the dense network that are there.
     """
     left = 1 - recipe.targets[0]
+    outputs = sum(places * channels for places, _, channels in one.layers)
+    features = int(left * outputs) if recipe.recover <= SHORT else 0  # of the teacher, until the way back
     forms = []
     for settings in THRIFT if thrifty and one.recomputed is not None else THRIFT[:1]:
         held = held_bytes(FinetuneRecipe(model="", **settings), student=left, training=left, teacher=teachers)
-        kept = one.recomputed if settings else one.kept
+        kept = one.recomputed if settings else one.kept + features
         copies, batch = sum(held.values()) / FLOAT, FinetuneRecipe.batch
         forms.append(Phase(RECOVERING, copies, FLOAT * (kept or 0), batch, settings=settings))
     return forms

@@ -35,6 +35,7 @@ def make_record(job: PruneJob, number: int, model: nn.Module, outcome: Outcome) 
             "precision": job.precision,
             "device": job.device.type,
             "fold": plan.fold,
+            "short_of_memory": job.memory.gave(),
         },
         "source": {**job.source.origin(job.hashes), "data": job.data_fingerprint},
         "class_name": type(model).__name__,

@@ -105,6 +105,17 @@ def offload(teacher: nn.Module, device: torch.device, folder: Path | None = None
         accelerate.disk_offload(teacher, folder, execution_device=device)
 
 
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights by name, also of a network that is elsewhere: all of them then come into main memory."""
+    weights: dict[str, torch.Tensor] = dict(network.named_parameters())
+    if not any(weight.is_meta for weight in weights.values()):
+        return weights
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    found: dict[str, torch.Tensor] = get_state_dict_offloaded_model(network)
+    return found
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether the device, or the host's allocator, had no room."""
     text = str(error).lower()

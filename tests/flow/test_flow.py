@@ -561,6 +561,7 @@ class MaskHolder:
         self.groups = groups
         self.weights: dict[str, torch.Tensor] = {}
         self.masks = full_masks(groups, torch.device("cpu"))
+        self.recompute = None
 
     def set_masks(self, masks: dict[str, torch.Tensor]) -> None:
         self.masks = masks
@@ -860,6 +861,29 @@ def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refits of a few samples: what they find does not matter, only that it is found again."""
     monkeypatch.setattr("gfprune_cli.flow.loop.REFIT_SAMPLES", 8)
+
+
+def test_a_resumed_run_does_without_the_memory_that_it_began_without() -> None:
+    """Turns, positions and recomputed blocks are as they were, whatever is free when it goes on."""
+    kept: dict[str, Any] = {}
+
+    class Memory:
+        def load(self) -> Any:
+            return kept.get("state")
+
+        def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+            kept["state"] = dict(tensors), json.loads(json.dumps(numbers))
+
+    began = toy_loop(Memory(), silent)
+    assert began.refit is not None
+    began.piece, began.turns, began.looks, began.refit.per_input = 1, 4, 0, 0
+    began.masked.recompute_blocks()
+    began.save()
+    resumed = toy_loop(Memory(), silent)
+    resumed.restore()
+    assert resumed.refit is not None
+    assert (resumed.piece, resumed.turns, resumed.looks, resumed.refit.per_input) == (1, 4, 0, 0)
+    assert resumed.masked.recompute is not None
 
 
 @pytest.mark.usefixtures("few_samples")

@@ -19,10 +19,10 @@ from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning import job, memory
-from gfprune_cli.pruning.memory import GIB, MemoryPlan, Pass, Phase, measured_pass, one_pass
-from gfprune_cli.pruning.phases import RECOVERING, REFITTING, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.memory import GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
+from gfprune_cli.pruning.phases import CHECKING, RECOVERING, REFITTING, SCORING, alternatives, phases_of
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.runtime.device import offload
+from gfprune_cli.runtime.device import offload, weights_of
 
 TEXT = dict(
     sample_size=16,
@@ -167,7 +167,7 @@ def test_a_dense_network_that_memory_has_no_room_for_stays_on_disk(
     """The same network to rounding, from one copy of the weights; a notice says so, and nothing is left."""
     written, said = {}, []
     fits = MemoryPlan.fits
-    settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=8, recover=2)
+    settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=8, recover=0)
     for name in ("memory", "disk"):
         if name == "disk":  # a plan whose largest phase holds one copy, and what is done with it
             monkeypatch.setattr(
@@ -192,7 +192,37 @@ def test_of_several_forms_of_a_phase_the_first_that_fits_is_taken() -> None:
         settings = {name: dict(chosen.settings(name)) for name in (SCORING, RECOVERING)}
         found[free] = (settings[SCORING].get("turns", 0), len(settings[RECOVERING]))
         assert chosen.fits([phase for phase in chosen.phases if phase.name in settings])
-    assert found == {14: (0, 0), 5: (1, 1), 3: (2, 2), 2.5: (4, 3)}
+    assert found == {14: (0, 0), 5: (1, 2), 3: (2, 3), 2.5: (4, 4)}
+
+
+def test_folding_alone_checks_removal_in_what_memory_there_is() -> None:
+    one = Pass(kept=100, forward=10)
+    for free, doubles in ((8, True), (3, False)):
+        chosen = plan(free).of(phases_of(PruneRecipe(sparsity=0.0, fold=0.01), one, offload=False))
+        assert chosen.settings(CHECKING) == {"doubles": doubles}
+
+
+def test_what_gave_is_what_the_record_says() -> None:
+    one = Pass(kept=8 * GIB // 4, recomputed=GIB // 4, forward=GIB // 8)
+    assert plan(100).of(phases_of(PruneRecipe(), one, offload=False)).gave() == {}
+    gave = plan(2.5).of(phases_of(PruneRecipe(), one, offload=True)).gave()
+    assert gave[SCORING] == {"recomputes": True, "turns": 4}
+    assert gave[RECOVERING]["optimizer"] == "adafactor"
+
+
+def test_blocks_may_be_called_with_keywords() -> None:
+    kept = Kept()
+    assert kept(lambda x, *, scale: x * scale, torch.ones(3), scale=torch.ones(3)).sum() == 3
+    assert kept.inputs == 6
+
+
+def test_the_weights_of_a_network_that_is_elsewhere(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1))).requires_grad_(False)
+    expected = {name: weight.clone() for name, weight in network.named_parameters()}
+    torch.testing.assert_close(weights_of(network), expected)
+    offload(network, torch.device("cpu"), tmp_path)
+    assert all(weight.is_meta for weight in network.parameters())
+    torch.testing.assert_close(weights_of(network), expected)
 
 
 def test_a_network_without_blocks_to_recompute_has_no_other_forms() -> None:

@@ -248,14 +248,17 @@ def fused_group_norm(
         widest: channels of the largest group.
         weight, bias: [C].
     """
-    if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-        x = x.contiguous()
+    apart = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    x = x if apart else x.contiguous()
     y, positions = torch.empty_like(x), x[0, 0].numel()
     channels = 1 << (widest - 1).bit_length()
     block = max(1, min(1 << (positions - 1).bit_length(), KERNEL_BLOCK // channels))
-    strides = x.stride(0), x.stride(1), x.stride(-1)
+    # not x.stride(): that of a side of length 1 means nothing
+    steps = (1, x.shape[1]) if apart else (positions, 1)
     grid = (len(x), len(starts) - 1)
-    _compiled_kernel()[grid](x, y, weight, bias, starts, positions, eps, *strides, channels, block)
+    given = x, y, weight, bias, starts, positions, eps, x[0].numel(), *steps, channels, block
+    with torch.cuda.device_of(x):
+        _compiled_kernel()[grid](*given)
     return y
 
 
@@ -306,7 +309,7 @@ class UnevenGroupNorm(nn.Module):
 
     def is_fused(self, x: torch.Tensor) -> bool:
         """Whether one kernel does it all."""
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
         return plain and x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _runs_kernel(x.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
