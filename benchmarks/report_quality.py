@@ -149,8 +149,8 @@ NOTES = """\
 - Loss: denoising loss on images that neither a network nor a run has trained on. SSIM: to the dense network's
   samples from the same noise. fd_teacher: see `gfprune eval`. {samples} samples of {sample_steps} DDIM steps.
 - "gap": the row's gap to the dense network, of the best peer's. Means over the seeds of each row, lowest and
-  highest in brackets. Where the best peer is better than the dense network no gap is left: 0 for rows that are
-  as good, inf for others.
+  highest in brackets. Where the best peer is better than the dense network no gap is left: 0 for rows that
+  are as good, inf for others.
 - Peers as published: plain denoising loss, AdamW at {rate:g}, batches of {batch}. Tuned: distilled as
   `gfprune finetune` does it, with plain errors of the output (`--image-weight 0`), and with the optimizer and
   rate of the least held-out loss at {shortest:,} gradients with seed 0, kept for the other seeds and lengths
