@@ -38,7 +38,7 @@ from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
-from gfprune_cli.runtime.device import default_precision, offload
+from gfprune_cli.runtime.device import default_precision, is_elsewhere, offload
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
@@ -52,11 +52,6 @@ def as_loaded(network: nn.Module, device: torch.device) -> nn.Module:
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()
     return nn.Module.to(network, device)
-
-
-def is_elsewhere(network: nn.Module) -> bool:
-    """Whether the layers of a network visit the device when they are called."""
-    return any(parameter.is_meta for parameter in network.parameters())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gfprune_cli.outputs.locks import own_folder
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, notice
 from gfprune_cli.pruning.flows import Flow
-from gfprune_cli.pruning.job import PruneJob, as_loaded, is_elsewhere
+from gfprune_cli.pruning.job import PruneJob, as_loaded
 from gfprune_cli.pruning.loss_limit import LossLimit
 from gfprune_cli.pruning.phases import CHECKING, FEATURES, RECOVERING, SHORT
 from gfprune_cli.pruning.state import Outcome, RecoveryState
@@ -30,6 +30,7 @@ from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.recovery.trainer import Remedies
+from gfprune_cli.runtime.device import is_elsewhere
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 

@@ -105,11 +105,15 @@ def offload(teacher: nn.Module, device: torch.device, folder: Path | None = None
         accelerate.disk_offload(teacher, folder, execution_device=device)
 
 
+def is_elsewhere(network: nn.Module) -> bool:
+    """Whether the layers of a network visit the device when they are called."""
+    return any(parameter.is_meta for parameter in network.parameters())
+
+
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     """Weights by name, also of a network that is elsewhere: all of them then come into main memory."""
-    weights: dict[str, torch.Tensor] = dict(network.named_parameters())
-    if not any(weight.is_meta for weight in weights.values()):
-        return weights
+    if not is_elsewhere(network):
+        return dict(network.named_parameters())
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     found: dict[str, torch.Tensor] = get_state_dict_offloaded_model(network)
