@@ -76,18 +76,42 @@ def check_one(component: str | None) -> None:
         raise UsageError("--html shows one component of a pipeline: name it with --component")
 
 
+def refuse_several(recipe: PruneRecipe, options: RunOptions) -> None:
+    """Refuse what prune does in one process alone, where a launcher started several.
+
+    Raises:
+        UsageError: in the first; the others end in peace: launchers stop it when another one fails.
+    """
+    from gfprune_cli.errors import UsageError
+    from gfprune_cli.recipes.options import ALL
+
+    wanted = {
+        "prune --speedup or --latency": recipe.timed,
+        "prune --component all": recipe.component == ALL,
+        "prune --html": options.html is not None,
+    }
+    try:
+        for what in (what for what, asked in wanted.items() if asked):
+            check_alone(what)
+    except UsageError:
+        if main_process():
+            raise
+        raise SystemExit(0) from None
+
+
 @with_options(PruneRecipe)
 def run_prune(**flags: Any) -> None:
     """Prune a checkpoint: score, mask softly, refit, remove channels, recover, write safetensors.
 
     Prints the path of the result (one for each --sparsity), or one JSON document with --json.
     """
-    with asked(PruneRecipe, flags, partial(check_alone, "prune")) as (session, recipe, options):
+    with asked(PruneRecipe, flags, check_launcher) as (session, recipe, options):
         from gfprune_cli.cli.tables import networks_table, prune_table
         from gfprune_cli.errors import UsageError
         from gfprune_cli.pruning.command import prune
         from gfprune_cli.pruning.result import PruneResult
 
+        refuse_several(recipe, options)
         if options.html is not None:
             check_one(recipe.component)
             if options.dry_run:

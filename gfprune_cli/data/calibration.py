@@ -50,6 +50,7 @@ from gfprune_cli.inputs.recording import Recording, with_rows
 from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.progress import Progress, notice
+from gfprune_cli.runtime.processes import Processes
 
 __all__ = [
     "ImageRequest", "Images", "PipelineOptions", "cache_folder", "draw_labels", "image_size",
@@ -89,6 +90,7 @@ class ImageRequest:
         sample_steps: sampling steps of a drawn image.
         seed: of the run.
         options: what the pipeline is asked for, where there is one that conditions its network.
+        processes: that draw a share of the images each; None where one draws them all.
     """
 
     data: str | None
@@ -96,6 +98,7 @@ class ImageRequest:
     sample_steps: int
     seed: int
     options: PipelineOptions = field(default_factory=PipelineOptions)
+    processes: Processes | None = None
 
     def check(self, component: Component, config: Any, scheduler: Any) -> None:
         """Refuse what cannot be answered, as far as neither weights nor images have to be read for it.
@@ -371,6 +374,8 @@ class Work:
             "seed": request.seed,
             "device": self.device.type,
         }
+        if request.processes is not None:  # in other batches, which round otherwise
+            key["processes"] = request.processes.count
         if recording is not None:
             key["conditions"] = recording_fingerprint(recording)
             key["rows"] = conditions.rows if isinstance(conditions, Conditions) else None
@@ -389,11 +394,13 @@ class Work:
                         device=self.device,
                         progress=self.progress,
                         batch=batch,
+                        processes=request.processes,
                     )
                 },
                 None,
             ),
             self.progress,
+            processes=request.processes,
         )
         return tensors["images"]
 

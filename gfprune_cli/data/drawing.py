@@ -18,6 +18,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import out_of_memory
+from gfprune_cli.runtime.processes import Processes, agree
 
 SAMPLE_BATCH = 32
 
@@ -95,15 +96,20 @@ def self_images(
     device: torch.device,
     progress: Progress,
     batch: int = SAMPLE_BATCH,
+    processes: Processes | None = None,
 ) -> torch.Tensor:
     """[count, *shape] samples of the model, from a few deterministic steps; every image has its own seed.
+
+    Args:
+        processes: that draw a share each; all of them get all.
 
     Raises:
         GfpruneError: the model's samples are not finite.
     """
-    images = []
-    for first in range(0, count, batch):
-        members = range(first, min(count, first + batch))
+    own = range(count) if processes is None else processes.share(count)
+    images = [torch.empty(0, *shape)]
+    for first in range(own.start, own.stop, batch):
+        members = range(first, min(own.stop, first + batch))
         noise = torch.stack(
             [torch.randn(shape, generator=generator(seed, "image", index)) for index in members]
         )
@@ -127,4 +133,8 @@ def self_images(
             why = cause(partial(process.sample, noise=noise.to(device), steps=steps), denoise)
             raise GfpruneError(f"images drawn from the model are not finite: {why}")
     progress(Event("calibrate", count, count))
-    return torch.cat(images)
+    drawn = torch.cat(images)
+    if processes is not None:
+        agree(progress)
+        drawn = processes.joined(drawn)
+    return drawn

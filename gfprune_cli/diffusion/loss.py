@@ -11,6 +11,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.runtime.processes import Processes, agree
 
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
@@ -46,6 +47,7 @@ def losses_of_draws(
     count: int,
     progress: Progress,
     at_once: int = CHUNK,
+    processes: Processes | None = None,
 ) -> torch.Tensor:
     """[count] float64 denoising losses of draws that are stratified over the whole noise schedule.
 
@@ -53,19 +55,24 @@ def losses_of_draws(
         network: (noisy images [N, ...], timesteps [N], their condition) -> output.
         draws: where images and noise come from; equal draws at every call.
         at_once: samples that go through the network together.
+        processes: that share the draws.
 
     Raises:
         GfpruneError: the loss is not finite; names the timesteps.
     """
-    taken, levels = [], []
-    for first in range(0, count, at_once):
+    own = range(count) if processes is None else processes.share(count)
+    taken = [torch.zeros(0, device=draws.device or draws.images.device)]
+    for first in range(own.start, own.stop, at_once):
         progress(Event("evaluate", first, count))
-        batch = draws.batch("report", 0, min(at_once, count - first), first=first, of=count)
+        batch = draws.batch("report", 0, min(at_once, own.stop - first), first=first, of=count)
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)
         taken.append(process.losses(output.float(), batch.images, batch.noise, batch.index))
-        levels.append(process.timesteps(batch.index))
     losses = torch.cat(taken).double()
+    if processes is not None:
+        losses = processes.joined(losses)
+        agree(progress)
     if not math.isfinite(float(losses.sum())):
-        raise lost_at("a reported loss", ~losses.isfinite(), torch.cat(levels), REMEDY)
+        levels = process.timesteps(draws.batch("report", 0, count).index)
+        raise lost_at("a reported loss", ~losses.isfinite(), levels, REMEDY)
     return losses

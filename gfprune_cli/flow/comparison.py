@@ -34,6 +34,7 @@ from gfprune_cli.flow.layers import (
     rows_looked_at,
 )
 from gfprune_cli.flow.mask import MaskedModel, Masks
+from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.blocks import streams_of
 from gfprune_cli.structure.groups import ChannelGroup, Member
 from gfprune_cli.structure.trace import first_given
@@ -53,12 +54,14 @@ class Curves:
         order: group name -> [steps, units per step], weakest first.
         seed: of positions and directions.
         per_input: see `rows_looked_at`.
+        processes: that share the layers: all run the network, each factorises the moments of some.
     """
 
     masked: MaskedModel
     order: Mapping[str, torch.Tensor]
     seed: int
     per_input: int = ROWS_PER_INPUT
+    processes: Processes | None = None
     energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
@@ -94,7 +97,14 @@ class Curves:
                 output = self.masked.forward(watched, x[part], timesteps[part], chosen)
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
                 self.go_back((output * along[part].to(output)).sum())
-        return {group.name: self.rises(group) for group in self.masked.groups}
+        rises = {group.name: self.rises(group) for group in self.masked.groups}
+        return rises if self.processes is None else self.processes.totals(rises)
+
+    def mine(self, source: str) -> bool:
+        """Whether a layer or block that is seen for the first time is this process's to look at."""
+        number = len(self.seen)
+        self.seen.add(source)
+        return self.processes is None or number % self.processes.count == self.processes.rank
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -164,8 +174,7 @@ class Curves:
     def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
         def hook(layer: Any, inputs: Any, named: Any, output: torch.Tensor) -> None:
             self.follow(name, output, 1 if isinstance(layer, CONVOLUTIONS) else -1)
-            if name not in self.seen:
-                self.seen.add(name)
+            if name not in self.seen and self.mine(name):
                 with torch.no_grad():
                     self.read(name, layer, first_given(inputs, named).detach(), read)
 
@@ -206,8 +215,7 @@ class Curves:
                 key = f"{name} {number}"
                 axis = 1 if after.ndim > 3 else -1
                 self.follow(key, after, axis)
-                if key not in self.seen:
-                    self.seen.add(key)
+                if key not in self.seen and self.mine(key):
                     added = channel_rows((after - before).detach(), axis)
                     self.energies[key, group] = added.square().mean(0, keepdim=True)
 
@@ -271,6 +279,7 @@ def comparable(
     seed: int,
     piece: int | None = None,
     per_input: int = ROWS_PER_INPUT,
+    processes: Processes | None = None,
 ) -> Masks:
     """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
 
@@ -279,12 +288,13 @@ def comparable(
         x, timesteps, condition: noisy samples to look at.
         piece: samples that go through the network and back at once; None for all.
         per_input: positions looked at, for each input of a layer; see `rows_looked_at`.
+        processes: that share the work.
 
     Returns:
         group name -> [units] float64; within a group the order of the units is that of the scores.
     """
     order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
-    rises = Curves(masked, order, seed, per_input).take(x, timesteps, condition, piece)
+    rises = Curves(masked, order, seed, per_input, processes).take(x, timesteps, condition, piece)
     # a greedy search walks up convex curves: what a step adds never falls
     steps = {
         name: rise.diff(prepend=rise.new_zeros(1)).clamp_min(0).sort().values for name, rise in rises.items()

@@ -24,12 +24,16 @@ Way = Literal["exact", "finite-difference"]
 
 @dataclass(frozen=True)
 class Pieced:
-    """The loss of one chunk of the draws in pieces that fit in memory: their sum."""
+    """The loss of one chunk of the draws in pieces that fit in memory: their sum.
+
+    There are none where other processes have all of its draws.
+    """
 
     pieces: tuple[Loss, ...]
 
     def __call__(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([piece(weights) for piece in self.pieces]).sum()
+        values = [piece(weights) for piece in self.pieces]
+        return torch.stack(values).sum() if values else torch.zeros(())
 
 
 def pieces_of(loss: Loss) -> tuple[Loss, ...]:
@@ -67,8 +71,7 @@ def take_gradient(
             (value * (factor / len(losses))).backward()
             part = value.detach().double()
             total = part if total is None else total + part
-    assert total is not None
-    return total.item() / len(losses)
+    return 0.0 if total is None else total.item() / len(losses)
 
 
 class Sum:
@@ -156,10 +159,20 @@ def finite_difference_product(
     return found.like(weights)
 
 
-def choose_way(losses: Sequence[Loss], weights: Mapping[str, torch.Tensor], vector: Weights) -> Way:
-    """Finite differences when two step sizes agree on the first chunk, else the exact product."""
-    coarse = finite_difference_product(losses[:1], weights, vector, 2 * RELATIVE_STEP)
-    fine = finite_difference_product(losses[:1], weights, vector)
+def choose_way(
+    losses: Sequence[Loss],
+    weights: Mapping[str, torch.Tensor],
+    vector: Weights,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda part: part,
+) -> Way:
+    """Finite differences when two step sizes agree on the first chunk, else the exact product.
+
+    Args:
+        total: sum of what the processes that share the draws have found.
+    """
+    steps = (2 * RELATIVE_STEP, RELATIVE_STEP)
+    found = [finite_difference_product(losses[:1], weights, vector, step) for step in steps]
+    coarse, fine = ({name: total(part) for name, part in product.items()} for product in found)
     scale = norm(fine)
     gap = norm({name: fine[name] - coarse[name] for name in fine})
     return "finite-difference" if gap <= AGREEMENT * scale else "exact"

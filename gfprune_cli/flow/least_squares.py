@@ -1,11 +1,13 @@
 """Least squares for one layer: new weights whose outputs come nearest to those wanted."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from gfprune_cli.runtime.processes import Processes
 
 RIDGE = 1e-2  # of the mean square of an input, towards the weights that are there
 OFFSET_RIDGE = 1e-6  # of a bias: nothing holds it where it is
@@ -26,12 +28,26 @@ class Problem:
         y: [R, o] outputs wanted.
         soft: [n] weight of the penalty on what each input gives.
         known: rows that are fitted to; those after them only judge.
+        processes: that have rows of one problem each; all of them solve it, and find the same.
     """
 
     read: Callable[[int, int], torch.Tensor]
     y: torch.Tensor
     soft: torch.Tensor | None
     known: int
+    processes: Processes | None = None
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        return part if self.processes is None else self.processes.total(part)
+
+    def joined(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes."""
+        return rows if self.processes is None else self.processes.joined(rows)
+
+    def all_known(self) -> int:
+        """Rows that are fitted to, by all processes together."""
+        return int(self.total(torch.tensor(self.known)))
 
     def pieces(self, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows first ... end - 1 in order: inputs and outputs wanted."""
@@ -40,14 +56,15 @@ class Problem:
             yield self.read(start, stop), self.y[start:stop]
 
     def of_outputs(self, outputs: torch.Tensor) -> "Problem":
-        return Problem(self.read, self.y[:, outputs], self.soft, self.known)
+        return replace(self, y=self.y[:, outputs])
 
     def solve(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """New (weight [o, n], bias [o]); None where those that are there do as well on rows not fitted to."""
-        few = self.known < weight.shape[1]
-        step = self.step_of_rows(weight, bias) if few else self.step_of_moments(weight, bias)
+        known = self.all_known()
+        few = known < weight.shape[1]
+        step = self.step_of_rows(weight, bias) if few else self.step_of_moments(weight, bias, known)
         if step is None or not bool(step[0].isfinite().all()):
             return None
         new = weight + step[0].T
@@ -56,16 +73,20 @@ class Problem:
 
     def is_wrong(self, missed: torch.Tensor) -> bool:
         """Whether there is something to mend, by the squared error over all rows."""
-        return bool(missed > SAME**2 * self.y.square().sum())
+        return bool(missed > SAME**2 * self.total(self.y.square().sum()))
 
-    def step_of_moments(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Step | None:
-        """From the normal equations, which are as wide as the inputs; None: nothing to mend."""
+    def step_of_moments(self, weight: torch.Tensor, bias: torch.Tensor | None, known: int) -> Step | None:
+        """From the normal equations, which are as wide as the inputs; None: nothing to mend.
+
+        Args:
+            known: rows that are fitted to.
+        """
         moments = self.moments(weight, bias)
         if not self.is_wrong(moments.missed):
             return None
         live = torch.nonzero(moments.gram.diagonal() > 0).flatten()
         soft = None if self.soft is None else self.soft[live]
-        system, right = moments.equations(live, soft, weight, self.known if bias is not None else 0)
+        system, right = moments.equations(live, soft, weight, known if bias is not None else 0)
         del moments  # for wide layers the matrices are what takes memory
         factor, failed = torch.linalg.cholesky_ex(system)
         del system
@@ -81,11 +102,13 @@ class Problem:
 
         With D the diagonal of what holds the weights, D^-1 X^T (X D^-1 X^T + 1)^-1 is (X^T X + D)^-1 X^T.
         """
-        x, y = (torch.cat(parts) for parts in zip(*self.pieces(0, self.known), strict=True))
+        own = list(self.pieces(0, self.known)) or [(weight.new_zeros(0, weight.shape[1]), self.y[:0])]
+        x, y = (self.joined(torch.cat(parts)) for parts in zip(*own, strict=True))
         error = y - nn.functional.linear(x, weight, bias)
-        missed = error.square().sum()
+        judging = weight.new_zeros(())
         for judged, wanted in self.pieces(self.known, len(self.y)):
-            missed += (wanted - nn.functional.linear(judged, weight, bias)).square().sum()
+            judging += (wanted - nn.functional.linear(judged, weight, bias)).square().sum()
+        missed = error.square().sum() + self.total(judging)
         power = x.square().sum(0)
         if not self.is_wrong(missed) or not bool(power.any()):
             return None
@@ -120,7 +143,7 @@ class Problem:
             missed += error.square().sum()
         for x, y in self.pieces(self.known, len(self.y)):
             missed += (y - nn.functional.linear(x, weight, bias)).square().sum()
-        return Moments(gram, right, sums, wanted, missed)
+        return Moments(*(self.total(part) for part in (gram, right, sums, wanted, missed)))
 
     def is_better(
         self,
@@ -141,7 +164,8 @@ class Problem:
             objective(x, y, weight, bias) - objective(x, y, new, offset)
             for x, y in self.pieces(self.known, len(self.y))
         ]
-        return bool(gains) and bool(torch.stack(gains).sum() > 0)
+        gain = torch.stack(gains).sum() if gains else weight.new_zeros(())
+        return bool(self.total(gain) > 0)
 
 
 @dataclass(frozen=True)

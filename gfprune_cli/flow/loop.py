@@ -20,6 +20,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import as_families, by_family
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.runtime.processes import Processes, agree
 from gfprune_cli.structure.groups import select
 
 FORWARD = 1 / 3  # of the cost of a gradient
@@ -101,6 +102,7 @@ class PruningLoop:
         looks: positions that groups are compared at, for each input of a layer.
         refitted, compared: as many as there is memory for in a refit, and where groups are compared.
         fixed: the widths do not follow from scores, so that groups need not be compared.
+        processes: that share the work; all end with the same masks and weights.
         drawn: iterations of flows that came before on this network, so that each has draws of its own.
         gone: group name -> bool [units] that left in those flows, and stay out.
         scored: what is known of this flow's first scoring, if it has been made.
@@ -120,6 +122,7 @@ class PruningLoop:
     store: Store
     progress: Progress
     fixed: bool = False
+    processes: Processes | None = None
     piece: int = SCORE_CHUNK
     turns: int = 1
     looks: int = ROWS_PER_INPUT
@@ -200,8 +203,9 @@ class PruningLoop:
             self.chunk,
             self.progress,
             piece=self.piece,
+            processes=self.processes,
         )
-        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.turns)
+        evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.turns, self.processes)
         try:
             scores = score(self.criterion, evidence)
         except NotFinite:
@@ -210,13 +214,15 @@ class PruningLoop:
             raise
         for name, units in self.gone.items():
             scores[name] = scores[name].masked_fill(units.to(scores[name].device).bool(), -math.inf)
+        agree(self.progress)
         self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.compared, self.chunk))
             compared = comparable(
-                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece, self.looks
-            )
+                self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece, self.looks,
+                self.processes,
+            )  # fmt: skip
             cost += len(batch)
         return Scoring(scores, compared, evidence.way, cost)
 
@@ -231,8 +237,13 @@ class PruningLoop:
         state = self.state
         dense = state.refits[-1].dense if state.refits else self.judge(True)
         before = self.judge(False)
-        x, timesteps, batch = self.noisy("refit", min(REFIT_SAMPLES, self.refitted))
-        poll = lambda: self.progress(Event("refit", state.iteration, self.schedule.iterations))  # noqa: E731
+        count = 1 if self.processes is None else self.processes.count
+        x, timesteps, batch = self.noisy("refit", min(REFIT_SAMPLES, self.refitted * count))
+
+        def poll() -> None:
+            self.progress(Event("refit", state.iteration, self.schedule.iterations))
+            agree(self.progress)
+
         changed = refit.fit(x, timesteps, batch.condition, self.drawn + state.iteration, poll)
         layers = len({name.rpartition(".")[0] for name in changed})
         try:
@@ -243,6 +254,8 @@ class PruningLoop:
         if not after < before:  # true for NaN as well
             refit.restore(changed)
             after, layers = before, 0
+        elif self.processes is not None:
+            self.processes.align(self.masked.weights[name].data for name in changed)
         judged = 2 + (not state.refits)
         state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
         state.refits.append(RefitResult(state.iteration, dense, before, after, layers))
@@ -308,6 +321,7 @@ def scoring_losses(
     progress: Progress,
     *,
     piece: int | None = None,
+    processes: Processes | None = None,
 ) -> list[Loss]:
     """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
@@ -315,14 +329,16 @@ def scoring_losses(
 
     Args:
         piece: draws that are in memory at once; None for a whole chunk.
+        processes: that share the draws of each chunk; the losses are this one's part of the sums.
     """
     size = piece or chunk
     chunks = math.ceil(total / chunk)
     edges = [total * number // chunks for number in range(chunks + 1)]
 
     def chunk_loss(first: int, end: int) -> Loss:
-        starts = range(first, end, size)
-        return Pieced(tuple(piece_loss(start, min(end, start + size)) for start in starts))
+        own = range(end - first) if processes is None else processes.share(end - first)
+        starts, stop = range(first + own.start, first + own.stop, size), first + own.stop
+        return Pieced(tuple(piece_loss(start, min(stop, start + size)) for start in starts))
 
     def piece_loss(first: int, end: int) -> Loss:
         count = end - first

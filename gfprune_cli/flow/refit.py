@@ -15,7 +15,6 @@ Channel pruning by reconstruction (arXiv 1707.06168) and AdaPrune (arXiv 2102.08
 the soft masks are ours.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +39,14 @@ from gfprune_cli.flow.least_squares import Problem
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.relay import Hand, relayed
 from gfprune_cli.flow.residuals import Carrier, as_rows
+from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.trace import first_given
 
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
 Weights = dict[str, torch.Tensor]
 Streams = dict[str, torch.Tensor]  # by the key of their carrier
+Calls = dict[str, list[torch.Size]]  # layer -> shape of its inputs at each call
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Refit:
         residuals: layer -> where the stream that its output is added to can be seen (`find_residuals`).
         seed: of the positions that are looked at.
         per_input: how many of them, for each input of a layer; see `rows_looked_at`.
+        processes: that share the samples, and add up what they say of a layer before it is fitted. A network
+            that routes samples to layers runs them all in every process: some may have none for a layer.
     """
 
     masked: MaskedModel
@@ -65,6 +68,7 @@ class Refit:
     residuals: Mapping[str, Carrier]
     seed: int
     per_input: int = ROWS_PER_INPUT
+    processes: Processes | None = None
     repeated: frozenset[str] | None = None  # layers that run more than once: no weights serve all their calls
 
     @torch.no_grad()
@@ -88,7 +92,15 @@ class Refit:
         """
         before: Weights = {}
         if self.repeated is None:
-            self.repeated = repeated_layers(self.dense, x[:1], timesteps[:1], first_of(condition))
+            calls = layer_calls(self.dense, x[:1], timesteps[:1], first_of(condition))
+            self.repeated = frozenset(name for name, shapes in calls.items() if len(shapes) > 1)
+            count = 1 if self.processes is None else self.processes.count
+            if len(x) < count or (count > 1 and self.routes(calls, x, timesteps, condition)):
+                self.processes = None
+        share = Share.of(self.processes, len(x))
+        own = share.samples
+        x, timesteps = x[own], timesteps[own]
+        condition = None if condition is None else condition[own]
         weights = self.masked.passing()
         inside = {name: mask for (name, _), mask in self.masked.member_masks("in").items()}
         written = {name: mask for (name, _), mask in self.masked.member_masks("out").items()}
@@ -98,7 +110,7 @@ class Refit:
 
         def dense_pass(hand: Hand) -> None:
             def aim(name: str, layer: Any, _inputs: torch.Tensor, output: torch.Tensor) -> None:
-                index = self.positions(name, layer, output.shape, number)
+                index, _ = self.positions(name, layer, output.shape, number, share)
                 rows = rows_of(output, layer, index)
                 hand(name, self.with_stream(name, aims, rows, output.shape, index, 1))
 
@@ -111,14 +123,15 @@ class Refit:
             if target is None:
                 return
             shape = output_shape(layer, inputs)
-            index = self.positions(name, layer, shape, number)
+            index, known = self.positions(name, layer, shape, number, share)
             if len(index) != len(target):  # an expert, which is given other tokens now
                 return
             problem = Problem(
                 lambda first, end: input_rows(inputs, layer, index[first:end]),
                 self.with_stream(name, streams, target, shape, index, -1),
                 softness(inside.get(name), fan_in(layer), inputs.device),
-                judged_from(index, places(layer, shape)),
+                known,
+                self.processes,
             )
             self.renew(name, problem, written.get(name), before)
 
@@ -166,10 +179,18 @@ class Refit:
             for handle in hooks:
                 handle.remove()
 
-    def positions(self, name: str, layer: Any, shape: Sequence[int], number: int) -> torch.Tensor:
-        """The same positions of a layer's outputs in both networks."""
+    def routes(self, calls: Calls, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> bool:
+        """Whether another sample goes to other layers than the first, or gives them other shapes."""
+        second = slice(1, 2)
+        given = None if condition is None else condition[second]
+        return len(x) > 1 and layer_calls(self.dense, x[second], timesteps[second], given) != calls
+
+    def positions(
+        self, name: str, layer: Any, shape: Sequence[int], number: int, share: "Share"
+    ) -> tuple[torch.Tensor, int]:
+        """The same positions of a layer's outputs in both networks, and how many of them are fitted to."""
         source = generator(self.seed, "refit rows", number, name)
-        return rows_drawn(places(layer, shape), rows_looked_at(layer, self.per_input), source)
+        return share.rows(places(layer, shape), rows_looked_at(layer, self.per_input), source)
 
     def with_stream(
         self,
@@ -225,22 +246,57 @@ def hook(name: str, module: nn.Module, visit: Any, *, after: bool) -> Any:
     )
 
 
-def repeated_layers(
-    model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition
-) -> frozenset[str]:
-    """Names of the layers that run more than once in a pass."""
-    calls: Counter[str] = Counter()
+@dataclass(frozen=True)
+class Share:
+    """The samples of a refit that one process looks at.
+
+    Args:
+        samples: of all.
+        total: how many there are.
+    """
+
+    samples: slice
+    total: int
+
+    @classmethod
+    def of(cls, processes: Processes | None, total: int) -> "Share":
+        own = range(total) if processes is None else processes.share(total)
+        return cls(slice(own.start, own.stop), total)
+
+    def rows(self, shape: Sequence[int], wanted: int, source: torch.Generator) -> tuple[torch.Tensor, int]:
+        """Positions of a layer's outputs for these samples, of those drawn for all of them.
+
+        Args:
+            shape: from `places`, of these samples; wanted: positions in all of them.
+
+        Returns:
+            (positions, ascending; how many of them do not lie in the last samples, which only judge).
+        """
+        count = max(1, self.samples.stop - self.samples.start)
+        first, *rest = shape
+        whole = (first * self.total // count, *rest)
+        index = rows_drawn(whole, wanted, source)
+        start = torch.Size(whole).numel() * self.samples.start // self.total
+        here = index[(index >= start) & (index < start + torch.Size(shape).numel())]
+        return here - start, judged_from(here, whole)
+
+
+def layer_calls(model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Calls:
+    """Layer -> shape of what it is given, each time that it runs in a pass."""
+    calls: Calls = {}
+
+    def note(name: str, _layer: Any, given: torch.Tensor) -> None:
+        calls.setdefault(name, []).append(given.shape)
+
     hooks = [
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
-        for name, module in model.named_modules()
-        if is_fittable(module)
+        hook(name, module, note, after=False) for name, module in model.named_modules() if is_fittable(module)
     ]
     try:
         call(model, x, timesteps, condition)
     finally:
         for handle in hooks:
             handle.remove()
-    return frozenset(name for name, count in calls.items() if count > 1)
+    return calls
 
 
 def softness(mask: torch.Tensor | None, inputs: int, device: torch.device) -> torch.Tensor | None:

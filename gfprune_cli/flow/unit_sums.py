@@ -64,14 +64,16 @@ class UnitSums:
         return {name: total.cpu() for name, total in self.totals.items()}
 
 
-def shares(names: Sequence[str], weights: Mapping[str, torch.Tensor], turns: int) -> Iterator[frozenset[str]]:
-    """The names in so many parts of about the same size in numbers, or fewer."""
+def shares(
+    names: Sequence[str], weights: Mapping[str, torch.Tensor], turns: int
+) -> Iterator[dict[str, None]]:
+    """The names, in order, in so many parts of about the same size in numbers, or fewer."""
     total = sum(weights[name].numel() for name in names)
-    before, parts = 0, [set[str]() for _ in range(turns)]
+    before, parts = 0, [dict[str, None]() for _ in range(turns)]
     for name in names:
-        parts[min(turns - 1, before * turns // max(1, total))].add(name)
+        parts[min(turns - 1, before * turns // max(1, total))][name] = None
         before += weights[name].numel()
-    return (frozenset(part) for part in parts if part)
+    return (part for part in parts if part)
 
 
 def unit_sums(masked: MaskedModel, values: Mapping[str, torch.Tensor], measure: Measure) -> Masks:

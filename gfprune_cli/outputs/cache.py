@@ -14,6 +14,7 @@ from gfprune_cli.outputs.durable import replacing, write_tensors
 from gfprune_cli.outputs.locks import sweep_folder
 from gfprune_cli.outputs.tensor_files import read_whole
 from gfprune_cli.progress import Progress, notice
+from gfprune_cli.runtime.processes import Processes
 
 DOCUMENT = "document"
 Tensors = dict[str, torch.Tensor]
@@ -50,6 +51,7 @@ def cached(
     *,
     room: str = "calibration",
     what: str = "calibration images",
+    processes: Processes | None = None,
 ) -> tuple[Tensors, Any]:
     """(tensors, JSON document) that `make` returns, from the cache if a run with the same key left them.
 
@@ -58,14 +60,22 @@ def cached(
     Args:
         room: its part for things of this kind.
         what: they are, in a message.
+        processes: that make them together where one of them does not find them.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     path = cache_room(room) / f"{digest}.safetensors"
+    known: tuple[Tensors, Any] | None = None
     if path.exists():
         with suppress(Exception):  # truncated or foreign: make it again
             found, metadata = read_whole(path)
-            return found, json.loads(metadata[DOCUMENT])
+            known = found, json.loads(metadata[DOCUMENT])
+    if processes is not None and processes.any(known is None):
+        known = None
+    if known is not None:
+        return known
     tensors, document = make()
+    if processes is not None and not processes.main:
+        return tensors, document
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as staging:

@@ -22,11 +22,13 @@ class Claim:
         destination: the folder, or the file, that will appear when the run is done.
         force: replace what is there, and discard the state of an interrupted run.
         resume: go on from that state.
+        main: whether this process writes.
     """
 
     destination: Path
     force: bool
     resume: bool
+    main: bool = True
 
     @property
     def finished(self) -> bool:
@@ -39,7 +41,7 @@ class Claim:
 
     def state(self, identity: Mapping[str, Any]) -> StateFolder:
         """The resumable state beside the output, as yet untouched."""
-        return StateFolder(self.destination, identity)
+        return StateFolder(self.destination, identity, writes=self.main)
 
     def prepare(self, state: StateFolder) -> None:
         """Discard or refuse the state of an earlier run, unless it is to be continued."""
@@ -78,7 +80,7 @@ def claim(
     Raises:
         UsageError: the destination is in use; GfpruneError: it cannot be written.
     """
-    own = Claim(destination, options.force, options.resume)
+    own = Claim(destination, options.force, options.resume, main)
     resumed = {"resume": True} if options.resume else {}
     asked = partial(check, destination, force=options.force, **resumed)
     if not main or options.dry_run:

@@ -33,9 +33,11 @@ class StateFolder:
     Args:
         destination: the output of the run; the state lies hidden beside it.
         identity: what must be equal for a resumed run to end in the same bytes.
+        writes: whether this process writes; the others of a run only read.
     """
 
-    def __init__(self, destination: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, destination: Path, identity: Mapping[str, Any], *, writes: bool = True) -> None:
+        self.writes = writes
         self.folder = state_folder(destination)
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
         self.facts: Callable[[], Mapping[str, Any]] = dict  # what the run has found out once, for every state
@@ -59,6 +61,8 @@ class StateFolder:
         Raises:
             GfpruneError: the folder cannot be made.
         """
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -107,6 +111,8 @@ class StateFolder:
 
     def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Publish a state; the one before the last is removed."""
+        if not self.writes:
+            return
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         states = self.states()
         number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
@@ -148,6 +154,8 @@ class StateFolder:
 
     def end(self) -> None:
         """Forget the run: its output stands, so a state that cannot be removed is no failure."""
+        if not self.writes:
+            return
         try:
             discard(self.folder)
         except OSError:
@@ -167,6 +175,8 @@ class StateFolder:
         Raises:
             GfpruneError: the folder cannot be removed.
         """
+        if not self.writes:
+            return
         try:
             discard(self.folder)
         except OSError as error:

@@ -10,18 +10,21 @@ from gfprune_cli.checkpoint.layout import denoiser_names
 from gfprune_cli.checkpoint.record import joined
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.writer import write_joined
+from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.claim import Claim, claim
 from gfprune_cli.outputs.state import StateFolder
-from gfprune_cli.progress import Event, PhaseClock, Progress, silent
+from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.pruning.result import PruneResult, PruneResults
 from gfprune_cli.pruning.writing import finished_run, make_networks, planned, result_of
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import ALL
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import choose_device
-from gfprune_cli.runtime.launch import check_alone
+from gfprune_cli.runtime.launch import check_alone, unused_settings
+from gfprune_cli.runtime.processes import Processes, Together
 
 
 def default_output(recipe: PruneRecipe, sparsity: float) -> Path:
@@ -60,12 +63,18 @@ def prune(
     if recipe.component == ALL:
         return prune_all(recipe, options, progress)
     start = time.monotonic()
-    check_alone("prune")
+    if recipe.timed:
+        check_alone("prune --speedup or --latency")
+    processes = started(recipe, options)
     progress = clock = PhaseClock(progress)
+    if processes.count > 1:
+        progress = Together(clock, processes)
+    for unused in unused_settings():
+        notice(progress, unused)
     folders = destinations(recipe, options.out)
-    device = choose_device(options.device)
+    device = processes.device
     with ExitStack() as claims:
-        outputs = [claims.enter_context(claim(folder, options)) for folder in folders]
+        outputs = [claims.enter_context(claim(folder, options, main=processes.main)) for folder in folders]
         source = source_of(recipe, options, progress)
         plan = make_plan(
             source,
@@ -78,7 +87,15 @@ def prune(
         inputs = {"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts}
         for output in outputs:
             output.refuse_inputs(inputs)
-        job = PruneJob(recipe, source, plan, device, progress, offload_teacher=options.offload_teacher)
+        job = PruneJob(
+            recipe,
+            source,
+            plan,
+            device,
+            progress,
+            offload_teacher=options.offload_teacher,
+            processes=processes if processes.count > 1 else None,
+        )
         if options.dry_run:
             for output in outputs:
                 output.refuse_state()
@@ -89,7 +106,23 @@ def prune(
                 result_of(recipe.up_to(number), folder, record, start, clock)
                 for number, (folder, record) in enumerate(zip(folders, records, strict=True))
             ]
+    processes.wait()
     return results[0] if len(results) == 1 else PruneResults(networks=tuple(results))
+
+
+def started(recipe: PruneRecipe, options: RunOptions) -> Processes:
+    """The processes that share the run.
+
+    Raises:
+        UsageError: they are more than can share a step of its recovery.
+    """
+    processes = Processes.start(options.device)
+    if recipe.recover and processes.count > FinetuneRecipe.batch:
+        raise UsageError(
+            f"recovery trains with batches of {FinetuneRecipe.batch}: {processes.count} processes cannot"
+            " share: use --recover 0 and gfprune finetune with a larger --batch, or fewer processes"
+        )
+    return processes
 
 
 def source_of(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> Source:
@@ -115,7 +148,7 @@ def prune_all(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> P
         Interrupted: raised by `progress`; the state is durable by then.
     """
     start = time.monotonic()
-    check_alone("prune")
+    check_alone("prune --component all")
     progress = clock = PhaseClock(progress)
     folder, device = destinations(recipe, options.out)[0], choose_device(options.device)
     with claim(folder, options) as output:

@@ -112,7 +112,9 @@ class Flow:
         """
         job, recipe, masked = self.job, self.job.recipe, self.masked
         looks = job.memory.settings(REFITTING)
-        refit = Refit(masked, self.dense, self.residuals, recipe.seed, **looks) if recipe.refit else None
+        refit = None
+        if recipe.refit:
+            refit = Refit(masked, self.dense, self.residuals, recipe.seed, processes=job.processes, **looks)
         settings = job.memory.settings(SCORING)
         way: Way | None = None if settings.get("exact") else "finite-difference"
         loop = PruningLoop(
@@ -139,6 +141,7 @@ class Flow:
             store=store,
             progress=job.progress,
             fixed=job.plan.native is not None,
+            processes=job.processes,
         )
         return loop
 

@@ -39,6 +39,7 @@ from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.runtime.device import default_precision, is_elsewhere, offload
+from gfprune_cli.runtime.processes import Processes
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
 LOSS_DRAWS = 128  # noisy samples behind each reported loss
@@ -81,6 +82,7 @@ class PruneJob:
         progress: Progress,
         *,
         offload_teacher: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.recipe, self.source, self.plan, self.device, self.progress = (
             recipe,
@@ -89,6 +91,7 @@ class PruneJob:
             device,
             progress,
         )
+        self.processes = processes  # that share the work; None where there is one
         self.asked_to_offload = offload_teacher and device.type != "cpu"
         self.new_folder: Callable[[], Path] | None = None  # for weights that main memory has no room for
         scheduler = load_scheduler(plan.component)
@@ -104,7 +107,9 @@ class PruneJob:
         self.scheduler = scheduler
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         options = PipelineOptions.of(recipe)
-        self.request = ImageRequest(recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options)
+        self.request = ImageRequest(
+            recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options, processes
+        )
         network: Any = build_meta(plan.component)
         self.request.check(plan.component, network.config, scheduler)
         check_weights(plan.component, network)
@@ -113,6 +118,8 @@ class PruneJob:
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
         self.free = available(device)
+        if processes is not None:  # all take the same way, the one that there is memory for everywhere
+            self.free = processes.least(self.free)
         known = example_inputs(network) if has_known_inputs(network) else None
         self.plan_memory(Pass() if known is None else one_pass(network, known))
 
@@ -142,6 +149,7 @@ class PruneJob:
             "weights": self.hashes,
             "commit": self.source.commit,
             "device": self.device.type,
+            **({} if self.processes is None else {"processes": self.processes.count}),
             **{name: as_json(value) for name, value in inputs.items()},
             **self.given_times(),
             "tools": installed_tools(),
@@ -280,4 +288,4 @@ class PruneJob:
         else:
             called = partial(call, network)
         at_once = self.memory.at_once(LOSSES)
-        return losses_of_draws(called, self.process, draws, count, self.progress, at_once)
+        return losses_of_draws(called, self.process, draws, count, self.progress, at_once, self.processes)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.flow.recompute import can_recompute
+from gfprune_cli.runtime.processes import neighbours
 from gfprune_cli.structure.norms import plain_stand_ins
 
 GIB = 1 << 30
@@ -282,12 +283,12 @@ class MemoryPlan:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on a device; for the CPU those that no other process holds."""
+    """Bytes that are free on a device; for the CPU this process's share of those that no other holds."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return min(int(psutil.virtual_memory().available), limit_of_group())
+    return min(int(psutil.virtual_memory().available), limit_of_group()) // neighbours()
 
 
 def limit_of_group() -> int:

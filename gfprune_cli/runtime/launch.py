@@ -67,7 +67,7 @@ def check_alone(command: str) -> None:
     if launched():
         raise UsageError(
             f"{command} works in one process, and a launcher started {announced()}: leave out accelerate "
-            "launch or torchrun (finetune and eval take several)"
+            "launch or torchrun (prune, finetune and eval take several)"
         )
 
 

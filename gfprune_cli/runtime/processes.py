@@ -3,9 +3,14 @@
 Started by `accelerate launch`, every process computes the gradients of its share of each batch; the sums are
 taken here, explicitly, and not by DistributedDataParallel: a process that repeats a step for lack of memory,
 or that was told to stop, must not leave the others waiting in the middle of a backward pass.
+
+All processes do the same in the same order. What one of them computes alone comes to the others as a sum, to
+which those that have nothing to say add zeros.
 """
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +18,8 @@ from typing import Any
 
 import torch
 
+from gfprune_cli.errors import GfpruneError, Interrupted
+from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import choose_device
 from gfprune_cli.runtime.launch import check_launcher, joined, launched
 
@@ -65,18 +72,67 @@ class Processes:
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes."""
+        """Sum over all processes.
+
+        Raises:
+            GfpruneError: another process has ended.
+        """
         if self.state is None:
             return tensor
         from accelerate.utils import reduce
 
-        summed: torch.Tensor = reduce(tensor, "sum")
-        return summed
+        try:
+            summed: torch.Tensor = reduce(tensor.to(self.device), "sum")
+        except RuntimeError as error:  # of gloo; NCCL waits until the launcher ends it
+            raise GfpruneError("another process of this run has ended: see what it said") from error
+        return summed.to(tensor.device)
+
+    def totals(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums of small tensors of one type, taken together."""
+        if self.state is None or not tensors:
+            return dict(tensors)
+        summed = self.total(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+        parts = summed.split([tensor.numel() for tensor in tensors.values()])
+        return {name: part.view_as(tensors[name]) for name, part in zip(tensors, parts, strict=True)}
+
+    def joined(self, rows: torch.Tensor) -> torch.Tensor:
+        """[sum of N, ...] the rows [N, ...] of all processes, in the order of their numbers."""
+        if self.state is None:
+            return rows
+        lengths = torch.zeros(self.count, dtype=torch.long)
+        lengths[self.rank] = len(rows)
+        ends = self.total(lengths).cumsum(0).tolist()
+        whole = rows.new_zeros(ends[-1], *rows.shape[1:])
+        whole[ends[self.rank] - len(rows) : ends[self.rank]] = rows
+        return self.total(whole)
+
+    def least(self, number: int) -> int:
+        """The least of the processes' numbers."""
+        return int(self.joined(torch.tensor([number])).min())
+
+    def align(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give all processes the main one's: other devices may have rounded otherwise."""
+        if self.state is not None:
+            from accelerate.utils import broadcast
+
+            for tensor in tensors:
+                tensor.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
     def told(self, value: bool) -> bool:
         """What the main process says."""
-        said = self.total(torch.tensor(float(value and self.main), device=self.device))
-        return bool(said > 0)
+        return self.any(value and self.main)
+
+    def any(self, value: bool) -> bool:
+        """Whether some process says so."""
+        return bool(self.total(torch.tensor(float(value), device=self.device)) > 0)
+
+    def said(self, value: Any) -> Any:
+        """What the main process found: strings, numbers, lists and dictionaries."""
+        if self.state is None:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
         if self.state is not None:
@@ -95,3 +151,49 @@ class Processes:
         yield
         if self.main:
             self.wait()
+
+
+class Together:
+    """A progress callback that keeps an interrupt until all processes agree on it; see `agree`.
+
+    Args:
+        alone: what it calls, which may raise `Interrupted`.
+    """
+
+    def __init__(self, alone: Progress, processes: Processes) -> None:
+        self.alone, self.processes = alone, processes
+        self.stop: Interrupted | None = None
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self.alone(event)
+        except Interrupted as stop:
+            self.stop = stop
+
+
+def agree(progress: Progress) -> None:
+    """Stop here, together, if some process was told to; all of them call it in the same places.
+
+    Raises:
+        Interrupted: one was.
+    """
+    if not isinstance(progress, Together):
+        return
+    progress(Event("pass"))
+    if progress.processes.any(progress.stop is not None):
+        raise progress.stop or Interrupted("stopped with another process", signal.SIGTERM)
+
+
+def alone(progress: Progress) -> Progress:
+    """The callback that raises at once, for who agrees on it in other ways."""
+    return progress.alone if isinstance(progress, Together) else progress
+
+
+def neighbours() -> int:
+    """Processes of this run on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
+def single(device: torch.device) -> Processes:
+    """One process alone."""
+    return Processes(None, device)
