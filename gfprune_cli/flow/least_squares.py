@@ -29,6 +29,7 @@ class Problem:
         soft: [n] weight of the penalty on what each input gives.
         known: rows that are fitted to; those after them only judge.
         processes: that have rows of one problem each; all of them solve it, and find the same.
+        all_known: rows that are fitted to, of all processes; None for those of one.
     """
 
     read: Callable[[int, int], torch.Tensor]
@@ -36,6 +37,12 @@ class Problem:
     soft: torch.Tensor | None
     known: int
     processes: Processes | None = None
+    all_known: int | None = None
+
+    @property
+    def fitted(self) -> int:
+        """Rows that are fitted to, by all processes together."""
+        return self.known if self.all_known is None else self.all_known
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """Sum over the processes."""
@@ -44,10 +51,6 @@ class Problem:
     def joined(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of all processes."""
         return rows if self.processes is None else self.processes.joined(rows)
-
-    def all_known(self) -> int:
-        """Rows that are fitted to, by all processes together."""
-        return int(self.total(torch.tensor(self.known)))
 
     def pieces(self, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows first ... end - 1 in order: inputs and outputs wanted."""
@@ -62,31 +65,26 @@ class Problem:
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """New (weight [o, n], bias [o]); None where those that are there do as well on rows not fitted to."""
-        known = self.all_known()
-        few = known < weight.shape[1]
-        step = self.step_of_rows(weight, bias) if few else self.step_of_moments(weight, bias, known)
+        few = self.fitted < weight.shape[1]
+        step = self.step_of_rows(weight, bias) if few else self.step_of_moments(weight, bias)
         if step is None or not bool(step[0].isfinite().all()):
             return None
         new = weight + step[0].T
         offset = None if bias is None or step[1] is None else bias + step[1]
         return (new, offset) if self.is_better(weight, bias, new, offset) else None
 
-    def is_wrong(self, missed: torch.Tensor) -> bool:
-        """Whether there is something to mend, by the squared error over all rows."""
-        return bool(missed > SAME**2 * self.total(self.y.square().sum()))
+    def is_wrong(self, missed: torch.Tensor, power: torch.Tensor) -> bool:
+        """Whether there is something to mend, by the squared error over all rows, and their squares."""
+        return bool(missed > SAME**2 * power)
 
-    def step_of_moments(self, weight: torch.Tensor, bias: torch.Tensor | None, known: int) -> Step | None:
-        """From the normal equations, which are as wide as the inputs; None: nothing to mend.
-
-        Args:
-            known: rows that are fitted to.
-        """
+    def step_of_moments(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Step | None:
+        """From the normal equations, which are as wide as the inputs; None: nothing to mend."""
         moments = self.moments(weight, bias)
-        if not self.is_wrong(moments.missed):
+        if not self.is_wrong(moments.missed, moments.power):
             return None
         live = torch.nonzero(moments.gram.diagonal() > 0).flatten()
         soft = None if self.soft is None else self.soft[live]
-        system, right = moments.equations(live, soft, weight, known if bias is not None else 0)
+        system, right = moments.equations(live, soft, weight, self.fitted if bias is not None else 0)
         del moments  # for wide layers the matrices are what takes memory
         factor, failed = torch.linalg.cholesky_ex(system)
         del system
@@ -108,9 +106,10 @@ class Problem:
         judging = weight.new_zeros(())
         for judged, wanted in self.pieces(self.known, len(self.y)):
             judging += (wanted - nn.functional.linear(judged, weight, bias)).square().sum()
-        missed = error.square().sum() + self.total(judging)
+        judging, squares = self.total(torch.stack([judging, self.y.square().sum()]))
+        missed = error.square().sum() + judging
         power = x.square().sum(0)
-        if not self.is_wrong(missed) or not bool(power.any()):
+        if not self.is_wrong(missed, squares) or not bool(power.any()):
             return None
         penalty = torch.zeros_like(power) if self.soft is None else self.soft.to(power) * power
         held = RIDGE * power[power > 0].mean() + penalty
@@ -143,7 +142,9 @@ class Problem:
             missed += error.square().sum()
         for x, y in self.pieces(self.known, len(self.y)):
             missed += (y - nn.functional.linear(x, weight, bias)).square().sum()
-        return Moments(*(self.total(part) for part in (gram, right, sums, wanted, missed)))
+        small = torch.cat([sums, wanted, missed.view(1), self.y.square().sum().view(1)])
+        sums, wanted, missed, power = self.total(small).split([inputs, outputs, 1, 1])
+        return Moments(self.total(gram), self.total(right), sums, wanted, missed, power)
 
     def is_better(
         self,
@@ -176,7 +177,7 @@ class Moments:
         gram: x^T x [n, n], its upper triangle; what is below the diagonal means nothing.
         right: x^T e [n, o].
         sums: of x [n]; wanted: of e [o]. Over the rows that are fitted to.
-        missed: squared error over all rows.
+        missed: squared error over all rows; power: of the outputs wanted there.
     """
 
     gram: torch.Tensor
@@ -184,6 +185,7 @@ class Moments:
     sums: torch.Tensor
     wanted: torch.Tensor
     missed: torch.Tensor
+    power: torch.Tensor
 
     def equations(
         self, live: torch.Tensor, soft: torch.Tensor | None, weight: torch.Tensor, rows: int

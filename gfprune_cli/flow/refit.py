@@ -110,7 +110,7 @@ class Refit:
 
         def dense_pass(hand: Hand) -> None:
             def aim(name: str, layer: Any, _inputs: torch.Tensor, output: torch.Tensor) -> None:
-                index, _ = self.positions(name, layer, output.shape, number, share)
+                index, *_ = self.positions(name, layer, output.shape, number, share)
                 rows = rows_of(output, layer, index)
                 hand(name, self.with_stream(name, aims, rows, output.shape, index, 1))
 
@@ -123,7 +123,7 @@ class Refit:
             if target is None:
                 return
             shape = output_shape(layer, inputs)
-            index, known = self.positions(name, layer, shape, number, share)
+            index, known, all_known = self.positions(name, layer, shape, number, share)
             if len(index) != len(target):  # an expert, which is given other tokens now
                 return
             problem = Problem(
@@ -132,6 +132,7 @@ class Refit:
                 softness(inside.get(name), fan_in(layer), inputs.device),
                 known,
                 self.processes,
+                all_known,
             )
             self.renew(name, problem, written.get(name), before)
 
@@ -187,8 +188,8 @@ class Refit:
 
     def positions(
         self, name: str, layer: Any, shape: Sequence[int], number: int, share: "Share"
-    ) -> tuple[torch.Tensor, int]:
-        """The same positions of a layer's outputs in both networks, and how many of them are fitted to."""
+    ) -> tuple[torch.Tensor, int, int]:
+        """The same positions of a layer's outputs in both networks; see `Share.rows`."""
         source = generator(self.seed, "refit rows", number, name)
         return share.rows(places(layer, shape), rows_looked_at(layer, self.per_input), source)
 
@@ -263,14 +264,17 @@ class Share:
         own = range(total) if processes is None else processes.share(total)
         return cls(slice(own.start, own.stop), total)
 
-    def rows(self, shape: Sequence[int], wanted: int, source: torch.Generator) -> tuple[torch.Tensor, int]:
+    def rows(
+        self, shape: Sequence[int], wanted: int, source: torch.Generator
+    ) -> tuple[torch.Tensor, int, int]:
         """Positions of a layer's outputs for these samples, of those drawn for all of them.
 
         Args:
             shape: from `places`, of these samples; wanted: positions in all of them.
 
         Returns:
-            (positions, ascending; how many of them do not lie in the last samples, which only judge).
+            (positions, ascending; how many of them do not lie in the last samples, which only judge; the
+            same of all samples).
         """
         count = max(1, self.samples.stop - self.samples.start)
         first, *rest = shape
@@ -278,7 +282,7 @@ class Share:
         index = rows_drawn(whole, wanted, source)
         start = torch.Size(whole).numel() * self.samples.start // self.total
         here = index[(index >= start) & (index < start + torch.Size(shape).numel())]
-        return here - start, judged_from(here, whole)
+        return here - start, judged_from(here, whole), judged_from(index, whole)
 
 
 def layer_calls(model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Calls:

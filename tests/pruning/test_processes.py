@@ -1,6 +1,9 @@
 """`prune` in several processes: what one makes, and what becomes of a run of which a part is stopped."""
 
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +14,49 @@ import torch
 from torch import nn
 
 import gfprune_cli
+from gfprune_cli.errors import Interrupted
+from gfprune_cli.flow import loop
+from gfprune_cli.progress import Event
+from gfprune_cli.pruning import flows
+from gfprune_cli.pruning.job import PruneJob
+
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 BRIEF: dict[str, Any] = dict(images=9, sample_steps=2, draws=7, recover=2, device="cpu")
 CASES: dict[str, dict[str, Any]] = {
-    "taylor": dict(sparsity=0.4, iterations=2),
-    "gradient-flow": dict(sparsity=0.4, criterion="gradient-flow-abs", keep_loss=1.5),
-    "fisher": dict(sparsity=[0.2, 0.4], criterion="fisher", one_shot=True),
-    "diff-pruning": dict(sparsity=0.4, criterion="diff-pruning", recover=0),
+    "taylor": dict(sparsity=0.4, keep_loss=2.0),
+    "gradient-flow": dict(sparsity=0.4, criterion="gradient-flow-abs", one_shot=True, recover=0),
+    "fisher": dict(sparsity=[0.2, 0.4], criterion="fisher", one_shot=True, refit=False),
+    "diff-pruning": dict(sparsity=0.4, criterion="diff-pruning", one_shot=True, refit=False, recover=0),
 }
-SCRIPT = """
-import json, sys
-import gfprune_cli
-from gfprune_cli.errors import Interrupted
-model, out, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-for name, case in cases.items():
-    gfprune_cli.prune(case.pop("model", model), out=f"{out}/{name}", **case)
-"""
-STOPPED = """
-import os, sys, json
-import gfprune_cli
-from gfprune_cli.errors import GfpruneError, Interrupted
-model, out, how, phase, case = sys.argv[1:5] + [json.loads(sys.argv[5])]
-refits = 0
-def stop(event):
-    global refits
-    refits += event.phase == phase
-    if os.environ["RANK"] == "1" and refits == 12:
-        if how == "killed":
-            os._exit(9)
-        raise Interrupted("stopped by SIGTERM", 15)
-try:
+
+
+def use_few_draws() -> None:
+    """As the fixture of that name does, in a process of its own."""
+    loop.REFIT_SAMPLES = flows.JUDGE_DRAWS = 16
+    PruneJob.loss.__defaults__ = (64,)
+
+
+def make(model: Path, out: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """Every case, from its own model or this one."""
+    use_few_draws()
+    for name, case in cases.items():
+        settings = dict(case)
+        gfprune_cli.prune(settings.pop("model", model), out=out / name, **settings)
+
+
+def make_and_stop(model: Path, out: Path, how: str, phase: str, case: dict[str, Any]) -> None:
+    """One case, of which the second process is told to stop, or dies, at the twelfth event of a phase."""
+    use_few_draws()
+    seen = itertools.count(1)
+
+    def stop(event: Event) -> None:
+        if event.phase == phase and next(seen) == 12 and os.environ["RANK"] == "1":
+            if how == "killed":
+                os._exit(9)
+            raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+
     gfprune_cli.prune(model, out=out, progress=stop, **case)
-except GfpruneError as error:
-    print(type(error).__name__, error)
-    sys.exit(error.exit_code)
-"""
-
-
-def script(folder: Path, text: str) -> Path:
-    path = folder / "script.py"
-    path.write_text(text)
-    return path
 
 
 def vector(folder: Path) -> torch.Tensor:
@@ -66,14 +71,16 @@ def assert_same(several_made: Path, one_made: Path) -> None:
     assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
-def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Path) -> None:
-    """Shares of 7 draws, 9 images and 64 samples are uneven; the transformer has layers wider than its rows."""
+@pytest.mark.slow
+def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Path, thorough: bool) -> None:
+    """Shares of 7 draws, 9 images and 16 samples are uneven; a transformer has more inputs than rows."""
     dit = pipelines.dit(tmp_path / "dit")
-    cases: dict[str, dict[str, Any]] = {name: BRIEF | case for name, case in CASES.items()}
-    cases["transformer"] = BRIEF | dict(model=str(dit), sparsity=0.15)
+    chosen = CASES if thorough else {name: CASES[name] for name in ("taylor", "gradient-flow")}
+    cases: dict[str, dict[str, Any]] = {name: BRIEF | case for name, case in chosen.items()}
+    cases["transformer"] = BRIEF | dict(model=str(dit), sparsity=0.15, one_shot=True, recover=0)
     outputs = tmp_path / "several"
-    made = several.run(script(tmp_path, SCRIPT), 3, pipeline_folder, outputs, json.dumps(cases))
-    assert [code for code, _ in made] == [0, 0, 0], made[0][1][-2000:]
+    made = several.run(make, 3, pipeline_folder, outputs, cases)
+    assert [code for code, _ in made] == [0, 0, 0], made
     for name, case in cases.items():
         out = tmp_path / "one" / name
         gfprune_cli.prune(case.pop("model", pipeline_folder), out=out, **case)
@@ -85,15 +92,16 @@ def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Pa
             assert record["resolved"]["processes"] == 3
 
 
-@pytest.mark.parametrize(("how", "phase"), [("told", "refit"), ("killed", "refit"), ("told", "finetune")])
+@pytest.mark.slow
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize(("how", "phase"), [("told", "refit"), ("told", "finetune"), ("killed", "refit")])
 def test_what_is_stopped_goes_on_where_all_were(
     pipeline_folder: Path, tmp_path: Path, how: str, phase: str
 ) -> None:
     """One process is told to stop, or dies, in the middle of a refit or of training: none waits for it."""
     out = tmp_path / "out"
     case = BRIEF | dict(sparsity=0.4, iterations=2, recover=14, resume=True)
-    stop = script(tmp_path, STOPPED)
-    ended = several.run(stop, 2, pipeline_folder, out, how, phase, json.dumps(case))
+    ended = several.run(make_and_stop, 2, pipeline_folder, out, how, phase, case)
     if how == "told":
         assert [code for code, _ in ended] == [143, 143], ended
         assert all("the state is saved" in said or phase == "refit" for _, said in ended)
@@ -101,7 +109,7 @@ def test_what_is_stopped_goes_on_where_all_were(
         assert [code for code, _ in ended] == [1, 9], ended
         assert "another process of this run has ended" in ended[0][1]
     assert not out.exists()
-    resumed = several.run(script(tmp_path, SCRIPT), 2, pipeline_folder, tmp_path, json.dumps({"out": case}))
+    resumed = several.run(make, 2, pipeline_folder, tmp_path, {"out": case})
     assert [code for code, _ in resumed] == [0, 0], resumed
     case.pop("resume")
     gfprune_cli.prune(pipeline_folder, out=tmp_path / "one", **case)

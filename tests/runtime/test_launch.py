@@ -84,7 +84,13 @@ def test_other_settings_of_accelerate_are_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("command", "environment", "words"),
     [
-        ("prune", {}, "prune works in one process, and a launcher started 2"),
+        (
+            "prune --speedup 2",
+            {},
+            "prune --speedup or --latency works in one process, and a launcher started 2",
+        ),
+        ("prune --component all", {}, "prune --component all works in one process"),
+        ("prune --html page.html", {}, "prune --html works in one process"),
         ("export", {}, "export works in one process, and a launcher started 2"),
         ("finetune", {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
         ("eval", {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate is configured for DeepSpeed"),
@@ -95,19 +101,20 @@ def test_the_first_process_refuses_and_the_others_end_quietly(
 ) -> None:
     """A launcher that saw another one fail would stop the first before it has spoken."""
     several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", **environment}
-    first = gfprune(command, "--model", "demo", cwd=tmp_path, **several, RANK="0")
+    arguments = [*command.split(), "--model", "demo"]
+    first = gfprune(*arguments, cwd=tmp_path, **several, RANK="0")
     assert (first.returncode, first.stdout, first.stderr.count("\n")) == (2, "", 1)
     assert words in first.stderr
-    other = gfprune(command, "--model", "demo", cwd=tmp_path, **several, RANK="1")
+    other = gfprune(*arguments, cwd=tmp_path, **several, RANK="1")
     assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_from_python_every_process_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     announce(monkeypatch, MASTER_ADDR="here", WORLD_SIZE="2", RANK="1")
-    for command in (gfprune_cli.prune, gfprune_cli.export):
+    for command, settings in ((gfprune_cli.prune, {"speedup": 2.0}), (gfprune_cli.export, {})):
         with pytest.raises(UsageError, match="works in one process"):
-            command("demo", out=tmp_path / "out")
+            command("demo", out=tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize(("there", "code"), [(False, 128 + signal.SIGTERM), (True, 0)])
