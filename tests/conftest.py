@@ -26,6 +26,7 @@ TINY = dict(
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
+SMALLEST = TINY | dict(sample_size=8, block_out_channels=(8, 16))
 QUICK = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=2)
 ONE_SHOT = {name: value for name, value in QUICK.items() if name != "iterations"} | {"one_shot": True}
 WHOLE_COMMANDS = ("commands", "reliability", "benchmarks")
@@ -124,22 +125,24 @@ def words_of_the_command_line() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic is the same with fewer draws and repeats."""
-    from gfprune_cli.evaluation import job as evaluation
-    from gfprune_cli.evaluation import teacher
-    from gfprune_cli.flow import loop
-    from gfprune_cli.pruning import flows
-    from gfprune_cli.pruning import job as pruning
-    from gfprune_cli.recovery import job as recovery
+@pytest.fixture(autouse=True, scope="session")
+def fewer_draws(thorough: bool) -> Iterator[None]:
+    """In this process, and in those that `server` forks; as many as users get with --thorough."""
+    from draws import few_draws
 
-    monkeypatch.setattr(loop, "REFIT_SAMPLES", 16)
-    monkeypatch.setattr(flows, "JUDGE_DRAWS", 16)
-    monkeypatch.setattr(pruning.PruneJob.loss, "__defaults__", (64,))
-    monkeypatch.setattr(recovery, "REPORT_DRAWS", 64)
-    monkeypatch.setattr(teacher, "LOSS_DRAWS", 20)
-    monkeypatch.setattr(evaluation, "REPEATS", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        if not thorough:
+            few_draws(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose numbers a process from the start must agree with."""
+    from draws import ALL
+
+    for name, value in ALL.items():
+        monkeypatch.setattr(name.replace(":", "."), value)
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +163,18 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (found - noise).square().mean().backward()
         optimizer.step()
     DDPMPipeline(network, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smallest_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDPM pipeline with the layers of `pipeline_folder`, half as wide and untrained."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("smallest") / "tiny"
+    DDPMPipeline(UNet2DModel(**SMALLEST), DDPMScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -196,31 +211,25 @@ def fresh(
     )
 
 
-SMALLER_DEMO = """
-from pathlib import Path
-from gfprune_cli.checkpoint import source
-source.DEMO = Path({folder!r})
-"""
+SMALLER_DEMO = "gfprune_cli.checkpoint.source:DEMO"
 
 
 @pytest.fixture
-def smaller_demo(pipeline_folder: Path, thorough: bool) -> str:
-    """Python: from here on `demo` is a tenth of the one that ships; nothing with --thorough."""
-    return "" if thorough else SMALLER_DEMO.format(folder=str(pipeline_folder))
+def smaller_demo(pipeline_folder: Path, thorough: bool) -> dict[str, str]:
+    """Constants with which `demo` is a tenth of the one that ships; none with --thorough."""
+    return {} if thorough else {SMALLER_DEMO: str(pipeline_folder)}
 
 
 @pytest.fixture
-def shell(smaller_demo: str, tmp_path: Path) -> Shell:
+def shell(smaller_demo: dict[str, str], server: Any, thorough: bool, tmp_path: Path) -> Iterator[Shell]:
     """Run a command of the documentation in `tmp_path`, as its reader would; stdout.
 
-    Where a shell looks for gfprune it finds the one with the smaller demo.
+    Where a shell looks for gfprune it finds the one of `server`, with the smaller demo.
     """
+    from forked import Door
+
     (tmp_path / "bin").mkdir()
-    if smaller_demo:
-        program = tmp_path / "bin" / "gfprune"
-        start = "from gfprune_cli.cli.main import run\nrun()\n"
-        program.write_text(f"#!{sys.executable}\n{smaller_demo}{start}")
-        program.chmod(0o755)
+    door = None if thorough else Door(server, tmp_path / "bin" / "gfprune", constants=smaller_demo)
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     # remote code as free as in the reader's shell
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
@@ -233,7 +242,9 @@ def shell(smaller_demo: str, tmp_path: Path) -> Shell:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    return run
+    yield run
+    if door is not None:
+        door.close()
 
 
 def examples(page: Path, language: str) -> list[str]:
@@ -254,7 +265,7 @@ def server(thorough: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Commands in forked processes: the imports are paid for once."""
     from forked import Server
 
-    served = Server(tmp_path_factory.mktemp("forked"), onnx=thorough)
+    served = Server(tmp_path_factory.mktemp("forked"), thorough=thorough)
     yield served
     served.close()
 
@@ -267,12 +278,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def pruned(
-    server: Any, cache: dict[str, str], pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    server: Any, cache: dict[str, str], smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A small pruned checkpoint."""
+    """`smallest_folder`, pruned."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     done = server.run(
-        "prune", "--model", pipeline_folder, "--sparsity", 0.5, "--out", out, *PRUNE, environment=cache
+        "prune", "--model", smallest_folder, "--sparsity", 0.5, "--out", out, *PRUNE, environment=cache
     )
     assert done.code == 0, done.stderr
     return out

@@ -247,29 +247,44 @@ def test_want_of_memory_says_what_to_ask_for(error: Exception) -> None:
     assert one_line(error).startswith("out of memory: ask for")
 
 
-def test_the_ddpm_cifar10_architecture(tmp_path: Path, few_draws: None) -> None:
-    """35.7 M parameters, in a repository without a folder for each component."""
+DDPM_CIFAR10: dict[str, Any] = dict(
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=None,
+    norm_eps=1e-6,
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    downsample_padding=0,
+)
+
+
+def test_the_ddpm_cifar10_network_is_planned_at_its_size(tmp_path: Path) -> None:
+    """35.7 M parameters, from the configuration."""
+    config = DDPM_CIFAR10 | {"_class_name": "UNet2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = gfprune_cli.analyze(str(tmp_path), sparsity=[0.44])
+    assert found.params == 35_746_307
+    assert abs(found.plan[0].achieved - 0.44) <= 0.01
+
+
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("narrower", [4, 1])
+def test_the_ddpm_cifar10_architecture(tmp_path: Path, narrower: int) -> None:
+    """In a repository without a folder for each component; at its own widths with --thorough."""
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        freq_shift=1,
-        flip_sin_to_cos=False,
-        downsample_padding=0,
-    )
+    widths = tuple(width // narrower for width in DDPM_CIFAR10["block_out_channels"])
+    unet = UNet2DModel(**DDPM_CIFAR10 | {"block_out_channels": widths})
     flat(tmp_path / "model", unet, DDPMScheduler())
     result = gfprune_cli.prune(
         str(tmp_path / "model"), sparsity=0.44, one_shot=True, images=4, sample_steps=1, draws=4, recover=0,
         refit=False, out=tmp_path / "out",
     )  # fmt: skip
-    assert result.params["before"] == 35_746_307
+    assert result.params["before"] == sum(parameter.numel() for parameter in unet.parameters())
     assert abs(result.sparsity["achieved"] - 0.44) <= 0.01
     masked, removed = result.loss["masked"], result.loss["removed"]
     assert masked is not None

@@ -21,8 +21,6 @@ from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning.result import PruneResults
 from gfprune_cli.recipes.carry import CarryRecipe
 
-pytestmark = pytest.mark.usefixtures("few_draws")
-
 RUNS: dict[Path, PruneResults] = {}
 BOTH = ["transformer", "transformer_2"]
 BRIEF: dict[str, Any] = dict(
@@ -36,7 +34,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pruned(dense: Path, few_draws: None) -> tuple[Path, PruneResults]:
+def pruned(dense: Path) -> tuple[Path, PruneResults]:
     """Both experts, pruned once for all the tests of this module."""
     out = dense.with_name("out")
     if out not in RUNS:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_SHOT, Gfprune, examples
+from conftest import ONE_SHOT, Gfprune, Shell, examples
 from PIL import Image
 
 import gfprune_cli
@@ -38,13 +38,6 @@ KEYS = {
 }  # fmt: skip
 FAST: dict[str, Any] = dict(samples=6, steps=3, batch=4, no_latency=True)
 FLAGS = ["--samples", "6", "--steps", "3", "--batch", "4", "--no-latency"]
-
-
-@pytest.fixture(autouse=True)
-def few_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses over few draws: quick. Not where another process, with all draws, must agree."""
-    if request.function is not test_two_processes_give_what_one_gives:
-        monkeypatch.setattr("gfprune_cli.evaluation.teacher.LOSS_DRAWS", 32)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +175,7 @@ def test_without_an_output_the_state_lies_in_the_cache(
     assert list((tmp_path / "eval").iterdir()) == []
 
 
-def test_two_processes_give_what_one_gives(pruned: Path, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(pruned: Path, tmp_path: Path, all_draws: None) -> None:
     """Launched as `accelerate launch` does it; the first process alone prints."""
     command = ["-m", "gfprune_cli", "eval", "--model", str(pruned), "--json", "--eta", "0.5", *FLAGS]
     launched = subprocess.run(
@@ -406,16 +399,11 @@ def test_an_npz_of_images_is_data(pruned: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gate_of_the_documentation_runs_as_written(pruned: Path, tmp_path: Path) -> None:
+def test_the_gate_of_the_documentation_runs_as_written(pruned: Path, tmp_path: Path, shell: Shell) -> None:
     page = Path(__file__).parents[2] / "docs/evaluation.md"
     script = next(block for block in examples(page, "sh") if "--min-ssim" in block)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-eu"], input=script, capture_output=True, text=True, cwd=tmp_path, check=False,
-        env=os.environ | {"PATH": path, "OUT": str(pruned)}, timeout=300,
-    )  # fmt: skip
-    assert done.stdout == "not good enough\n", done.stderr  # a random network denoises nothing
-    assert done.returncode == 1
+    found = shell(["bash", "-c", 'OUT=$0 bash -euc "$1" || echo $?', str(pruned), script])
+    assert found == "not good enough\n1\n"  # a random network denoises nothing
     gates = json.loads((tmp_path / "eval.json").read_text())["gates"]
     assert {gate["name"] for gate in gates} == {"min-ssim", "max-loss"}
 

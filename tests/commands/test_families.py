@@ -20,7 +20,7 @@ from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, digest, sample
 import gfprune_cli
 from gfprune_cli.pruning.result import PruneResult
 
-pytestmark = [pytest.mark.matrix(3), pytest.mark.usefixtures("few_draws")]
+pytestmark = pytest.mark.matrix(3)
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "support.md"

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
-from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES
+from gfprune_cli.flow import loop
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning.flows import JUDGE_DRAWS
+from gfprune_cli.pruning import flows
 from gfprune_cli.recipes.prune import CRITERIA
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -329,10 +329,10 @@ def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_p
     assert plain is not None
     assert mended is not None
     assert mended < plain - 0.01
-    assert results[False].refit == {"draws": JUDGE_DRAWS, "iterations": []}
-    scored = QUICK["draws"] + COMPARED_SAMPLES
+    assert results[False].refit == {"draws": flows.JUDGE_DRAWS, "iterations": []}
+    scored = QUICK["draws"] + loop.COMPARED_SAMPLES
     assert results[False].scoring_gradients == scored
-    passes = 2 * REFIT_SAMPLES + 3 * JUDGE_DRAWS  # both networks; before, after, and the dense one
+    passes = 2 * loop.REFIT_SAMPLES + 3 * flows.JUDGE_DRAWS  # both networks; before, after, and the dense one
     assert results[True].scoring_gradients == pytest.approx(scored + passes / 3, abs=0.01)
 
 

@@ -22,6 +22,7 @@ from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.diffusion.schedulers import VariancePreserving
 from gfprune_cli.errors import GfpruneError, Interrupted
+from gfprune_cli.flow import loop as flow_loop
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
 from gfprune_cli.flow.energy import (
     Loss,
@@ -34,7 +35,6 @@ from gfprune_cli.flow.energy import (
 )
 from gfprune_cli.flow.loop import (
     COMPARED_SAMPLES,
-    REFIT_SAMPLES,
     PruningLoop,
     RefitResult,
     scoring_losses,
@@ -956,7 +956,7 @@ def test_the_loop_without_refit_leaves_the_weights() -> None:
     assert loop.state.refits == []
 
 
-def test_refits_lower_what_judges_them() -> None:
+def test_refits_lower_what_judges_them(all_draws: None) -> None:
     """Each follows its mask step, and the last network is nearer to the dense one than without any."""
     loop = toy_loop(MemoryStore(), silent)
     loop.run()
@@ -1003,7 +1003,7 @@ def test_the_cost_of_a_run_is_counted_in_gradients_of_one_sample(fixed: bool, re
     loop = toy_loop(MemoryStore(), silent, fixed=fixed, refit=refit)
     loop.run()
     scored = 2 * (2 + (not fixed) * min(COMPARED_SAMPLES, loop.chunk))
-    fitted = 1 / 3 * (3 * 2 * REFIT_SAMPLES + 7 * loop.judging) if refit else 0
+    fitted = 1 / 3 * (3 * 2 * flow_loop.REFIT_SAMPLES + 7 * loop.judging) if refit else 0
     assert loop.state.gradients == pytest.approx(scored + fitted)
 
 

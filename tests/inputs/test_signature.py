@@ -27,7 +27,7 @@ def test_the_sample_has_the_layout_that_the_network_takes(name: str) -> None:
     assert {"encoder_hidden_states", "timestep"} <= inputs.keys()
 
 
-def test_a_bare_folder_is_pruned_without_its_pipeline(tmp_path: Path, few_draws: None) -> None:
+def test_a_bare_folder_is_pruned_without_its_pipeline(tmp_path: Path) -> None:
     model, _ = build_other("AuraFlowTransformer2DModel")
     model.float().save_pretrained(tmp_path / "model")
     brief = dict(sparsity=0.2, images=4, sample_steps=1, draws=2, recover=1, fold=0)

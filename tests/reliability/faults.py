@@ -197,12 +197,9 @@ def warm_up() -> None:
     from PIL import Image
 
     torch.set_num_threads(1)
-    for module, constant, value in (
-        ("diffusion.loss", "REPORT_DRAWS", 16), ("evaluation.teacher", "LOSS_DRAWS", 16),
-        ("flow.loop", "REFIT_SAMPLES", 16), ("pruning.flows", "JUDGE_DRAWS", 16),
-        ("pruning.job", "SAVE_EVERY", 1),  # recovery leaves states, too
-    ):  # fmt: skip
-        setattr(importlib.import_module(f"gfprune_cli.{module}"), constant, value)
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
+    importlib.import_module("draws").few_draws()
+    importlib.import_module("gfprune_cli.pruning.job").SAVE_EVERY = 1  # recovery leaves states, too
     for name in ("UNet2DModel", "DDPMPipeline", "DDIMScheduler", "DDPMScheduler"):
         getattr(diffusers, name)
     assert diffusers.DDPMScheduler().compatibles  # diffusers imports these when it makes a scheduler

@@ -26,18 +26,18 @@ def held(server: Server, out: Path, pipeline: Path, cache: dict[str, str]) -> tu
 
 
 def test_one_output_takes_one_run(
-    server: Server, cache: dict[str, str], pipeline_folder: Path, pruned: Path, tmp_path: Path
+    server: Server, cache: dict[str, str], smallest_folder: Path, pruned: Path, tmp_path: Path
 ) -> None:
     """Whatever the second command is, it fails with one line; the first is not disturbed."""
     out = tmp_path / "out"
-    first, gate = held(server, out, pipeline_folder, cache)
+    first, gate = held(server, out, smallest_folder, cache)
     writer = os.open(gate, os.O_WRONLY)  # returns when the run has come to its scoring
     others = [
-        ("prune", "--model", pipeline_folder, "--sparsity", 0.5, *PRUNE),
-        ("prune", "--model", pipeline_folder, "--sparsity", 0.5, "--resume", *PRUNE),
-        ("prune", "--model", pipeline_folder, "--sparsity", 0.4, "--force", *PRUNE),
+        ("prune", "--model", smallest_folder, "--sparsity", 0.5, *PRUNE),
+        ("prune", "--model", smallest_folder, "--sparsity", 0.5, "--resume", *PRUNE),
+        ("prune", "--model", smallest_folder, "--sparsity", 0.4, "--force", *PRUNE),
         ("finetune", "--model", pruned, "--logs", tmp_path / "logs", *FINETUNE),
-        ("eval", "--model", pruned, "--reference", pipeline_folder, "--samples", 4, "--steps", 1, "--force"),
+        ("eval", "--model", pruned, "--reference", smallest_folder, "--samples", 4, "--steps", 1, "--force"),
         ("export", "--model", pruned, "--format", "safetensors", "--force"),
     ]
     for arguments in others:
@@ -53,18 +53,18 @@ def test_one_output_takes_one_run(
 
 
 def test_a_killed_run_keeps_nobody_out(
-    server: Server, cache: dict[str, str], pipeline_folder: Path, pruned: Path, tmp_path: Path
+    server: Server, cache: dict[str, str], smallest_folder: Path, pruned: Path, tmp_path: Path
 ) -> None:
     """Its lock dies with it, and what it left is cleaned up by the next."""
     out = tmp_path / "out"
-    first, gate = held(server, out, pipeline_folder, cache)
+    first, gate = held(server, out, smallest_folder, cache)
     writer = os.open(gate, os.O_WRONLY)
     os.kill(first[0], signal.SIGKILL)
     assert server.wait(first).code == -signal.SIGKILL
     os.close(writer)
     gate.unlink()
     done = server.run(
-        "prune", "--model", pipeline_folder, "--sparsity", 0.5, "--out", out, *PRUNE, environment=cache
+        "prune", "--model", smallest_folder, "--sparsity", 0.5, "--out", out, *PRUNE, environment=cache
     )
     assert done.code == 0, done.stderr
     assert tree(out) == tree(pruned)
@@ -72,7 +72,7 @@ def test_a_killed_run_keeps_nobody_out(
 
 
 def test_runs_share_the_caches(
-    thorough: bool, server: Server, pipeline_folder: Path, pruned: Path, tmp_path: Path
+    thorough: bool, server: Server, smallest_folder: Path, pruned: Path, tmp_path: Path
 ) -> None:
     """All start at once with an empty cache; each result is the one of a run on its own."""
     runs, fresh = (16 if thorough else 3), {"GFPRUNE_CACHE": str(tmp_path / "cache")}
@@ -81,7 +81,7 @@ def test_runs_share_the_caches(
             [
                 "prune",
                 "--model",
-                pipeline_folder,
+                smallest_folder,
                 "--sparsity",
                 0.5,
                 "--out",

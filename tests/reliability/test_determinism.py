@@ -19,9 +19,12 @@ from gfprune_cli.runtime.processes import Processes
 
 BRIEF = dict(sparsity=0.5, images=8, sample_steps=2, draws=12, iterations=2, recover=3)
 TUNE = dict(images=8, sample_steps=2, steps=4, batch=6, sample_every=0, save_every=0)
+SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPT = """
 import sys
 import gfprune_cli
+from draws import few_draws
+few_draws()
 model, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 gfprune_cli.prune(model, out=out + "/pruned", seed=seed, sparsity=0.5, images=8, sample_steps=2, draws=12,
                   iterations=2, recover=3)
@@ -43,7 +46,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 def run(model: Path, out: Path, *, seed: int = 0, **environment: str) -> dict[str, str]:
     """prune, finetune and export in a fresh process with a cache of its own."""
-    env = os.environ | {"GFPRUNE_CACHE": f"{out}-cache"} | environment
+    paths = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"GFPRUNE_CACHE": f"{out}-cache", "PYTHONPATH": paths} | environment
     out.mkdir()
     subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model), str(out), str(seed)], env=env, check=True, timeout=500

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMALLEST
 from faults import KINDS, Ended, Fault, Machine, lost_in_a_power_cut
 
 pytestmark = pytest.mark.skipif(
@@ -30,17 +31,6 @@ pytestmark = pytest.mark.skipif(
     reason="faults.c knows the calls of Linux, and a C compiler has to build it",
 )
 
-SMALLEST = dict(
-    sample_size=8,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=1,
-    block_out_channels=(8, 16),
-    norm_num_groups=4,
-    attention_head_dim=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-)
 PRUNE = "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 --iterations 2 --recover 2"
 FINETUNE = "--steps 3 --batch 2 --images 4 --sample-steps 1 --save-every 1 --sample-every 2"
 EVAL = "--samples 4 --batch 2 --steps 2 --no-latency"

@@ -14,12 +14,12 @@ SLACK = 16 * MEGABYTE  # of allocators that keep what they were given back
 
 @pytest.mark.parametrize("command", ["finetune", "eval"])
 def test_memory_is_flat(
-    command: str, thorough: bool, pipeline_folder: Path, pruned: Path, tmp_path: Path,
+    command: str, thorough: bool, smallest_folder: Path, pruned: Path, tmp_path: Path,
     record: Callable[[str], None],
 ) -> None:  # fmt: skip
     """The last quarter of a network's run holds no more than the second; thorough: 2,000 steps or images."""
-    count = 2000 if thorough else 80
-    other = tmp_path / "out" if command == "finetune" else pipeline_folder
+    count = 2000 if thorough else 48
+    other = tmp_path / "out" if command == "finetune" else smallest_folder
     script = Path(__file__).with_name("long_run.py")
     done = subprocess.run(
         [sys.executable, str(script), command, str(pruned), str(other), str(count)],

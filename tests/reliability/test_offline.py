@@ -69,8 +69,8 @@ def python(script: str, *arguments: str, hub: Hub, home: Path, **environment: st
 
 
 @pytest.fixture
-def hub(pipeline_folder: Path) -> Iterator[Hub]:
-    with hub_server({REPO: pipeline_folder}) as served:
+def hub(smallest_folder: Path) -> Iterator[Hub]:
+    with hub_server({REPO: smallest_folder}) as served:
         yield served
 
 

@@ -91,14 +91,14 @@ def check_stopped(outcome: Outcome, folder: Path, number: int = TERM) -> None:
 
 @pytest.mark.parametrize("name", ["prune", "finetune", "eval", "export", "export onnx", "analyze"])
 def test_sigterm_in_every_phase_saves_and_exits_143(
-    name: str, thorough: bool, server: Server, cache: dict[str, str], pipeline_folder: Path, pruned: Path,
+    name: str, thorough: bool, server: Server, cache: dict[str, str], smallest_folder: Path, pruned: Path,
     tmp_path: Path, record: Callable[[str], None],
 ) -> None:  # fmt: skip
     """One run, told to stop in each of its phases in turn and resumed each time, ends in the bytes of a run
     that was left alone."""
     if name == "export onnx" and not thorough:
         pytest.skip("the long form only: the exporter takes its time")
-    given = commands(pipeline_folder, pruned)[name]
+    given = commands(smallest_folder, pruned)[name]
     alone, often = tmp_path / "alone", tmp_path / "often"
     for folder in (alone, often):
         folder.mkdir()
@@ -131,10 +131,10 @@ def test_sigterm_in_every_phase_saves_and_exits_143(
     ],
 )
 def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
-    name: str, phase: str, nth: int, total: int, server: Server, cache: dict[str, str], pipeline_folder: Path,
+    name: str, phase: str, nth: int, total: int, server: Server, cache: dict[str, str], smallest_folder: Path,
     pruned: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    given = commands(pipeline_folder, pruned)[name]
+    given = commands(smallest_folder, pruned)[name]
     outcome = server.run(
         *arguments(name, given, tmp_path), environment=cache, phase=phase, nth=nth, signals=[INT]
     )
@@ -153,10 +153,10 @@ def test_a_signal_in_the_middle_of_a_loop_is_resumed_from_there(
 
 
 def test_a_second_signal_ends_the_process_at_once(
-    server: Server, pipeline_folder: Path, tmp_path: Path
+    server: Server, smallest_folder: Path, tmp_path: Path
 ) -> None:
     """Even within a call into a library that never comes back."""
-    given = commands(pipeline_folder, tmp_path)["prune"]
+    given = commands(smallest_folder, tmp_path)["prune"]
     outcome = server.run(*arguments("prune", given, tmp_path), phase="score", signals=[TERM, INT], block=True)
     assert outcome.code == 128 + INT
     assert outcome.error.startswith("stopped by SIGINT, the second signal, without saving")
@@ -164,10 +164,10 @@ def test_a_second_signal_ends_the_process_at_once(
 
 
 def test_a_signal_that_is_sent_twice_is_one_signal(
-    server: Server, pipeline_folder: Path, cache: dict[str, str], tmp_path: Path
+    server: Server, smallest_folder: Path, cache: dict[str, str], tmp_path: Path
 ) -> None:
     """`timeout` sends it to the process and to its group; the state is saved all the same."""
-    given = commands(pipeline_folder, tmp_path)["prune"]
+    given = commands(smallest_folder, tmp_path)["prune"]
     outcome = server.run(
         *arguments("prune", given, tmp_path), environment=cache, phase="refit", nth=2, signals=[TERM, TERM]
     )
@@ -191,11 +191,11 @@ def test_the_same_signal_later_is_a_second_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_call_that_never_comes_back_does_not_outlast_the_patience(
-    server: Server, pipeline_folder: Path, cache: dict[str, str], tmp_path: Path
+    server: Server, smallest_folder: Path, cache: dict[str, str], tmp_path: Path
 ) -> None:
     """Python runs no handler within it; the process ends all the same, and the next run cleans up."""
     patience = {"gfprune_cli.cli.signals:PATIENCE": 0.05, "gfprune_cli.cli.signals:LAST_CALL": 0.05}
-    given = commands(pipeline_folder, tmp_path)["prune"]
+    given = commands(smallest_folder, tmp_path)["prune"]
     outcome = server.run(
         *arguments("prune", given, tmp_path),
         environment=cache, phase="refit", nth=60, signals=[TERM], block=True, constants=patience,
@@ -214,13 +214,13 @@ def test_the_default_patience_is_within_the_promise() -> None:
 
 
 def test_what_is_stopped_within_a_step_is_not_saved(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal whose patience ran out between the masks and the count of iterations must not leave that."""
     settings: dict[str, Any] = dict(
         sparsity=0.5, images=8, sample_steps=2, draws=8, iterations=2, recover=0, refit=False
     )
-    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "alone", **settings)
+    gfprune_cli.prune(str(smallest_folder), out=tmp_path / "alone", **settings)
     set_masks, calls = MaskedModel.set_masks, itertools.count()
 
     def half_an_iteration(masked: MaskedModel, masks: Masks) -> None:
@@ -230,16 +230,16 @@ def test_what_is_stopped_within_a_step_is_not_saved(
 
     monkeypatch.setattr(MaskedModel, "set_masks", half_an_iteration)
     with pytest.raises(Interrupted):
-        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **settings)
+        gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **settings)
     monkeypatch.undo()
-    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", resume=True, **settings)
+    gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", resume=True, **settings)
     assert tree(tmp_path / "out" / "unet") == tree(tmp_path / "alone" / "unet")
 
 
 def test_a_terminal_that_closes_stops_a_run_and_nohup_does_not(
-    server: Server, pipeline_folder: Path, tmp_path: Path
+    server: Server, smallest_folder: Path, tmp_path: Path
 ) -> None:
-    given = commands(pipeline_folder, tmp_path)["analyze"]
+    given = commands(smallest_folder, tmp_path)["analyze"]
     hung_up = server.run(*given, phase="probe", signals=[HUP])
     assert hung_up.code == 128 + HUP
     ignored = server.run(*given, phase="probe", signals=[HUP, INT], ignore=[HUP, INT])
@@ -248,8 +248,8 @@ def test_a_terminal_that_closes_stops_a_run_and_nohup_does_not(
 
 
 class TestNobodyListens:
-    def test_head(self, pipeline_folder: Path) -> None:
-        command = f"{sys.executable} -m gfprune_cli analyze --model {pipeline_folder} | head -1"
+    def test_head(self, smallest_folder: Path) -> None:
+        command = f"{sys.executable} -m gfprune_cli analyze --model {smallest_folder} | head -1"
         done = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300
         )
@@ -259,36 +259,36 @@ class TestNobodyListens:
 
     @pytest.mark.parametrize("flag", [(), ("--json",)])
     def test_a_reader_that_left_ends_it_quietly(
-        self, server: Server, pipeline_folder: Path, flag: tuple[str, ...]
+        self, server: Server, smallest_folder: Path, flag: tuple[str, ...]
     ) -> None:
-        done = server.run("analyze", "--model", pipeline_folder, *flag, broken=[1])
+        done = server.run("analyze", "--model", smallest_folder, *flag, broken=[1])
         assert done.code == 0
         assert "rror" not in done.stderr
 
     @pytest.mark.parametrize("how", ["broken", "full"])
     def test_a_log_that_ends_does_not_end_the_run(
-        self, server: Server, cache: dict[str, str], pipeline_folder: Path, tmp_path: Path, how: str
+        self, server: Server, cache: dict[str, str], smallest_folder: Path, tmp_path: Path, how: str
     ) -> None:
-        given = commands(pipeline_folder, tmp_path)["prune"]
+        given = commands(smallest_folder, tmp_path)["prune"]
         done = server.run(*arguments("prune", given, tmp_path), environment=cache, **{how: [2]})
         assert done.code == 0
         assert done.stdout == f"{tmp_path / 'out'}\n"
 
-    def test_a_result_that_cannot_be_written_is_an_error(self, server: Server, pipeline_folder: Path) -> None:
-        done = server.run("analyze", "--model", pipeline_folder, full=[1])
+    def test_a_result_that_cannot_be_written_is_an_error(self, server: Server, smallest_folder: Path) -> None:
+        done = server.run("analyze", "--model", smallest_folder, full=[1])
         assert done.code == 1
         assert "the result cannot be written to standard output: No space left on device" in done.error
 
 
 @pytest.mark.parametrize("name", ["prune", "finetune", "eval", "export", "export onnx"])
 def test_signals_at_any_time(
-    name: str, thorough: bool, server: Server, cache: dict[str, str], pipeline_folder: Path, pruned: Path,
+    name: str, thorough: bool, server: Server, cache: dict[str, str], smallest_folder: Path, pruned: Path,
     tmp_path: Path, record: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Not at an event but at a random moment: a run that is hit again and again ends in the same bytes."""
     if not thorough:
         pytest.skip("the long form only: the moments of one short form prove little")
-    given = commands(pipeline_folder, pruned)[name]
+    given = commands(smallest_folder, pruned)[name]
     (tmp_path / "alone").mkdir()
     whole = server.run(*arguments(name, given, tmp_path / "alone"), environment=cache)
     assert whole.code == 0, whole.stderr

@@ -10,8 +10,10 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -35,7 +37,8 @@ class Trial:
         after: seconds after which they come instead, from the server.
         block: from that event on, be in one long call into a library.
         hold: at that event, open this FIFO for reading: wait until somebody writes to it.
-        constants: "module:NAME" -> value, set in the child.
+        constants: "module:NAME" -> value, set in the child; a text is a path.
+        script: Python that runs instead of the command.
         ignore: signals that the parent had chosen to ignore.
         broken: file descriptors whose reader is gone; `full`: those that lie on a full disk.
     """
@@ -49,7 +52,8 @@ class Trial:
     after: float = 0.0
     block: bool = False
     hold: str = ""
-    constants: Mapping[str, float] = field(default_factory=dict)
+    constants: Mapping[str, float | str] = field(default_factory=dict)
+    script: str = ""
     ignore: list[int] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
@@ -83,9 +87,9 @@ class Outcome:
 class Server:
     """A warm process, and the commands that run as its children."""
 
-    def __init__(self, folder: Path, *, onnx: bool = False) -> None:
+    def __init__(self, folder: Path, *, thorough: bool = False) -> None:
         self.folder, self.count = folder, 0
-        extra = ["onnx", "onnxruntime", "onnxscript", "torch.onnx"] if onnx else []
+        extra = ["onnx", "onnxruntime", "onnxscript", "torch.onnx"] if thorough else ["draws"]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *extra], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -129,6 +133,53 @@ class Server:
         self.process.wait(timeout=60)
 
 
+CALLER = """#!{python} -SE
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as door:
+    door.connect({address!r})
+    door.sendall(json.dumps([sys.argv[1:], os.getcwd()]).encode())
+    door.shutdown(socket.SHUT_WR)
+    code, out, err = json.load(door.makefile())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+class Door:
+    """A program for shells that has the commands run by a server.
+
+    Args:
+        program: where it is written.
+        how: of every `Trial`.
+    """
+
+    def __init__(self, server: Server, program: Path, **how: Any) -> None:
+        self.server, self.how = server, how
+        self.folder = tempfile.TemporaryDirectory()  # the address of a socket must be short
+        address = os.path.join(self.folder.name, "door")
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(address)
+        self.socket.listen()
+        program.write_text(CALLER.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        threading.Thread(target=self.answer, daemon=True).start()
+
+    def answer(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                caller, _ = self.socket.accept()
+                with caller, caller.makefile("rw") as asked:
+                    arguments, folder = json.load(asked)
+                    done = self.server.run(*arguments, folder=folder, **self.how)
+                    json.dump([done.code, done.stdout, done.stderr], asked)
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.folder.cleanup()
+
+
 # --- the server's side
 
 
@@ -146,6 +197,8 @@ def warm() -> None:
     for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):
         getattr(diffusers, name)  # diffusers imports a class when it is asked for
     torch.set_num_threads(1)
+    if "draws" in sys.modules:
+        sys.modules["draws"].few_draws()
 
 
 def serve() -> None:
@@ -218,7 +271,10 @@ def play(trial: Trial, folder: Path) -> int:
         signal.signal(number, signal.SIG_IGN)
     for name, value in trial.constants.items():
         module, _, constant = name.partition(":")
-        setattr(importlib.import_module(module), constant, value)
+        setattr(importlib.import_module(module), constant, Path(value) if isinstance(value, str) else value)
+    if trial.script:
+        exec(compile(trial.script, "script", "exec"), {"__name__": "__main__"})
+        return 0
     original, seen = Session.progress, {"count": 0}
 
     def progress(session: Session, event: Any) -> None:
