@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import ALL_IMAGES, FULL
 from subjects import Place, places_of
 from yardstick import losses
 
 import gfprune_cli as gfprune
-
-ALL_IMAGES = 10**6
 
 
 def rows(rank: int) -> list[dict[str, Any]]:
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=["demo", "second", "third"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--networks", type=Path, default=Path("build/benchmark/full"))
+    parser.add_argument("--networks", type=Path, default=FULL)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/adapters"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

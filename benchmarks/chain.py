@@ -10,23 +10,18 @@ held-out images, SSIM and fd_teacher as in `quality.py`. Networks other than the
 `quality.py` trains: run it first, or leave them out. Writes docs/benchmarks/chain.md.
 """
 
-import argparse
-import os
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from provenance import PAGES, write_page
-from subjects import Place, places_of
+from study import ALL_IMAGES, QUALITY_HEAD, Run, Study, cells, head, left, shares, write_study
+from subjects import Place
 from yardstick import Yardstick
 
 import gfprune_cli as gfprune
 
-ALL_IMAGES = 10**6
 SAMPLES, SAMPLE_STEPS = 64, 20
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "Criteria": {
@@ -56,11 +51,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def measure(
-    place: Place, settings: dict[str, Any], sparsity: float, seed: int, cache: Path
-) -> dict[str, Any]:
-    """The numbers of one run, in a process of its own with one thread."""
-    torch.set_num_threads(1)
+HEADER = head("", "parameters", "MACs", "gradients", QUALITY_HEAD)
+
+
+def measure(place: Place, settings: dict[str, Any], sparsity: float, cache: Path, seed: int) -> Run:
+    """The numbers of one run."""
     subject = place.open()
     with tempfile.TemporaryDirectory() as folder:
         result = gfprune.prune(
@@ -74,90 +69,45 @@ def measure(
         )
         network = gfprune.load(str(result.output))
     found = Yardstick(subject, SAMPLES, SAMPLE_STEPS, cache=cache).measure(network)
-    sizes = {
-        key: pair["after"] / pair["before"]
-        for key, pair in (("params", result.params), ("macs", result.macs))
-    }
-    return {**found, **sizes, "gradients": result.scoring_gradients, "dense": result.loss["before"]}
-
-
-def cell(runs: list[dict[str, Any]], key: str, digits: int) -> str:
-    return spread([run[key] for run in runs], digits)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """The mean over seeds, with their range."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def shares(runs: list[dict[str, Any]]) -> str:
-    """What is left of parameters and MACs, as two cells."""
-    return " | ".join(f"{statistics.mean(run[key] for run in runs):.1%}" for key in ("params", "macs"))
-
-
-def quality(runs: list[dict[str, Any]]) -> str:
-    return " | ".join(
-        cell(runs, key, digits) for key, digits in (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
-    )
-
-
-def row(name: str, runs: list[dict[str, Any]]) -> str:
-    gradients = statistics.mean(run["gradients"] for run in runs)
-    return f"| {name} | {shares(runs)} | {gradients:.0f} | {quality(runs)} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", nargs="+", default=["demo", "second", "third"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sparsity", type=float, default=0.75)
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/benchmark/full"), help="networks of quality.py"
-    )
-    parser.add_argument("--out", type=Path, default=PAGES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    places = places_of(options.work)
-    caches = options.work / "chain"
-    caches.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for name in options.subjects:
-            place, cache = places[name], caches / f"{name}.safetensors"
-            dense = pool.submit(dense_numbers, place, cache).result()
-            futures = {
-                (title, label, seed): pool.submit(measure, place, settings, options.sparsity, seed, cache)
-                for title, rows in SETTINGS.items()
-                for label, settings in rows.items()
-                for seed in seeds_of(title, options.seeds)
-            }
-            lines += ["", f"## {name}, {options.sparsity:g} of both", "", f"Dense: {dense:.4f}."]
-            for title, rows in SETTINGS.items():
-                lines += ["", f"{title}:", "", HEADER, "|---" * 7 + "|"]
-                for label in rows:
-                    runs = [futures[title, label, seed].result() for seed in seeds_of(title, options.seeds)]
-                    lines.append(row(label, runs))
-                    print(name, lines[-1], flush=True)
-    command = f"python benchmarks/chain.py --subjects {' '.join(options.subjects)} --seeds {options.seeds}"
-    command += f" --sparsity {options.sparsity:g}"
-    title = "What each part of a run buys"
-    print(write_page(options.out / "chain.md", title, command, f"0 to {options.seeds - 1}", "\n".join(lines)))
-
-
-def seeds_of(title: str, seeds: int) -> range:
-    return range(seeds if title == "Criteria" else 1)
-
-
-HEADER = "| | parameters | MACs | gradients | held-out loss | SSIM | fd_teacher |"
+    return {**found, **left(result), "gradients": result.scoring_gradients, "dense": result.loss["before"]}
 
 
 def dense_numbers(place: Place, cache: Path) -> float:
     """Held-out loss of the dense network; its other numbers are kept for the runs."""
-    torch.set_num_threads(1)
     return float(Yardstick(place.open(), SAMPLES, SAMPLE_STEPS, cache=cache).losses[0])
 
 
+def row(name: str, runs: list[Run]) -> str:
+    gradients = statistics.mean(run["gradients"] for run in runs)
+    return f"| {name} | {shares(runs)} | {gradients:.0f} | {cells(runs)} |"
+
+
+def introduced(study: Study, name: str) -> tuple[Path, list[str]]:
+    """Where the numbers of a dense network are kept, and the lines above its tables."""
+    cache = study.work / "chain" / f"{name}.safetensors"
+    cache.parent.mkdir(exist_ok=True)
+    dense = study.pool.submit(dense_numbers, study.subjects[name], cache).result()
+    return cache, ["", f"## {name}, {study.own.sparsity:g} of both", "", f"Dense: {dense:.4f}."]
+
+
+def lines(study: Study) -> Iterator[str]:
+    for name, place in study.subjects.items():
+        cache, said = introduced(study, name)
+        runs = {
+            title: {
+                label: study.start(
+                    measure, place, settings, study.own.sparsity, cache,
+                    seeds=study.seeds if title == "Criteria" else range(1),
+                )
+                for label, settings in rows.items()
+            }
+            for title, rows in SETTINGS.items()
+        }  # fmt: skip
+        yield from said
+        for title, rows in runs.items():
+            yield from ("", f"{title}:", *HEADER)
+            yield from (row(label, started()) for label, started in rows.items())
+
+
 if __name__ == "__main__":
-    main()
+    write_study(__file__, str(__doc__), "What each part of a run buys", lines, sparsity=0.75)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from grid import SCORING, Cell, Entry, Form, peer_recipe
 from peers import macs_of, parameters, pruned_by
+from study import ALL_IMAGES
 from subjects import Place
 from torch import nn
 from yardstick import Subject, Yardstick, pictures_of
@@ -29,7 +30,6 @@ from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.runtime.device import device_name
 from gfprune_cli.runtime.processes import Processes
 
-ALL_IMAGES = 10**6
 TOLERANCE = 0.01  # of the dense network: how far two rows may differ that count as equal
 
 

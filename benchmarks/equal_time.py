@@ -9,23 +9,21 @@ timed in turns. Everything else is at its default, a recovery of 50 steps among 
 in quality.py, whose networks it takes. Writes docs/benchmarks/equal_time.md.
 """
 
-import argparse
-import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from chain import ALL_IMAGES, spread
-from provenance import PAGES, write_page
-from subjects import Place, places_of
+from study import ALL_IMAGES, QUALITY_HEAD, Run, Study, cells, head, left, shares, spread, write_study
+from subjects import Place
 from yardstick import Yardstick
 
 import gfprune_cli as gfprune
 from gfprune_cli.progress import silent
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.timing.budget import bench_of
-from gfprune_cli.timing.stopwatch import Reading, network_seconds, times_as_fast
+from gfprune_cli.timing.stopwatch import network_seconds, times_as_fast
 
 SAMPLES, SAMPLE_STEPS = 64, 20
 SEARCHED = 6  # sparsities that are tried
@@ -53,11 +51,9 @@ def as_fast(place: Place, root: Path, times: Path, seed: int, budget: str, speed
     return high
 
 
-def rows(
-    place: Place, times: Path, batch: int, speedup: float, seed: int, root: Path
-) -> list[dict[str, Any]]:
+def rows(place: Place, times: Path, batch: int, speedup: float, seed: int, root: Path) -> list[Run]:
     """One network for each way, timed in one interleaved run."""
-    found: list[dict[str, Any]] = []
+    found: list[Run] = []
     subject = place.open()
     yard = Yardstick(subject, SAMPLES, SAMPLE_STEPS, cache=root / "dense.safetensors")
     networks = [gfprune.load(place.model)]
@@ -68,11 +64,7 @@ def rows(
             sparsity = as_fast(place, root, times, seed, way, reached)
             made = prune(place, root / way, times, seed, budget=way, sparsity=sparsity)
         networks.append(gfprune.load(str(made.output)))
-        shares = {
-            key: pair["after"] / pair["before"]
-            for key, pair in (("params", made.params), ("macs", made.macs))
-        }
-        found.append({"way": way, **shares, **yard.measure(networks[-1])})
+        found.append({"way": way, **left(made), **yard.measure(networks[-1])})
     device = torch.device("cpu")
     bench = bench_of(PruneRecipe(speedup=2.0, time_batch=batch), device)
     try:
@@ -84,62 +76,25 @@ def rows(
     return found
 
 
-def table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| made for | parameters | MACs | times as fast | held-out loss | SSIM | fd_teacher |",
-        "|---" * 7 + "|",
-    ]
-
-    for way in WAYS:
-        own = [run for run in runs if run["way"] == way]
-        shares = [f"{statistics.mean(run[key] for run in own):.1%}" for key in ("params", "macs")]
-        fast: list[Reading] = [run["speedup"] for run in own]
-        cells = [
-            spread([one.value for one in fast], 2),
-            *(
-                spread([run[key] for run in own], digits)
-                for key, digits in (("loss", 4), ("ssim", 3), ("fd_teacher", 2))
-            ),
-        ]
-        lines.append(f"| {way} | {' | '.join(shares + cells)} |")
-    return lines
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", nargs="+", default=["demo", "second"])
-    parser.add_argument("--speedups", nargs="+", type=float, default=[1.5])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/benchmark/full"), help="networks of quality.py"
-    )
-    parser.add_argument("--out", type=Path, default=PAGES)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    places, lines = places_of(options.work), []
+def lines(study: Study) -> Iterator[str]:
+    torch.set_num_threads(1)  # in this process: nothing else may run while networks are timed
+    batch = study.own.batch
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.subjects:
+        for name, place in study.subjects.items():
             root = Path(folder) / name
             root.mkdir()
             times = root / "times.json"
-            gfprune.analyze(places[name].model, times_out=times, time_batch=options.batch)
-            for speedup in options.speedups:
-                runs = [
-                    row
-                    for seed in range(options.seeds)
-                    for row in rows(places[name], times, options.batch, speedup, seed, root)
-                ]
-                lines += ["", f"## {name}, {speedup:g} times as fast asked of the table", "", *table(runs)]
-                print("\n".join(lines[-7:]), flush=True)
-    command = (
-        f"python benchmarks/equal_time.py --subjects {' '.join(options.subjects)} --batch {options.batch}"
-    )
-    command += f" --seeds {options.seeds} --speedups {' '.join(f'{one:g}' for one in options.speedups)}"
-    title = "Networks that take the same time"
-    seeds = f"0 to {options.seeds - 1}"
-    print(write_page(options.out / "equal_time.md", title, command, seeds, "\n".join(lines)))
+            gfprune.analyze(place.model, times_out=times, time_batch=batch)
+            for speedup in study.own.speedups:
+                runs = [run for seed in study.seeds for run in rows(place, times, batch, speedup, seed, root)]
+                yield from ("", f"## {name}, {speedup:g} times as fast asked of the table")
+                yield from head("made for", "parameters", "MACs", "times as fast", QUALITY_HEAD)
+                for way in WAYS:
+                    own = [run for run in runs if run["way"] == way]
+                    fast = spread([run["speedup"].value for run in own], 2)
+                    yield f"| {way} | {shares(own)} | {fast} | {cells(own)} |"
 
 
 if __name__ == "__main__":
-    main()
+    title = "Networks that take the same time"
+    write_study(__file__, str(__doc__), title, lines, subjects=("demo", "second"), speedups=[1.5], batch=16)

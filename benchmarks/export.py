@@ -11,22 +11,20 @@ the speed-up over the MAC ratio. `--folder` keeps the checkpoints and exports, a
 
 import argparse
 import importlib.util
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from speed import ONE_SHOT, Gain, gain, inputs_of, interleaved
 
 import gfprune_cli
 from gfprune_cli.deploy.network import Denoiser
 from gfprune_cli.deploy.onnx import run_onnx
 from gfprune_cli.deploy.torch_export import run_program
 
-QUICK: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=32, sample_steps=4, draws=16)
 PRUNED: dict[str, dict[str, Any]] = {
     "params": dict(sparsity=0.5, budget="params", align=4),
     "macs": dict(sparsity=0.5, budget="macs", align=4),
@@ -70,7 +68,7 @@ def prepare(root: Path, runtimes: list[str]) -> dict[str, str]:
     for name, settings in PRUNED.items():
         out = root / name / "checkpoint"
         if not out.exists():
-            gfprune_cli.prune("demo", out=out, **settings, **QUICK)
+            gfprune_cli.prune("demo", out=out, **settings, **ONE_SHOT)
         models[name] = str(out)
     for name, model in models.items():
         for runtime in runtimes:
@@ -79,36 +77,12 @@ def prepare(root: Path, runtimes: list[str]) -> dict[str, str]:
     return models
 
 
-def mac_ratio(checkpoint: str) -> float:
-    macs = json.loads((Path(checkpoint) / "gfprune.json").read_text())["macs"]
-    return float(macs["before"] / macs["after"])
-
-
-@torch.no_grad()
-def measure(dense: Runner, pruned: Runner, batch: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of CPU time of each call; the two take turns."""
-    source = torch.Generator().manual_seed(0)
-    inputs = {
-        "sample": torch.randn(batch, 3, 32, 32, generator=source),
-        "timestep": torch.full((batch,), 500),
-    }
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 2):
-        for run, values in zip((dense, pruned), times, strict=True):
-            start = time.process_time()
-            run(inputs)
-            if number >= 2:  # the first calls allocate and choose kernels
-                values.append(1000 * (time.process_time() - start))
-    return times
-
-
-def row(name: str, macs: float, runtime: str, batch: int, before: list[float], after: list[float]) -> str:
+def row(model: str, found: Gain) -> str:
     """One measurement as a row of Markdown."""
-    ratios = [a / b for a, b in zip(before, after, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
     return (
-        f"| {runtime} | {batch} | {name} | {macs:.2f} | {statistics.median(before):.2f} "
-        f"| {statistics.median(after):.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {middle / macs:.2f} |"
+        f"| {found.runtime} | {found.batch} | {model} | {found.mac_ratio:.2f} "
+        f"| {found.dense:.2f} | {found.pruned:.2f} "
+        f"| {found.speedup:.2f} [{found.low:.2f}, {found.high:.2f}] | {found.share:.2f} |"
     )
 
 
@@ -124,8 +98,10 @@ def main(root: Path, batches: list[int], rounds: int) -> None:
         for batch in batches:
             for name in PRUNED:
                 pruned = load(runtime, models[name], root / name)
-                times = measure(dense, pruned, batch, rounds)
-                print(row(name, mac_ratio(models[name]), runtime, batch, *times), flush=True)
+                given = inputs_of(gfprune_cli.load(models[name]).config, batch)
+                with torch.no_grad():
+                    times = interleaved([partial(run, given) for run in (dense, pruned)], rounds)
+                print(row(name, gain(runtime, batch, Path(models[name]), *times)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,16 @@ equal budgets, and trained alike. `transformer`: the same of a small DiT that is
 in --work and not repeated. Writes docs/benchmarks/folding.md.
 """
 
-import argparse
 import json
-import os
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from chain import cell, measure, quality, shares
+from chain import measure
 from folding_networks import FAMILIES, folded_numbers, small_dit_folder, small_dit_numbers
-from provenance import PAGES, write_page
-from subjects import Place, places_of
+from study import QUALITY_HEAD, Run, Study, cells, head, left, shares, write_study
+from subjects import Place
 
 import gfprune_cli as gfprune
 
@@ -42,72 +37,58 @@ def once(path: Path, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def budget_run(place: Place, settings: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
-    """The numbers of one pruned and trained network, in a process of its own with one thread."""
+def budget_run(place: Place, settings: dict[str, Any], work: Path, seed: int) -> Run:
+    """The numbers of one pruned and trained network."""
     name = "-".join(str(value) for value in (place.name, RECOVER, *settings.values(), seed))
     given = {"recover": RECOVER, **settings}
     sparsity, cache = given.pop("sparsity"), work / f"{place.name}.safetensors"
-    return once(work / f"{name}.json", lambda: measure(place, given, sparsity, seed, cache))
+    return once(work / f"{name}.json", lambda: measure(place, given, sparsity, cache, seed))
 
 
-def budget_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
-    place = places_of(options.work)["demo"]
-    futures = {
-        (label, fold, seed): pool.submit(budget_run, place, {**settings, "fold": fold}, seed, options.work)
+def budget_lines(study: Study) -> Iterator[str]:
+    runs = {
+        (label, fold): study.start(budget_run, study.subjects["demo"], {**settings, "fold": fold}, study.work)
         for label, settings in BUDGETS.items()
-        for seed in range(options.seeds)
         for fold in FOLDS
     }
-    lines = ["| budget | --fold | parameters | MACs | held-out loss | SSIM | fd_teacher |", "|---" * 7 + "|"]
-    for label in BUDGETS:
-        for fold in FOLDS:
-            runs = [futures[label, fold, seed].result() for seed in range(options.seeds)]
-            lines.append(f"| {label} | {fold:g} | {shares(runs)} | {quality(runs)} |")
-            print(lines[-1], flush=True)
-    return lines
+    yield from head("budget", "--fold", "parameters", "MACs", QUALITY_HEAD)
+    for (label, fold), started in runs.items():
+        found = started()
+        yield f"| {label} | {fold:g} | {shares(found)} | {cells(found)} |"
 
 
-def transformer_run(fold: float, seed: int, work: Path) -> dict[str, Any]:
-    """The numbers of the small transformer, half of its parameters gone, in a process of its own."""
-    torch.set_num_threads(1)
+def transformer_run(fold: float, work: Path, seed: int) -> Run:
+    """The numbers of the small transformer, half of its parameters gone."""
 
-    def measured() -> dict[str, Any]:
+    def measured() -> Run:
         with tempfile.TemporaryDirectory() as folder:
             result = gfprune.prune(
                 str(small_dit_folder(work)), out=Path(folder) / "pruned", sparsity=0.5, budget="params",
                 fold=fold, seed=seed, recover=SHORT,
             )  # fmt: skip
             found = small_dit_numbers(gfprune.load(str(result.output)), work)
-        sizes = {"params": result.params, "macs": result.macs}
-        return {**found, **{key: pair["after"] / pair["before"] for key, pair in sizes.items()}}
+        return {**found, **left(result)}
 
     return once(work / f"small-dit-{SHORT}-{fold}-{seed}.json", measured)
 
 
-def transformer_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
-    pool.submit(small_dit_folder, options.work).result()
-    futures = {
-        (fold, seed): pool.submit(transformer_run, fold, seed, options.work)
-        for seed in range(options.seeds)
-        for fold in FOLDS
-    }
-    lines = ["| --fold | parameters | MACs | held-out loss | SSIM |", "|---" * 5 + "|"]
-    for fold in FOLDS:
-        runs = [futures[fold, seed].result() for seed in range(options.seeds)]
-        lines.append(f"| {fold:g} | {shares(runs)} | {cell(runs, 'loss', 4)} | {cell(runs, 'ssim', 3)} |")
-    return lines
+def transformer_lines(study: Study) -> Iterator[str]:
+    study.pool.submit(small_dit_folder, study.work).result()
+    runs = {fold: study.start(transformer_run, fold, study.work) for fold in FOLDS}
+    yield from head("--fold", "parameters", "MACs", "held-out loss", "SSIM")
+    for fold, started in runs.items():
+        found = started()
+        yield f"| {fold:g} | {shares(found)} | {cells(found, {'loss': 4, 'ssim': 3})} |"
 
 
-def network_lines(options: argparse.Namespace, pool: ProcessPoolExecutor) -> list[str]:
-    futures = {name: pool.submit(folded_numbers, name, options.work) for name in NAMES}
-    lines = [
-        "| network | see no token | --fold | layers folded | ranks | parameters | saved | error of the worst "
-        "layer | of the output | SSIM |",
-        "|---" * 10 + "|",
-    ]
+def network_lines(study: Study) -> Iterator[str]:
+    futures = {name: study.pool.submit(folded_numbers, name, study.work) for name in NAMES}
+    yield from head(
+        "network", "see no token", "--fold", "layers folded", "ranks", "parameters", "saved",
+        "error of the worst layer", "of the output", "SSIM",
+    )  # fmt: skip
     for name, future in futures.items():
-        lines += [network_line(name, found) for found in future.result()]
-    return lines
+        yield from (network_line(name, found) for found in future.result())
 
 
 def network_line(name: str, found: dict[str, Any]) -> str:
@@ -129,25 +110,14 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark/folding"))
-    parser.add_argument("--out", type=Path, default=PAGES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    options.work.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for part in options.parts:
-            title, made = PARTS[part]
-            lines += ["", f"## {title}", "", *made(options, pool)]
-            print("\n".join(lines), flush=True)
-    command = f"python benchmarks/folding.py --seeds {options.seeds}"
-    print(write_page(options.out / "folding.md", "Modulation folding", command, "0 to 2", "\n".join(lines)))
+def lines(study: Study) -> Iterator[str]:
+    for part in study.own.parts:
+        title, made = PARTS[part]
+        yield from ("", f"## {title}", *made(study))
 
 
 if __name__ == "__main__":
-    main()
+    write_study(
+        __file__, str(__doc__), "Modulation folding", lines, subjects=("demo",),
+        work=Path("build/benchmark/folding"), parts=list(PARTS),
+    )  # fmt: skip

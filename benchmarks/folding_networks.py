@@ -108,32 +108,15 @@ def dit(heads: int = 16, width: int = 72, blocks: int = 2, classes: int = 1000) 
     return network
 
 
-def sd3() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=8,
-    )
-
-
-def flux() -> Any:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=12,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=128,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        pooled_projection_dim=768,
-        guidance_embeds=True,
-    )
+SD3: dict[str, Any] = dict(
+    sample_size=16, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=64,
+    num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+    pos_embed_max_size=8,
+)  # fmt: skip
+FLUX: dict[str, Any] = dict(
+    in_channels=12, num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+)  # fmt: skip
 
 
 def flow() -> Any:
@@ -145,9 +128,14 @@ FAMILIES: dict[str, Family] = {
     "DiT-XL/2, 2 blocks": Family(
         dit, diffusers.DDPMScheduler, condition=classes, steps=50, batch=4, tolerances=TIGHT
     ),
-    "SD3, 2 blocks": Family(sd3, flow, condition=lambda n: prompted(n, 4096, 2048), tolerances=LOOSE),
+    "SD3, 2 blocks": Family(
+        partial(diffusers.SD3Transformer2DModel, **SD3),
+        flow,
+        condition=lambda n: prompted(n, 4096, 2048),
+        tolerances=LOOSE,
+    ),
     "FLUX.1, 1 + 1 blocks": Family(
-        flux,
+        partial(diffusers.FluxTransformer2DModel, **FLUX),
         flow,
         condition=lambda n: prompted(
             n, 4096, 768, tensors={"guidance": 3.5}, shared=positions(), time_factor=1e-3

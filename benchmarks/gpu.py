@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 from gpu_networks import CIFAR10
-from gpu_run import ALL_IMAGES, Clock, Form, Run
+from gpu_run import Clock, Form, Run
 from provenance import header
 from report_gpu import Board, is_measured
+from study import ALL_IMAGES
 
 HERE = Path(__file__).parent
 

@@ -36,6 +36,7 @@ from report_gpu import (
     row,
     scoring_table,
 )
+from study import ALL_IMAGES
 from torch import nn
 
 import gfprune_cli as gfprune
@@ -44,7 +45,6 @@ from gfprune_cli.runtime.device import default_precision
 
 DENSE_SHARE, RECOVERY_SHARE = 0.25, 0.28  # of the time; evaluation, timing and fixed costs take the rest
 FIXED = 20.0  # seconds of a method besides its gradients: reading, graph, evaluation
-ALL_IMAGES = 10**6
 
 
 @dataclass(frozen=True)

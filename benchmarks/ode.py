@@ -9,19 +9,15 @@ with Hessian products of 4 samples, together the 48 gradients that the criteria 
 masks arrive is the score. Everything else is as there. Writes docs/benchmarks/ode.md.
 """
 
-import argparse
 import math
-import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from chain import HEADER, dense_numbers, measure, row
-from provenance import PAGES, write_page
-from subjects import Place, places_of
+from chain import HEADER, introduced, measure, row
+from study import Run, Study, write_study
+from subjects import Place
 
 from gfprune_cli.flow.criteria import CRITERIA, Evidence
 from gfprune_cli.flow.mask import Masks
@@ -58,44 +54,20 @@ def integrated(evidence: Evidence, ratio: float) -> Masks:
     return dict(zip(names, masks.split(sizes), strict=True))
 
 
-def run(place: Place, ratio: float, sparsity: float, seed: int, cache: Path) -> dict[str, Any]:
-    """`chain.measure` with the signed flow's row replaced by the integrated one, in a process of its own."""
+def run(place: Place, ratio: float, sparsity: float, cache: Path, seed: int) -> Run:
+    """`chain.measure` with the signed flow's row replaced by the integrated one."""
     name = "gradient-flow"
     CRITERIA[name] = replace(CRITERIA[name], score=lambda evidence: integrated(evidence, ratio))
-    return measure(place, dict(criterion=name, draws=DRAWS), sparsity, seed, cache)
+    return measure(place, dict(criterion=name, draws=DRAWS), sparsity, cache, seed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sparsity", type=float, default=0.75)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark/full"), help="of quality.py")
-    parser.add_argument("--out", type=Path, default=PAGES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    caches = options.work / "chain"
-    caches.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for name, place in places_of(options.work).items():
-            cache = caches / f"{name}.safetensors"
-            dense = pool.submit(dense_numbers, place, cache).result()
-            futures = {
-                (ratio, seed): pool.submit(run, place, ratio, options.sparsity, seed, cache)
-                for ratio in RATIOS
-                for seed in range(options.seeds)
-            }
-            lines += ["", f"## {name}, {options.sparsity:g} of both", "", f"Dense: {dense:.4f}.", ""]
-            lines += [HEADER, "|---" * 7 + "|"]
-            for ratio in RATIOS:
-                runs = [futures[ratio, seed].result() for seed in range(options.seeds)]
-                lines.append(row(f"r = {ratio:g}", runs))
-                print(name, lines[-1], flush=True)
-    command = f"python benchmarks/ode.py --seeds {options.seeds} --sparsity {options.sparsity:g}"
-    title = "The flow as a differential equation"
-    print(write_page(options.out / "ode.md", title, command, f"0 to {options.seeds - 1}", "\n".join(lines)))
+def lines(study: Study) -> Iterator[str]:
+    for name, place in study.subjects.items():
+        cache, said = introduced(study, name)
+        runs = {ratio: study.start(run, place, ratio, study.own.sparsity, cache) for ratio in RATIOS}
+        yield from (*said, *HEADER)
+        yield from (row(f"r = {ratio:g}", started()) for ratio, started in runs.items())
 
 
 if __name__ == "__main__":
-    main()
+    write_study(__file__, str(__doc__), "The flow as a differential equation", lines, sparsity=0.75)

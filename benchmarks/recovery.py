@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from provenance import PAGES, write_page
+from study import ALL_IMAGES, QUALITY_HEAD, head
 from yardstick import Subject, Yardstick, demo, subject
 
 import gfprune_cli as gfprune
@@ -34,7 +35,6 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 Settings = dict[str, Any]
 Numbers = dict[str, float]
 SAMPLES, SAMPLE_STEPS = 128, 20  # drawn from every network
-ALL_IMAGES = 10**6
 PRUNING: Settings = dict(sparsity=0.75, recover=0)
 RATES = {"adamw": (5e-4, 1.5e-3, 3e-3), "muon": (1e-3, 1.5e-3, 3e-3)}
 FACTORS: dict[str, list[Settings]] = {
@@ -101,20 +101,15 @@ class Bench:
 def study(bench: Bench, gradients: int) -> list[str]:
     """All tables of one length."""
     rates = [{"optimizer": name, "learning_rate": rate} for name, peaks in RATES.items() for rate in peaks]
-    lines = [f"## {gradients} gradients", "", *table("optimizer and peak rate", bench, gradients, {}, rates)]
+    lines = [f"## {gradients} gradients", *table("optimizer and peak rate", bench, gradients, {}, rates)]
     best = min(rates, key=lambda settings: bench.rows(gradients, settings)["loss"])
     for name, changes in FACTORS.items():
-        lines += [
-            "",
-            f"{name}, with {shown(best)}:",
-            "",
-            *table(name.lower(), bench, gradients, best, changes),
-        ]
+        lines += ["", f"{name}, with {shown(best)}:", *table(name.lower(), bench, gradients, best, changes)]
     return lines
 
 
-def table(head: str, bench: Bench, gradients: int, base: Settings, changes: list[Settings]) -> list[str]:
-    lines = [f"| {head} | held-out loss | SSIM | fd_teacher | seconds |", "|---" * 5 + "|"]
+def table(title: str, bench: Bench, gradients: int, base: Settings, changes: list[Settings]) -> list[str]:
+    lines = head(title, QUALITY_HEAD, "seconds")
     for change in changes:
         found = bench.rows(gradients, base | change)
         cells = [f"{found['loss']:.4f}", f"{found['ssim']:.3f}", f"{found['fd_teacher']:.1f}"]

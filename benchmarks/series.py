@@ -8,19 +8,14 @@ processor time on one thread; those of single runs are added up. Networks other 
 `quality.py` trains. Writes docs/benchmarks/series.md.
 """
 
-import argparse
-import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from chain import ALL_IMAGES, spread
-from provenance import PAGES, write_page
-from subjects import Place, places_of
+from study import ALL_IMAGES, Run, Study, head, spread, write_study
+from subjects import Place
 from yardstick import losses
 
 import gfprune_cli as gfprune
@@ -29,9 +24,8 @@ from gfprune_cli.pruning.result import PruneResults
 TARGETS = (0.3, 0.5, 0.7)
 
 
-def measure(place: Place, seed: int) -> dict[str, Any]:
+def measure(place: Place, seed: int) -> Run:
     """Held-out loss of every network, in order, and what each way took."""
-    torch.set_num_threads(1)
     target = place.open()
     shared: dict[str, Any] = dict(
         data=str(place.data), images=ALL_IMAGES, seed=seed, recover=0, device="cpu", precision="fp32"
@@ -56,44 +50,17 @@ def measure(place: Place, seed: int) -> dict[str, Any]:
     }
 
 
-def table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = [f"| | {' | '.join(f'{one:g}' for one in TARGETS)} | gradients | seconds |", "|---" * 6 + "|"]
-    for side, (key, name) in enumerate((("series", "one flow"), ("single", "a run for each"))):
-        cells = [spread([run[key][place] for run in runs], 4) for place in range(len(TARGETS))]
-        spent = [spread([run[what][side] for run in runs], 0) for what in ("gradients", "seconds")]
-        lines.append(f"| {name} | {' | '.join([*cells, *spent])} |")
-    return lines
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", nargs="+", default=["demo", "second", "third"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/benchmark/full"), help="networks of quality.py"
-    )
-    parser.add_argument("--out", type=Path, default=PAGES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    places = places_of(options.work)
-    lines = [
-        "Held-out loss after the refit at each sparsity of both; mean, lowest and highest seed in brackets."
-    ]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {
-            name: [pool.submit(measure, places[name], seed) for seed in range(options.seeds)]
-            for name in options.subjects
-        }
-        for name, runs in futures.items():
-            lines += ["", f"## {name}", "", *table([run.result() for run in runs])]
-            print("\n".join(lines[-4:]), flush=True)
-    command = f"python benchmarks/series.py --subjects {' '.join(options.subjects)} --seeds {options.seeds}"
-    title = "Several sparsities from one flow"
-    print(
-        write_page(options.out / "series.md", title, command, f"0 to {options.seeds - 1}", "\n".join(lines))
-    )
+def lines(study: Study) -> Iterator[str]:
+    yield "Held-out loss after the refit at each sparsity of both; mean, lowest and highest seed in brackets."
+    started = {name: study.start(measure, place) for name, place in study.subjects.items()}
+    for name, under_way in started.items():
+        runs = under_way()
+        yield from ("", f"## {name}", *head("", *(f"{one:g}" for one in TARGETS), "gradients", "seconds"))
+        for side, (key, words) in enumerate((("series", "one flow"), ("single", "a run for each"))):
+            cells = [spread([run[key][place] for run in runs], 4) for place in range(len(TARGETS))]
+            spent = [spread([run[what][side] for run in runs], 0) for what in ("gradients", "seconds")]
+            yield f"| {words} | {' | '.join([*cells, *spent])} |"
 
 
 if __name__ == "__main__":
-    main()
+    write_study(__file__, str(__doc__), "Several sparsities from one flow", lines)

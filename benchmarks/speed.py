@@ -47,16 +47,8 @@ WANTED = 0.85  # realised latency gain over MAC gain
 ONE_SHOT: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=32, sample_steps=4, draws=16)
 SMALL_RUN: dict[str, Any] = dict(iterations=3, draws=16, recover=12, images=32, sample_steps=2)
 PRODUCTS = (
-    "convolution",
-    "conv2d",
-    "conv_",
-    "addmm",
-    "::mm",
-    "bmm",
-    "matmul",
-    "linear",
-    "scaled_dot_product",
-)
+    "convolution", "conv2d", "conv_", "addmm", "::mm", "bmm", "matmul", "linear", "scaled_dot_product",
+)  # fmt: skip
 DISPATCH = (
     "empty",
     "view",
@@ -66,7 +58,7 @@ DISPATCH = (
     "resolve",
     "expand",
     "unsqueeze",
-    "::t",
+    "t",
     "to",
 )
 MEASURE = """
@@ -151,6 +143,13 @@ def caller(runtime: str, model: str, inputs: dict[str, torch.Tensor], root: Path
     return lambda: session(inputs)
 
 
+def inputs_of(config: Any, batch: int) -> dict[str, torch.Tensor]:
+    """Noise, at one timestep."""
+    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {"sample": sample, "timestep": torch.full((batch,), 500)}
+
+
 def latency_gains(
     model: str, folders: Sequence[Path], runtimes: Sequence[str], batches: Sequence[int], rounds: int
 ) -> list[Gain]:
@@ -159,12 +158,7 @@ def latency_gains(
     rows = []
     for runtime in runtimes:
         for batch in batches:
-            generator = torch.Generator().manual_seed(0)
-            shape = (batch, config.in_channels, config.sample_size, config.sample_size)
-            inputs = {
-                "sample": torch.randn(shape, generator=generator),
-                "timestep": torch.full((batch,), 500),
-            }
+            inputs = inputs_of(config, batch)
             calls = [caller(runtime, name, inputs, folders[0].parent) for name in (model, *map(str, folders))]
             with torch.inference_mode():
                 dense, *pruned = interleaved(calls, rounds)
@@ -211,8 +205,7 @@ def kind_of(operator: str) -> str:
     """What an operator's own time is: products, work per number, or none of either."""
     if any(part in operator for part in PRODUCTS):
         return "products"
-    leaf = operator.rpartition("::")[2]
-    return "dispatch" if leaf in {name.strip(":") for name in DISPATCH} else "elementwise"
+    return "dispatch" if operator.rpartition("::")[2] in DISPATCH else "elementwise"
 
 
 def time_by_kind(network: nn.Module, batch: int, repeats: int) -> dict[str, float]:
