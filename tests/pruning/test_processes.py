@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import draws
 import pipelines
 import pytest
 import several
@@ -15,12 +16,7 @@ from torch import nn
 
 import gfprune_cli
 from gfprune_cli.errors import Interrupted
-from gfprune_cli.flow import loop
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning import flows
-from gfprune_cli.pruning.job import PruneJob
-
-pytestmark = pytest.mark.usefixtures("few_draws")
 
 BRIEF: dict[str, Any] = dict(images=9, sample_steps=2, draws=7, recover=2, device="cpu")
 CASES: dict[str, dict[str, Any]] = {
@@ -31,23 +27,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def use_few_draws() -> None:
-    """As the fixture of that name does, in a process of its own."""
-    loop.REFIT_SAMPLES = flows.JUDGE_DRAWS = 16
-    PruneJob.loss.__defaults__ = (64,)
-
-
-def make(model: Path, out: Path, cases: dict[str, dict[str, Any]]) -> None:
+def make(model: Path, out: Path, cases: dict[str, dict[str, Any]], thorough: bool) -> None:
     """Every case, from its own model or this one."""
-    use_few_draws()
+    if not thorough:
+        draws.few_draws()
     for name, case in cases.items():
         settings = dict(case)
         gfprune_cli.prune(settings.pop("model", model), out=out / name, **settings)
 
 
-def make_and_stop(model: Path, out: Path, how: str, phase: str, case: dict[str, Any]) -> None:
+def make_and_stop(model: Path, out: Path, how: str, phase: str, case: dict[str, Any], thorough: bool) -> None:
     """One case, of which the second process is told to stop, or dies, at the twelfth event of a phase."""
-    use_few_draws()
+    if not thorough:
+        draws.few_draws()
     seen = itertools.count(1)
 
     def stop(event: Event) -> None:
@@ -79,7 +71,7 @@ def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Pa
     cases: dict[str, dict[str, Any]] = {name: BRIEF | case for name, case in chosen.items()}
     cases["transformer"] = BRIEF | dict(model=str(dit), sparsity=0.15, one_shot=True, recover=0)
     outputs = tmp_path / "several"
-    made = several.run(make, 3, pipeline_folder, outputs, cases)
+    made = several.run(make, 3, pipeline_folder, outputs, cases, thorough)
     assert [code for code, _ in made] == [0, 0, 0], made
     for name, case in cases.items():
         out = tmp_path / "one" / name
@@ -96,12 +88,12 @@ def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Pa
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize(("how", "phase"), [("told", "refit"), ("told", "finetune"), ("killed", "refit")])
 def test_what_is_stopped_goes_on_where_all_were(
-    pipeline_folder: Path, tmp_path: Path, how: str, phase: str
+    pipeline_folder: Path, tmp_path: Path, how: str, phase: str, thorough: bool
 ) -> None:
     """One process is told to stop, or dies, in the middle of a refit or of training: none waits for it."""
     out = tmp_path / "out"
     case = BRIEF | dict(sparsity=0.4, iterations=2, recover=14, resume=True)
-    ended = several.run(make_and_stop, 2, pipeline_folder, out, how, phase, case)
+    ended = several.run(make_and_stop, 2, pipeline_folder, out, how, phase, case, thorough)
     if how == "told":
         assert [code for code, _ in ended] == [143, 143], ended
         assert all("the state is saved" in said or phase == "refit" for _, said in ended)
@@ -109,7 +101,7 @@ def test_what_is_stopped_goes_on_where_all_were(
         assert [code for code, _ in ended] == [1, 9], ended
         assert "another process of this run has ended" in ended[0][1]
     assert not out.exists()
-    resumed = several.run(make, 2, pipeline_folder, tmp_path, {"out": case})
+    resumed = several.run(make, 2, pipeline_folder, tmp_path, {"out": case}, thorough)
     assert [code for code, _ in resumed] == [0, 0], resumed
     case.pop("resume")
     gfprune_cli.prune(pipeline_folder, out=tmp_path / "one", **case)
