@@ -68,7 +68,8 @@ def take_gradient(
     with torch.enable_grad():
         for piece in (piece for loss in losses for piece in pieces_of(loss)):
             value = piece(watched)
-            (value * (factor / len(losses))).backward()
+            if value.requires_grad:  # a pass may use none of the weights that are asked about
+                (value * (factor / len(losses))).backward()
             part = value.detach().double()
             total = part if total is None else total + part
     return 0.0 if total is None else total.item() / len(losses)

@@ -32,6 +32,7 @@ from gfprune_cli.flow.energy import (
     finite_difference_product,
     gradient,
     norm,
+    take_gradient,
 )
 from gfprune_cli.flow.loop import (
     COMPARED_SAMPLES,
@@ -151,6 +152,15 @@ def test_gradients_of_two_parameters_may_share_memory() -> None:
     _, found = gradient([lambda w: (w["a"] + w["b"]).sum()] * 2, weights)  # expanded from one number
     for name in weights:
         torch.testing.assert_close(found[name], torch.ones(3))
+
+
+def test_a_turn_whose_weights_a_pass_never_reads_has_no_gradient() -> None:
+    """Experts that no sample is routed to, for one."""
+    losses: list[Loss] = [lambda w: w["a"].square().sum()]
+    taken: list[str] = []
+    weights = {"a": torch.ones(2), "b": torch.ones(2)}
+    value = take_gradient(losses, weights, lambda name, _: taken.append(name), names=["b"])
+    assert (value, taken) == (2.0, [])
 
 
 def test_exact_product_is_exact() -> None:
