@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
+from gfprune_cli.diffusion.conditions import Condition
 from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.finite import NotFinite, lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.flow.comparison import ROWS_PER_INPUT, comparable
 from gfprune_cli.flow.criteria import Evidence, score
+from gfprune_cli.flow.depth import Choice, Distance, Greedy, Order
 from gfprune_cli.flow.energy import Loss, Pieced, Way
 from gfprune_cli.flow.mask import MaskedModel, Masks, move, settled
 from gfprune_cli.flow.refit import Refit
@@ -28,8 +30,8 @@ REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
 SCORE_CHUNK = 16  # draws whose losses are one number
 Allocator = Callable[
-    [Mapping[str, torch.Tensor], float], Mapping[str, int]
-]  # scores, share of the way to the sparsity -> channels kept
+    [Mapping[str, torch.Tensor], float, Mapping[str, str]], Mapping[str, int]
+]  # scores, share of the way to the sparsity, order of blocks -> channels kept
 
 
 class Store(Protocol):
@@ -75,12 +77,14 @@ class Scoring:
 
     Args:
         gradients: of one sample; 0 once they are counted.
+        before: block -> the one of its stack that goes before it.
     """
 
     scores: Masks
     compared: Masks
     way: Way | None
     gradients: float
+    before: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,6 +105,7 @@ class PruningLoop:
         turns: see `Evidence`.
         looks: positions that groups are compared at, for each input of a layer.
         refitted, compared: as many as there is memory for in a refit, and where groups are compared.
+        depth: what a choice of blocks goes by, where some may go.
         fixed: the widths do not follow from scores, so that groups need not be compared.
         processes: that share the work; all end with the same masks and weights.
         drawn: iterations of flows that came before on this network, so that each has draws of its own.
@@ -123,6 +128,7 @@ class PruningLoop:
     progress: Progress
     fixed: bool = False
     processes: Processes | None = None
+    depth: Choice | None = None
     piece: int = SCORE_CHUNK
     turns: int = 1
     looks: int = ROWS_PER_INPUT
@@ -185,7 +191,7 @@ class PruningLoop:
         if first:
             self.scored = scored
         groups = self.masked.groups
-        kept = self.allocate(scored.compared, self.schedule.share(state.iteration))
+        kept = self.allocate(scored.compared, self.schedule.share(state.iteration), scored.before)
         state.way, state.gradients = scored.way, state.gradients + scored.gradients
         scored.gradients = 0.0  # paid
         return {group.name: select(group, scored.scores[group.name], kept[group.name]) for group in groups}
@@ -217,6 +223,7 @@ class PruningLoop:
         agree(self.progress)
         self.progress(Event("score", self.scoring_draws, self.scoring_draws))
         cost, compared = evidence.gradients * self.scoring_draws, scores
+        before: Mapping[str, str] = {}
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.compared, self.chunk))
             compared = comparable(
@@ -224,7 +231,23 @@ class PruningLoop:
                 self.processes,
             )  # fmt: skip
             cost += len(batch)
-        return Scoring(scores, compared, evidence.way, cost)
+            if self.depth is not None:
+                order, passes = self.blocks_in_order(self.depth, x, timesteps, batch.condition)
+                rises = {name: torch.tensor([rise]).double() for name, rise in order.rises.items()}
+                compared, before = {**compared, **rises}, order.before
+                cost += FORWARD * passes * len(batch)
+        return Scoring(scores, compared, evidence.way, cost, before)
+
+    def blocks_in_order(
+        self, choice: Choice, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+    ) -> tuple[Order, int]:
+        """Blocks as they go, each in view of those that have gone; and the passes that it took."""
+        blocks = {block for stack in choice.stacks.values() for block in stack}
+        gone = frozenset(name for name, units in self.gone.items() if name in blocks and bool(units.all()))
+        seen = lambda: self.progress(Event("score", values={"iteration": self.state.iteration}))  # noqa: E731
+        piece = min(len(x), self.compared)
+        distance = Distance(self.masked, x, timesteps, condition, gone, piece, seen)
+        return Greedy(choice, distance, gone).order(), distance.passes
 
     def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:
         """Noisy samples of this iteration, their timesteps, and what they were made of."""

@@ -125,7 +125,7 @@ class Flow:
             process=job.process,
             schedule=schedule_of(recipe),
             criterion=recipe.criterion,
-            allocate=lambda scores, share: self.widths(scores, share, target, loop.gone),
+            allocate=lambda *scored: self.widths(*scored, target, loop.gone),
             draws=self.draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
@@ -142,14 +142,18 @@ class Flow:
             progress=job.progress,
             fixed=job.plan.native is not None,
             processes=job.processes,
+            depth=job.plan.depth(recipe, target),
         )
         return loop
 
-    def widths(self, scores: Scores, share: float, target: float, gone: Masks) -> Mapping[str, int]:
+    def widths(
+        self, scores: Scores, share: float, before: Mapping[str, str], target: float, gone: Masks
+    ) -> Mapping[str, int]:
         """Channels that each group keeps.
 
         Args:
             share: of the way from where the flow is to the target.
+            before: block -> the one of its stack that goes before it.
             gone: units that had left before it.
         """
         plan, recipe = self.job.plan, self.job.recipe
@@ -162,7 +166,8 @@ class Flow:
                 group.name: group.channels - int(gone[group.name].sum()) * group.unit_size
                 for group in plan.groups
                 if group.name in gone
-            }
+            },
+            "before": before,
         }
 
         def narrowed(left: float | None = None) -> Mapping[str, int]:

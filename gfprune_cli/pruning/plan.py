@@ -1,6 +1,7 @@
 """The structure of a checkpoint, and the widths that a recipe asks for."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,13 @@ from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import absent_parts, check_pipeline
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.flow.depth import Choice
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure.blocks import floor_of_stack
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel, counted
 from gfprune_cli.structure.groups import ChannelGroup
@@ -26,7 +29,7 @@ from gfprune_cli.structure.native import (
     narrows_streams,
     native_allocation,
 )
-from gfprune_cli.structure.search import TOLERANCE, Allocation
+from gfprune_cli.structure.search import BLOCKS_KEPT, TOLERANCE, Allocation
 from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.transformer import is_transformer
 from gfprune_cli.timing.budget import TimeBudget, time_budget
@@ -69,6 +72,21 @@ class Plan:
         share = 1.0 if due is None else due / self.time.gone
         return self.time.widths(self.cost, scores, recipe.goal, share=share, **settings)
 
+    def depth(self, recipe: PruneRecipe, due: float) -> Choice | None:
+        """What the choice of blocks goes by, on the way to a share of the budget; None without blocks."""
+        stacks = stacks_of(self.groups)
+        if not stacks:
+            return None
+        keys, cost = counted(recipe.budget), self.cost
+        ratio = BLOCKS_KEPT * math.sqrt(1 - due)
+
+        def saved(gone: Iterable[str]) -> float:
+            left = dict.fromkeys(gone, 0)
+            return sum(1 - cost.total(left, key) / cost.total({}, key) for key in keys) / len(keys)
+
+        most = {stack: len(blocks) - floor_of_stack(len(blocks), ratio) for stack, blocks in stacks.items()}
+        return Choice(stacks, saved, due, most, recipe.contiguous)
+
     def check(self, recipe: PruneRecipe) -> Allocation:
         """Widths of the first network that a recipe asks for, where units count alike.
 
@@ -79,6 +97,15 @@ class Plan:
         dues = recipe.targets if self.time is None else (None,)
         found = [self.allocate(even, recipe, due, strict=strict) for due in dues]
         return found[0]
+
+
+def stacks_of(groups: tuple[ChannelGroup, ...]) -> dict[str, list[str]]:
+    """Stack -> the blocks of it that may go, in the order in which they run."""
+    stacks: dict[str, list[str]] = {}
+    for group in groups:
+        if group.is_block:
+            stacks.setdefault(group.stack, []).append(group.name)
+    return stacks
 
 
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:

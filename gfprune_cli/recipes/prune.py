@@ -82,6 +82,9 @@ class PruneRecipe:
     blocks: Annotated[
         bool, Help("Whole residual blocks may go too; with --layout native nothing but blocks goes.")
     ] = False
+    contiguous: Annotated[
+        bool, Help("Of the blocks of a stack, neighbours go: one run of them (with --blocks).")
+    ] = False
     fold: Annotated[
         float | None,
         Ge(0),
@@ -142,6 +145,8 @@ class PruneRecipe:
             refuse_idle(self, "--sparsity 0", *scoring)
         if self.layout == "native":
             refuse_idle(self, "--layout native", "align")
+        if self.contiguous and not self.blocks:
+            raise UsageError("--contiguous is about blocks: add --blocks")
 
     def check_targets(self) -> None:
         """Refuse what does not go with several sparsities."""

@@ -30,6 +30,7 @@ def allocate(
     align: int = 1,
     strict: bool = True,
     start: Mapping[str, int] | None = None,
+    before: Mapping[str, str] | None = None,
     time: float = 0.0,
 ) -> Allocation:
     """Spend the budget where the least score is lost per saved parameter and MAC.
@@ -44,6 +45,7 @@ def allocate(
         sparsity: share of what the budget counts that goes; 0 where only time counts.
         strict: False for a budget on the way, where the nearest reachable serves.
         start: channels by group of the network that narrows further; None for the dense one.
+        before: block -> the one that has to be gone before it goes.
         time: share of the time that goes, too.
 
     Raises:
@@ -51,16 +53,16 @@ def allocate(
             the nearest reachable sparsity.
     """
     if time:
-        return timed(cost, scores, sparsity, time, budget, align, start, strict=strict)
+        return timed(cost, scores, sparsity, time, budget, align, start, before, strict=strict)
     found, nearest = attempt(
-        cost, scores, dict.fromkeys(counted(budget), sparsity), align, start, strict=strict
+        cost, scores, dict.fromkeys(counted(budget), sparsity), align, start, before, strict=strict
     )
     for _ in range(ADVICES):
         if found is not None:
             break
         advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
         accepted, other = attempt(
-            cost, scores, dict.fromkeys(counted(budget), advised), align, start, strict=True
+            cost, scores, dict.fromkeys(counted(budget), advised), align, start, before, strict=True
         )
         if accepted is not None:
             break
@@ -78,6 +80,7 @@ def timed(
     budget: str,
     align: int,
     start: Mapping[str, int] | None,
+    before: Mapping[str, str] | None,
     *,
     strict: bool,
 ) -> Allocation:
@@ -91,7 +94,7 @@ def timed(
     assert cost.times is not None
     filled = strict and cost.times.paddings.max() > PADDED
     blocks = [block for block in reversed(BLOCKS) if filled and block > align and block % align == 0]
-    tries = [attempt(cost, scores, asked, one, start, strict=strict) for one in (*blocks, align)]
+    tries = [attempt(cost, scores, asked, one, start, before, strict=strict) for one in (*blocks, align)]
     met = [found or nearest for found, nearest in tries if excess(nearest, asked) >= -SLACK or not strict]
     if not met:
         nearest = max((nearest for _, nearest in tries), key=lambda one: excess(one, asked))
@@ -128,6 +131,7 @@ def attempt(
     asked: Mapping[str, float],
     align: int,
     start: Mapping[str, int] | None,
+    before: Mapping[str, str] | None,
     *,
     strict: bool,
 ) -> tuple[Allocation | None, Allocation]:
@@ -141,7 +145,8 @@ def attempt(
     while True:
         for floor in FLOORS:
             depth = floor * math.sqrt(min(left.values()))
-            found = Search(cost, scores, left, tuple(asked), align, depth, start).cheapest(strict=strict)
+            search = Search(cost, scores, left, tuple(asked), align, depth, start, before)
+            found = search.cheapest(strict=strict)
             distance = excess(found, asked)
             if not strict or 0 <= distance <= TOLERANCE or spared(cost, found, distance):
                 return found, found

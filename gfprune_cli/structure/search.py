@@ -60,6 +60,7 @@ class Search:
         align: see `width_step`.
         depth: share of its channels that every group keeps, and of the blocks of a stack at most.
         start: channels by group of the network that narrows further; what is not named has all.
+        before: block -> the one that has to be gone before it goes.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Search:
         align: int,
         depth: float,
         start: Mapping[str, int] | None = None,
+        before: Mapping[str, str] | None = None,
     ) -> None:
+        self.before = before or {}
         self.cost, self.counted, self.align, self.depth = cost, counted, align, depth
         self.scores = scores
         self.left = np.array([left[key] if isinstance(left, Mapping) else left for key in counted])
@@ -108,7 +111,8 @@ class Search:
         mix: Weights = {others[0]: 1.0}
         if len(others) > 1:
             left = dict(zip(self.counted, self.left, strict=True))
-            inner = Search(self.cost, self.scores, left, tuple(others), self.align, self.depth, self.most)
+            given = (self.align, self.depth, self.most, self.before)
+            inner = Search(self.cost, self.scores, left, tuple(others), *given)
             mix = inner.balanced(strict=strict)[0]
         found: list[tuple[Weights, Allocation]] = []
 
@@ -182,11 +186,14 @@ class Search:
             [self.loses(number, int(ledger.removed[number]), int(step)) for number, step in enumerate(steps)]
         )
         closed = np.array([ledger.is_inside_gone(name) for name in self.names])
-        while self.room(ledger) < 0 and not closed.all():
+        waiting = np.array([self.waits(name, ledger) for name in self.names])
+        while self.room(ledger) < 0 and not (closed | waiting).all():
             savings = ledger.savings(steps)
             worth = prices @ savings
             rates = np.divide(lost, worth, out=np.full(len(lost), math.inf), where=worth > 0)
-            number = self.next_step(ledger, savings, rates, np.flatnonzero(~closed), patient=patient)
+            number = self.next_step(
+                ledger, savings, rates, np.flatnonzero(~(closed | waiting)), patient=patient
+            )
             name, step = self.names[number], int(steps[number])
             kept = self.groups[number].channels - int(ledger.removed[number])
             if kept - step < self.minimum[number] or not self.may_go(name, ledger):
@@ -196,6 +203,7 @@ class Search:
                 closed[ledger.index[other]] = True  # it goes with the block
             if self.groups[number].is_block:
                 closed[number] = True
+                waiting = np.array([self.waits(other, ledger) for other in self.names])
                 continue
             steps[number] = self.down(number, ledger)
             lost[number] = self.loses(number, int(ledger.removed[number]), int(steps[number]))
@@ -245,6 +253,11 @@ class Search:
         left = len(of_stack) - int(ledger.removed[of_stack].sum())
         ratio = min(self.depth, BLOCKS_KEPT * math.sqrt(self.left.min()))
         return left > floor_of_stack(len(of_stack), ratio)
+
+    def waits(self, name: str, ledger: Ledger) -> bool:
+        """Whether a block has to stay until another one has gone."""
+        first = self.before.get(name)
+        return first is not None and not ledger.removed[ledger.index[first]]
 
     def up(self, ledger: Ledger) -> Ints:
         """[groups] channels that a step back gives, negative; 0 where there is none to give."""

@@ -128,11 +128,12 @@ class TimeBudget:
         share: float = 1.0,
         left: float | None = None,
         start: Mapping[str, int] | None = None,
+        before: Mapping[str, str] | None = None,
     ) -> Allocation:
         """`allocate` for a share of this budget, and of the sparsity.
 
         Args:
-            start: see `allocate`.
+            start, before: see `allocate`.
             left: share of the time to ask for in the place of the budget's.
 
         Raises:
@@ -148,6 +149,7 @@ class TimeBudget:
                 align=align,
                 strict=strict,
                 start=start,
+                before=before,
                 time=gone * share,
             )
         except OutOfTime as error:

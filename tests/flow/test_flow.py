@@ -525,7 +525,7 @@ def close(schedule: Schedule, seed: int) -> None:
     masked: Any = MaskHolder((group,))
     no_draws: Any = None
     loop = PruningLoop(
-        masked, None, lambda of_dense: 0.0, 0, process(), schedule, "random", lambda scores, progress: {},
+        masked, None, lambda of_dense: 0.0, 0, process(), schedule, "random", lambda *scored: {},
         no_draws, 0, 1, NoStore(), silent,
     )  # fmt: skip
     selections = 0
@@ -822,7 +822,7 @@ def toy_loop(
     _, _, cost = structure(TINY)
     draws = Draws(toy_images(), 20, 1)
 
-    def allocation(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
+    def allocation(scores: Mapping[str, torch.Tensor], share: float, _order: Any) -> Mapping[str, int]:
         return allocate(cost, scores, 0.4 * share, strict=False).kept
 
     def distance(of_dense: bool) -> float:

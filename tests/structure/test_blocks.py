@@ -249,6 +249,21 @@ def test_the_native_layout_of_a_transformer_loses_blocks_and_loads_in_the_stock_
     assert tuned.loss["after"] is not None
 
 
+def test_blocks_that_go_are_neighbours_where_that_is_asked_for(dit_pipeline: Path, tmp_path: Path) -> None:
+    """In the native layout, and beside channels, where their order holds as well."""
+    for layout in ("native", "adaptive"):
+        out = tmp_path / layout
+        gfprune_cli.prune(
+            str(dit_pipeline), layout=layout, blocks=True, contiguous=True, sparsity=0.4, out=out, **QUICK
+        )
+        gone = json.loads((out / "gfprune.json").read_text())["map"]["gone"]
+        numbers = sorted(int(name.rpartition(".")[2]) for name in gone)
+        assert len(numbers) > 1
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    with pytest.raises(UsageError, match="--contiguous is about blocks: add --blocks"):
+        gfprune_cli.prune(str(dit_pipeline), contiguous=True, out=tmp_path / "none")
+
+
 def test_a_run_over_blocks_width_and_channels_resumes_analyzes_and_learns_features(
     dit_pipeline: Path, tmp_path: Path
 ) -> None:
