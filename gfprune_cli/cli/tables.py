@@ -12,6 +12,7 @@ from gfprune_cli.pruning.analyze import Analysis
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery.result import FinetuneResult
 
+WORDS = ("", "component", "output")  # columns
 SLOWEST = 10  # layers of a timed network that are named
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -28,15 +29,21 @@ def change(before: float, after: float) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
 
 
+def titled(title: str, *columns: str) -> Table:
+    """An empty table: columns of words left, of numbers right."""
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in WORDS else "right")
+    return table
+
+
 def prune_table(result: PruneResult) -> Table:
     """Before and after: parameters, MACs, bytes, loss."""
     shares = (
         f"{result.sparsity['params']:.1%} of parameters and {result.sparsity['macs']:.1%} of MACs removed"
     )
     title = f"{result.model}: {shares} ({result.criterion}, {result.layout})"
-    table = Table(title=Text(title), title_justify="left")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = titled(title, "", "before", "after", "change")
     for name, pair, unit in (
         ("parameters", result.params, ""),
         ("MACs per image", result.macs, ""),
@@ -95,9 +102,8 @@ def networks_table(results: Sequence[PruneResult]) -> Table:
     first = results[0]
     if len({result.component for result in results}) > 1:
         return components_table(results)
-    table = Table(title=Text(f"{first.model}: {len(results)} networks of one flow"), title_justify="left")
-    for column in ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output"):
-        table.add_column(column, justify="left" if column == "output" else "right")
+    columns = ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output")
+    table = titled(f"{first.model}: {len(results)} networks of one flow", *columns)
     sizes = [short(pair["before"]) for pair in (first.params, first.macs, first.bytes)]
     table.add_row("dense", *sizes, shown_loss(first.loss["before"]), "", "")
     for result in results:
@@ -113,9 +119,8 @@ def networks_table(results: Sequence[PruneResult]) -> Table:
 
 def components_table(results: Sequence[PruneResult]) -> Table:
     """The denoisers of one pipeline, each before and after."""
-    table = Table(title=Text(f"{results[0].model}: {len(results)} components"), title_justify="left")
-    for column in ("component", "parameters", "MACs", "weight file", "loss", "after recovery"):
-        table.add_column(column, justify="left" if column == "component" else "right")
+    columns = ("component", "parameters", "MACs", "weight file", "loss", "after recovery")
+    table = titled(f"{results[0].model}: {len(results)} components", *columns)
     for result in results:
         sizes = [
             f"{short(pair['before'])} -> {short(pair['after'])}"
@@ -132,12 +137,10 @@ def shown_loss(loss: float | None) -> str:
 
 def finetune_table(result: FinetuneResult) -> Table:
     """Denoising loss before and after, beside the teacher's."""
-    table = Table(title=Text(f"{result.model}: {result.steps} steps, teacher {result.teacher}"))
-    table.title_justify = "left"
-    for column in ("", "before", "after", "teacher"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{result.model}: {result.steps} steps, teacher {result.teacher}"
+    table = titled(title, "", "before", "after", "teacher")
     losses = [result.loss[key] for key in ("before", "after", "teacher")]
-    table.add_row("denoising loss", *("" if loss is None else f"{loss:.4f}" for loss in losses))
+    table.add_row("denoising loss", *map(shown_loss, losses))
     before, after, teacher = losses
     if before is not None and after is not None and teacher is not None and before > teacher:
         table.add_row("share of the gap closed", "", f"{(before - after) / (before - teacher):.0%}", "")
@@ -147,9 +150,7 @@ def finetune_table(result: FinetuneResult) -> Table:
 def eval_table(document: Mapping[str, Any]) -> Table:
     """Metrics, then size and latency, of the model and its reference."""
     against = f" against {document['reference']}" if document["reference"] else ""
-    table = Table(title=Text(f"{document['model']}{against}"), title_justify="left")
-    for column in ("", "model", "reference", "95 % interval"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = titled(f"{document['model']}{against}", "", "model", "reference", "95 % interval")
     metrics = document["metrics"]
     for name, metric in metrics.items():
         if name.endswith("_reference"):
@@ -184,10 +185,8 @@ def figure_cell(value: float | None) -> str:
 
 def export_table(result: ExportResult) -> Table:
     """Files and their sizes, and the error against the source."""
-    what = f"{result.model}: {result.format}, {result.dtype}"
-    table = Table(title=Text(what), title_justify="left")
-    table.add_column("")
-    table.add_column("planned" if result.output is None else "written", justify="right")
+    written = "planned" if result.output is None else "written"
+    table = titled(f"{result.model}: {result.format}, {result.dtype}", "", written)
     for name, size in result.files.items():
         table.add_row(name, short(size) + "B")
     parity = result.parity
@@ -201,9 +200,8 @@ def export_table(result: ExportResult) -> Table:
 
 def carry_table(result: CarryResult) -> Table:
     """What became of the layers of an adapter."""
-    table = Table(title=Text(f"{result.adapter}: {result.kind} for {result.model}"), title_justify="left")
-    table.add_column("")
-    table.add_column("planned" if result.output is None else "written", justify="right")
+    written = "planned" if result.output is None else "written"
+    table = titled(f"{result.adapter}: {result.kind} for {result.model}", "", written)
     for name, count in result.layers.items():
         table.add_row({"total": "layers"}.get(name, f"  {name}"), str(count))
     table.add_row("size before", short(result.bytes["before"]) + "B")

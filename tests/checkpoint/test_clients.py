@@ -66,6 +66,7 @@ def test_what_works_on_the_dense_model_works_on_the_pruned_one(said: dict[str, s
     assert said[call] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["stock class", "stock class, mismatches ignored"])
 def test_the_stock_class_stops_and_says_what_to_call(said: dict[str, str], call: str) -> None:
     assert "pruned, and its stock class cannot hold it: call AutoModel.from_pretrained" in said[call]

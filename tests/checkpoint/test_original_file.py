@@ -73,6 +73,7 @@ def file(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_is_pruned_like_its_folder(folder: Path, file: Path, tmp_path: Path) -> None:
     """Network and text encoder come from the file, in its precision; the rest from --config-from."""
     settings: dict[str, Any] = dict(one_shot=True, refit=False, recover=0, images=4, sample_steps=2, draws=4)

@@ -38,8 +38,9 @@ def test_the_demo_is_a_trained_model_of_the_promised_size() -> None:
 def test_removal_changes_nothing_on_the_demo(tmp_path: Path, budget: str) -> None:
     """|loss removed - loss masked| is at most 2 % of the masked loss; the budget is met within one point."""
     result = gfprune_cli.prune(
-        "demo", sparsity=0.5, budget=budget, iterations=2, recover=0, images=64, out=tmp_path / "out"
-    )
+        "demo", sparsity=0.5, budget=budget, iterations=2, recover=0, images=16, sample_steps=4,
+        out=tmp_path / "out",
+    )  # fmt: skip
     masked, removed = result.loss["masked"], result.loss["removed"]
     assert masked is not None
     assert removed is not None

@@ -79,6 +79,7 @@ def test_less_is_held(name: str) -> None:
     assert held(name, recomputes=True) < 0.6 * held(name, recomputes=False)
 
 
+@pytest.mark.slow
 def test_taylor_scores_do_not_depend_on_it() -> None:
     (plain, plain_loss, _), (again, loss, _) = (made("seams", recomputes=it) for it in (False, True))
     expected, once = Evidence(plain, [plain_loss], 0), Evidence(again, [loss], 0, turns=4)

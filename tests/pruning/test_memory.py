@@ -161,6 +161,7 @@ def test_memory_is_settled_before_anything_is_drawn(
     assert {samples for phase, samples in pieces if phase == SCORING} == {16, 8}
 
 
+@pytest.mark.slow
 def test_a_dense_network_that_memory_has_no_room_for_stays_on_disk(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

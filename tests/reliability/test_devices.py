@@ -61,9 +61,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS.keys())
-def test_prune(settings: dict[str, Any], pipeline_folder: Path, tmp_path: Path) -> None:
+def test_prune(settings: dict[str, Any], smallest_folder: Path, tmp_path: Path) -> None:
     with SecondDevice():
-        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **SMALL | settings)
+        gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **SMALL | settings)
 
 
 def test_prune_a_transformer(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_prune_a_transformer(tmp_path: Path) -> None:
         gfprune_cli.prune(str(tmp_path / "transformer"), out=tmp_path / "out", **SMALL | dict(sparsity=0.2))
 
 
-def test_times_in_half_precision(pipeline_folder: Path) -> None:
+def test_times_in_half_precision(smallest_folder: Path) -> None:
     """Layers and whole networks; the structure that tells which layers run is in float32."""
-    network = gfprune_cli.load(pipeline_folder)
+    network = gfprune_cli.load(smallest_folder)
     cost = CostModel(network, *discover(network))
     with SecondDevice():
         table = measured_table(network, cost, Bench("eager", CARD, "bf16", 2, Sizes()), silent)
@@ -83,9 +83,9 @@ def test_times_in_half_precision(pipeline_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("devices") / "pruned"
-    gfprune_cli.prune(str(pipeline_folder), out=out, **SMALL | {"device": "cpu"})
+    gfprune_cli.prune(str(smallest_folder), out=out, **SMALL | {"device": "cpu"})
     return out
 
 
@@ -103,7 +103,7 @@ def test_finetune(settings: dict[str, Any], pruned: Path, tmp_path: Path) -> Non
         gfprune_cli.finetune(pruned, out=tmp_path / "out", device=str(CARD), **common | settings)
 
 
-def test_evaluate_and_analyze(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_and_analyze(pruned: Path, smallest_folder: Path, tmp_path: Path) -> None:
     with SecondDevice():
         gfprune_cli.evaluate(pruned, out=tmp_path / "eval", samples=4, device=str(CARD))
-        gfprune_cli.analyze(str(pipeline_folder), sensitivity=True, device=str(CARD))
+        gfprune_cli.analyze(str(smallest_folder), sensitivity=True, device=str(CARD))

@@ -50,6 +50,7 @@ def test_an_interpreter_without_docstrings_is_refused(gfprune: Gfprune) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_torch_is_named(tmp_path: Path) -> None:
     """What the import of a real one built for another version does, through diffusers' own import."""
     for name, text in (

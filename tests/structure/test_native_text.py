@@ -95,6 +95,7 @@ def test_heads_counted_by_their_dimension_stay_so() -> None:
     assert config["attention_head_dim"] == 8
 
 
+@pytest.mark.slow
 def test_native_prune_and_finetune_load_in_stock_pipelines(tmp_path: Path) -> None:
     """One flag less for whoever serves the result; features are distilled on the channels that are left."""
     dense = FAMILIES["stable-diffusion"](tmp_path / "dense")

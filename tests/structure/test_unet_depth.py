@@ -71,6 +71,7 @@ def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_shorter_stock_network_computes_what_the_masked_one_computes(name: str, seed: int) -> None:

@@ -110,6 +110,7 @@ def test_what_is_out_of_reach_is_said_before_anything_is_scored(
     assert "score" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_of_times_makes_runs_repeatable_and_times_nothing(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_files_that_are_no_tables_are_refused(
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_measures_nothing_again(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
