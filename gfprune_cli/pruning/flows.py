@@ -125,7 +125,7 @@ class Flow:
             process=job.process,
             schedule=schedule_of(recipe),
             criterion=recipe.criterion,
-            allocate=lambda *scored: self.widths(*scored, target, loop.gone),
+            allocate=lambda scores, share, before: self.widths(scores, share, before, target, loop.gone),
             draws=self.draws,
             scoring_draws=recipe.draws,
             chunk=SCORE_CHUNK,
