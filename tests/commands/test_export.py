@@ -375,6 +375,18 @@ def test_large_onnx_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: py
     assert 0 < result.parity.max_rel < 1e-2
 
 
+@pytest.mark.parametrize("name", ["ncsnpp", "seams", "resnet-classes"])
+def test_timesteps_are_what_the_network_was_trained_with(name: str) -> None:
+    """Noise levels as floats for Fourier features, else whole numbers; labels where there are classes."""
+    from diffusers import DDPMScheduler, ScoreSdeVeScheduler
+
+    model = build(name)
+    scheduler = ScoreSdeVeScheduler() if name == "ncsnpp" else DDPMScheduler()
+    inputs = signature_of(model, scheduler, compact(model, own=True)).inputs
+    assert inputs["timestep"].dtype == (torch.float32 if name == "ncsnpp" else torch.int64)
+    assert ("class_labels" in inputs) == (name == "resnet-classes")
+
+
 @NEEDS_ONNX
 @pytest.mark.slow
 @pytest.mark.matrix(3)

@@ -169,9 +169,7 @@ def test_pipelines_of_every_supported_family_draw_the_same(
     family: str, form: str, tmp_path: Path, thorough: bool
 ) -> None:
     if not thorough:
-        pytest.skip(
-            "the long form only: a pruned pipeline in ONNX and single graphs in OpenVINO show the ways"
-        )
+        pytest.skip("the long form only: pipelines in ONNX and graphs in OpenVINO have tests")
     check(FAMILIES[family](tmp_path / family), form, tmp_path / form)
 
 
