@@ -29,7 +29,7 @@ def change(before: float, after: float) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
 
 
-def titled(title: str, *columns: str) -> Table:
+def blank_table(title: str, *columns: str) -> Table:
     """An empty table: columns of words left, of numbers right."""
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
@@ -43,7 +43,7 @@ def prune_table(result: PruneResult) -> Table:
         f"{result.sparsity['params']:.1%} of parameters and {result.sparsity['macs']:.1%} of MACs removed"
     )
     title = f"{result.model}: {shares} ({result.criterion}, {result.layout})"
-    table = titled(title, "", "before", "after", "change")
+    table = blank_table(title, "", "before", "after", "change")
     for name, pair, unit in (
         ("parameters", result.params, ""),
         ("MACs per image", result.macs, ""),
@@ -103,7 +103,7 @@ def networks_table(results: Sequence[PruneResult]) -> Table:
     if len({result.component for result in results}) > 1:
         return components_table(results)
     columns = ("sparsity", "parameters", "MACs", "weight file", "loss", "after recovery", "output")
-    table = titled(f"{first.model}: {len(results)} networks of one flow", *columns)
+    table = blank_table(f"{first.model}: {len(results)} networks of one flow", *columns)
     sizes = [short(pair["before"]) for pair in (first.params, first.macs, first.bytes)]
     table.add_row("dense", *sizes, shown_loss(first.loss["before"]), "", "")
     for result in results:
@@ -120,7 +120,7 @@ def networks_table(results: Sequence[PruneResult]) -> Table:
 def components_table(results: Sequence[PruneResult]) -> Table:
     """The denoisers of one pipeline, each before and after."""
     columns = ("component", "parameters", "MACs", "weight file", "loss", "after recovery")
-    table = titled(f"{results[0].model}: {len(results)} components", *columns)
+    table = blank_table(f"{results[0].model}: {len(results)} components", *columns)
     for result in results:
         sizes = [
             f"{short(pair['before'])} -> {short(pair['after'])}"
@@ -138,7 +138,7 @@ def shown_loss(loss: float | None) -> str:
 def finetune_table(result: FinetuneResult) -> Table:
     """Denoising loss before and after, beside the teacher's."""
     title = f"{result.model}: {result.steps} steps, teacher {result.teacher}"
-    table = titled(title, "", "before", "after", "teacher")
+    table = blank_table(title, "", "before", "after", "teacher")
     losses = [result.loss[key] for key in ("before", "after", "teacher")]
     table.add_row("denoising loss", *map(shown_loss, losses))
     before, after, teacher = losses
@@ -150,7 +150,7 @@ def finetune_table(result: FinetuneResult) -> Table:
 def eval_table(document: Mapping[str, Any]) -> Table:
     """Metrics, then size and latency, of the model and its reference."""
     against = f" against {document['reference']}" if document["reference"] else ""
-    table = titled(f"{document['model']}{against}", "", "model", "reference", "95 % interval")
+    table = blank_table(f"{document['model']}{against}", "", "model", "reference", "95 % interval")
     metrics = document["metrics"]
     for name, metric in metrics.items():
         if name.endswith("_reference"):
@@ -186,7 +186,7 @@ def figure_cell(value: float | None) -> str:
 def export_table(result: ExportResult) -> Table:
     """Files and their sizes, and the error against the source."""
     written = "planned" if result.output is None else "written"
-    table = titled(f"{result.model}: {result.format}, {result.dtype}", "", written)
+    table = blank_table(f"{result.model}: {result.format}, {result.dtype}", "", written)
     for name, size in result.files.items():
         table.add_row(name, short(size) + "B")
     parity = result.parity
@@ -201,7 +201,7 @@ def export_table(result: ExportResult) -> Table:
 def carry_table(result: CarryResult) -> Table:
     """What became of the layers of an adapter."""
     written = "planned" if result.output is None else "written"
-    table = titled(f"{result.adapter}: {result.kind} for {result.model}", "", written)
+    table = blank_table(f"{result.adapter}: {result.kind} for {result.model}", "", written)
     for name, count in result.layers.items():
         table.add_row({"total": "layers"}.get(name, f"  {name}"), str(count))
     table.add_row("size before", short(result.bytes["before"]) + "B")
