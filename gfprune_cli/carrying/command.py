@@ -183,7 +183,7 @@ tags: [gfprune, {kind.name}]
 
 Made by gfprune from an adapter of the dense model. Of its {layers["total"]} layers, {layers["narrowed"]} were
 narrowed, {layers["moved"]} moved to another block, and {layers["dropped"]} dropped: their block is gone,
-or their layer was factored.
+or they are DoRA of a layer that was folded.
 
 ```python
 {kind.loading.replace("FOLDER", Path(result.output or "").name)}

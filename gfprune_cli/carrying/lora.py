@@ -3,6 +3,11 @@
 For W + B A of a layer, removal keeps rows `out` and columns `into` of W; B keeps the rows, A the columns, so
 that (fused, then removed) and (removed, then carried) are one network. DoRA scales each row of W + B A to a
 length of its own. Its rows keep their direction, so the length shrinks with what went of the row.
+
+A layer that was folded is U (F x) + c, of rank r. What a LoRA adds, B (A x), reads inputs that F does not
+hand on, and has outputs that U does not reach: no change of U and F at that rank is the same. The pruned
+class has a place beside the two (`Beside`), where B A is as it was. DoRA has no such place: it scales the
+rows of W, which is not there.
 """
 
 import re
@@ -14,6 +19,7 @@ from gfprune_cli.carrying.target import Target, layer_sizes
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.correspondence import Layer
 from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import BESIDE
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.tensor_files import opened
 
@@ -37,13 +43,14 @@ def carry_lora(tensors: Tensors, target: Target) -> Carried:
     carried = Carried({name: value for name, value in tensors.items() if not name.startswith(begin)})
     for old, parts in by_layer(tensors, begin).items():
         carried.layers += 1
-        place = target.map.layer(old)
+        place = target.place(old)
         if place is None:
             carried.dropped.append(old)
             continue
         new, layer = place
         check_sizes(target, old, new, layer, parts)
-        if target.is_factored(new):  # no LoRA of the factors is that of their product
+        factored = target.is_factored(new)
+        if factored and MAGNITUDE in parts:
             carried.dropped.append(old)
             continue
         parts = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
@@ -51,7 +58,8 @@ def carry_lora(tensors: Tensors, target: Target) -> Carried:
             parts[MAGNITUDE] *= shrinkage(target, begin + old, new, layer, tensors, parts)
         carried.moved += new != old
         carried.narrowed += layer.out is not None or layer.into is not None
-        carried.tensors |= {f"{begin}{new}.{leaf}": value.contiguous() for leaf, value in parts.items()}
+        into = f"{begin}{new}.{BESIDE}" if factored else f"{begin}{new}"
+        carried.tensors |= {f"{into}.{leaf}": value.contiguous() for leaf, value in parts.items()}
     return carried
 
 

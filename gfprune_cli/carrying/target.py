@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.correspondence import Correspondence, read_correspondence
+from gfprune_cli.checkpoint.correspondence import Correspondence, Layer, read_correspondence
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.checkpoint.reader import build_meta, inspect
@@ -68,6 +68,18 @@ class Target:
     def is_factored(self, name: str) -> bool:
         """Whether a layer of the pruned network is two thin ones now."""
         return isinstance(self.network.get_submodule(name), FactoredLinear)
+
+    def place(self, old: str) -> tuple[str, Layer] | None:
+        """(new name, what is left) of a layer of the dense network; None if it is gone.
+
+        Of a layer that is two factors the first has what is left of the inputs, the second of the outputs.
+        """
+        found = self.map.layer(old)
+        if found is None or layer_sizes(self.network, found[0]) is None or not self.is_factored(found[0]):
+            return found
+        name, layers = found[0], self.map.layers
+        first, second = (layers.get(f"{name}.{number}", Layer(old)) for number in (0, 1))
+        return name, Layer(old, second.out, first.into)
 
     @cached_property
     def map(self) -> Correspondence:

@@ -58,6 +58,7 @@ STOP = (
 )
 
 ORDER = ("identity", "attributes", "heads")  # what is applied after the weights, last first
+BESIDE = "beside"  # what a LoRA of a layer that is two thin ones now attaches to
 FIRST = "rank"  # what is applied before them: the factors may be narrowed in their turn
 
 ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a tensor of a LoRA and its kin
@@ -478,6 +479,10 @@ class FactoredLinear(nn.Sequential):
         second.bias = nn.Parameter(bias.detach().clone())
         super().__init__(first, second)
 
+    def forward(self, x: Any) -> Any:
+        found = self[1](self[0](x))
+        return found + self.get_submodule(BESIDE)(x) if BESIDE in self._modules else found
+
     # What code around a linear layer looks at: its type, device and sizes.
     @property
     def weight(self) -> Any:
@@ -494,6 +499,38 @@ class FactoredLinear(nn.Sequential):
     @property
     def out_features(self) -> Any:
         return self[1].out_features
+
+
+class Beside(nn.Linear):
+    """A linear layer of zeros, without a weight, around the two factors of a layer.
+
+    A LoRA of the layer, B (A x), is none of its factors, whose rank is too low; here it finds the inputs and
+    outputs of the whole, and is exact.
+    """
+
+    bias: Any = None
+    like: Any  # the first factor
+
+    def __init__(self, factors: FactoredLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = factors.in_features, factors.out_features
+        self.like = (factors[0],)  # in a tuple it is no part of this module
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """[out, in] zeros, of the type and on the device of the factors, in the place of one number."""
+        return self.like[0].weight.new_zeros(()).expand(self.out_features, self.in_features)
+
+    def forward(self, x: Any) -> Any:
+        return x.new_zeros(())
+
+
+def make_room(model: nn.Module, names: Any) -> None:
+    """Give layers that are two factors what a LoRA attaches to, where these names are of a LoRA of them."""
+    factored = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FactoredLinear)]
+    for name, layer in factored:
+        if BESIDE not in layer._modules and any(f"{name}.{BESIDE}." in key for key in names):
+            layer.add_module(BESIDE, Beside(layer))
 
 
 def resize_module(model: nn.Module, name: str, shape: dict[str, Any]) -> None:
@@ -612,7 +649,18 @@ class PrunedModel(ModelMixin, ConfigMixin):
         """As the stock class does; a LoRA that does not fit is refused and not spread over what does."""
         if isinstance(given, dict):
             refuse_misfits(self, given, prefix)
+            make_room(self, given)
         super().load_lora_adapter(given, prefix=prefix, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock class does; what lies beside factors cannot be fused into them."""
+        factored = [layer for layer in self.modules() if isinstance(layer, FactoredLinear)]
+        if any(type(layer._modules.get(BESIDE)) not in (Beside, type(None)) for layer in factored):
+            raise ValueError(
+                "a LoRA cannot be fused into layers that are two factors: use it unfused, or fuse it into "
+                "the dense model and prune that"
+            )
+        super().fuse_lora(*args, **kwargs)
 
     def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
         for adapter in given if isinstance(given, list) else [given]:
@@ -660,10 +708,11 @@ def refuse_misfits(model: Any, state: dict[str, Any], prefix: str | None) -> Non
         found = ADAPTED.match(key)
         if found is None:
             continue
-        name, side = found["layer"], found["side"]
+        layer, side = found["layer"], found["side"]
+        name = layer.removesuffix(f".{BESIDE}")
         if name not in modules:
             misfits[name] = name
-        elif isinstance(modules[name], FactoredLinear):
+        elif isinstance(modules[name], FactoredLinear) != (layer != name):
             misfits[name] = f"{name}: two factors"
         elif name in narrowed and side in SIDES and tensor.ndim > 1:
             given, has = tensor.shape[SIDES.index(side)], width_of(modules[name], side)
@@ -795,6 +844,7 @@ def widen_signatures() -> None:
 def guard_expansion() -> None:
     """Keep the pipelines of Flux from widening narrow layers to the size of a LoRA of the dense network."""
     stock = FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_.__func__
+    stock_of_lora = FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__
 
     @functools.wraps(stock)
     def expand(cls: Any, transformer: Any, lora_state_dict: Any = None, *rest: Any, **named: Any) -> Any:
@@ -802,6 +852,13 @@ def guard_expansion() -> None:
             refuse_misfits(transformer, lora_state_dict or {}, named.get("prefix") or cls.transformer_name)
         return stock(cls, transformer, lora_state_dict, *rest, **named)
 
+    @functools.wraps(stock_of_lora)
+    def expand_lora(cls: Any, transformer: Any, lora_state_dict: Any) -> Any:
+        beside = {key: value for key, value in lora_state_dict.items() if f".{BESIDE}." in key}
+        others = {key: value for key, value in lora_state_dict.items() if key not in beside}
+        return {**stock_of_lora(cls, transformer, others), **beside}
+
+    FluxLoraLoaderMixin._maybe_expand_lora_state_dict = classmethod(expand_lora)
     FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_ = classmethod(expand)
 
 
