@@ -26,6 +26,7 @@ from gfprune_cli.outputs.durable import write_tensors
 PREFIX = "model.diffusion_model."
 CHANNELS = 320  # of the first stage of every U-Net that is listed
 HEAD = 128  # dimension of a head of Flux, Wan and Qwen-Image
+SD3_HEAD, SD3_CHANNELS = 64, 16  # dimension of a head, channels of a latent
 # heads of transformers whose number is not told by their width
 HEADS = {"FluxTransformer2DModel": 24, "QwenImageTransformer2DModel": 24}
 LAST = "output_blocks.11.1"  # by whose weights a v prediction of Stable Diffusion 2 is known
@@ -47,10 +48,8 @@ def check_expressible(component: Component, model: Any) -> None:
     reason = f"it has no file format for {name} here; known are {', '.join(sorted(NAMES))}"
     if component.is_pruned:
         reason = "it builds stock networks alone, without widths of their own; prune with --layout native"
-    elif name == "SD3Transformer2DModel":
-        reason = "it takes the number of SD3's blocks from their width"
     elif name in NAMES:
-        reason = unet_reason(model.config, model) if name == "UNet2DConditionModel" else head_reason(model)
+        reason = REASONS.get(name, head_reason)(model)
         reason = reason or prediction_reason(component, model)
         if not reason and (left := unknown_name(model)) is not None:
             reason = f"its authors have no name for {left}"
@@ -78,8 +77,25 @@ def prediction_reason(component: Component, model: Any) -> str:
     return "" if told else "it would take its v prediction for one of epsilon"
 
 
-def unet_reason(config: Any, model: Any) -> str:
+def sd3_reason(model: Any) -> str:
+    """Of Stable Diffusion 3, of which the width of the patch embedding tells nearly all."""
+    config = model.config
+    width, blocks = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    if config.attention_head_dim != SD3_HEAD:
+        return f"it expects heads of {SD3_HEAD} channels"
+    if width != SD3_HEAD * blocks:
+        return (
+            f"it takes the number of SD3's blocks from their width: of {width} channels it expects "
+            f"{width // SD3_HEAD} blocks, and this one has {blocks}; blocks cannot go alone"
+        )
+    if config.in_channels != SD3_CHANNELS:
+        return f"it expects latents of {SD3_CHANNELS} channels"
+    return "" if config.qk_norm in (None, "rms_norm") else f"it knows no {config.qk_norm} of queries and keys"
+
+
+def unet_reason(model: Any) -> str:
     """Of Stable Diffusion 1 and 2 and SDXL."""
+    config = model.config
     widths, text = list(config.block_out_channels), config.cross_attention_dim
     if widths[0] != CHANNELS or text not in HEADS_BY_TEXT or config.use_linear_projection != (text > 768):
         return f"it is none of Stable Diffusion 1.5, 2 and SDXL: {widths[0]} channels, text of {text}"
@@ -104,6 +120,9 @@ def depths_of(model: Any) -> list[int]:
         for block in model.down_blocks
         for layer in range(len(block.resnets))
     ]
+
+
+REASONS = {"UNet2DConditionModel": unet_reason, "SD3Transformer2DModel": sd3_reason}
 
 
 def write_original(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:

@@ -91,6 +91,32 @@ WAN: Rules = (
     (r"\.add_([kv])_proj\.", r".\1_img."),
     (r"\.norm_added_k\.", ".norm_k_img."),
 )
+SD3: Rules = (
+    (r"^pos_embed\.pos_embed", "pos_embed"),
+    (r"^pos_embed\.proj", "x_embedder.proj"),
+    (r"^time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"^time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
+    (r"^time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^transformer_blocks\.", "joint_blocks."),
+    (r"\.norm1_context\.linear", ".context_block.adaLN_modulation.1"),
+    (r"\.norm1\.linear", ".x_block.adaLN_modulation.1"),
+    (r"\.ff_context\.net\.0\.proj", ".context_block.mlp.fc1"),
+    (r"\.ff_context\.net\.2", ".context_block.mlp.fc2"),
+    (r"\.ff\.net\.0\.proj", ".x_block.mlp.fc1"),
+    (r"\.ff\.net\.2", ".x_block.mlp.fc2"),
+    (r"\.attn\.to_add_out", ".context_block.attn.proj"),
+    (r"\.attn\.norm_added_([qk])", r".context_block.attn.ln_\1"),
+    (r"\.(attn2?)\.to_out\.0", r".x_block.\1.proj"),
+    (r"^(joint_blocks\.\d+)\.(attn2?)\.norm_([qk])", r"\1.x_block.\2.ln_\3"),
+)
+SD3_JOINED = (
+    ((".attn.to_q", ".attn.to_k", ".attn.to_v"), ".x_block.attn.qkv"),
+    ((".attn2.to_q", ".attn2.to_k", ".attn2.to_v"), ".x_block.attn2.qkv"),
+    ((".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"), ".context_block.attn.qkv"),
+)
 
 
 def renamed_by(rules: Rules, name: str) -> str:
@@ -143,9 +169,17 @@ def unet_places(model: Any) -> dict[str, tuple[str, bool]]:
 
 def flux_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Tensors of a `FluxTransformer2DModel` under the names of Black Forest Labs."""
-    left = dict(tensors)
-    joined: dict[str, torch.Tensor] = {}
-    for parts, place in FLUX_JOINED:
+    left, joined = with_parts_joined(tensors, FLUX_JOINED)
+    swap_scale_and_shift(left, "norm_out.linear")
+    return {renamed_by(FLUX, name): tensor for name, tensor in {**left, **joined}.items()}
+
+
+def with_parts_joined(
+    tensors: Tensors, together: tuple[tuple[tuple[str, ...], str], ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(what stays by itself, what the authors keep in one tensor under their name for it)."""
+    left, joined = dict(tensors), {}
+    for parts, place in together:
         for name in [name for name in left if parts[-1] in name]:
             block, kind = name.split(parts[-1])
             pieces = [left.get(f"{block}{part}{kind}") for part in parts]
@@ -153,10 +187,23 @@ def flux_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
                 joined[f"{block}{place}{kind}"] = torch.cat(pieces)  # type: ignore[arg-type]
                 for part in parts:
                     del left[f"{block}{part}{kind}"]
-    for name in [name for name in left if name.startswith("norm_out.linear")]:
-        scale, shift = left[name].chunk(2)  # diffusers has them the other way round
-        left[name] = torch.cat([shift, scale])
-    return {renamed_by(FLUX, name): tensor for name, tensor in {**left, **joined}.items()}
+    return left, joined
+
+
+def swap_scale_and_shift(tensors: dict[str, torch.Tensor], beginning: str) -> None:
+    """Put the halves of a modulation where the authors have them: diffusers has them the other way round."""
+    for name in [name for name in tensors if name.startswith(beginning)]:
+        scale, shift = tensors[name].chunk(2)
+        tensors[name] = torch.cat([shift, scale])
+
+
+def sd3_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Tensors of a `SD3Transformer2DModel` under the names of Stability AI."""
+    left, joined = with_parts_joined(tensors, SD3_JOINED)
+    last = model.config.num_layers - 1  # its text stream ends with it, and is modulated as the output is
+    for name in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
+        swap_scale_and_shift(left, f"{name}.")
+    return {renamed_by(SD3, name): tensor for name, tensor in {**left, **joined}.items()}
 
 
 def wan_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -170,7 +217,11 @@ def same_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 # names that authors and diffusers share, by their beginning
-SHARED = {"WanTransformer3DModel": ("blocks.", "patch_embedding."), "QwenImageTransformer2DModel": ("",)}
+SHARED = {
+    "SD3Transformer2DModel": ("context_embedder.",),
+    "WanTransformer3DModel": ("blocks.", "patch_embedding."),
+    "QwenImageTransformer2DModel": ("",),
+}
 
 
 def unknown_name(model: Any) -> str | None:
@@ -188,6 +239,7 @@ def unknown_name(model: Any) -> str | None:
 NAMES: dict[str, Callable[[Any, Tensors], dict[str, torch.Tensor]]] = {
     "UNet2DConditionModel": unet_names,
     "FluxTransformer2DModel": flux_names,
+    "SD3Transformer2DModel": sd3_names,
     "WanTransformer3DModel": wan_names,
     "QwenImageTransformer2DModel": same_names,
 }

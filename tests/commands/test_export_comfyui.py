@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import single_file_utils
 from pipelines import FAMILIES
 from safetensors import safe_open
@@ -21,6 +27,8 @@ from gfprune_cli.deploy import comfyui
 from gfprune_cli.deploy.comfyui import PREFIX, check_expressible
 from gfprune_cli.deploy.original_names import NAMES
 from gfprune_cli.errors import UsageError
+from gfprune_cli.structure.blocks import block_groups
+from gfprune_cli.structure.removal import remove
 
 UNET: dict[str, Any] = dict(
     sample_size=8, block_out_channels=(320, 320), layers_per_block=1, attention_head_dim=8,
@@ -148,6 +156,74 @@ def test_a_short_flux_and_wan_are_read_by_diffusers_converters() -> None:
         assert all(torch.equal(found[key], state[key]) for key in state)
 
 
+SD3: dict[str, Any] = dict(
+    sample_size=8, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, num_layers=3,
+    num_attention_heads=3, joint_attention_dim=8, caption_projection_dim=192, pooled_projection_dim=8,
+    pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dual", [(), (0, 1)], ids=["sd3", "sd3.5"])
+def test_sd3_is_read_by_diffusers_single_file_loader(
+    dual: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many blocks as heads: what ComfyUI counts in the width of the patches is what there is.
+
+    diffusers' converter is told the width of the text: it knows that of the two published sizes alone.
+    """
+    monkeypatch.setattr(single_file_utils, "get_caption_projection_dim", lambda checkpoint: 192)
+    folder = FAMILIES["sd3"](tmp_path / "sd3")
+    torch.manual_seed(0)
+    source = SD3Transformer2DModel(**SD3 | dict(dual_attention_layers=dual))
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    source.save_pretrained(folder / "transformer")
+    out = tmp_path / "sd3.safetensors"
+    gfprune_cli.export(str(folder), format="comfyui", out=out)
+    found = SD3Transformer2DModel.from_single_file(
+        str(out), config=str(folder), subfolder="transformer", local_files_only=True
+    )
+    assert found.state_dict().keys() == source.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in source.state_dict().items())
+    names = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(out).items()}
+    blocks = {int(name.split(".")[1]) for name in names if name.startswith("joint_blocks.")}
+    assert blocks == set(range(names["x_embedder.proj.weight"].shape[0] // 64))
+    again = [int(name.split(".")[1]) for name in names if name.endswith(".x_block.attn2.qkv.weight")]
+    assert sorted(again) == list(dual)
+
+
+def test_an_sdxl_without_some_blocks_comes_back_through_diffusers_loader(tmp_path: Path) -> None:
+    """Blocks removed as the native layout removes them, to a depth that ComfyUI knows (KOALA's)."""
+    folder = FAMILIES["sdxl"](tmp_path / "sdxl")
+    torch.manual_seed(0)
+    deep = UNet2DConditionModel(
+        **XL | dict(
+            block_out_channels=(320, 320, 320), attention_head_dim=(5, 5, 5), mid_block_type=None,
+            transformer_layers_per_block=(1, 2, 6), reverse_transformer_layers_per_block=(1, 1, 1),
+        )
+    ).half()  # fmt: skip
+    groups = block_groups(deep, stock=True)
+    gone = "down_blocks.2.attentions.0.transformer_blocks.3"
+    kept = {group.name: torch.tensor([group.name != gone]) for group in groups}
+    short: Any = remove(deep, groups, kept)
+    assert type(short) is UNet2DConditionModel
+    before, after = deep.state_dict(), short.state_dict()
+    moved = gone.replace("blocks.3", "blocks.4")
+    assert all(
+        torch.equal(after[name.replace(moved, gone)], before[name]) for name in before if moved in name
+    )
+    short.save_pretrained(folder / "unet")
+    assert refusal(deep) == refusal(short) == ""
+    out = tmp_path / "short.safetensors"
+    gfprune_cli.export(str(folder), format="comfyui", dtype="fp16", out=out)
+    found = UNet2DConditionModel.from_single_file(
+        str(out), config=str(folder), subfolder="unet", torch_dtype=torch.float16, local_files_only=True
+    )
+    assert found.state_dict().keys() == after.keys()
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in after.items())
+    assert counts(load_file(out))["transformer_depth"] == [0, 2, 5]
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -163,7 +239,12 @@ def test_a_short_flux_and_wan_are_read_by_diffusers_converters() -> None:
         ),
         (lambda: empty(UNet2DConditionModel, **UNET | dict(attention_head_dim=4)), r"it expects 8 heads"),
         (lambda: build("flux"), r"heads of 128 channels"),
-        (lambda: build("sd3"), r"takes the number of SD3's blocks from their width"),
+        (lambda: empty(SD3Transformer2DModel, **SD3), ""),
+        (
+            lambda: empty(SD3Transformer2DModel, **SD3 | dict(num_layers=2)),
+            r"blocks from their width.*of 192 channels it expects 3 blocks, and this one has 2",
+        ),
+        (lambda: build("sd3"), r"heads of 64 channels"),
         (lambda: build("pixart"), r"no file format for PixArtTransformer2DModel here"),
         (
             lambda: empty(QwenImageTransformer2DModel, num_layers=1, num_attention_heads=2),
