@@ -78,7 +78,7 @@ def rows(seed: int, steps: int, work: Path) -> dict[tuple[str, int], tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/depth"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
