@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?=
 # processes that share the tests, file by file; each works with one thread
 JOBS ?= 2
-# in the order of the folders, so that files of short tests come last and no process waits long for the other
+# in the order of tests/conftest.py: files of short tests come last
 SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # installed apart from .venv: what looks at the dependencies is none of them
 AUDIT := pip-audit==2.10.1

@@ -48,6 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         quick_ones(config, items)
     elif not config.getoption("thorough"):
         samples(config, items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    # long files first: at the end no process waits long for the other
+    items.sort(key=lambda item: (room_of(item) not in WHOLE_COMMANDS, item.path not in slow))
+
+
+def room_of(item: pytest.Item) -> str:
+    """The folder of a test, as in gfprune_cli."""
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 def samples(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,9 +77,8 @@ def quick_ones(config: pytest.Config, items: list[pytest.Item]) -> None:
     """One case of each test of the rooms, and one command from end to end."""
     chosen, left = {}, []
     for item in items:
-        room = item.path.relative_to(Path(__file__).parent).parts[0]
         name = getattr(item, "originalname", item.name)
-        alone = room not in WHOLE_COMMANDS and item.get_closest_marker("slow") is None
+        alone = room_of(item) not in WHOLE_COMMANDS and item.get_closest_marker("slow") is None
         if (alone or name == END_TO_END) and (item.path, name) not in chosen:
             chosen[item.path, name] = item
         else:
