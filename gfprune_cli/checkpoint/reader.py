@@ -210,6 +210,14 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     return model.eval()
 
 
+def load_empty(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
+    """What `load_model` returns, its weights left on the meta device: tables that are computed are there."""
+    import torch
+
+    dtype = dtype or torch.float32
+    return cast_model(_build(component, empty_weights(dtype)), dtype)
+
+
 def _check_buffers(component: Component, size: int) -> None:
     if size > BUFFER_BYTES:
         raise GfpruneError(

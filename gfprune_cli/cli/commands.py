@@ -142,7 +142,7 @@ def run_finetune(**flags: Any) -> None:
 
     Prints the path of the result, or one JSON document with --json.
     """
-    with asked(FinetuneRecipe, flags, check_launcher) as (session, recipe, options):
+    with asked(FinetuneRecipe, flags, partial(check_launcher, shards=True)) as (session, recipe, options):
         from gfprune_cli.cli.tables import finetune_table
         from gfprune_cli.recovery.command import finetune
 

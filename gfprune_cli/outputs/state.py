@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,8 @@ from gfprune_cli.outputs.locks import discard, state_folder
 from gfprune_cli.outputs.tensor_files import load_tensors
 
 KEPT_STATES = 2
+TENSORS, DOCUMENT = "state.safetensors", "state.json"
+T = TypeVar("T")
 
 
 class StateFolder:
@@ -79,24 +81,34 @@ class StateFolder:
             UsageError: the state belongs to a run with other settings.
             GfpruneError: states exist and none is intact.
         """
+        return self.newest(whole_state)
+
+    def newest(self, read: Callable[[Path, Any], T | None]) -> tuple[T, dict[str, Any]] | None:
+        """(what is read from the newest state that is intact, its numbers); None at the start.
+
+        Args:
+            read: (folder of a state, the checksums that it was saved with) -> what is in it; None if they
+                do not hold.
+
+        Raises:
+            UsageError, GfpruneError: as `load`.
+        """
         states = self.states()
         for state in reversed(states):
             try:
-                numbers = json.loads((state / "state.json").read_text(encoding="utf-8"))
-                intact = numbers["sha256"] == sha256_of(state / "state.safetensors")
-                identity, progress = dict(numbers["identity"]), dict(numbers["numbers"])
-                tensors = load_tensors(state / "state.safetensors") if intact else {}
+                document = json.loads((state / DOCUMENT).read_text(encoding="utf-8"))
+                identity, numbers = dict(document["identity"]), dict(document["numbers"])
+                changed = [key for key, value in self.identity.items() if identity.get(key) != value]
+                content = None if changed else read(state, document["sha256"])
             except (GfpruneError, OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError):
                 continue  # RuntimeError: PyTorch's own when a file cannot be mapped
-            if not intact:
-                continue
-            changed = [key for key, value in self.identity.items() if identity.get(key) != value]
             if changed:
                 raise UsageError(
                     f"--resume: the state in {self.folder} is of a run with other {', '.join(changed)}: "
                     "repeat the settings of that run, or start over with --force"
                 )
-            return tensors, progress
+            if content is not None:
+                return content, numbers
         if states:
             raise GfpruneError(f"--resume: no state in {self.folder} is intact: start over with --force")
         return None
@@ -105,7 +117,7 @@ class StateFolder:
         """The facts of the newest state that can be read; none where there is no state."""
         for state in reversed(self.states()):
             with suppress(OSError, ValueError, AttributeError):
-                facts = json.loads((state / "state.json").read_text(encoding="utf-8")).get("facts")
+                facts = json.loads((state / DOCUMENT).read_text(encoding="utf-8")).get("facts")
                 return facts if isinstance(facts, dict) else {}
         return {}
 
@@ -114,32 +126,43 @@ class StateFolder:
         if not self.writes:
             return
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        states = self.states()
-        number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
-        staging = self.folder / f"new-{os.getpid()}"
+        staging = self.stage(f"new-{os.getpid()}", needed)
+        try:
+            write_tensors(staging / TENSORS, tensors)
+            self.publish(staging, numbers, sha256_of(staging / TENSORS))
+        except OSError as error:
+            raise self.unwritable(error, needed) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def stage(self, name: str, needed: int) -> Path:
+        """An empty folder for a state of `needed` bytes; what killed runs left unfinished is removed."""
+        staging = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for orphan in self.folder.glob("new-*"):
                 shutil.rmtree(orphan, ignore_errors=True)
             staging.mkdir()
-            write_tensors(staging / "state.safetensors", tensors)
-            digest = sha256_of(staging / "state.safetensors")
-            write_json(
-                staging / "state.json",
-                {
-                    "identity": self.identity,
-                    "numbers": dict(numbers),
-                    "facts": dict(self.facts()),
-                    "sha256": digest,
-                },
-            )
-            sync_tree(staging)
-            staging.rename(self.folder / f"state-{number:06d}")
-            sync(self.folder)
         except OSError as error:
             raise self.unwritable(error, needed) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        return staging
+
+    def publish(self, staging: Path, numbers: Mapping[str, Any], digests: Any) -> None:
+        """Make what was staged, with its checksums, the newest state; the one before the last is removed."""
+        states = self.states()
+        number = int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
+        write_json(
+            staging / DOCUMENT,
+            {
+                "identity": self.identity,
+                "numbers": dict(numbers),
+                "facts": dict(self.facts()),
+                "sha256": digests,
+            },
+        )
+        sync_tree(staging)
+        staging.rename(self.folder / f"state-{number:06d}")
+        sync(self.folder)
         doomed = self.folder / f"new-{os.getpid()}-old"  # a kill leaves nothing that could pass for a state
         for old in self.states()[:-KEPT_STATES]:
             with suppress(OSError):  # it stays until the next save
@@ -164,7 +187,7 @@ class StateFolder:
     def foreign(self) -> bool:
         """Whether a state is there that another run left."""
         try:
-            numbers = json.loads((self.states()[-1] / "state.json").read_text(encoding="utf-8"))
+            numbers = json.loads((self.states()[-1] / DOCUMENT).read_text(encoding="utf-8"))
             return any(numbers["identity"].get(key) != value for key, value in self.identity.items())
         except (IndexError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
@@ -181,6 +204,11 @@ class StateFolder:
             discard(self.folder)
         except OSError as error:
             raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
+
+
+def whole_state(state: Path, digest: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors of a state; None if its checksum does not hold."""
+    return load_tensors(state / TENSORS) if digest == sha256_of(state / TENSORS) else None
 
 
 def by_family(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import Record, finished_record, read_record
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.checkpoint.writer import check_pipeline, write_checkpoint
@@ -22,7 +22,9 @@ from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_fold
 from gfprune_cli.recovery.lora import load_peft
 from gfprune_cli.recovery.memory import memory_text
 from gfprune_cli.recovery.optimizers import eight_bit_optimizers
+from gfprune_cli.recovery.pieces import lost_process
 from gfprune_cli.recovery.result import FinetuneResult
+from gfprune_cli.recovery.sharding import check_sharded
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
 from gfprune_cli.runtime.launch import unused_settings
@@ -41,11 +43,13 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
     logs = logs_folder(destination, options.logs)
     check_recipe(recipe)
     check_logger(options.logger)
-    processes = Processes.start(options.device)
+    processes = Processes.start(options.device, shards=True)
     for unused in unused_settings():
         notice(progress, unused)
     if recipe.batch < processes.count:
         raise UsageError(f"--batch {recipe.batch} is less than the {processes.count} processes that share it")
+    if processes.sharded:
+        check_sharded(recipe, processes, offload_teacher=options.offload_teacher)
     with claim(destination, options, main=processes.main) as output:
         component, record = pruned_checkpoint(recipe, offline=options.offline, progress=progress)
         teacher = find_teacher(component, record, recipe, offline=options.offline, progress=progress)
@@ -71,14 +75,14 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
             refuse_logs(output, logs)
         processes.wait()
         tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
-        with deterministic():
+        with deterministic(), lost_process():
             model, losses = job.execute(
                 state,
                 save_every=options.save_every,
                 sample_every=options.sample_every,
                 open_watch=(lambda done: Watch(logs, done, tracker)) if processes.main else None,
             )
-        if processes.main:
+        if model is not None:
             progress(Event("write", text=f"writing {destination}"))
             write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
             state.end()
@@ -97,7 +101,7 @@ def finished_run(job: FinetuneJob, destination: Path) -> Mapping[str, float]:
         raise not_finished(destination)
     entry = record["finetune"][-1]
     if entry["data"] is not None:  # the digest is of the settings, not of what --data holds
-        job.draws(job.place(load_model(job.teacher.component)))
+        job.draws(job.dense())
         if entry["data"] != job.fingerprint:
             raise not_finished(destination)
     sweep_caches()

@@ -31,7 +31,9 @@ from gfprune_cli.recovery.loop import Samples, dense_samples
 from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.memory import held_bytes
+from gfprune_cli.recovery.pieces import first_not_finite
 from gfprune_cli.recovery.recover import channels_last, recover
+from gfprune_cli.recovery.sharding import agreed, gathered, load_sharded, round_weights, stand_in
 from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
 from gfprune_cli.runtime.processes import Processes
@@ -84,10 +86,13 @@ class FinetuneJob:
             if self.offload_teacher and self.processes.device.type != "cpu"
             else parameter_count(teacher),
         )
+        if self.sharded:
+            self.held = {kind: size / self.processes.count for kind, size in self.held.items()}
         self.device = self.processes.device
         self.precision = self.recipe.precision or default_precision(self.device)
         wanted = self.recipe.channels_last
-        self.channels_last = self.device.type in ("cuda", "cpu") if wanted is None else wanted
+        able = self.device.type in ("cuda", "cpu") and not self.sharded
+        self.channels_last = able if wanted is None else wanted
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -130,18 +135,29 @@ class FinetuneJob:
         save_every: int,
         sample_every: int,
         open_watch: Callable[[int], Watch] | None,
-    ) -> tuple[nn.Module, dict[str, float]]:
-        """The trained network (averaged weights, in the type it is stored in), and the losses."""
-        teacher = self.place(load_model(self.teacher.component))
+    ) -> tuple[nn.Module | None, dict[str, float]]:
+        """The trained network (averaged weights, in the type it is stored in), and the losses.
+
+        Where networks are in pieces, the network is the first process's alone.
+        """
+        teacher = self.dense()
         draws, held_out = self.draws(teacher)
+        if self.sharded:
+            del teacher  # before it is read once more
+            teacher = load_sharded(self.teacher.component, self.processes)
         state.identity["data contents"] = self.fingerprint
+        state.identity["sharding"] = self.sharded
         losses = {"teacher": self.loss(held_out, teacher)}
         samples = self.samples(teacher) if sample_every and self.processes.main else None
         if self.recipe.teacher_precision == "bf16":
-            cast_model(teacher, torch.bfloat16)
+            teacher = self.in_bf16(teacher)
         if self.offload_teacher and self.device.type != "cpu":
             offload(teacher, self.device)
-        student = self.place(load_model(self.component))
+        student = (
+            load_sharded(self.component, self.processes)
+            if self.sharded
+            else self.place(load_model(self.component))
+        )
         losses["before"] = self.loss(held_out, student)
         adapters = self.adapters(student) if self.recipe.lora else None
         recover(
@@ -152,10 +168,28 @@ class FinetuneJob:
         )  # fmt: skip
         if adapters is not None:
             student = merge_adapters(adapters)
-        cast_model(student, stored_dtype(self.component))
-        check_finite(student)
-        losses["after"] = self.loss(held_out, cast_model(student, torch.float32))
-        return cast_model(student, stored_dtype(self.component)), losses
+        round_weights(student, stored_dtype(self.component))
+        check_finite(student, self.processes)
+        losses["after"] = self.loss(held_out, student)
+        whole = gathered(student, self.component, self.processes) if self.sharded else student
+        return None if whole is None else cast_model(whole, stored_dtype(self.component)), losses
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes hold the networks in pieces."""
+        return self.processes.sharded
+
+    def dense(self) -> nn.Module:
+        """The dense network, whole, to draw with; with networks in pieces the first process's alone."""
+        if self.sharded and not self.processes.main:
+            return stand_in(self.teacher.component, self.device)
+        return self.place(load_model(self.teacher.component))
+
+    def in_bf16(self, teacher: nn.Module) -> nn.Module:
+        """The teacher in half of the memory; pieces keep the type that they were made in."""
+        if self.sharded:
+            return load_sharded(self.teacher.component, self.processes, torch.bfloat16)
+        return cast_model(teacher, torch.bfloat16)
 
     def place(self, model: nn.Module) -> nn.Module:
         """A network on the run's device, frozen, in float32."""
@@ -200,10 +234,14 @@ class FinetuneJob:
         if not self.recipe.features:
             return None
         inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
-        return FeaturePair(student, teacher, paired_layers(teacher, self.record, inputs))
+        whole = build_meta(self.teacher.component) if self.sharded else teacher  # its structure is read
+        return FeaturePair(student, teacher, paired_layers(whole, self.record, inputs))
 
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, or where none can be drawn."""
+        if self.sharded:
+            notice(self.progress, "no grids of samples are drawn: the networks are in pieces")
+            return None
         config: Any = teacher.config
         pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
         if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
@@ -230,7 +268,7 @@ class FinetuneJob:
             self.process,
             draws,
             REPORT_DRAWS,
-            self.progress,
+            agreed(self.progress, self.processes) if self.sharded else self.progress,
         )
 
     def make_record(self, losses: dict[str, float]) -> dict[str, Any]:
@@ -242,6 +280,7 @@ class FinetuneJob:
                 "device": self.device.type,
                 "channels_last": self.channels_last,
                 "processes": self.processes.count,
+                **({"sharded": True} if self.sharded else {}),
             },
             "student": {"weights": self.hashes},
             "teacher": self.teacher.source.origin(self.teacher.hashes),
@@ -258,10 +297,10 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
+def check_finite(model: nn.Module, processes: Processes) -> None:
+    name = first_not_finite(model.state_dict(), processes)
+    if name is not None:
+        raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
 
 
 def default_output(recipe: FinetuneRecipe) -> Path:

@@ -118,12 +118,7 @@ class Loop:
         Raises:
             Interrupted: told to stop; the state is saved.
         """
-        saved = self.state.load()
-        if saved is not None:
-            tensors, numbers = saved
-            self.trainer.restore(tensors, numbers)
-            self.done = numbers["done"]
-            notice(self.progress, f"continuing after step {self.done}")
+        self.restore()
         if self.trainer.processes.main:
             self.state.begin()  # before the logs, which are then known as this run's
         watch = self.open_watch(self.done) if self.open_watch else None
@@ -134,6 +129,15 @@ class Loop:
         finally:
             if watch is not None:
                 watch.close()
+
+    def restore(self) -> None:
+        """Go on from the last durable state, which is let go before the next step."""
+        saved = self.state.load()
+        if saved is not None:
+            tensors, numbers = saved
+            self.trainer.restore(tensors, numbers)
+            self.done = numbers["done"]
+            notice(self.progress, f"continuing after step {self.done}")
 
     def steps(self, watch: Watch | None) -> None:
         trainer, total = self.trainer, self.trainer.recipe.steps
@@ -175,7 +179,8 @@ class Loop:
         raise Interrupted(f"{stop}; the state is saved, continue with --resume", stop.signal_number) from stop
 
     def save(self) -> None:
-        if self.trainer.processes.main:
+        processes = self.trainer.processes
+        if processes.main or processes.sharded:
             tensors, numbers = self.trainer.state()
             self.state.save(tensors, {**numbers, "done": self.done})
 

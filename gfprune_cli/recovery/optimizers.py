@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import UsageError
@@ -92,7 +93,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         matrices, others = (group["params"] for group in groups)
         self.views = {weight: nn.Parameter(as_matrix(weight.detach(), weight)) for weight in matrices}
-        assert all(view.data_ptr() == weight.data_ptr() for weight, view in self.views.items())
+        assert all(storage(view) == storage(weight) for weight, view in self.views.items())
         self.muon = torch.optim.Muon(
             self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
@@ -159,6 +160,12 @@ class OfMatrices(torch.optim.Optimizer):
         for weight, view in self.views.items():
             if view is not weight:
                 view.grad = None
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """Where the numbers of a tensor lie, or those of its piece in this process."""
+    own: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.data_ptr()
 
 
 def as_matrix(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

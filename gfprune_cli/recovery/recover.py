@@ -7,11 +7,14 @@ from torch import nn
 
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Loop, Samples, State
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.sharded_state import ShardedState
+from gfprune_cli.recovery.sharded_trainer import ShardedTrainer
 from gfprune_cli.recovery.trainer import Remedies, Trainer
 from gfprune_cli.runtime.device import Precision
 from gfprune_cli.runtime.processes import Processes
@@ -39,7 +42,8 @@ def recover(
 
     Args:
         student: float32 and in eval mode, which it stays in: dropout would blur what it is taught. With
-            adapters where the recipe wants them, which alone are trained then.
+            adapters where the recipe wants them, which alone are trained then. In pieces, as the teacher,
+            where the processes work so.
         teacher: frozen, on the student's device.
         process: noising process of both.
         draws: where batches come from.
@@ -62,7 +66,11 @@ def recover(
         student.requires_grad_(True)
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
     loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
-    trainer = Trainer(student, loss, draws, recipe, processes, remedies or Remedies())
+    kind = ShardedTrainer if processes.sharded else Trainer
+    trainer = kind(student, loss, draws, recipe, processes, remedies or Remedies())
+    if isinstance(trainer, ShardedTrainer):
+        assert isinstance(state, StateFolder)
+        state = ShardedState(state, processes, trainer.room)
     try:
         Loop(trainer, process, state, progress, save_every, sample_every, samples, open_watch).run()
     finally:

@@ -17,6 +17,7 @@ from gfprune_cli.outputs.state import by_family
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
+from gfprune_cli.recovery.pieces import first_not_finite
 from gfprune_cli.runtime.processes import Processes
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
@@ -77,7 +78,7 @@ class Trainer:
         )
         # its decay is min(decay, (1 + s) / (10 + s)) at step s
         average = recipe.ema > 0
-        self.ema = EMAModel(self.parameters.values(), decay=recipe.ema, foreach=True) if average else None
+        self.ema = EMAModel(self.averages_of(), decay=recipe.ema, foreach=True) if average else None
         device = self.processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.loss.precision == "fp16")
         self.micro_batch = self.micro_batch or recipe.micro_batch or recipe.batch
@@ -106,7 +107,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.step(self.parameters.values())
+            self.ema.step(self.averages_of())
         return {**sums, "lr": rate, "grad_norm": norm}
 
     def accumulate_or_fail(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
@@ -164,18 +165,14 @@ class Trainer:
         Raises:
             GfpruneError: the loss or a gradient is not finite.
         """
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad = self.processes.total(parameter.grad)
+        self.sum_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip))
+        norm = self.clip()
         bad = not math.isfinite(sums["loss"])
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE
         if bad or not (math.isfinite(norm) or overflow):
-            names = (
-                n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()
-            )
-            culprit = next(names, "none")
+            gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            culprit = first_not_finite(gradients, self.processes) or "none"
             self.optimizer.zero_grad(set_to_none=True)
             self.look_for_timesteps(step)
             raise GfpruneError(
@@ -183,6 +180,16 @@ class Trainer:
                 f"{self.remedies.not_finite}"
             )
         return norm if math.isfinite(norm) else 0.0  # an overflow in float16: the scaler skips this step
+
+    def sum_gradients(self) -> None:
+        """Over the processes."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad = self.processes.total(parameter.grad)
+
+    def clip(self) -> float:
+        """Clip the gradients; their norm before."""
+        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip))
 
     def look_for_timesteps(self, step: int) -> None:
         """The share of this process in a batch whose loss is not finite, looked at once more.
@@ -222,22 +229,30 @@ class Trainer:
         if self.ema is None:
             yield self.network
             return
-        self.ema.store(self.parameters.values())
-        self.ema.copy_to(self.parameters.values())
+        self.ema.store(self.averages_of())
+        self.ema.copy_to(self.averages_of())
         try:
             yield self.network
         finally:
-            self.ema.restore(self.parameters.values())
+            self.ema.restore(self.averages_of())
 
     def finish(self) -> None:
         """Leave the moving average, if there is one, in the network."""
         if self.ema is not None:
-            self.ema.copy_to(self.parameters.values())
+            self.ema.copy_to(self.averages_of())
+
+    def averages_of(self) -> list[torch.Tensor]:
+        """The tensors that the moving average follows."""
+        return list(self.parameters.values())
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """Weight -> its moving average, if there is one."""
+        shadows = self.ema.shadow_params if self.ema else ()
+        return dict(zip(self.parameters, shadows, strict=False))
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that the next steps depend on: (tensors, numbers)."""
         tensors: dict[str, torch.Tensor] = {}
-        shadows = self.ema.shadow_params if self.ema else ()
         for name, parameter in self.parameters.items():
             tensors[f"weight/{name}"] = parameter.detach()
             moments = self.optimizer.state.get(parameter, {})
@@ -245,7 +260,7 @@ class Trainer:
                 if isinstance(value, torch.Tensor) and moment != "step":
                     own = value.shape == parameter.shape  # tables may be shared, which no file can hold
                     tensors[f"{moment}/{name}"] = value if own else value.clone()
-        tensors |= {f"ema/{name}": shadow for name, shadow in zip(self.parameters, shadows, strict=False)}
+        tensors |= {f"ema/{name}": shadow for name, shadow in self.averages().items()}
         updates = max((int(entry.get("step", 0)) for entry in self.optimizer.state.values()), default=0)
         numbers = {
             "updates": updates,

@@ -7,9 +7,11 @@ from gfprune_cli.errors import UsageError
 
 joined = threading.Event()  # the other processes are there: signals are theirs, too
 
-# Variables that `accelerate launch` sets for networks in pieces; here every process holds a whole one.
+# Variables that `accelerate launch` sets for networks in pieces: `finetune` takes FSDP 2; else every process
+# holds a whole one.
+FSDP = "ACCELERATE_USE_FSDP"
 SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
+    FSDP: "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of tensors or sequences",
@@ -20,6 +22,7 @@ UNUSED = (
     ("ACCELERATE_MIXED_PRECISION", ("", "no"), "mixed_precision", "--precision"),
     ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "dynamo_backend", "--compile"),
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "gradient_accumulation_steps", "--micro-batch"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", ("", "false"), "fsdp_activation_checkpointing", "--checkpointing"),
 )
 
 
@@ -38,23 +41,54 @@ def launched() -> bool:
     return announced() > 1 and os.environ.get("RANK", "").isdecimal()
 
 
-def check_launcher() -> None:
+def wanted(variable: str) -> bool:
+    """Whether accelerate's configuration asks for it."""
+    return os.environ.get(variable, "").lower() in TRUE
+
+
+def sharding() -> bool:
+    """Whether accelerate is configured to keep one network in pieces on several processes."""
+    return launched() and wanted(FSDP)
+
+
+def check_launcher(*, shards: bool = False) -> None:
     """Refuse to be one of several that nobody started, or that are to hold one network in pieces.
+
+    Args:
+        shards: whether the command can work with a network in pieces, as FSDP 2 makes them.
 
     Raises:
         UsageError: several processes are announced, and this one has no number; or accelerate's
-            configuration cuts networks into pieces.
+            configuration cuts networks into pieces in a way that the command does not know.
     """
     for variable, name in SHARDING.items():
-        if os.environ.get(variable, "").lower() in TRUE:
+        if wanted(variable) and not (shards and variable == FSDP):
+            other = ", or --use_fsdp --fsdp_version 2" if shards else ", or torchrun"
             raise UsageError(
-                f"accelerate is configured for {name}, but gfprune splits batches alone, and every process "
-                "holds the whole network: start it with accelerate launch --multi_gpu, or torchrun"
+                f"accelerate is configured for {name}, but every process holds the whole network here: start "
+                f"it with accelerate launch --multi_gpu{other}"
             )
+    if shards and wanted(FSDP):
+        check_fsdp()
     if announced() > 1 and not launched():
         raise UsageError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but RANK is not: no launcher started this one. "
             "Start it with accelerate launch or torchrun, or unset WORLD_SIZE"
+        )
+
+
+def check_fsdp() -> None:
+    """Refuse settings of FSDP that `finetune` does not know.
+
+    Raises:
+        UsageError: its first version, or weights in main memory.
+    """
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError("accelerate is configured for FSDP 1: start it with --use_fsdp --fsdp_version 2")
+    if wanted("FSDP_OFFLOAD_PARAMS"):
+        raise UsageError(
+            "fsdp_offload_params of accelerate's configuration keeps weights in main memory, which finetune "
+            "does not: leave it out"
         )
 
 

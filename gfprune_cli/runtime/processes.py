@@ -21,7 +21,7 @@ import torch
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import choose_device
-from gfprune_cli.runtime.launch import check_launcher, joined, launched
+from gfprune_cli.runtime.launch import check_launcher, joined, launched, sharding
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for another, which may be drawing images
 
@@ -39,13 +39,16 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def start(cls, device: str | None) -> "Processes":
+    def start(cls, device: str | None, *, shards: bool = False) -> "Processes":
         """Join the other processes, if there are any.
+
+        Args:
+            shards: whether the command can work with a network in pieces.
 
         Raises:
             UsageError: the device is not available, or the others were never started.
         """
-        check_launcher()
+        check_launcher(shards=shards)
         if not launched():
             return cls(None, choose_device(device))
         from accelerate import PartialState
@@ -66,6 +69,11 @@ class Processes:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether networks lie in pieces over the processes."""
+        return self.state is not None and sharding()
 
     def share(self, total: int) -> range:
         """The part of `total` samples that is this process's."""

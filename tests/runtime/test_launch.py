@@ -14,10 +14,12 @@ import gfprune_cli
 from gfprune_cli.errors import UsageError
 from gfprune_cli.runtime.launch import (
     SHARDING,
+    UNUSED,
     announced,
     check_launcher,
     launched,
     main_process,
+    sharding,
     unused_settings,
 )
 
@@ -71,9 +73,33 @@ def test_networks_in_pieces_are_refused_and_not_ignored(
         check_launcher()
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"FSDP_VERSION": "2"}, None),
+        ({}, r"FSDP 1: start it with --use_fsdp --fsdp_version 2"),
+        ({"FSDP_VERSION": "1"}, r"FSDP 1: start it with --use_fsdp --fsdp_version 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params .*: leave it out"),
+        ({"FSDP_VERSION": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*--fsdp_version 2"),
+    ],
+)
+def test_commands_that_work_with_pieces_take_the_second_fsdp_alone(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], words: str | None
+) -> None:
+    announce(monkeypatch, MASTER_ADDR="here", WORLD_SIZE="2", RANK="1")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **given}.items():
+        monkeypatch.setenv(name, value)
+    assert sharding()
+    with pytest.raises(UsageError, match=words) if words else nullcontext():
+        check_launcher(shards=True)
+    announce(monkeypatch)
+    assert not sharding(), "one process has the whole network"
+
+
 def test_other_settings_of_accelerate_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("MIXED_PRECISION", "DYNAMO_BACKEND", "GRADIENT_ACCUMULATION_STEPS"):
-        monkeypatch.delenv(f"ACCELERATE_{variable}", raising=False)
+    for variable, _, _, _ in UNUSED:
+        monkeypatch.delenv(variable, raising=False)
     assert unused_settings() == []
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -92,7 +118,8 @@ def test_other_settings_of_accelerate_are_named(monkeypatch: pytest.MonkeyPatch)
         ("prune --component all", {}, "prune --component all works in one process"),
         ("prune --html page.html", {}, "prune --html works in one process"),
         ("export", {}, "export works in one process, and a launcher started 2"),
-        ("finetune", {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
+        ("finetune", {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP 1: start it with"),
+        ("eval", {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP, but every process"),
         ("eval", {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate is configured for DeepSpeed"),
     ],
 )
