@@ -22,13 +22,12 @@ from gfprune_cli.recovery.logs import Watch, check_logger, check_logs, logs_fold
 from gfprune_cli.recovery.lora import load_peft
 from gfprune_cli.recovery.memory import memory_text
 from gfprune_cli.recovery.optimizers import eight_bit_optimizers
-from gfprune_cli.recovery.pieces import lost_process
 from gfprune_cli.recovery.result import FinetuneResult
 from gfprune_cli.recovery.sharding import check_sharded
 from gfprune_cli.recovery.teacher import find_teacher
 from gfprune_cli.runtime.device import deterministic
 from gfprune_cli.runtime.launch import unused_settings
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import Processes, lost_process
 
 
 def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = silent) -> FinetuneResult:

@@ -1,13 +1,10 @@
 """Tensors that may lie in pieces over the processes of a run, and what the processes find out together."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
-from torch.distributed import DistError
 from torch.distributed.tensor import DTensor
 
-from gfprune_cli.errors import GfpruneError
 from gfprune_cli.runtime.processes import Processes
 
 
@@ -21,11 +18,6 @@ def piece(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def some(value: bool, processes: Processes) -> bool:
-    """Whether it is true of any process."""
-    return bool(processes.total(torch.full((), float(value), device=processes.device)) > 0)
-
-
 def first_not_finite(tensors: Mapping[str, torch.Tensor], processes: Processes) -> str | None:
     """The name of the first tensor with a number that is not finite, in any process; None: there is none."""
     if not tensors:
@@ -33,17 +25,3 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor], processes: Processes) 
     bad = torch.stack([(~piece(tensor).isfinite()).any() for tensor in tensors.values()])
     found = processes.total(bad.float()).tolist()
     return next((name for name, count in zip(tensors, found, strict=True) if count), None)
-
-
-@contextmanager
-def lost_process() -> Iterator[None]:
-    """Say in one line that a process of the run is gone, where a library says what became of its sockets."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, DistError) and "gloo" not in str(error):
-            raise
-        raise GfpruneError(
-            "another process of the run ended, or cannot be reached: see what it said, and continue with "
-            "--resume"
-        ) from error

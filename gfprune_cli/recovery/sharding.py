@@ -4,7 +4,6 @@ The pieces that are put together for a pass, and taken apart after it, are the b
 process computes is its share of each batch, as where every process holds a whole network.
 """
 
-import signal
 import warnings
 from collections.abc import Callable
 
@@ -22,11 +21,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import load_empty, load_model, wanted_type
-from gfprune_cli.errors import Interrupted, UsageError
+from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.pieces import some
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import Processes, Together
 
 # of DiT: the embeddings of time and class lie in its first block, and are called by the network as well
 CALLED_ALONE = ("CombinedTimestepLabelEmbeddings",)
@@ -168,20 +166,15 @@ def agreed(progress: Progress, processes: Processes) -> Progress:
 
     A process that stopped alone would leave the others waiting for its part of the network.
     """
-    stop: Interrupted | None = None
+    together = Together(progress, processes)
 
     def report(event: Event) -> None:
-        nonlocal stop
-        try:
-            progress(event)
-        except Interrupted as error:
-            stop = error
-        if some(stop is not None, processes):
-            raise stop or Interrupted("stopped with another process", signal.SIGTERM)
+        together(event)
+        together.agree()
 
     return report
 
 
 def agreed_stop(stopping: Callable[[], bool], processes: Processes) -> Callable[[], bool]:
     """The same for a question."""
-    return lambda: some(stopping(), processes)
+    return lambda: processes.any(stopping())

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.progress import Event, Progress
@@ -89,10 +90,8 @@ class Processes:
             return tensor
         from accelerate.utils import reduce
 
-        try:
+        with lost_process():
             summed: torch.Tensor = reduce(tensor.to(self.device), "sum")
-        except RuntimeError as error:  # of gloo; NCCL waits until the launcher ends it
-            raise GfpruneError("another process of this run has ended: see what it said") from error
         return summed.to(tensor.device)
 
     def totals(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,6 +160,23 @@ class Processes:
             self.wait()
 
 
+@contextmanager
+def lost_process() -> Iterator[None]:
+    """Say in one line that a process of the run is gone, where a library says what became of its sockets.
+
+    With NCCL a process waits until the launcher ends it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        raise GfpruneError(
+            "another process of the run ended, or cannot be reached: see what it said, and continue with "
+            "--resume"
+        ) from error
+
+
 class Together:
     """A progress callback that keeps an interrupt until all processes agree on it; see `agree`.
 
@@ -178,6 +194,15 @@ class Together:
         except Interrupted as stop:
             self.stop = stop
 
+    def agree(self) -> None:
+        """Stop here if some process was told to; all of them ask in the same places.
+
+        Raises:
+            Interrupted: one was.
+        """
+        if self.processes.any(self.stop is not None):
+            raise self.stop or Interrupted("stopped with another process", signal.SIGTERM)
+
 
 def agree(progress: Progress) -> None:
     """Stop here, together, if some process was told to; all of them call it in the same places.
@@ -185,11 +210,9 @@ def agree(progress: Progress) -> None:
     Raises:
         Interrupted: one was.
     """
-    if not isinstance(progress, Together):
-        return
-    progress(Event("pass"))
-    if progress.processes.any(progress.stop is not None):
-        raise progress.stop or Interrupted("stopped with another process", signal.SIGTERM)
+    if isinstance(progress, Together):
+        progress(Event("pass"))
+        progress.agree()
 
 
 def alone(progress: Progress) -> Progress:

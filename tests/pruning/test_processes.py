@@ -99,7 +99,7 @@ def test_what_is_stopped_goes_on_where_all_were(
         assert all("the state is saved" in said or phase == "refit" for _, said in ended)
     else:
         assert [code for code, _ in ended] == [1, 9], ended
-        assert "another process of this run has ended" in ended[0][1]
+        assert "another process of the run ended" in ended[0][1]
     assert not out.exists()
     resumed = several.run(make, 2, pipeline_folder, tmp_path, {"out": case}, thorough)
     assert [code for code, _ in resumed] == [0, 0], resumed
