@@ -37,6 +37,7 @@ class Conditions:
             channels (masks, images) or tokens (references).
         lists: arguments that are lists with one tensor for each sample, and `shared` ones with one entry.
         twins: arguments that are told the same as `timestep`.
+        time_floats: whether whole timesteps are passed in the type of the samples.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Conditions:
     axis: int = 1
     lists: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
+    time_floats: bool = False
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -137,6 +139,8 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
     if condition.timestep is not None:
         if (condition.time_factor, condition.time_offset) != (1, 0):
             timesteps = timesteps * condition.time_factor + condition.time_offset
+        if condition.time_floats and not timesteps.is_floating_point():
+            timesteps = timesteps.to(x.dtype)
         times = timesteps.repeat_interleave(branches, 0)
         if shares is not None:
             times = times.view(-1, *[1] * (shares.ndim - 1)) * shares

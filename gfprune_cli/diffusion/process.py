@@ -61,5 +61,10 @@ def per_sample(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) ->
 
 
 def mean_part(output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first half of the channels of networks that also learn a variance (arXiv 2102.09672); else all."""
-    return output if output.shape[1] == like.shape[1] else output.chunk(2, dim=1)[0]
+    """The first channels, of images or tokens, of networks that also learn a variance (arXiv 2102.09672), one
+    for each channel or one for all; else all."""
+    if output.ndim == like.ndim:
+        for axis in range(1, like.ndim):
+            if output.shape[axis] > like.shape[axis]:
+                return output.narrow(axis, 0, like.shape[axis])
+    return output

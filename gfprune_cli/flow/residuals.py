@@ -74,7 +74,7 @@ class Additions(TorchFunctionMode):
         self.alive.append(output)
         if name in KEEPS and args and id(args[0]) in self.origin:
             self.origin[id(output)] = self.origin[id(args[0])]
-        if name in ADDS and len(args) > 1 and isinstance(args[1], torch.Tensor):
+        if name in ADDS and len(args) > 1 and all(isinstance(one, torch.Tensor) for one in args[:2]):
             self.added(args[0], args[1])
         return output
 

@@ -1,6 +1,6 @@
 """What the arguments of a network are: its sample, its noise level, what differs from sample to sample."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from gfprune_cli.diffusion.conditions import AFTER, BEFORE, LEVELS
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.inputs.joined import Joined, as_batch
+from gfprune_cli.inputs.pictures import ONE_EACH
 from gfprune_cli.inputs.pipeline_run import PipelineRun
 from gfprune_cli.inputs.rows import as_entries, flattened, own_row, shared_values
 
@@ -42,32 +43,13 @@ class Names:
         sample, timestep = argument_names(run.observer.network, call)
         twins = twins_of(run.observer.calls, timestep)
         left_out, branches = {sample, timestep, *twins}, len(call[sample])
-        double, factor = flattened(call, left_out), 1
-        for run.several in (False, True):
-            try:
-                run(0, 0, limit=1)
-                both = run.observer.calls[0]
-                if len(both[sample]) > branches:  # else pictures are taken one by one
-                    double, factor = flattened(both, left_out), 2
-                break
-            except Interrupted:
-                raise
-            except GfpruneError:
-                continue
-        run.several = False
-        own, lists, nested = set(), {sample} if isinstance(call[sample], list | tuple) else set(), set()
-        for name, value in flattened(call, left_out).items():
-            kind = growth(value, double.get(name), branches, factor)
-            if kind == "entries":
-                lists.add(name)
-                if isinstance(value[0], torch.Tensor):
-                    own.add(name)
-            elif kind == "nested":
-                nested.add(name)
-                own |= set(as_entries({name: value}, [name]))
-            elif kind == "rows":
-                own.add(name)
-        return Names(sample, timestep, joined, own, lists, nested, twins)
+        given = flattened(call, left_out)
+        doubles = [flattened(both, left_out) for both in asked_twice(run) if len(both[sample]) > branches]
+        found = [Grown.of(given, double, branches, 2) for double in doubles]
+        # where pictures are taken one by one, dimensions must do
+        grown = max(found, key=lambda one: len(one.own)) if found else Grown.of(given, given, branches, 1)
+        lists = grown.lists | ({sample} if isinstance(call[sample], list | tuple) else set())
+        return Names(sample, timestep, joined, grown.own, lists, grown.nested, twins)
 
     def arguments(self, call: dict[str, Any]) -> dict[str, Any]:
         """Of one call, with the parts of its sample that are no noise."""
@@ -89,6 +71,49 @@ class Names:
         ends = torch.tensor([len(call[self.sample]) for call in calls]).cumsum(0)
         call = calls[int((ends <= branch).sum())]
         return shared_values(self.arguments(call), self.own | {BEFORE, AFTER, LEVELS})
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Arguments that grow with the batch: see `Names`."""
+
+    own: set[str]
+    lists: set[str]
+    nested: set[str]
+
+    @staticmethod
+    def of(given: dict[str, Any], double: dict[str, Any], branches: int, factor: int) -> "Grown":
+        """Compare a call with one for `factor` times as many samples."""
+        grown = Grown(set(), set(), set())
+        for name, value in given.items():
+            kind = growth(value, double.get(name), branches, factor)
+            if kind == "entries":
+                grown.lists.add(name)
+                if isinstance(value[0], torch.Tensor):
+                    grown.own.add(name)
+            elif kind == "nested":
+                grown.nested.add(name)
+                grown.own.update(as_entries({name: value}, [name]))
+            elif kind == "rows":
+                grown.own.add(name)
+        return grown
+
+
+def asked_twice(run: PipelineRun) -> Iterator[dict[str, Any]]:
+    """Calls of the network where the pipeline is asked for the same thing twice: with one picture for both,
+    then with a picture for each, which some pipelines need and others take for several references."""
+    shared = [name for name in run.filled if name not in ONE_EACH]
+    try:
+        for run.several in (False, True) if shared else (False,):
+            try:
+                run(0, 0, limit=1)
+            except Interrupted:
+                raise
+            except GfpruneError:
+                continue
+            yield run.observer.calls[0]
+    finally:
+        run.several = False
 
 
 def growth(value: Any, double: Any, branches: int, factor: int) -> str:

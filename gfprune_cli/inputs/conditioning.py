@@ -30,7 +30,7 @@ from gfprune_cli.progress import Progress, notice
 
 FIELDS = (
     "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows", "axis",
-    "lists", "twins",
+    "lists", "twins", "time_floats",
 )  # fmt: skip
 CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
 
@@ -182,7 +182,7 @@ def recording_key(
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
     ]
     key = {
-        "recording": 3,
+        "recording": 4,
         "pipeline": sorted((component.pipeline or {}).items()),
         "files": sha256_of_files(decided, root),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
 from gfprune_cli.diffusion.conditions import AFTER, BEFORE
 
+GIVEN = 0.5  # share of the frames that must be noisy
 ALIKE = 0.999  # cosine of a noisy sample and its place in the network's input
 
 
@@ -67,18 +69,37 @@ def find_joined(given: torch.Tensor, stepped: torch.Tensor, branches: int) -> Jo
     if stepped.numel() in (one.numel(), one.numel() * branches):
         return whole_sample(given)
     for sample in layouts(stepped[:1], one.ndim):
-        differs = [axis for axis in range(1, one.ndim) if one.shape[axis] != sample.shape[axis]]
-        if len(differs) != 1 or one.shape[differs[0]] < sample.shape[differs[0]]:
-            continue
-        (axis,), length = differs, sample.shape[differs[0]]
-        for first in range(one.shape[axis] - length + 1):
-            part = one.narrow(axis, first, length)
-            if (
-                float(torch.cosine_similarity(part.flatten().float(), sample.flatten().float(), dim=0))
-                > ALIKE
-            ):
-                return Joined(axis, first, length, tuple(part.shape[1:]))
+        found = place_of(one, sample)
+        if found is not None:
+            return found
     return None
+
+
+def place_of(one: torch.Tensor, sample: torch.Tensor) -> Joined | None:
+    """Where a noisy sample lies in a network's input, both [1, ...]; None if it is not there.
+
+    Along a second axis more than half must be there: the frames of a video but the first, which are given.
+    """
+    differs = [axis for axis in range(1, one.ndim) if one.shape[axis] != sample.shape[axis]]
+    if not 1 <= len(differs) <= 2 or any(one.shape[axis] < sample.shape[axis] for axis in differs):
+        return None
+    shares = [sample.shape[axis] / one.shape[axis] for axis in differs]
+    axis = differs[shares.index(min(shares))]
+    if len(differs) == 2 and max(shares) <= GIVEN:
+        return None
+    length = sample.shape[axis]
+    for starts in product(*(range(one.shape[other] - sample.shape[other] + 1) for other in differs)):
+        part = one
+        for other, start in zip(differs, starts, strict=True):
+            part = part.narrow(other, start, sample.shape[other])
+        if alike(part, sample):
+            first = starts[differs.index(axis)]
+            return Joined(axis, first, length, tuple(one.narrow(axis, first, length).shape[1:]))
+    return None
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float(torch.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0)) > ALIKE
 
 
 def layouts(sample: torch.Tensor, dimensions: int) -> Iterator[torch.Tensor]:

@@ -36,17 +36,18 @@ class Observer:
     first: int = 0  # calls before the first step
     mu: float | None = None
     image: tuple[int, int, int] = (0, 0, 0)
-    answers: dict[bool, Any] = field(
-        default_factory=dict
-    )  # of the network, by whether it was asked for a tuple
+    answers: dict[Any, Any] = field(default_factory=dict)  # of the network, by the form of what it was given
 
     def forget(self, limit: int | None) -> None:
         self.limit, self.calls, self.outputs, self.steps, self.first = limit, [], [], [], 0
 
     def network_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note the arguments; answer with noise in the form of what the network answered the first time."""
+        """Note the arguments; answer with noise in the form of what the network answered the first time.
+
+        Further calls for the same sample may have other branches than the first.
+        """
         bound = arguments_of(original, args, kwargs)
-        plain = not bound.get("return_dict", True)
+        plain = (not bound.get("return_dict", True), first_batch(bound))
         self.calls.append({name: value for name, value in bound.items() if name != "return_dict"})
         if self.limit is not None and len(self.calls) >= self.limit:
             raise Enough
@@ -122,6 +123,12 @@ def arguments_of(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[s
     """What a function is called with, by name."""
     bound = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
     return bound | bound.pop("kwargs", {})
+
+
+def first_batch(call: dict[str, Any]) -> int:
+    """Samples in the batch of a call, by its first tensor."""
+    found = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return len(next(found, ()))
 
 
 def without_weights(pipeline: Any) -> list[nn.Module]:

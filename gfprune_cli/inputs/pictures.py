@@ -31,7 +31,10 @@ VIDEOS = ("video", "control_video", "pose_video", "face_video", "conditioning_fr
 MASK_VIDEOS = ("mask_video",)
 VECTORS = ("image_embeds", "negative_image_embeds")
 TENSORS = ("hint",)
-KNOWN = (*IMAGES, *MASKS, *VIDEOS, *MASK_VIDEOS, *VECTORS, *TENSORS)
+FEATURES = ("image_embeddings",)
+KNOWN = (*IMAGES, *MASKS, *VIDEOS, *MASK_VIDEOS, *VECTORS, *TENSORS, *FEATURES)
+ONE_EACH = (*VECTORS, *TENSORS, *FEATURES)  # tensors with one row for each prompt
+FEATURE_EDGE = 24  # of what a prior makes of an image of 1024 pixels
 EDGE, FRAMES = 512, 9  # of images and videos where nothing says their size
 
 
@@ -194,6 +197,9 @@ def _value(
             (config[key] for key in ("encoder_hid_dim", "cross_attention_dim") if config.get(key)), 1
         )
         return torch.randn(1, width, generator=generator(pictures.seed, name, number)).to(like)
+    if name in FEATURES:
+        shape = (1, network.config.get("effnet_in_channels") or 16, FEATURE_EDGE, FEATURE_EDGE)
+        return torch.randn(shape, generator=generator(pictures.seed, name, number)).to(like)
     if name in TENSORS:
         pixels = np.asarray(pictures.image(pipeline, number, size))
         return (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1).to(like)

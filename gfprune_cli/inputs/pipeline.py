@@ -28,7 +28,8 @@ from gfprune_cli.outputs.tensor_files import cannot_map
 
 LEFT_OUT = OPTIONAL  # they judge images, or read them
 JUDGES = ("safety_checker",)
-DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "ConsistencyDecoder")
+DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "PaellaVQModel", "ConsistencyDecoder")
+PRIOR = "Prior"  # what it draws of a text is the condition of the next network
 CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
 
 
@@ -60,6 +61,8 @@ def open_pipeline(
 
 
 def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: bool) -> Any:
+    from diffusers import DiffusionPipeline
+
     assert component.pipeline is not None
     found = pipeline_class(component)
     device = next(network.parameters()).device
@@ -82,7 +85,7 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
         elif name not in entries or name in left_out:
             made[name] = None
         else:
-            weighted = decode or (pictures and is_decoder(entries[name][1]))
+            weighted = decode or (pictures and is_decoder(entries[name][1])) or PRIOR in entries[name][1]
             made[name] = _load(component, name, *entries[name], device, decode=weighted)
     for name in LEFT_OUT:
         if name in accepted:
@@ -100,6 +103,10 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
             f"{component.root}: its {found.__name__} cannot be made: {first_line(error)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    for part in vars(pipeline).values():  # combined pipelines hold others
+        if isinstance(part, DiffusionPipeline):
+            part.__class__ = _on_device(type(part), device)
+            part.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -259,7 +266,8 @@ def _component_class(library: str, class_name: str) -> Any:
     elif library == "diffusers":
         found = getattr(diffusers, class_name, None)
     else:  # what belongs to one pipeline alone is named by that pipeline's folder
-        found = getattr(getattr(diffusers.pipelines, library, None), class_name, None)
+        old = getattr(diffusers.pipelines.deprecated, library, None)
+        found = getattr(getattr(diffusers.pipelines, library, old), class_name, None)
     if not isinstance(found, type) or not found.__module__.startswith(("diffusers.", "transformers.")):
         return None
     missing = type(found).__name__ == "DummyObject"  # says which package it needs when it is loaded

@@ -3,15 +3,17 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.observer import Enough, Observer
-from gfprune_cli.inputs.pictures import Pictures, fillings, picture_arguments
+from gfprune_cli.inputs.pictures import ONE_EACH, Pictures, fillings, picture_arguments
 from gfprune_cli.inputs.refusals import not_run
 from gfprune_cli.recipes.options import parsed_size
 
+PRIOR_STEPS = 8  # in which another network draws what the network is conditioned by
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 
 
@@ -51,6 +53,7 @@ class PipelineRun:
     Args:
         filled: arguments that pictures are made for.
         several: whether each prompt has a picture of its own in one call, or all have one.
+        emptied: whether the pipeline wants an empty negative prompt where users give none.
     """
 
     pipeline: Any
@@ -60,6 +63,7 @@ class PipelineRun:
     asked: list[Any]
     filled: tuple[str, ...] = ()
     several: bool = False
+    emptied: bool = False
 
     def first(self) -> None:
         """The first run, to the second noise level; finds out which arguments want pictures.
@@ -68,7 +72,9 @@ class PipelineRun:
             GfpruneError: the pipeline fails with any of them.
         """
         errors: list[GfpruneError] = []
-        for names in fillings(type(self.pipeline)):
+        negative = "negative_prompt" in inspect.signature(type(self.pipeline).__call__).parameters
+        tried = list(fillings(type(self.pipeline)))
+        for self.emptied, names in product((False, True) if negative else (False,), tried):
             self.filled = names
             try:
                 return self(0, limit=None)
@@ -82,10 +88,13 @@ class PipelineRun:
         made = call_arguments(self.pipeline, self.options, filled=self.filled)
         size, network = self.options.pixels(), self.observer.network
         prompted = "prompt" in inspect.signature(type(self.pipeline).__call__).parameters
-        shown = numbers[:1] if prompted and not self.several else numbers
-        made |= picture_arguments(
-            self.pipeline, network, self.filled, self.pictures, shown, size, self.options.frames
-        )
+        each = [name for name in self.filled if self.several or not prompted or name in ONE_EACH]
+        for names, shown in ((set(self.filled) - set(each), numbers[:1]), (each, numbers)):
+            made |= picture_arguments(
+                self.pipeline, network, names, self.pictures, shown, size, self.options.frames
+            )
+        if self.emptied:
+            made["negative_prompt"] = [""] * len(numbers)
         run_pipeline(self.pipeline, self.observer, made, [self.asked[number] for number in numbers], limit)
 
 
@@ -109,11 +118,14 @@ def call_arguments(
     given["intermediate_timesteps"] = None  # which two steps alone have
     given["_auto_resize"] = False  # references stay as large as they are
     given["use_mean_velocity"] = False  # of flow maps: the velocity of one noise level, as in training
+    given["prior_num_inference_steps"] = PRIOR_STEPS
     given["strength"] = 1.0  # of changing an image: every noise level
     if "output_latent" in parameters:  # what these give back are maps, as arrays alone
         del given["output_type"]
-    made = {key: value for key, value in given.items() if key in parameters}
     size = options.pixels()
+    if size is not None:  # to which some scale what they are asked for
+        given["max_area"] = size[0] * size[1]
+    made = {key: value for key, value in given.items() if key in parameters}
     wanted: dict[str, dict[str, Any]] = {
         "--size": {} if size is None else {"height": size[0], "width": size[1]},
         "--frames": {} if options.frames is None else {"num_frames": options.frames},

@@ -110,6 +110,7 @@ def record(
         joined.axis,
         tuple(sorted(names.lists)),
         names.twins,
+        calls[0][0][names.timestep].is_floating_point(),
     )
     return Recording(conditions, joined.shape, image, mu, guidance.remarks)
 

@@ -179,7 +179,7 @@ def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:
     given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
     try:
         return measured_pass(model, lambda network: network(**given | {"return_dict": False}))
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, ValueError):  # or where a kernel asks for a device
         return Pass()
 
 

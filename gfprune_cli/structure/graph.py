@@ -116,6 +116,10 @@ def fixed_layers(model: Any) -> list[nn.Module]:
     counted = (module for module in model.modules() if type(module).__name__ in COUNTED)
     layers += [layer for module in counted for layer in module.children()]
     layers = [layer[-1] if isinstance(layer, FactoredLinear) else layer for layer in layers]
+    # a picture's features, which are joined to the noisy sample
+    layers += [
+        module.input_hint_block[-1] for module in model.modules() if hasattr(module, "input_hint_block")
+    ]
     ranks = [module[0] for module in model.modules() if isinstance(module, FactoredLinear)]
     return [layer for layer in layers + ranks if any(True for _ in layer.parameters())]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
@@ -26,6 +27,8 @@ from gfprune_cli.structure.trace import first_given, is_attention
 Hide = Callable[[torch.Tensor], torch.Tensor]
 Run = Callable[[Hide], Any]  # calls a network, hiding what it is not to depend on
 Visit = Callable[[str, Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+OPERATIONS = 100_000  # of a pass: a minute or two
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def hidden_run(run: Run, *, taped: bool = False) -> None:
         GfpruneError: the network looks at values that are hidden, or fails in some other way.
     """
     try:
-        with torch.set_grad_enabled(taped):
+        with torch.set_grad_enabled(taped), Limited():
             run(FakeTensorMode(allow_non_fake_inputs=True).from_tensor)
     except GfpruneError:
         raise
@@ -119,6 +122,19 @@ def hidden_run(run: Run, *, taped: bool = False) -> None:
         raise GfpruneError(
             f"cannot tell which layers see timestep and conditions alone: {first_line(error)}; use --fold 0"
         ) from error
+
+
+class Limited(TorchDispatchMode):
+    """Ends a pass that takes its batch apart in Python: what runs for thousands of probes at once would take
+    hours."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations > OPERATIONS:
+            raise GfpruneError("the network takes batches apart, which is too slow to fold; use --fold 0")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

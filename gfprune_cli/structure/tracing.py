@@ -33,7 +33,12 @@ def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) 
             running = stack.enter_context(running_modules(model))
             for _ in observe(model, trace):
                 pass
-            for context in (traceable_resampling(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad()):
+            for context in (
+                known_widths(),
+                traceable_resampling(),
+                sdpa_kernel(SDPBackend.MATH),
+                torch.enable_grad(),
+            ):
                 stack.enter_context(context)
             model.requires_grad_(True)  # the graph is read off autograd's tape
             graph.build_dependency(
@@ -85,8 +90,10 @@ def tables_as_before(model: nn.Module) -> Iterator[None]:
 
 def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The tensor that a network predicts, whether or not its class can wrap it."""
-    flag = "return_dict" in inspect.signature(network.forward).parameters
-    return first_tensor(network(**inputs, **({"return_dict": False} if flag else {})))
+    flag = {"return_dict": False} if "return_dict" in inspect.signature(network.forward).parameters else {}
+    # networks may empty the lists of features that they are given
+    given = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    return first_tensor(network(**given, **flag))
 
 
 @contextmanager
@@ -106,6 +113,25 @@ def running_modules(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def known_widths() -> Iterator[None]:
+    """Infer the width of each operation once.
+
+    Torch-Pruning walks every path back to a layer, and gives up after a number of steps: long chains of sums
+    of two, as residual blocks in space and in time make, have more paths than that.
+    """
+    shapes = torch_pruning.dependency.shape_infer
+    infer, widths = shapes.infer_out_channels_recursively, dict[Any, int | None]()
+
+    def width(graph: Any, node: Any, recursive_depth: list[int]) -> int | None:
+        if node not in widths:
+            widths[node] = infer(graph, node, [0])
+        return widths[node]
+
+    with patch.object(shapes, "infer_out_channels_recursively", width):
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gfprune_cli.diffusion.conditions import Conditions, call
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.guidance import GuidedProcess, with_guidance
+from gfprune_cli.diffusion.process import mean_part
 from gfprune_cli.diffusion.schedulers import (
     FlowMatching,
     NoisingProcess,
@@ -57,6 +58,21 @@ def test_branches_lie_side_by_side_and_come_back_apart() -> None:
     assert seen["added"]["ids"].dtype == torch.long
     assert (seen["flag"], seen["return_dict"]) == (True, False)
     assert torch.equal(seen["rotary"][0], torch.ones(5))
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_whole_timesteps_come_in_the_type_that_the_pipeline_passes(floats: bool) -> None:
+    network = Network()
+    call(network, torch.zeros(COUNT, 1, 2, 2), torch.tensor([1, 2, 3]), conditions(1, time_floats=floats))
+    assert network.arguments["timestep"].dtype == (torch.float32 if floats else torch.int64)
+    assert network.arguments["timestep"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (2, 5, 3, 3), (2, 4, 3, 6), (2, 4, 3, 3)])
+def test_a_learned_variance_is_left_out_whichever_axis_holds_it(shape: tuple[int, ...]) -> None:
+    """One for each channel, one for all of them, behind the features of tokens; or none."""
+    output, like = torch.randn(shape), torch.zeros(2, 4, 3, 3)
+    assert torch.equal(mean_part(output, like), output[:, :4, :, :3])
 
 
 def test_without_guidance_there_is_no_dimension_of_branches() -> None:

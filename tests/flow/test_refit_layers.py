@@ -19,6 +19,7 @@ from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.flow import least_squares
 from gfprune_cli.flow.least_squares import OFFSET_RIDGE, RIDGE, Problem
 from gfprune_cli.flow.refit import JUDGES, Refit
+from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.structure.groups import ChannelGroup, Member
 
 # --- one layer -----------------------------------------------------------------------------------
@@ -306,3 +307,18 @@ def test_equations_as_wide_as_rows_give_what_those_as_wide_as_inputs_give(
     assert (first is None) is (second is None)
     if first is not None:
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
+
+
+class Shifted(nn.Module):
+    """A number is the first summand of one sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (torch.add(1.0, self.layer(sample)) + sample,)
+
+
+def test_sums_with_a_number_have_no_second_stream() -> None:
+    assert find_residuals(Shifted(), {"sample": torch.zeros(1, 3)}) == {}

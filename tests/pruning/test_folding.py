@@ -24,6 +24,7 @@ from gfprune_cli.pruning.plan import FOLD, tolerance_of
 from gfprune_cli.pruning.probes import Probes, pool_of
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure import modulation
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
@@ -434,6 +435,19 @@ def test_a_network_that_looks_at_its_samples_is_refused_in_one_line() -> None:
     model = Looking()
     with pytest.raises(GfpruneError, match="cannot tell which layers see timestep and conditions alone"):
         modulation_layers(model, lambda hide: model(hide(torch.ones(2, 4))), 2)
+
+
+def test_a_network_that_takes_a_batch_apart_is_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand probes one after the other would take hours."""
+    monkeypatch.setattr(modulation, "OPERATIONS", 100)
+    layer = nn.Linear(4, 4)
+
+    def run(count: int) -> Any:
+        return lambda hide: [layer(row) for row in hide(torch.zeros(count, 4))]
+
+    modulation.hidden_run(run(10))
+    with pytest.raises(GfpruneError, match=r"takes batches apart.*use --fold 0"):
+        modulation.hidden_run(run(1000))
 
 
 def test_a_lora_of_a_layer_that_is_two_now_is_refused() -> None:

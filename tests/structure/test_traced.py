@@ -438,6 +438,59 @@ def test_uncommon_networks_are_traced(name: str) -> None:
     assert check_removal(model, groups, made) < EXACT
 
 
+class Sums(nn.Module):
+    """A chain of sums of two, whose paths double with each, beside a layer of another width."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {}
+        self.first, self.beside, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(12, 3, 1)
+        self.count = count
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        x = self.first(sample)
+        for _ in range(self.count):
+            x = x * 0.5 + x.tanh()
+        return self.last(torch.cat([x, self.beside(sample)], 1))
+
+
+def test_long_chains_of_sums_keep_their_width() -> None:
+    """2^24 paths lead back from the last sum to the layer before the first."""
+    model = Sums(24).requires_grad_(False)
+    made = {"sample": torch.randn(1, 3, 4, 4)}
+    read = {
+        group.name: [member.positions.tolist() for member in group.members if member.module == "last"]
+        for group in discover(model, made)[0]
+    }
+    assert read == {"first": [[*range(8)]], "beside": [[*range(8, 12)]]}
+
+
+class Emptying(nn.Module):
+    """Takes its features off a list, as U-Nets take those of adapters."""
+
+    def forward(self, sample: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        return sample + features.pop(0)
+
+
+def test_a_network_may_empty_the_lists_that_it_is_given() -> None:
+    given = {"sample": torch.zeros(1), "features": [torch.ones(1)]}
+    assert [first_output(Emptying(), given).item() for _ in range(2)] == [1.0, 1.0]
+
+
+def test_the_features_of_a_hint_keep_their_channels() -> None:
+    """They are joined to the noisy sample, at whose side no group begins."""
+    config = {**CONDITIONAL, "in_channels": 8, "out_channels": 4, "encoder_hid_dim": 24}
+    config |= {"addition_embed_type": "image_hint", "encoder_hid_dim_type": "image_proj"}
+    model = randomise(diffusers.UNet2DConditionModel(**config), 0).eval().requires_grad_(False)
+    picture = {"image_embeds": torch.randn(1, 24), "hint": torch.randn(1, 3, 64, 64)}
+    made = {"sample": torch.randn(1, 4, 8, 8), "timestep": torch.ones(1), "encoder_hidden_states": None}
+    made |= {"added_cond_kwargs": picture}
+    groups, _ = discover(model, made)
+    assert "add_embedding.input_hint_block.12" in produced(groups)
+    assert "add_embedding.input_hint_block.14" not in produced(groups)
+    assert check_removal(model, groups, made) < EXACT
+
+
 def test_a_module_that_cannot_be_narrowed_is_named() -> None:
     """UNet1DModel keeps the number of heads beside its attention, in a class with rules of its own."""
     model = randomise(diffusers.UNet1DModel(**UNIDIMENSIONAL), 0).eval()

@@ -9,9 +9,11 @@ others are pruned.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
+import resource
 import select
 import signal
 import sys
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="a checkout of diffusers, for its tests")
     parser.add_argument("names", nargs="*", help="patterns of pipelines; all by default")
     parser.add_argument("--work", type=Path, default=Path("build/zoo"), help="checkpoints and rows")
-    parser.add_argument("--limit", type=int, default=120, help="seconds for each component")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of a processor for each component")
     parser.add_argument("--again", action="store_true", help="also what passed before")
     parser.add_argument("--count", action="store_true", help="run nothing")
     parser.add_argument("--brief", action="store_true", help="prune alone")
@@ -65,11 +67,17 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self.found = self.read()
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        self.found[name] = row
-        self.path.write_text(json.dumps(self.found, indent=1))
+        """Keep one row, beside those that another process has written since."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.found = self.read() | {name: row}
+            self.path.write_text(json.dumps(self.found, indent=1))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 def run(asked: argparse.Namespace, work: Path, rows: Rows) -> None:
@@ -149,11 +157,13 @@ def built(name: str, test_class: Any, folder: Path) -> dict[str, Any]:
 
 
 def forked(limit: int, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The result of a function in a child process that may take `limit` seconds."""
+    """The result of a function in a child process that may take `limit` seconds of a processor, and ten times
+    that where it shares or waits for one."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
             found = function(*args)
@@ -163,17 +173,15 @@ def forked(limit: int, function: Callable[..., dict[str, Any]], *args: Any) -> d
             json.dump(found, stream)
         os._exit(0)
     os.close(writer)
-    end, text = time.monotonic() + limit, b""
+    end, text, ended = time.monotonic() + 10 * limit, b"", False
     with os.fdopen(reader, "rb", buffering=0) as stream:
-        while (left := end - time.monotonic()) > 0 and select.select([stream], [], [], left)[0]:
+        while not ended and select.select([stream], [], [], max(0.0, end - time.monotonic()))[0]:
             piece = stream.read(1 << 16)
-            if not piece:
-                break
-            text += piece
-    if left <= 0:
+            text, ended = text + piece, not piece
+    if not ended:
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return json.loads(text) if text else {"status": "error", "error": f"took more than {limit} s"}
+    return json.loads(text) if ended and text else {"status": "error", "error": f"took more than {limit} s"}
 
 
 if __name__ == "__main__":

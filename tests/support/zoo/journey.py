@@ -105,7 +105,7 @@ def prune_nearest(
     import gfprune_cli
     from gfprune_cli.errors import UsageError
 
-    cheap: dict[str, Any] = {} if whole else dict(criterion="magnitude")
+    cheap: dict[str, Any] = {} if whole else dict(criterion="magnitude", fold=0.0)
     sparsity = SPARSITY
     for attempt in range(ATTEMPTS):
         try:
@@ -237,8 +237,9 @@ def exported(folder: Path, component: str) -> str:
 def few_draws() -> None:
     """The arithmetic is the same with fewer draws."""
     from gfprune_cli.flow import loop
-    from gfprune_cli.pruning import flows, job
+    from gfprune_cli.pruning import flows, fold, job
     from gfprune_cli.recovery import job as recovery
 
     loop.REFIT_SAMPLES, flows.JUDGE_DRAWS, recovery.REPORT_DRAWS = 8, 8, 8
+    fold.FITTED, fold.CHECKED = {"fit": 96, "choose": 32}, {"check": 32}
     job.PruneJob.loss.__defaults__ = (8,)

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 from text_encoders import CHARACTERS, clip_tokenizer, gemma, t5_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MARKS = [
@@ -82,8 +83,13 @@ def clip(folder: Path) -> None:
 
 
 def gemma_tokens(folder: Path) -> None:
+    """Gemma's tokenizer begins every text, an empty one too, with a mark."""
     _, tokenizer = gemma(16)
     tokenizer.chat_template = PLAIN_CHAT
+    start = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -144,8 +150,6 @@ def glm(folder: Path) -> None:
     """GLM's tokenizer begins every text, an empty one too, with two marks."""
     llama(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    from tokenizers.processors import TemplateProcessing
-
     start = tokenizer.convert_tokens_to_ids("<s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> <s> $A", special_tokens=[("<s>", start)]
@@ -245,4 +249,9 @@ def provide_packages() -> None:
     ftfy: Any = ModuleType("ftfy")
     ftfy.fix_text = lambda text: text
     sys.modules |= {"parameterized": parameterized, "requests_mock": mock}
-    builtins.ftfy = ftfy  # type: ignore[attr-defined]
+    transforms: Any = ModuleType("transforms")  # of torchvision, of which one network resizes a mask
+    transforms.InterpolationMode = SimpleNamespace(NEAREST="nearest")
+    transforms.functional = SimpleNamespace(
+        resize=lambda image, size, interpolation: torch.nn.functional.interpolate(image, size)
+    )
+    vars(builtins).update(ftfy=ftfy, transforms=transforms)
