@@ -11,11 +11,11 @@ FEW = {
     "gfprune_cli.pruning.flows:JUDGE_DRAWS": 16,
     "gfprune_cli.pruning.record:JUDGE_DRAWS": 16,
     "gfprune_cli.pruning.analyze:PROBE_DRAWS": 16,
-    "gfprune_cli.recovery.job:REPORT_DRAWS": 32,
+    "gfprune_cli.recovery.job:REPORT_DRAWS": 64,
     "gfprune_cli.evaluation.teacher:LOSS_DRAWS": 32,
     "gfprune_cli.evaluation.job:REPEATS": 5,
 }
-LOSS_DRAWS = (32,)  # behind each loss of a pruning run
+LOSS_DRAWS = (64,)  # behind each loss of a pruning run
 ALL: dict[str, Any] = {}  # the numbers that users get, once they were replaced
 
 
