@@ -27,6 +27,7 @@ from gfprune_cli.progress import silent
 from gfprune_cli.structure.blocks import block_groups
 
 BLOCKS, GONE = 12, (2, 4, 6)
+STEPS = 600
 WAYS = ("one by one", "together", "one run")
 
 
@@ -48,8 +49,8 @@ def loss_without(gone: Collection[str], masked: MaskedModel, process: Any, draws
     return denoising_loss(partial(masked.forward, masked.passing()), process, draws, LOSS_DRAWS, silent)
 
 
-def rows(seed: int, steps: int, work: Path) -> dict[tuple[str, int], tuple[float, int, list[str]]]:
-    """(way, blocks gone) -> held-out loss, passes that the choice took, what went; "dense" with none."""
+def trained_dit(seed: int, steps: int, work: Path) -> tuple[Any, Family, Draws, Draws]:
+    """A network, from `work` if it was trained before; how it is built; draws to train and to judge on."""
     torch.manual_seed(seed)
     family = Family(partial(dit, 4, 32, BLOCKS, 1), diffusers.DDPMScheduler, steps=steps, batch=16)
     process, images = noising_process(family.scheduler()), images_of(family)
@@ -58,6 +59,13 @@ def rows(seed: int, steps: int, work: Path) -> dict[tuple[str, int], tuple[float
         for part in (slice(-HELD_OUT), slice(-HELD_OUT, None))
     )
     network = trained(f"DiT of {BLOCKS} blocks {steps} {seed}", family, process, known, work)
+    return network, family, known, held_out
+
+
+def rows(seed: int, steps: int, work: Path) -> dict[tuple[str, int], tuple[float, int, list[str]]]:
+    """(way, blocks gone) -> held-out loss, passes that the choice took, what went; "dense" with none."""
+    network, family, known, held_out = trained_dit(seed, steps, work)
+    process = noising_process(family.scheduler())
     groups = block_groups(network)
     names = [group.name for group in groups]
     batch = known.batch("compare", 1, COMPARED_SAMPLES)
@@ -78,7 +86,7 @@ def rows(seed: int, steps: int, work: Path) -> dict[tuple[str, int], tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark/depth"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
