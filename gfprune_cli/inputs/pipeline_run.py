@@ -1,6 +1,7 @@
 """Calling a pipeline as its users call it, for one prompt at a time, while an observer looks on."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -71,6 +72,7 @@ class PipelineRun:
         Raises:
             GfpruneError: the pipeline fails with any of them.
         """
+        fit_area(self.pipeline, self.options.pixels())
         errors: list[GfpruneError] = []
         negative = "negative_prompt" in inspect.signature(type(self.pipeline).__call__).parameters
         tried = list(fillings(type(self.pipeline)))
@@ -96,6 +98,13 @@ class PipelineRun:
         if self.emptied:
             made["negative_prompt"] = [""] * len(numbers)
         run_pipeline(self.pipeline, self.observer, made, [self.asked[number] for number in numbers], limit)
+
+
+def fit_area(pipeline: Any, size: tuple[int, int] | None) -> None:
+    """Make the size asked for the one that some pipelines scale every other to."""
+    factor = getattr(pipeline, "vae_scale_factor", None)
+    if size is not None and isinstance(factor, int) and hasattr(pipeline, "default_sample_size"):
+        pipeline.default_sample_size = max(1, round(math.prod(size) ** 0.5 / factor))
 
 
 def call_arguments(

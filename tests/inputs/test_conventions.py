@@ -11,7 +11,7 @@ from gfprune_cli.inputs.arguments import Grown
 from gfprune_cli.inputs.joined import Joined, find_joined
 from gfprune_cli.inputs.observer import Enough, Observer
 from gfprune_cli.inputs.pictures import Pictures
-from gfprune_cli.inputs.pipeline_run import PipelineOptions, PipelineRun, call_arguments
+from gfprune_cli.inputs.pipeline_run import PipelineOptions, PipelineRun, call_arguments, fit_area
 
 FRAMES, NOISY = 5, 4  # the first frame is given
 CHANNELS, OWN = 9, 4
@@ -115,3 +115,11 @@ def test_what_is_joined_along_the_batch_grows_with_it() -> None:
     found = Grown.of(given, double, branches=2, factor=2)
     assert found.own == {"text", "features.0", "features.1"}
     assert found.nested == {"features"}
+
+
+@pytest.mark.parametrize(("size", "edge"), [(None, 128), ("32x128", 8)])
+def test_the_size_asked_for_is_the_area_that_others_are_scaled_to(size: str | None, edge: int) -> None:
+    pipeline: Any = Pipeline(Network())
+    pipeline.default_sample_size, pipeline.vae_scale_factor = 128, 8
+    fit_area(pipeline, PipelineOptions(size=size).pixels())
+    assert pipeline.default_sample_size == edge

@@ -240,6 +240,7 @@ def few_draws() -> None:
     from gfprune_cli.pruning import flows, fold, job
     from gfprune_cli.recovery import job as recovery
 
+    loop.COMPARED_SAMPLES = 4
     loop.REFIT_SAMPLES, flows.JUDGE_DRAWS, recovery.REPORT_DRAWS = 8, 8, 8
     fold.FITTED, fold.CHECKED = {"fit": 96, "choose": 32}, {"check": 32}
     job.PruneJob.loss.__defaults__ = (8,)
