@@ -81,7 +81,8 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
                 sample_every=options.sample_every,
                 open_watch=(lambda done: Watch(logs, done, tracker)) if processes.main else None,
             )
-        if model is not None:
+        if processes.main:
+            assert model is not None
             progress(Event("write", text=f"writing {destination}"))
             write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
             state.end()

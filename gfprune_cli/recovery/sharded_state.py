@@ -22,6 +22,7 @@ from gfprune_cli.runtime.processes import Processes
 
 STAGING = "new-pieces"
 DIGEST_BYTES = 32
+PART_BYTES = 2**28  # of a process in one file, which is put together in memory
 Room = Callable[[Mapping[str, torch.Size]], dict[str, torch.Tensor]]
 
 
@@ -81,7 +82,8 @@ class ShardedState:
             folder.stage(STAGING, needed)
         processes.wait()
         try:
-            writer = HuggingFaceStorageWriter(path=str(staging), save_distributed=True)
+            parts = in_parts(tensors, processes.count * PART_BYTES)
+            writer = HuggingFaceStorageWriter(str(staging), fqn_to_index_mapping=parts, save_distributed=True)
             save(dict(tensors), storage_writer=writer)
             digests = self.digests(staging)
             if processes.main:
@@ -104,6 +106,13 @@ class ShardedState:
             table[number] = torch.tensor(list(bytes.fromhex(sha256_of(paths[number]))), dtype=torch.int32)
         found = processes.total(table.to(processes.device)).tolist()
         return {path.name: bytes(row).hex() for path, row in zip(paths, found, strict=True)}
+
+
+def in_parts(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, int]:
+    """Tensor -> the file that it goes to, counted from 1, of so many bytes over all processes."""
+    sizes = torch.tensor([tensor.numel() * tensor.element_size() for tensor in tensors.values()])
+    files = (sizes.cumsum(0) - sizes) // limit + 1
+    return dict(zip(tensors, torch.unique(files, return_inverse=True)[1].add(1).tolist(), strict=True))
 
 
 def first_cause(error: CheckpointException) -> OSError:
