@@ -82,7 +82,7 @@ class ShardedState:
             folder.stage(STAGING, needed)
         processes.wait()
         try:
-            parts = in_parts(tensors, processes.count * PART_BYTES)
+            parts = file_numbers(tensors, processes.count * PART_BYTES)
             writer = HuggingFaceStorageWriter(str(staging), fqn_to_index_mapping=parts, save_distributed=True)
             save(dict(tensors), storage_writer=writer)
             digests = self.digests(staging)
@@ -108,7 +108,7 @@ class ShardedState:
         return {path.name: bytes(row).hex() for path, row in zip(paths, found, strict=True)}
 
 
-def in_parts(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, int]:
+def file_numbers(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, int]:
     """Tensor -> the file that it goes to, counted from 1, of so many bytes over all processes."""
     sizes = torch.tensor([tensor.numel() * tensor.element_size() for tensor in tensors.values()])
     files = (sizes.cumsum(0) - sizes) // limit + 1

@@ -24,7 +24,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.sharded_state import in_parts
+from gfprune_cli.recovery.sharded_state import file_numbers
 from gfprune_cli.recovery.sharded_trainer import ShardedTrainer
 from gfprune_cli.recovery.sharding import check_sharded, gathered, load_sharded, shard, stand_in
 from gfprune_cli.runtime.processes import Processes
@@ -181,8 +181,8 @@ def test_a_damaged_state_is_passed_over_by_all(
 def test_a_state_is_written_in_files_of_limited_size() -> None:
     """Each is put together in memory before it is written: numbers have no gaps, large tensors their own."""
     tensors = {name: torch.zeros(size) for name, size in zip("abcde", (1, 2, 50, 1, 1), strict=True)}
-    assert in_parts(tensors, 16) == {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2}
-    assert in_parts(tensors, 10**6) == dict.fromkeys("abcde", 1)
+    assert file_numbers(tensors, 16) == {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2}
+    assert file_numbers(tensors, 10**6) == dict.fromkeys("abcde", 1)
 
 
 @pytest.mark.parametrize(
