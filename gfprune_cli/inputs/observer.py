@@ -38,6 +38,10 @@ class Observer:
     image: tuple[int, int, int] = (0, 0, 0)
     answers: dict[Any, Any] = field(default_factory=dict)  # of the network, by the form of what it was given
 
+    def __deepcopy__(self, memo: Any) -> "Observer":
+        """Copies of a scheduler, as for the frames of a video, are looked at by the same observer."""
+        return self
+
     def forget(self, limit: int | None) -> None:
         self.limit, self.calls, self.outputs, self.steps, self.first = limit, [], [], [], 0
 

@@ -31,6 +31,7 @@ JUDGES = ("safety_checker",)
 DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "PaellaVQModel", "ConsistencyDecoder")
 PRIOR = "Prior"  # what it draws of a text is the condition of the next network
 CHANGES_IMAGES = re.compile(r"Img2Img|Inpaint")
+EDITS_INVERTED = re.compile(r"^LEditsPPPipeline(.+)")  # and wants a picture inverted beforehand
 
 
 def is_decoder(class_name: str) -> bool:
@@ -139,7 +140,7 @@ def pipeline_class(component: Component) -> Any:
         raise GfpruneError(
             f"{component.root / 'model_index.json'} names {quoted(name)}, which is no pipeline of diffusers"
         )
-    from_noise = CHANGES_IMAGES.sub("", found.__name__)
+    from_noise = EDITS_INVERTED.sub(r"\1Pipeline", CHANGES_IMAGES.sub("", found.__name__))
     channels = component.config.get("in_channels")
     whole = (component.config.get("out_channels") or channels) == channels  # no mask or image comes along
     if from_noise == found.__name__ or not whole or is_autoencoder(component.class_name):
@@ -158,7 +159,7 @@ def _pipeline_named(name: str) -> Any:
     import diffusers
 
     with quiet():  # importing a pipeline imports what it may use of transformers
-        found = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+        found = getattr(diffusers, name, None) if "Pipeline" in name else None
     known = (
         isinstance(found, type)
         and found.__module__.startswith("diffusers.pipelines.")

@@ -14,6 +14,7 @@ from gfprune_cli.inputs.pictures import ONE_EACH, Pictures, fillings, picture_ar
 from gfprune_cli.inputs.refusals import not_run
 from gfprune_cli.recipes.options import parsed_size
 
+SECONDS = 5.0  # of sound
 PRIOR_STEPS = 8  # in which another network draws what the network is conditioned by
 STEPS = 4  # that the pipeline is asked for; it comes to the second
 
@@ -129,6 +130,8 @@ def call_arguments(
     given["use_mean_velocity"] = False  # of flow maps: the velocity of one noise level, as in training
     given["prior_num_inference_steps"] = PRIOR_STEPS
     given["strength"] = 1.0  # of changing an image: every noise level
+    if "audio_duration_s" in parameters and parameters["audio_duration_s"].default is None:
+        given["audio_duration_s"] = SECONDS  # else every text has a length of its own
     if "output_latent" in parameters:  # what these give back are maps, as arrays alone
         del given["output_type"]
     size = options.pixels()

@@ -280,7 +280,10 @@ def as_pipeline(root: Path, target: Path, class_name: str, **changes: Any) -> Pa
     return target
 
 
-@pytest.mark.parametrize("class_name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+@pytest.mark.parametrize(
+    "class_name",
+    ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LEditsPPPipelineStableDiffusion"],
+)
 def test_a_pipeline_that_changes_images_is_run_as_the_one_that_draws_them(
     class_name: str, folder: Folder, tmp_path: Path
 ) -> None:

@@ -144,7 +144,7 @@ def call_of(test: Any) -> dict[str, Any]:
         )
     except Exception:  # files of the Hub
         given = {}
-    plain = {name: value for name, value in given.items() if is_plain(value)}
+    plain = {name: value for name, value in given.items() if is_plain(value) or name == "audio_duration_s"}
     settings = {name: value for name, value in plain.items() if name not in NAMED}
     return {"height": plain.get("height"), "width": plain.get("width"), "frames": plain.get("num_frames"),
             "settings": settings}  # fmt: skip
