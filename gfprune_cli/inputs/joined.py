@@ -92,13 +92,13 @@ def place_of(one: torch.Tensor, sample: torch.Tensor) -> Joined | None:
         part = one
         for other, start in zip(differs, starts, strict=True):
             part = part.narrow(other, start, sample.shape[other])
-        if same_noise(part, sample):
+        if same_direction(part, sample):
             first = starts[differs.index(axis)]
             return Joined(axis, first, length, tuple(one.narrow(axis, first, length).shape[1:]))
     return None
 
 
-def same_noise(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_direction(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float(torch.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0)) > ALIKE
 
 
