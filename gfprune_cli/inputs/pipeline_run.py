@@ -56,6 +56,7 @@ class PipelineRun:
         filled: arguments that pictures are made for.
         several: whether each prompt has a picture of its own in one call, or all have one.
         emptied: whether the pipeline wants an empty negative prompt where users give none.
+        alone: whether it takes one prompt, and no list of them.
     """
 
     pipeline: Any
@@ -66,6 +67,7 @@ class PipelineRun:
     filled: tuple[str, ...] = ()
     several: bool = False
     emptied: bool = False
+    alone: bool = False
 
     def first(self) -> None:
         """The first run, to the second noise level; finds out which arguments want pictures.
@@ -75,10 +77,12 @@ class PipelineRun:
         """
         fit_area(self.pipeline, self.options.pixels())
         errors: list[GfpruneError] = []
-        negative = "negative_prompt" in inspect.signature(type(self.pipeline).__call__).parameters
-        tried = list(fillings(type(self.pipeline)))
-        for self.emptied, names in product((False, True) if negative else (False,), tried):
-            self.filled = names
+        parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        ways = [(False, False)]
+        ways += [(True, False)] if "negative_prompt" in parameters else []
+        ways += [(False, True)] if "prompt" in parameters else []
+        for way, names in product(ways, fillings(type(self.pipeline))):
+            (self.emptied, self.alone), self.filled = way, names
             try:
                 return self(0, limit=None)
             except (UsageError, Interrupted):
@@ -98,7 +102,10 @@ class PipelineRun:
             )
         if self.emptied:
             made["negative_prompt"] = [""] * len(numbers)
-        run_pipeline(self.pipeline, self.observer, made, [self.asked[number] for number in numbers], limit)
+        asked = [self.asked[number] for number in numbers]
+        if self.alone and len(asked) == 1:
+            made["prompt"] = asked[0]
+        run_pipeline(self.pipeline, self.observer, made, asked, limit)
 
 
 def fit_area(pipeline: Any, size: tuple[int, int] | None) -> None:
@@ -169,7 +176,7 @@ def run_pipeline(
     made = dict(arguments)
     for key in ("prompt", "class_labels"):
         if key in parameters:
-            made[key] = list(asked)
+            made.setdefault(key, list(asked))
             break
     if "generator" in parameters:
         made["generator"] = [generator(0, "recording", number) for number in range(len(asked))]

@@ -86,6 +86,18 @@ def test_a_negative_prompt_is_given_only_where_the_pipeline_fails_without() -> N
     assert first_run(Asking).emptied
 
 
+class OneByOne(Pipeline):
+    def __call__(self, prompt: Any, negative_prompt: Any = None) -> None:
+        if not isinstance(prompt, str):
+            raise ValueError("no list of prompts")
+        super().__call__([prompt])
+
+
+def test_a_prompt_comes_alone_only_where_the_pipeline_takes_no_list() -> None:
+    assert not first_run(Pipeline).alone
+    assert first_run(OneByOne).alone
+
+
 class Failing(Pipeline):
     def __call__(self, prompt: Any = None, negative_prompt: Any = None) -> None:
         raise ValueError("no prompt" if negative_prompt is None else "still none")

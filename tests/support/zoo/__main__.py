@@ -97,12 +97,17 @@ def run(asked: argparse.Namespace, work: Path, rows: Rows) -> None:
                 row.get("class") for other, row in rows.found.items() if row.get("whole") and other != key
             }
             whole = first and not asked.brief
-            if passed and not asked.again and not (whole and not rows.found[key].get("whole")):
+            known = rows.found.get(key, {})
+            if passed and not asked.again and not (whole and not known.get("whole") and "broke" not in known):
                 continue
             start = time.monotonic()
             row = forked(asked.limit, visit, work, name, component, whole)
             row = {"class": class_name, "whole": whole and row["status"] == "passed", **row}
             row["seconds"] = round(time.monotonic() - start, 1)
+            if passed and row["status"] != "passed":  # it prunes, and what follows does not
+                row = rows.found[key] | {
+                    "broke": f"{row.get('stage', '')}: {row['error']}".removeprefix(": ")
+                }
             rows.add(key, row)
             print(
                 key,

@@ -166,7 +166,13 @@ def use_settings(folder: Path) -> dict[str, Any]:
     for cls in {getattr(diffusers, named, None), getattr(diffusers, plain, None)} - {None}:
         call = inspect.unwrap(cls.__call__)
         names, defaults = list(inspect.signature(call).parameters), list(call.__defaults__ or ())
-        for name, value in described["settings"].items():
+        sizes = {
+            "height": described["height"],
+            "width": described["width"],
+            "num_frames": described["frames"],
+        }
+        given = {name: value for name, value in sizes.items() if value}
+        for name, value in (given | described["settings"]).items():
             place = names.index(name) - len(names) + len(defaults) if name in names else -1
             if place >= 0:
                 defaults[place] = tuple(value) if isinstance(value, list) else value
@@ -177,7 +183,7 @@ def use_settings(folder: Path) -> dict[str, Any]:
     if "height" in accepted and (height or not frames):
         height = height or 32
         options["size"] = f"{height}x{described['width'] or height}"
-    if "height" not in accepted and "image" in accepted:
+    if "height" not in accepted and "image" in accepted and "task_prompt" not in accepted:
         options["size"] = "64x64"  # of the picture
     if "num_frames" in accepted and frames:
         options["frames"] = frames

@@ -217,7 +217,7 @@ def loaded_plainly(folder: Path) -> Any:
     os.environ.pop("DIFFUSERS_DISABLE_REMOTE_CODE", None)
     sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]
     try:
-        return AutoModel.from_pretrained(folder, trust_remote_code=True)
+        return AutoModel.from_pretrained(str(folder), trust_remote_code=True)
     finally:
         sys.modules |= hidden
 

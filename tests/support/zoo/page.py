@@ -50,6 +50,7 @@ def table(found: Found) -> str:
         name, row = next((one for one in passed if one[1].get("whole")), passed[0])
         others = [other for other, _ in passed if other != name]
         seen = [row.get(column, "") for column in ("finetune", "diffusers", "export")]
+        seen[-1] = reason({"error": row.get("broke", seen[-1])})
         cells = [f"`{kind}`", named(name), row.get("groups", ""), f"{row['prune']:.1%}", *seen]
         lines.append(f"| {' | '.join(map(str, cells))} | {', '.join(map(named, others))} |")
     lines += ["", "| pipeline | class | why it is refused |", "|---|---|---|"]
