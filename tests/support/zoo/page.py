@@ -56,6 +56,9 @@ def table(found: Found) -> str:
     lines += ["", "| pipeline | class | why it is refused |", "|---|---|---|"]
     refused = [(name, row) for name, row in sorted(runs.items()) if row["status"] != "passed"]
     lines += [f"| {named(name)} | `{row['class']}` | {reason(row)} |" for name, row in refused]
+    unbuilt = sorted(name for name, row in found.items() if row["status"] == "unbuilt")
+    if unbuilt:
+        lines += ["", f"Could not be built: {', '.join(unbuilt)}."]
     return "\n".join(lines) + "\n"
 
 
