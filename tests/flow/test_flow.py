@@ -1025,14 +1025,16 @@ def test_widths_follow_compared_scores_and_units_the_criterion(fixed: bool) -> N
     given: list[Mapping[str, torch.Tensor]] = []
     plain = loop.allocate
 
-    def watched(scores: Mapping[str, torch.Tensor], share: float) -> Mapping[str, int]:
+    def watched(
+        scores: Mapping[str, torch.Tensor], share: float, before: Mapping[str, str]
+    ) -> Mapping[str, int]:
         given.append(scores)
-        return plain(scores, share)
+        return plain(scores, share, before)
 
     loop.allocate = watched
     support = loop.rescore()
     scores = score("random", evidence(loop.masked, 1))
-    kept = plain(given[0], loop.schedule.share(1))
+    kept = plain(given[0], loop.schedule.share(1), {})
     for group in loop.masked.groups:
         assert torch.equal(given[0][group.name], scores[group.name]) is fixed
         assert torch.equal(support[group.name], select(group, scores[group.name], kept[group.name]))
