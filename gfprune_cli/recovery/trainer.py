@@ -183,9 +183,11 @@ class Trainer:
 
     def sum_gradients(self) -> None:
         """Over the processes."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad = self.processes.total(parameter.grad)
+        if self.processes.count == 1:
+            return
+        given = {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
+        for name, summed in self.processes.totals(given).items():
+            given[name].copy_(summed)  # which keeps its memory format
 
     def clip(self) -> float:
         """Clip the gradients; their norm before."""

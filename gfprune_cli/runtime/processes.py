@@ -25,6 +25,7 @@ from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import choose_device
 from gfprune_cli.runtime.launch import check_launcher, joined, launched, sharding
 
+PARCEL = 1 << 22  # numbers that are summed together
 PATIENCE = timedelta(hours=2)  # how long a process waits for another, which may be drawing images
 
 
@@ -96,12 +97,15 @@ class Processes:
         return summed.to(tensor.device)
 
     def totals(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums of small tensors of one type, taken together."""
-        if self.state is None or not tensors:
+        """Sums of tensors of one type, many small ones taken together."""
+        if self.state is None:
             return dict(tensors)
-        summed = self.total(torch.cat([tensor.flatten() for tensor in tensors.values()]))
-        parts = summed.split([tensor.numel() for tensor in tensors.values()])
-        return {name: part.view_as(tensors[name]) for name, part in zip(tensors, parts, strict=True)}
+        found: dict[str, torch.Tensor] = {}
+        for names in parcels(tensors):
+            flat = [tensors[name].flatten() for name in names]
+            parts = self.total(torch.cat(flat)).split([len(part) for part in flat])
+            found |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+        return found
 
     def joined(self, rows: torch.Tensor) -> torch.Tensor:
         """[sum of N, ...] the rows [N, ...] of all processes, in the order of their numbers."""
@@ -159,6 +163,20 @@ class Processes:
         yield
         if self.main:
             self.wait()
+
+
+def parcels(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names in order, of about `PARCEL` numbers together, or of one tensor that has more."""
+    names: list[str] = []
+    numbers = 0
+    for name, tensor in tensors.items():
+        if names and numbers + tensor.numel() > PARCEL:
+            yield names
+            names, numbers = [], 0
+        names.append(name)
+        numbers += tensor.numel()
+    if names:
+        yield names
 
 
 @contextmanager
