@@ -31,7 +31,7 @@ from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import is_elsewhere
-from gfprune_cli.runtime.processes import alone, single
+from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 SAVE_EVERY = 100  # recovery steps
@@ -167,10 +167,10 @@ class Networks:
             job.process,
             draws,
             recipe,
-            processes=job.processes or single(job.device),
+            processes=job.processes or Processes(None, job.device),
             precision=job.precision,
             state=state,
-            progress=alone(job.progress),
+            progress=job.progress,
             save_every=SAVE_EVERY,
             remedies=RECOVERY_REMEDIES,
             pair=pair,

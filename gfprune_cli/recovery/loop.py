@@ -1,8 +1,7 @@
 """The training loop: steps, saved states, what people see, and stopping without loss."""
 
-import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from gfprune_cli.errors import Interrupted
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.trainer import Stopped, Trainer
+from gfprune_cli.runtime.processes import Together
 
 GRID_SAMPLES = 8
 
@@ -110,7 +110,9 @@ class Loop:
     samples: Samples | None = None
     open_watch: Callable[[int], Watch] | None = None
     done: int = 0
-    stop: Interrupted | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.heard = Together.of(self.progress, self.trainer.processes)
 
     def run(self) -> None:
         """Run to the end, from the last durable state if there is one.
@@ -150,7 +152,7 @@ class Loop:
             if watch is not None:
                 watch.log(self.done, values)
             shown = {"loss": values["loss"], "lr": values["lr"]}
-            self.tell(Event("finetune", self.done, total, values=shown))
+            self.heard(Event("finetune", self.done, total, values=shown))
             if self.done == total or (self.save_every and self.done % self.save_every == 0):
                 self.save()
             if self.picture_due():
@@ -161,21 +163,14 @@ class Loop:
         last = self.done == self.trainer.recipe.steps
         return bool(self.sample_every and self.done and (self.done % self.sample_every == 0 or last))
 
-    def tell(self, event: Event) -> None:
-        """Report, and keep an interrupt until all processes agree on it."""
-        try:
-            self.progress(event)
-        except Interrupted as stop:
-            self.stop = stop
-
     def stopping(self) -> bool:
         """Asked before every pass: a signal may arrive within a long step."""
-        self.tell(Event("pass"))
-        return self.stop is not None
+        self.heard(Event("pass"))
+        return self.heard.stop is not None
 
     def interrupt(self) -> None:
         self.save()
-        stop = self.stop or Interrupted("stopped with another process", signal.SIGTERM)
+        stop = self.heard.interrupt()
         raise Interrupted(f"{stop}; the state is saved, continue with --resume", stop.signal_number) from stop
 
     def save(self) -> None:
@@ -186,7 +181,7 @@ class Loop:
 
     def picture(self, watch: Watch | None) -> None:
         """A grid of the averaged weights' samples; given up when the run is to stop."""
-        if watch is None or self.samples is None or self.stop is not None:
+        if watch is None or self.samples is None or self.heard.stop is not None:
             return
         samples = self.samples
         try:

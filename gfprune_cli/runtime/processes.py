@@ -200,18 +200,27 @@ class Together:
     """A progress callback that keeps an interrupt until all processes agree on it; see `agree`.
 
     Args:
-        alone: what it calls, which may raise `Interrupted`.
+        progress: what it calls, which may raise `Interrupted`.
     """
 
-    def __init__(self, alone: Progress, processes: Processes) -> None:
-        self.alone, self.processes = alone, processes
+    def __init__(self, progress: Progress, processes: Processes) -> None:
+        self.progress, self.processes = progress, processes
         self.stop: Interrupted | None = None
+
+    @classmethod
+    def of(cls, progress: Progress, processes: Processes) -> "Together":
+        """The callback itself if it is one."""
+        return progress if isinstance(progress, cls) else cls(progress, processes)
 
     def __call__(self, event: Event) -> None:
         try:
-            self.alone(event)
+            self.progress(event)
         except Interrupted as stop:
             self.stop = stop
+
+    def interrupt(self) -> Interrupted:
+        """What to raise once the processes know that one was told to stop."""
+        return self.stop or Interrupted("stopped with another process", signal.SIGTERM)
 
     def agree(self) -> None:
         """Stop here if some process was told to; all of them ask in the same places.
@@ -220,7 +229,7 @@ class Together:
             Interrupted: one was.
         """
         if self.processes.any(self.stop is not None):
-            raise self.stop or Interrupted("stopped with another process", signal.SIGTERM)
+            raise self.interrupt()
 
 
 def agree(progress: Progress) -> None:
@@ -234,16 +243,6 @@ def agree(progress: Progress) -> None:
         progress.agree()
 
 
-def alone(progress: Progress) -> Progress:
-    """The callback that raises at once, for who agrees on it in other ways."""
-    return progress.alone if isinstance(progress, Together) else progress
-
-
 def neighbours() -> int:
     """Processes of this run on this machine, this one included."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
-
-
-def single(device: torch.device) -> Processes:
-    """One process alone."""
-    return Processes(None, device)

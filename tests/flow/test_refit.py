@@ -4,7 +4,10 @@ pytest tests/flow/test_refit.py
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import networks
@@ -15,10 +18,12 @@ import transformers_zoo as zoo
 from torch.utils._pytree import tree_map
 
 from gfprune_cli.diffusion.conditions import Condition, Conditions, call
+from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.flow.mask import MaskedModel, Masks, full_masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import find_residuals
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
@@ -264,3 +269,62 @@ def test_layers_of_a_block_that_is_gone_are_left_alone() -> None:
     assert not any(name.startswith(f"{gone}.") for name in changed)
     assert any(name.startswith(f"{leaving}.") for name in changed)
     assert found.distance() < before
+
+
+@dataclass(frozen=True)
+class Played(Processes):
+    """One of several processes of a run, played by threads that wait for each other at every sum."""
+
+    number: int = 0
+    parts: list[Any] = field(default_factory=list)
+    barrier: Any = None
+
+    @property
+    def rank(self) -> int:
+        return self.number
+
+    @property
+    def count(self) -> int:
+        return len(self.parts)
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.parts[self.number] = tensor
+        self.barrier.wait()
+        summed = torch.stack([part.to(tensor) for part in self.parts]).sum(0)
+        self.barrier.wait()
+        return summed
+
+
+@pytest.mark.parametrize("name", ["seams", "sd3"])  # the second has layers with more inputs than rows
+def test_processes_share_the_samples_and_fit_what_one_fits(name: str) -> None:
+    count, samples = 3, 32
+    alone = pair(name)
+    alone.masked.set_masks(random_masks(alone.masked.groups))
+    alone.fit(count=samples)
+    parts: list[Any] = [None] * count
+    barrier = threading.Barrier(count, timeout=60)
+
+    pairs = [pair(name) for _ in range(count)]  # one after the other: torch's seed is that of all threads
+
+    def member(number: int) -> tuple[dict[str, torch.Tensor], set[int]]:
+        own, seen = pairs[number], set[int]()
+        own.masked.set_masks(random_masks(own.masked.groups))
+        processes = Played(object(), torch.device("cpu"), number, parts, barrier)
+        refit = Refit(own.masked, own.dense, own.residuals, 0, processes=processes)
+        batch = batch_for(own.template, samples, 1, own.dtype)
+        first = next(module for module in own.masked.model.modules() if is_fittable(module))
+        hook = first.register_forward_pre_hook(lambda _layer, given: seen.add(len(given[0])))
+        refit.fit(*batch, 1)
+        hook.remove()
+        return own.weights(), seen
+
+    with ThreadPoolExecutor(count) as threads:
+        found = list(threads.map(member, range(count)))
+    expected = alone.weights()
+    before = pair(name).weights()
+    moved = sum(float((expected[key] - before[key]).square().sum()) for key in expected)
+    assert moved > 0
+    for weights, seen in found:
+        apart = sum(float((weights[key] - expected[key]).square().sum()) for key in expected)
+        assert apart < 1e-6 * moved
+        assert max(seen) <= samples // count + 1

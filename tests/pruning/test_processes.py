@@ -1,108 +1,97 @@
 """`prune` in several processes: what one makes, and what becomes of a run of which a part is stopped."""
 
-import itertools
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
-import draws
 import pipelines
 import pytest
-import several
 import torch
+from forked import Server
 from torch import nn
 
 import gfprune_cli
-from gfprune_cli.errors import Interrupted
-from gfprune_cli.progress import Event
 
-BRIEF: dict[str, Any] = dict(images=9, sample_steps=2, draws=7, recover=2, device="cpu")
-CASES: dict[str, dict[str, Any]] = {
-    "taylor": dict(sparsity=0.4, keep_loss=2.0),
-    "gradient-flow": dict(sparsity=0.4, criterion="gradient-flow-abs", one_shot=True, recover=0),
-    "fisher": dict(sparsity=[0.2, 0.4], criterion="fisher", one_shot=True, refit=False),
-    "diff-pruning": dict(sparsity=0.4, criterion="diff-pruning", one_shot=True, refit=False, recover=0),
-}
-
-
-def make(model: Path, out: Path, cases: dict[str, dict[str, Any]], thorough: bool) -> None:
-    """Every case, from its own model or this one."""
-    if not thorough:
-        draws.few_draws()
-    for name, case in cases.items():
-        settings = dict(case)
-        gfprune_cli.prune(settings.pop("model", model), out=out / name, **settings)
-
-
-def make_and_stop(model: Path, out: Path, how: str, phase: str, case: dict[str, Any], thorough: bool) -> None:
-    """One case, of which the second process is told to stop, or dies, at the twelfth event of a phase."""
-    if not thorough:
-        draws.few_draws()
-    seen = itertools.count(1)
-
-    def stop(event: Event) -> None:
-        if event.phase == phase and next(seen) == 12 and os.environ["RANK"] == "1":
-            if how == "killed":
-                os._exit(9)
-            raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
-
-    gfprune_cli.prune(model, out=out, progress=stop, **case)
+pytestmark = pytest.mark.slow
+BRIEF = ["--images", "9", "--sample-steps", "2", "--draws", "7", "--recover", "2", "--device", "cpu"]
+ONE_BY_ONE = {"gfprune_cli.pruning.phases:SCORE_CHUNK": 1}  # one event for each draw that is scored
 
 
 def vector(folder: Path) -> torch.Tensor:
     return nn.utils.parameters_to_vector(gfprune_cli.load(folder).parameters()).detach()
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "gfprune.json").read_text())
+    return found
+
+
 def assert_same(several_made: Path, one_made: Path) -> None:
-    """The same channels, and weights that differ by rounding: least squares and training magnify it."""
-    kept = [json.loads((folder / "gfprune.json").read_text())["kept"] for folder in (several_made, one_made)]
-    assert kept[0] == kept[1]
+    """The same channels; losses and weights differ by rounding, which least squares and training magnify."""
+    records = [record_of(folder) for folder in (several_made, one_made)]
+    assert records[0]["kept"] == records[1]["kept"]
+    losses = [{name: loss for name, loss in record["loss"].items() if loss is not None} for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     found, expected = vector(several_made), vector(one_made)
     assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
-@pytest.mark.slow
-def test_three_processes_make_what_one_makes(pipeline_folder: Path, tmp_path: Path, thorough: bool) -> None:
-    """Shares of 7 draws, 9 images and 16 samples are uneven; a transformer has more inputs than rows."""
-    dit = pipelines.dit(tmp_path / "dit")
-    chosen = CASES if thorough else {name: CASES[name] for name in ("taylor", "gradient-flow")}
-    cases: dict[str, dict[str, Any]] = {name: BRIEF | case for name, case in chosen.items()}
-    cases["transformer"] = BRIEF | dict(model=str(dit), sparsity=0.15, one_shot=True, recover=0)
-    outputs = tmp_path / "several"
-    made = several.run(make, 3, pipeline_folder, outputs, cases, thorough)
-    assert [code for code, _ in made] == [0, 0, 0], made
-    for name, case in cases.items():
-        out = tmp_path / "one" / name
-        gfprune_cli.prune(case.pop("model", pipeline_folder), out=out, **case)
-        targets = case["sparsity"] if isinstance(case["sparsity"], list) else [None]
-        for target in targets:
-            own = name if target is None else f"{name}-{target:g}"
-            assert_same(outputs / own, tmp_path / "one" / own)
-            record = json.loads((outputs / own / "gfprune.json").read_text())
-            assert record["resolved"]["processes"] == 3
-
-
-@pytest.mark.slow
 @pytest.mark.matrix(2)
-@pytest.mark.parametrize(("how", "phase"), [("told", "refit"), ("told", "finetune"), ("killed", "refit")])
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("unet", "--sparsity 0.4 --keep-loss 2"),
+        ("unet", "--sparsity 0.2 --sparsity 0.4 --criterion fisher --one-shot --no-refit"),
+        ("unet", "--sparsity 0.4 --criterion gradient-flow-abs --one-shot --recover 0"),
+        ("unet", "--sparsity 0.4 --criterion diff-pruning --one-shot --no-refit --recover 0"),
+        ("dit", "--sparsity 0.15 --one-shot --recover 0"),
+    ],
+)
+def test_three_processes_make_what_one_makes(
+    server: Server, pipeline_folder: Path, tmp_path: Path, model: str, settings: str
+) -> None:
+    """Shares of 7 draws, 9 images and 16 samples are uneven; the transformer has more inputs than rows."""
+    folder = pipeline_folder if model == "unet" else pipelines.dit(tmp_path / "dit")
+    given = ["prune", "--model", folder, *BRIEF, *settings.split()]
+    one = server.run(*given, "--out", tmp_path / "one", constants=ONE_BY_ONE)
+    assert one.code == 0, one.stderr
+    outcomes = server.together(3, *given, "--out", tmp_path / "several", constants=ONE_BY_ONE)
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes[0].stderr
+    assert outcomes[0].stdout == one.stdout.replace(str(tmp_path / "one"), str(tmp_path / "several"))
+    assert [outcome.stdout for outcome in outcomes[1:]] == ["", ""]
+    # every process also tells when a scoring is over
+    scorings = one.phases.count("score") // (7 + 1)
+    assert scorings >= 1
+    if "gradient-flow" not in settings and "diff-pruning" not in settings:
+        assert [outcome.phases.count("score") for outcome in outcomes] == [
+            scorings * (draws + 1) for draws in (2, 2, 3)
+        ]
+    for made in one.stdout.splitlines():
+        several = Path(made.replace(str(tmp_path / "one"), str(tmp_path / "several")))
+        assert_same(several, Path(made))
+        assert record_of(several)["resolved"]["processes"] == 3
+
+
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize(
+    ("number", "phase"),
+    [(signal.SIGTERM, "refit"), (signal.SIGTERM, "finetune"), (signal.SIGKILL, "refit")],
+)
 def test_what_is_stopped_goes_on_where_all_were(
-    pipeline_folder: Path, tmp_path: Path, how: str, phase: str, thorough: bool
+    server: Server, pipeline_folder: Path, tmp_path: Path, number: int, phase: str
 ) -> None:
     """One process is told to stop, or dies, in the middle of a refit or of training: none waits for it."""
-    out = tmp_path / "out"
-    case = BRIEF | dict(sparsity=0.4, iterations=2, recover=14, resume=True)
-    ended = several.run(make_and_stop, 2, pipeline_folder, out, how, phase, case, thorough)
-    if how == "told":
-        assert [code for code, _ in ended] == [143, 143], ended
-        assert all("the state is saved" in said or phase == "refit" for _, said in ended)
-    else:
-        assert [code for code, _ in ended] == [1, 9], ended
-        assert "another process of the run ended" in ended[0][1]
+    given = ["prune", "--model", pipeline_folder, *BRIEF, "--sparsity", "0.4", "--iterations", "2"]
+    given += ["--recover", "14"]
+    one, out = tmp_path / "one", tmp_path / "out"
+    ended = server.together(2, *given, "--out", out, signals={1: number}, phase=phase, nth=11)
+    killed = number == signal.SIGKILL
+    assert [outcome.code for outcome in ended] == ([1, -number] if killed else [128 + number] * 2), ended
+    said = "another process of the run ended" if killed else "the state is saved, continue with --resume"
+    assert said in ended[0].error
     assert not out.exists()
-    resumed = several.run(make, 2, pipeline_folder, tmp_path, {"out": case}, thorough)
-    assert [code for code, _ in resumed] == [0, 0], resumed
-    case.pop("resume")
-    gfprune_cli.prune(pipeline_folder, out=tmp_path / "one", **case)
-    assert_same(out, tmp_path / "one")
+    resumed = server.together(2, *given, "--out", out, "--resume")
+    assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].stderr
+    assert server.run(*given, "--out", one).code == 0
+    assert_same(out, one)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from gfprune_cli.runtime.processes import Processes
 
 STEPS = 6
 BRIEF = f"--steps {STEPS} --batch 6 --images 12 --sample-steps 2 --device cpu --optimizer adamw".split()
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "MASTER_ADDR": "127.0.0.1"}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +48,9 @@ def alone(server: Server, dit: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def together(
-    server: Server, count: int, *arguments: Any, signals: dict[int, int] | None = None, nth: int = 0
-) -> list[Outcome]:
-    """One `finetune` by several processes; some get a signal at their nth step, counted from 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(count):
-        own = {"MASTER_PORT": port, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        sent = [signals[rank]] if signals and rank in signals else []
-        started.append(
-            server.start(
-                ["finetune", *arguments],
-                environment=SHARDED | own,
-                signals=sent,
-                phase="finetune" if sent else "",
-                nth=nth,
-            )
-        )
-    return [server.wait(one) for one in started]
+def together(server: Server, count: int, *arguments: Any, **how: Any) -> list[Outcome]:
+    """One `finetune` by several processes, the networks in pieces."""
+    return server.together(count, "finetune", *arguments, environment=SHARDED, phase="finetune", **how)
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -171,7 +152,8 @@ def test_a_damaged_state_is_passed_over_by_all(
     together(server, 2, *flags, signals={0: signal.SIGTERM, 1: signal.SIGTERM}, nth=4)
     newest = states(out)[-1]
     piece = sorted(newest.glob("*.safetensors"))[1]
-    piece.write_bytes(piece.read_bytes()[:-1] + b"\0")
+    content = piece.read_bytes()
+    piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     outcomes = together(server, 2, *flags, "--resume")
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
     assert "continuing after step 4" in outcomes[0].stderr

@@ -127,6 +127,35 @@ class Server:
     def run(self, *arguments: Any, **how: Any) -> Outcome:
         return self.wait(self.start(list(arguments), **how))
 
+    def together(
+        self,
+        count: int,
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+        signals: Mapping[int, int] | None = None,
+        phase: str = "",
+        nth: int = 0,
+        **how: Any,
+    ) -> list[Outcome]:
+        """One command in several processes over gloo, as a launcher would start them.
+
+        Args:
+            signals: rank -> what it gets at the nth event of a phase, counted from 0.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        several |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+        started = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            given = {**several, **own, **(environment or {})}
+            sent = [signals[rank]] if signals and rank in signals else []
+            when = {"signals": sent, "phase": phase, "nth": nth} if sent else {}
+            started.append(self.start(list(arguments), environment=given, **when, **how))
+        return [self.wait(one) for one in started]
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
