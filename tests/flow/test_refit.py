@@ -4,10 +4,9 @@ pytest tests/flow/test_refit.py
 """
 
 import copy
-import threading
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import networks
@@ -15,6 +14,9 @@ import pytest
 import test_traced
 import torch
 import transformers_zoo as zoo
+from forked import Server
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 
 from gfprune_cli.diffusion.conditions import Condition, Conditions, call
@@ -271,60 +273,49 @@ def test_layers_of_a_block_that_is_gone_are_left_alone() -> None:
     assert found.distance() < before
 
 
-@dataclass(frozen=True)
-class Played(Processes):
-    """One of several processes of a run, played by threads that wait for each other at every sum."""
-
-    number: int = 0
-    parts: list[Any] = field(default_factory=list)
-    barrier: Any = None
-
-    @property
-    def rank(self) -> int:
-        return self.number
-
-    @property
-    def count(self) -> int:
-        return len(self.parts)
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.parts[self.number] = tensor
-        self.barrier.wait()
-        summed = torch.stack([part.to(tensor) for part in self.parts]).sum(0)
-        self.barrier.wait()
-        return summed
+SHARE = """
+import sys
+sys.path[:0] = {path!r}
+import test_refit
+test_refit.fit_a_share({name!r}, {folder!r})
+"""
+SAMPLES, SEVERAL = 32, 3
 
 
+def fit_a_share(name: str, folder: str) -> None:
+    """The refit of one of several processes: its weights, and how many samples it looked at."""
+    processes = Processes.start("cpu")
+    own, seen = pair(name), 0
+    own.masked.set_masks(random_masks(own.masked.groups))
+    first = next(module for module in own.masked.model.modules() if is_fittable(module))
+
+    def look(_layer: Any, given: Any) -> None:
+        nonlocal seen
+        seen = max(seen, len(given[0]))
+
+    hook = first.register_forward_pre_hook(look)
+    refit = Refit(own.masked, own.dense, own.residuals, 0, processes=processes)
+    refit.fit(*batch_for(own.template, SAMPLES, 1, own.dtype), 1)
+    hook.remove()
+    found = {name: weight.clone() for name, weight in own.weights().items()}
+    save_file(found, f"{folder}/{processes.rank}.safetensors", {"seen": str(seen)})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["seams", "sd3"])  # the second has layers with more inputs than rows
-def test_processes_share_the_samples_and_fit_what_one_fits(name: str) -> None:
-    count, samples = 3, 32
+def test_processes_share_the_samples_and_fit_what_one_fits(server: Server, tmp_path: Path, name: str) -> None:
+    script = SHARE.format(path=sys.path, name=name, folder=str(tmp_path))
+    outcomes = server.together(SEVERAL, script=script)
+    assert [outcome.code for outcome in outcomes] == [0] * SEVERAL, outcomes[0].stderr
     alone = pair(name)
     alone.masked.set_masks(random_masks(alone.masked.groups))
-    alone.fit(count=samples)
-    parts: list[Any] = [None] * count
-    barrier = threading.Barrier(count, timeout=60)
-
-    pairs = [pair(name) for _ in range(count)]  # one after the other: torch's seed is that of all threads
-
-    def member(number: int) -> tuple[dict[str, torch.Tensor], set[int]]:
-        own, seen = pairs[number], set[int]()
-        own.masked.set_masks(random_masks(own.masked.groups))
-        processes = Played(object(), torch.device("cpu"), number, parts, barrier)
-        refit = Refit(own.masked, own.dense, own.residuals, 0, processes=processes)
-        batch = batch_for(own.template, samples, 1, own.dtype)
-        first = next(module for module in own.masked.model.modules() if is_fittable(module))
-        hook = first.register_forward_pre_hook(lambda _layer, given: seen.add(len(given[0])))
-        refit.fit(*batch, 1)
-        hook.remove()
-        return own.weights(), seen
-
-    with ThreadPoolExecutor(count) as threads:
-        found = list(threads.map(member, range(count)))
+    before = alone.weights()
+    alone.fit(count=SAMPLES)
     expected = alone.weights()
-    before = pair(name).weights()
     moved = sum(float((expected[key] - before[key]).square().sum()) for key in expected)
     assert moved > 0
-    for weights, seen in found:
-        apart = sum(float((weights[key] - expected[key]).square().sum()) for key in expected)
-        assert apart < 1e-6 * moved
-        assert max(seen) <= samples // count + 1
+    for rank in range(SEVERAL):
+        with safe_open(tmp_path / f"{rank}.safetensors", "pt") as found:
+            assert int(found.metadata()["seen"]) <= SAMPLES // SEVERAL + 1
+            gaps = [(found.get_tensor(key) - expected[key]).square().sum() for key in expected]
+        assert float(torch.stack(gaps).sum()) < 1e-6 * moved
