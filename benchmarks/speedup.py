@@ -3,9 +3,10 @@
     python benchmarks/speedup.py                 # two networks in eager PyTorch and ONNX Runtime, 10 minutes
     python benchmarks/speedup.py --device cuda --runtimes eager compile --precision bf16 --batches 1 64
 
-Writes `speedup.md` into docs/benchmarks. Networks are pruned in one shot, without refit and recovery, since
-time does not depend on weights. What the run measured itself stands beside a second measurement, made when
-all is written, of the checkpoint as it is on disk, in turns with the dense one.
+Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card. Networks are pruned in one shot,
+without refit and recovery, since time does not depend on weights. What the run measured itself stands beside
+a second measurement, made when all is written, of the checkpoint as it is on disk, in turns with the dense
+one.
 """
 
 import argparse
@@ -138,6 +139,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     place = {"device": options.device, "seed": options.seed}
     place |= {"precision": options.precision} if options.precision else {}
+    name_of_page = "speedup.md" if options.device == "cpu" else "speedup-cuda.md"
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -153,7 +155,7 @@ def main(given: Sequence[str] | None = None) -> Path:
                     print(rows_table(rows), flush=True)
                     body = TEXT + rows_table(rows) + verdict(rows) + "\n" + PUBLISHED
                     page = write_page(
-                        options.out / "speedup.md", "Speed-up asked and measured", command, options.seed, body
+                        options.out / name_of_page, "Speed-up asked and measured", command, options.seed, body
                     )
     return page
 
