@@ -24,8 +24,9 @@ import gfprune_cli as gfprune
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.losses import RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.recover import channels_last
+from gfprune_cli.recovery.teacher import Correspondence
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.runtime.device import device_name
 from gfprune_cli.runtime.processes import Processes
@@ -87,16 +88,35 @@ def check_equal(kept: Size, peers: Size) -> None:
         )
 
 
+def layers_of_peer(model: nn.Module, dense: nn.Module) -> Correspondence:
+    """How a peer's layers lie in the dense network, told by their biases, which nothing has changed yet."""
+    theirs = dict(dense.named_modules())
+    positions = {}
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "bias", None), torch.Tensor) and isinstance(
+            layer, (nn.Conv2d, nn.Linear)
+        ):
+            equal = layer.bias[:, None] == theirs[name].bias[None]
+            if bool((equal.sum(1) == 1).all()):
+                positions[name] = equal.int().argmax(1)
+    return Correspondence(positions, {name: name for name in positions}, {})
+
+
 def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecipe) -> nn.Module:
     """The trainer of `gfprune finetune`; returns the averaged weights."""
     channels_last(model)  # as finetune does it: seconds are compared
     channels_last(target.dense)
-    loss = RecoveryLoss(model, target.dense, target.process, Weights.of(recipe), None, "fp32")
+    pair = None
+    if recipe.feature_weight:
+        pair = FeaturePair(model, target.dense, layers_of_peer(model, target.dense))
+    loss = RecoveryLoss(model, target.dense, target.process, Weights.of(recipe), pair, "fp32")
     processes = Processes(None, target.held_out.device)
     trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, processes)
     for step in range(recipe.steps):
         trainer.step(step, lambda: False)
-    trainer.ema.copy_to(model.parameters())
+    if pair is not None:
+        pair.close()
+    trainer.finish()
     return model.requires_grad_(False)
 
 

@@ -20,6 +20,8 @@ PUBLISHED: dict[str, Any] = {
     "learning_rate": 5e-4,
     "batch": 16,
     "image_weight": 0.0,
+    "features": 0.0,
+    "timesteps": "stratified",
 }
 TUNED = ", tuned"
 FINETUNED = ", finetuned"
@@ -115,7 +117,8 @@ def peer_recipe(cell: Cell, **sizes: Any) -> FinetuneRecipe:
     """
     settings: dict[str, Any] = PUBLISHED
     if cell.tuned:
-        settings = {"optimizer": cell.optimizer, "learning_rate": cell.rate, "image_weight": 0.0}
+        plain = {key: PUBLISHED[key] for key in ("image_weight", "features", "timesteps")}
+        settings = {"optimizer": cell.optimizer, "learning_rate": cell.rate, **plain}
     elif cell.method.endswith(FINETUNED):
         settings = {}
     return FinetuneRecipe(seed=cell.seed, **settings, **{"model": "", **sizes})

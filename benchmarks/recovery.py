@@ -45,8 +45,9 @@ FACTORS: dict[str, list[Settings]] = {
         {"distill": 0.9, "denoise": 0.1},
         {"distill": 1.0, "denoise": 0.0},
         {"distill": 0.0, "denoise": 1.0},
-        {"distill": 0.9, "denoise": 0.1, "features": 0.1},
+        {"distill": 0.9, "denoise": 0.1, "features": 0.0},
     ],
+    "Draws of noise levels": [{"timesteps": name} for name in ("adaptive", "stratified", "uniform")],
 }
 COLUMNS = ("loss", "ssim", "fd_teacher", "seconds")
 

@@ -152,7 +152,8 @@ NOTES = """\
   highest in brackets. Where the best peer is better than the dense network no gap is left: 0 for rows that
   are as good, inf for others.
 - Peers as published: plain denoising loss, AdamW at {rate:g}, batches of {batch}. Tuned: distilled as
-  `gfprune finetune` does it, with plain errors of the output (`--image-weight 0`), and with the optimizer and
+  `gfprune finetune` does it, with plain errors of the output at evenly drawn noise levels
+  (`--image-weight 0 --features 0 --timesteps stratified`), and with the optimizer and
   rate of the least held-out loss at {shortest:,} gradients with seed 0, kept for the other seeds and lengths
   of that network and sparsity. That choice sees the held-out images, and its trials are not counted: both to
   the peers' advantage. Finetuned: by `gfprune finetune` with its defaults.

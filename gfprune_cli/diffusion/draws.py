@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 import torch
 
 from gfprune_cli.diffusion.conditions import Condition
+from gfprune_cli.diffusion.levels import LevelDensity
 
-Levels = Literal["stratified", "antithetic", "uniform"]
+Levels = Literal["adaptive", "stratified", "antithetic", "uniform"]
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:
@@ -36,12 +37,16 @@ class ImageStack(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to denoise: `images`, `noise` [N, ...], `index` [N] into the schedule, their `condition`."""
+    """Samples to denoise: `images`, `noise` [N, ...], `index` [N] into the schedule, their `condition`.
+
+    `weight` [N] is what their losses are multiplied by where levels were not drawn evenly.
+    """
 
     images: torch.Tensor
     noise: torch.Tensor
     index: torch.Tensor
     condition: Condition = None
+    weight: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,6 +79,7 @@ class Draws:
         first: int = 0,
         of: int | None = None,
         levels: Levels = "stratified",
+        density: LevelDensity | None = None,
     ) -> Batch:
         """`size` draws of one step: images and noise at random, noise levels as `levels` says.
 
@@ -81,7 +87,8 @@ class Draws:
             first, of: these are draws `first ... first + size - 1` of `of` that share one step.
             levels: "stratified" puts one draw in each of `of` equal parts of the schedule; "antithetic"
                 draws pairs t, T - 1 - t, stratified over the pairs (arXiv 2107.00630, appendix I.1);
-                "uniform" draws independently.
+                "uniform" draws independently; "adaptive" is "stratified" with parts of unequal width:
+            density: that each of them has the same share of.
         """
         of = of or size
         chosen, noise, index = [], [], []
@@ -89,21 +96,34 @@ class Draws:
             source = generator(self.seed, purpose, step, draw)
             chosen.append(int(torch.randint(len(self.images), (), generator=source)))
             offset = float(torch.rand((), generator=source))
-            index.append(self.level(purpose, step, draw, of, levels, offset))
+            index.append(self.level(purpose, step, draw, of, levels, offset, density))
             noise.append(torch.randn(self.images.shape[1:], generator=source))
         # none of these copies waits for the device: it is still busy with the batch before
         device = self.device or self.images.device
         images = self.images[torch.tensor(chosen).to(self.images.device, non_blocking=True)]
+        weight = None if density is None else density.weights(index).to(device, non_blocking=True)
         return Batch(
             images.to(device, non_blocking=True),
             torch.stack(noise).to(device, self.images.dtype, non_blocking=True),
             torch.tensor(index).to(device, non_blocking=True),
             None if self.conditions is None else self.conditions[chosen].to(device),
+            weight,
         )
 
-    def level(self, purpose: str, step: int, draw: int, of: int, levels: Levels, offset: float) -> int:
+    def level(
+        self,
+        purpose: str,
+        step: int,
+        draw: int,
+        of: int,
+        levels: Levels,
+        offset: float,
+        density: LevelDensity | None,
+    ) -> int:
         """Position in the schedule of one draw; `offset` in [0, 1) is its own random number."""
         share = offset if levels == "uniform" else (draw + offset) / of
+        if density is not None:
+            share = density.place(share)
         if levels == "antithetic":
             pair = draw // 2
             source = generator(self.seed, purpose, step, "pair", pair)

@@ -22,7 +22,7 @@ from gfprune_cli.progress import Event, notice
 from gfprune_cli.pruning.flows import Flow
 from gfprune_cli.pruning.job import PruneJob, as_loaded
 from gfprune_cli.pruning.loss_limit import LossLimit
-from gfprune_cli.pruning.phases import CHECKING, FEATURES, RECOVERING, SHORT
+from gfprune_cli.pruning.phases import CHECKING, RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -159,7 +159,7 @@ class Networks:
             steps=job.steps,
             seed=job.recipe.seed,
             micro_batch=job.memory.at_once(RECOVERING),
-            **{"features": FEATURES if pair else 0.0, **settings},
+            **({"features": 0.0} if pair is None else {}) | settings,
         )
         recover(
             channels_last(narrow),
@@ -177,8 +177,8 @@ class Networks:
         )
 
     def pair(self, narrow: nn.Module, dense: nn.Module, state: RecoveryState) -> FeaturePair | None:
-        """Layers whose outputs are compared; none in long runs, and of a network that was folded."""
-        if self.job.folding is not None or self.job.steps > SHORT:
+        """Layers whose outputs are compared; none of a network that was folded."""
+        if self.job.folding is not None:
             return None
         assert state.found is not None
         try:

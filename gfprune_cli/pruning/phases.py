@@ -32,8 +32,6 @@ THRIFT: tuple[dict[str, Any], ...] = (
     {"checkpointing": True, "features": 0.0, "ema": 0.0},
     {"checkpointing": True, "features": 0.0, "ema": 0.0, "optimizer": "adafactor"},
 )
-FEATURES = 0.1  # weight of feature distillation in recovery, in runs of
-SHORT = 500  # steps or less: in long ones it costs loss
 Forms = list[Phase]  # of one phase, the best first
 LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
     "taking losses", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
@@ -128,7 +126,7 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: int, *, thrifty: bool) 
     """
     left = 1 - recipe.targets[0]
     outputs = sum(places * channels for places, _, channels in one.layers)
-    features = int(left * outputs) if recipe.recover <= SHORT else 0  # of the teacher, until the way back
+    features = int(left * outputs)  # of the teacher, until the way back
     forms = []
     for settings in THRIFT if thrifty and one.recomputed is not None else THRIFT[:1]:
         held = held_bytes(FinetuneRecipe(model="", **settings), student=left, training=left, teacher=teachers)

@@ -8,6 +8,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
 RATE, HIGH_RATE = 1.5e-3, 1e-2  # the second for adapters, and for Adafactor
+FEATURES = 0.3  # weight of feature distillation
+FEATURE_STEPS = 400  # within which it decays to 0: it helps at the start, and costs loss in long runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,13 @@ class FinetuneRecipe:
     denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
     distill: Annotated[float, Ge(0), Help("Weight of output distillation from the teacher.")] = 0.9
     features: Annotated[
-        float, Ge(0), Help("Weight of feature distillation on the kept channels; decays to 0.")
-    ] = 0.0
+        float | None,
+        Ge(0),
+        Help(
+            "Weight of feature distillation on the kept channels, in the first 400 steps (default: 0.3;"
+            " 0 with --lora or --checkpointing)."
+        ),
+    ] = None
     jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
     image_weight: Annotated[
         float, Ge(0), Help("Cap of what errors of the image count beside errors of the noise; 0: nothing.")
@@ -71,8 +78,9 @@ class FinetuneRecipe:
         float | None, Gt(0), Help("Min-SNR gamma, such as 5, in the place of --image-weight.")
     ] = None
     timesteps: Annotated[
-        Literal["stratified", "antithetic", "uniform"], Help("How noise levels are drawn.")
-    ] = "stratified"
+        Literal["adaptive", "stratified", "antithetic", "uniform"],
+        Help("How noise levels are drawn; adaptive: most where the loss is large, which then counts less."),
+    ] = "adaptive"
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, Help("Of the passes (default: bf16 on CUDA, else fp32).")
     ] = None
@@ -93,6 +101,12 @@ class FinetuneRecipe:
         """The peak learning rate: the one given, or what `docs/finetuning.md` found."""
         high = self.lora is not None or self.optimizer == "adafactor"
         return self.learning_rate or (HIGH_RATE if high else RATE)
+
+    @property
+    def feature_weight(self) -> float:
+        """The weight of features: the one given, or 0.3 where memory is not what a run is short of."""
+        thrifty = self.checkpointing or self.lora is not None
+        return self.features if self.features is not None else (0.0 if thrifty else FEATURES)
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -230,12 +230,21 @@ class FinetuneJob:
         return found
 
     def features(self, student: nn.Module, teacher: nn.Module) -> FeaturePair | None:
-        """The layers of both that can be compared; None if the recipe compares none."""
-        if not self.recipe.features:
+        """The layers of both that can be compared; None if the recipe compares none.
+
+        Raises:
+            GfpruneError: there are none, and the recipe asks for them.
+        """
+        if not self.recipe.feature_weight:
             return None
-        inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
-        whole = build_meta(self.teacher.component) if self.sharded else teacher  # its structure is read
-        return FeaturePair(student, teacher, paired_layers(whole, self.record, inputs))
+        try:
+            inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
+            whole = build_meta(self.teacher.component) if self.sharded else teacher  # its structure is read
+            return FeaturePair(student, teacher, paired_layers(whole, self.record, inputs))
+        except GfpruneError:
+            if self.recipe.features is not None:
+                raise
+            return None
 
     def samples(self, teacher: nn.Module) -> Samples | None:
         """The dense row of the sample grids; None for latents, or where none can be drawn."""

@@ -51,7 +51,7 @@ class Weights:
         return cls(
             recipe.denoise,
             recipe.distill,
-            recipe.features,
+            recipe.feature_weight,
             recipe.jacobian,
             recipe.min_snr,
             recipe.image_weight,
@@ -176,7 +176,8 @@ class RecoveryLoss:
         Args:
             batch: what to denoise.
             probe: [N, C, H, W] random directions, if the Jacobian has a weight.
-            progress: share of the run that is done, in [0, 1]; the feature term decays with it.
+            progress: share of the steps that compare features that is done, in [0, 1]; their weight decays
+                with it.
         """
         weights, process = self.weights, self.process
         noisy = process.add_noise(batch.images, batch.noise, batch.index)

@@ -1,6 +1,7 @@
 """Train a pruned network in memory, with the dense one as teacher: what `finetune` and `prune` share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -53,13 +54,15 @@ def recover(
         state: where the run survives a kill, and goes on from.
         save_every: steps between saved states; 0 for the last step only.
         sample_every, samples, open_watch: what people see on the way, see `Loop`.
-        pair: layers of both, if the recipe gives features a weight; let go in the end.
+        pair: layers of both, if their features are compared; let go in the end.
         remedies: what the command can advise when training fails.
 
     Raises:
         Interrupted: raised by `progress`; the state is saved by then.
         GfpruneError: a loss or gradient is not finite, or a sample does not fit in memory.
     """
+    if pair is None:
+        recipe = replace(recipe, features=0.0)
     if recipe.checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     if recipe.lora is None:

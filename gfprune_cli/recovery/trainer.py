@@ -12,15 +12,18 @@ from torch import nn
 
 from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.finite import lost_at
+from gfprune_cli.diffusion.levels import RANGES, LevelDensity
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.state import by_family
-from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recipes.finetune import FEATURE_STEPS, FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
 from gfprune_cli.recovery.pieces import first_not_finite
 from gfprune_cli.runtime.processes import Processes
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
+OUTPUTS = ("denoise", "distill")  # terms that are losses of the network's output
+LEVELS = "levels"  # among the sums of a batch: its losses by noise level
 SMALLEST_SCALE = 1e-4  # of float16 gradients; below it they are not finite for another reason
 Tensors = Mapping[str, torch.Tensor]
 
@@ -68,6 +71,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: EMAModel | None = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    density: LevelDensity | None = field(init=False)
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -82,6 +86,7 @@ class Trainer:
         device = self.processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.loss.precision == "fp16")
         self.micro_batch = self.micro_batch or recipe.micro_batch or recipe.batch
+        self.density = LevelDensity(self.draws.steps) if recipe.timesteps == "adaptive" else None
 
     def step(self, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
         """One update; on lack of memory its gradients again in halves.
@@ -97,12 +102,15 @@ class Trainer:
             GfpruneError: the loss or the gradient is not finite (before the update), or a single sample
                 does not fit in memory.
         """
-        while (sums := self.accumulate_or_fail(step, stopping)) is None:
+        while (found := self.accumulate_or_fail(step, stopping)) is None:
             self.halve(step)  # outside of any handler: the failed pass's memory is free by now
+        sums, levels = found
         rate = learning_rate(step, self.recipe.steps, self.recipe.peak_rate, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = self.reduce_and_clip(step, sums)
+        if self.density is not None:
+            self.density.learn(levels)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,15 +118,21 @@ class Trainer:
             self.ema.step(self.averages_of())
         return {**sums, "lr": rate, "grad_norm": norm}
 
-    def accumulate_or_fail(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def accumulate_or_fail(
+        self, step: int, stopping: Callable[[], bool]
+    ) -> tuple[dict[str, float], list[float]] | None:
         """What `accumulate` returns; None if memory ran out."""
         try:
             return self.accumulate(step, stopping)
         except torch.OutOfMemoryError:
             return None
 
-    def accumulate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
-        """Add up the gradients of this process's share of the batch; means of the terms over all shares."""
+    def accumulate(self, step: int, stopping: Callable[[], bool]) -> tuple[dict[str, float], list[float]]:
+        """Add up the gradients of this process's share of the batch.
+
+        Returns:
+            Means of the terms over all shares, and what `LevelDensity.seen` says of them.
+        """
         share = self.processes.share(self.recipe.batch)
         sums: dict[str, torch.Tensor] = {}
         stop = False
@@ -132,11 +146,12 @@ class Trainer:
         device = self.processes.device  # waited for once, for all numbers together
         packed = [sums[name] if name in sums else torch.zeros((), device=device) for name in names]
         stopped = torch.full((), float(stop), device=device)
-        *means, stops = self.processes.total(torch.stack([*packed, stopped])).tolist()
-        if stops:
+        levels = sums.get(LEVELS, torch.zeros(2 * RANGES, device=device))
+        found = self.processes.total(torch.cat([torch.stack([*packed, stopped]), levels])).tolist()
+        if found[len(names)]:
             self.optimizer.zero_grad(set_to_none=True)
             raise Stopped
-        return dict(zip(names, means, strict=True))
+        return dict(zip(names, found, strict=False)), found[len(names) + 1 :]
 
     def term_names(self) -> list[str]:
         weights = self.loss.weights
@@ -144,20 +159,33 @@ class Trainer:
         return ["loss", "denoise", *(name for name in chosen if getattr(weights, name))]
 
     def backward(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
-        """Gradients of `count` draws of the batch; their share in the mean of each term."""
+        """Gradients of `count` draws of the batch; their share in the mean of each term, and in `LEVELS`."""
         recipe, of = self.recipe, self.recipe.batch
         batch = self.batch(step, first, count)
         probe = self.draws.directions("probe", step, count, first=first) if recipe.jacobian else None
-        terms = self.loss.terms(batch, probe, step / recipe.steps)
+        terms = self.loss.terms(batch, probe, min(1.0, step / min(recipe.steps, FEATURE_STEPS)))
+        seen = {}
+        if self.density is not None and batch.weight is not None:
+            outputs = [
+                weight * values.detach() for name, (weight, values) in terms.items() if name in OUTPUTS
+            ]
+            seen[LEVELS] = self.density.seen(batch.index, torch.stack(outputs).sum(0))
+            terms = {name: (weight, values * batch.weight) for name, (weight, values) in terms.items()}
         loss = torch.stack([weight * values.sum() / of for weight, values in terms.values()]).sum()
         self.scaler.scale(loss).backward()
         shares = {name: (values.detach().sum() / of) for name, (_, values) in terms.items()}
-        return {"loss": loss.detach(), **shares}
+        return {"loss": loss.detach(), **shares, **seen}
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """`count` draws of a step."""
         recipe = self.recipe
-        return self.draws.batch("train", step, count, first=first, of=recipe.batch, levels=recipe.timesteps)
+        return self.draws.batch(
+            *("train", step, count),
+            first=first,
+            of=recipe.batch,
+            levels=recipe.timesteps,
+            density=self.density,
+        )
 
     def reduce_and_clip(self, step: int, sums: Mapping[str, float]) -> float:
         """Sum the gradients over the processes, undo their scale, clip them; returns their norm.
@@ -269,6 +297,7 @@ class Trainer:
             "averaged": self.ema.optimization_step if self.ema else 0,
             "micro_batch": self.micro_batch,
             "scaler": self.scaler.state_dict(),
+            "levels": None if self.density is None else [self.density.squares, self.density.counts],
         }
         return tensors, numbers
 
@@ -303,6 +332,8 @@ class Trainer:
             self.ema.optimization_step = numbers["averaged"]
         self.micro_batch = numbers["micro_batch"]
         self.scaler.load_state_dict(numbers["scaler"])
+        if self.density is not None:
+            self.density = LevelDensity(self.draws.steps, *map(list, numbers["levels"]))
 
     def step_count(self, parameter: nn.Parameter, numbers: Mapping[str, Any]) -> Any:
         """How often a parameter was updated, as its optimiser counts: fused ones do on its device."""

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import chain
 import equal_time
-import features
 import folding
+import levels
 import ode
 import series
 import study
@@ -47,6 +47,10 @@ def beside(place: Any, seed: int) -> study.Run:
     return {"series": three, "single": three, "gradients": (1.0, 2.0), "seconds": (3.0, 4.0)}
 
 
+def settings(place: Any, steps: list[int], seed: int) -> list[list[study.Run]]:
+    return [[found(seed) for _ in levels.SETTINGS] for _ in steps]
+
+
 def folded(name: str, work: Path) -> list[study.Run]:
     return [{"tolerance": 0.01}]
 
@@ -55,7 +59,12 @@ MEAN = "0.5000 (0.0000 to 1.0000)"
 STUDIES: dict[str, tuple[ModuleType, str, dict[str, Any], list[str]]] = {
     "chain": (chain, "measure", {}, [f"| `fisher` | 50.0% | 25.0% | 48 | {MEAN} |", "| `--align 16` |"]),
     "ode": (ode, "measure", {}, [f"| r = 16 | 50.0% | 25.0% | 48 | {MEAN} |"]),
-    "features": (features, "measure", {}, [f"| 0.1 | {MEAN} | 0.900", "| 3 (3 to 3) |"]),
+    "levels": (
+        levels,
+        "measure",
+        {"measure": settings},
+        [f"| `--timesteps adaptive --features 0.3` | {MEAN} | 0.900", "| 3 (3 to 3) |"],
+    ),
     "series": (series, "measure", {"measure": beside}, [f"| one flow | {MEAN} | {MEAN} | {MEAN} |"]),
     "folding": (
         folding,
@@ -80,7 +89,7 @@ def test_every_setting_has_a_row_of_all_seeds(
     given = ["--subjects", "demo", "--seeds", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
     options = {"chain": dict(sparsity=0.75), "ode": dict(sparsity=0.75), "series": {}}
-    options["features"] = dict(steps=[50, 400], weights=[0.0, 0.1])
+    options["levels"] = dict(steps=[50, 400])
     options["folding"] = dict(parts=list(folding.PARTS))
     study.write_study(str(module.__file__), str(module.__doc__), "A study", module.lines, **options[name])
     page = (tmp_path / f"{name}.md").read_text()
