@@ -45,9 +45,7 @@ class Names:
         left_out, branches = {sample, timestep, *twins}, len(call[sample])
         given = flattened(call, left_out)
         doubles = [flattened(both, left_out) for both in asked_twice(run) if len(both[sample]) > branches]
-        found = [Grown.of(given, double, branches, 2) for double in doubles]
-        # where pictures are taken one by one, dimensions must do
-        grown = max(found, key=lambda one: len(one.own)) if found else Grown.of(given, given, branches, 1)
+        grown = Grown.most(given, doubles, branches, pictured=bool(run.filled))
         lists = grown.lists | ({sample} if isinstance(call[sample], list | tuple) else set())
         return Names(sample, timestep, joined, grown.own, lists, grown.nested, twins)
 
@@ -80,6 +78,20 @@ class Grown:
     own: set[str]
     lists: set[str]
     nested: set[str]
+
+    @staticmethod
+    def most(
+        given: dict[str, Any], doubles: list[dict[str, Any]], branches: int, *, pictured: bool
+    ) -> "Grown":
+        """Compare a call with the one of those for twice as many samples that shows most.
+
+        Where there is none, as pictures are taken one by one, dimensions must do; and where of several
+        pictures the pipeline has looked at the first alone, so that nothing grew.
+        """
+        found = [Grown.of(given, double, branches, 2) for double in doubles]
+        best = max(found, key=lambda one: len(one.own), default=None)
+        unlooked = pictured and branches > 1 and best is not None and not best.own
+        return Grown.of(given, given, branches, 1) if best is None or unlooked else best
 
     @staticmethod
     def of(given: dict[str, Any], double: dict[str, Any], branches: int, factor: int) -> "Grown":

@@ -34,6 +34,7 @@ NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistic
 UNRULED = ("UNet", "UVit2DModel")  # stacks of transformer blocks among other ones
 # what splits channels by heads or tokens that are numbers of its own
 COUNTED = ("AttentionPooling", "ImageProjection", "TextImageProjection")
+COUNTING_NORM = "AdaGroupNorm"  # a group norm within a function, of which no mask can change the statistics
 SMALLEST_CELL = 2  # a cell of one unit leaves nothing to choose
 
 
@@ -151,6 +152,9 @@ def read_group(
         if id(layer) not in names:
             continue  # an operation without weights
         kind = removable_kind(layer, width=width)
+        parent = names[id(layer)].rpartition(".")[0]
+        if type(model.get_submodule(parent)).__name__ == COUNTING_NORM:
+            return parent
         if names[id(layer)].endswith(".norm_cross"):  # attention asks for one of torch's own norms there
             return names[id(layer)]
         if kind is None and (isinstance(layer, NORMALISERS) or any(True for _ in layer.parameters())):

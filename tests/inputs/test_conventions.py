@@ -129,6 +129,18 @@ def test_what_is_joined_along_the_batch_grows_with_it() -> None:
     assert found.nested == {"features"}
 
 
+@pytest.mark.parametrize(("pictured", "own"), [(True, {"features"}), (False, set())])
+def test_features_of_a_picture_are_rows_where_a_pipeline_looks_at_the_first_alone(
+    pictured: bool, own: set[str]
+) -> None:
+    """Of two pictures Shap-E draws twice as many samples, and gives them the features of one."""
+    given = {"features": torch.zeros(2, 5, 3)}
+    assert Grown.most(given, [given], 2, pictured=pictured).own == own
+    assert Grown.most(
+        {"text": torch.zeros(2, 5)}, [{"text": torch.zeros(4, 5)}], 2, pictured=pictured
+    ).own == {"text"}
+
+
 @pytest.mark.parametrize(("size", "edge"), [(None, 128), ("32x128", 8)])
 def test_the_size_asked_for_is_the_area_that_others_are_scaled_to(size: str | None, edge: int) -> None:
     pipeline: Any = Pipeline(Network())

@@ -590,3 +590,27 @@ def test_a_forgotten_member_is_found() -> None:
     model = network("sd1")
     with pytest.raises(GfpruneError, match=r"the narrow network fails in 'down_blocks\.0\.resnets\.0"):
         check_removal(model, (less,), inputs_of(model))
+
+
+def test_channels_under_a_norm_within_a_function_stay() -> None:
+    """The U-Net of the latent upscaler: a norm whose scale and shift follow from the noise level counts its
+    channels itself, so that its residual blocks stay whole, and heads go."""
+    changes: dict[str, Any] = dict(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None,
+        norm_num_groups=None,
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=8,
+        act_fn="gelu",
+        timestep_post_act="gelu",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        time_embedding_type="fourier",
+    )
+    model = network("sd1", **changes)
+    groups, _ = discover(model)
+    assert any(".attn" in group.name for group in groups)
+    assert not any("resnets" in group.name for group in groups)
+    assert check_removal(model, groups, inputs_of(model)) < EXACT
