@@ -60,12 +60,24 @@ REFUSED = (
         "it is",
     ),
     (
-        r"Oobleck|Audio|Vocoder|SAME|LongCat|Music",
+        r"^AutoencoderKL(HunyuanImage|KVAE)$",
+        "averages and repeats groups of channels beside its layers: leave it as it is",
+    ),
+    (
+        r"^AutoencoderRAE$",
+        "is made of vision transformers, whose layers no rule here knows: leave it as it is",
+    ),
+    (
+        r"^ConsistencyDecoder|DiffusionDecoder",
+        "decodes by denoising, beside the denoiser of the pipeline: leave it as it is",
+    ),
+    (
+        r"^(?!.*(Projection|ConditionEncoder|Embedder)).*(Oobleck|Audio|Vocoder|SAME|LongCat|Music)",
         "encodes sounds, and the loss is one of images: leave it as it is",
     ),
     (
-        r"^Autoencoder|Vae$|VAE$|VAE",
-        "encodes no single images, and its norms see all channels at once: leave it as it is",
+        r"^Autoencoder|VAE$",
+        "decodes videos, and the loss is one of images: leave it as it is",
     ),
 )
 

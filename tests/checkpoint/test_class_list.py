@@ -1,6 +1,6 @@
-"""Every network class of the installed diffusers is pruned, or is of a kind that is not, for a reason.
+"""Every network class of the installed diffusers is pruned, refused with a reason, or part of one pipeline.
 
-A new release that brings a class of another kind fails here. docs/support.md lists the classes; write it with
+A new release that brings another class fails here. docs/support.md lists the classes; write it with
 
     GFPRUNE_WRITE_SUPPORT=1 python -m pytest tests/checkpoint/test_class_list.py
 """
@@ -11,21 +11,17 @@ from pathlib import Path
 
 import diffusers
 
+from gfprune_cli.checkpoint.advice import REFUSED, why_not
 from gfprune_cli.checkpoint.layout import is_autoencoder, is_denoiser
 from gfprune_cli.families.table import is_known_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 START, END = "<!-- classes -->\n", "<!-- end of classes -->\n"
-# what is no denoiser, by what the name says
-KINDS = {
-    "networks that add to a denoiser's states": r"ControlNet|Adapter$",
-    "autoencoders of videos and sounds, and those that are not pruned": (
-        r"Autoencoder|Vae$|VAE$|Decoder(Model)?$|Vocoder|Detokenizer|Tokenizer$"
-    ),
-    "parts of one pipeline": (
-        r"Projection|Encoder$|Embedder$|Conditioner$|Connectors?$|Head$|UpscalerBank|UpsamplerModel|UniDiffuser"
-    ),
-}
+# what belongs to one pipeline, and is refused as any name that is none of the components to choose from
+PARTS = re.compile(
+    r"Projection|Encoder$|Embedder$|Conditioner$|Connectors?$|Head$|UpscalerBank|UpsamplerModel|UniDiffuser|"
+    r"^T5Film|Proteina"
+)
 
 
 def networks() -> list[str]:
@@ -45,13 +41,16 @@ def networks() -> list[str]:
 def sections() -> dict[str, list[str]]:
     """How each class is treated -> the classes."""
     known, recorded = "inputs follow from the configuration", "inputs are recorded from the pipeline"
-    found: dict[str, list[str]] = {known: [], recorded: [], **{kind: [] for kind in KINDS}, "unsorted": []}
+    parts, unsorted = "parts of one pipeline", "unsorted"
+    refused = [f"refused: {why}" for _, why in REFUSED]
+    found: dict[str, list[str]] = {kind: [] for kind in (known, recorded, *refused, parts, unsorted)}
     for name in networks():
         if is_autoencoder(name) or is_denoiser("diffusers", name):
             found[known if is_known_class(name) else recorded].append(name)
+        elif why := why_not(name):
+            found[f"refused: {why}"].append(name)
         else:
-            kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, name)]
-            found[kinds[0] if kinds else "unsorted"].append(name)
+            found[parts if PARTS.search(name) else unsorted].append(name)
     return found
 
 

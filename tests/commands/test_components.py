@@ -141,7 +141,7 @@ def test_plans_and_refusals_say_all(dense: Path, gfprune: Gfprune, pipeline_fold
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("vae", "AutoencoderKLWan encodes no single images"), ("text_encoder", "choose")]
+    ("name", "reason"), [("vae", "AutoencoderKLWan decodes videos"), ("text_encoder", "choose")]
 )
 def test_a_component_that_is_not_pruned_is_refused_with_the_reason(
     dense: Path, name: str, reason: str
