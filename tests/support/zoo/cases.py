@@ -100,6 +100,7 @@ def fit_tokenizers(components: dict[str, Any]) -> None:
         tokenizer, encoder = components.get(f"tokenizer{end}"), components.get(f"text_encoder{end}")
         if tokenizer is None or not hasattr(encoder, "get_input_embeddings"):
             continue
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         with contextlib.suppress(Exception):  # of a model that has no such table
             if encoder.get_input_embeddings().num_embeddings < len(tokenizer):
                 encoder.resize_token_embeddings(len(tokenizer))

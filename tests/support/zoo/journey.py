@@ -5,11 +5,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 SPARSITY, LEAST, ATTEMPTS = 0.2, 0.001, 6
 EXACT, ROUNDING = 1e-6, 1e-4  # relative difference of masked and narrow network: float64, float32
@@ -67,9 +69,11 @@ def steps(
     """Each step, named before it is taken."""
     import gfprune_cli
 
-    size = other_size(options) if whole else None
-    other = partial(inputs_at, model=model, component=component, size=size, frames=options.get("frames"))
-    gaps = watch_removal(None if size is None else other)
+    others = {
+        kind: partial(inputs_at, model=model, component=component, asked=asked)
+        for kind, asked in (elsewhere(options, folder).items() if whole else ())
+    }
+    gaps, unseen = watch_removal(others)
     if whole:
         from gfprune_cli.families.table import is_known_class
 
@@ -81,7 +85,7 @@ def steps(
     found, row["prune"] = prune_nearest(model, component, options, folder / "pruned", whole=whole)
     row["class"] = found.class_name.removeprefix("Pruned")
     row["gap"] = max(gaps.values(), default=0.0)
-    row["inputs"] = len(gaps)
+    row["exact"], row["unseen"] = sorted(gaps), unseen
     if row["gap"] > EXACT:
         raise AssertionError(f"removal is exact to {row['gap']:.1g} only, of {gaps}")
     if not whole:
@@ -129,20 +133,24 @@ def prune_nearest(
     raise AssertionError("the last attempt returns or raises")
 
 
-def watch_removal(other: Callable[[Any], dict[str, Any]] | None) -> dict[str, float]:
-    """Where a run checks that removal is exact, check it for three samples too, and at another size.
+def watch_removal(
+    others: dict[str, Callable[[Any], dict[str, Any]]],
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Where a run checks that removal is exact, check it for three samples and for other inputs too.
 
     Args:
-        other: the inputs of a network at another size.
+        others: kind of inputs -> those of a network.
 
     Returns:
         Kind of inputs -> relative difference, in float64 or as 0 where only float32 runs and it is within
-        rounding; filled in by the run.
+        rounding; and why the pipeline gives its network none of a kind. Both are filled in by the run.
     """
     from gfprune_cli.diffusion.conditions import inputs_of
+    from gfprune_cli.errors import GfpruneError
     from gfprune_cli.pruning import networks, verify
 
     gaps: dict[str, float] = {}
+    unseen: dict[str, str] = {}
     sample, seen = networks.one_sample, []
 
     def three_samples(process: Any, draws: Any) -> dict[str, Any]:
@@ -166,39 +174,58 @@ def watch_removal(other: Callable[[Any], dict[str, Any]] | None) -> dict[str, fl
 
     def check_removal(model: Any, groups: Any, inputs: Any, **_precision: bool) -> float:
         given = {"one": inputs, "three": seen.pop()}
-        if other is not None:
-            given["another size"] = other(model)
+        for kind, made in others.items():
+            try:
+                given[kind] = made(model)
+            except GfpruneError as error:  # what the pipeline itself refuses
+                unseen[kind] = str(error)
+                continue
+            if shapes_of(given[kind]) == shapes_of(inputs):  # padded, or cut to what it was
+                unseen[kind] = "the network is given the same shapes"
+                del given[kind]
         gaps.update({kind: gap_of(model, groups, inputs) for kind, inputs in given.items()})
         return gaps["one"]
 
     networks.check_removal, networks.one_sample = check_removal, one_sample  # type: ignore[attr-defined]
-    return gaps
+    return gaps, unseen
 
 
-def inputs_at(network: Any, model: str, component: str, size: str, frames: int | None) -> dict[str, Any]:
-    """What the pipeline gives a network at a size."""
+def shapes_of(inputs: dict[str, Any]) -> list[list[int]]:
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    return sorted(list(tensor.shape) for tensor in tensors)
+
+
+def inputs_at(network: Any, model: str, component: str, asked: Any) -> dict[str, Any]:
+    """What the pipeline gives a network where it is asked for something else."""
     from gfprune_cli.checkpoint.reader import inspect
     from gfprune_cli.checkpoint.scheduler import load_scheduler
     from gfprune_cli.checkpoint.source import resolve
     from gfprune_cli.diffusion.conditions import keywords
     from gfprune_cli.inputs.conditioning import asked_of, recorded
-    from gfprune_cli.inputs.pipeline_run import PipelineOptions
     from gfprune_cli.inputs.unknown_classes import conditional
     from gfprune_cli.progress import silent
 
-    place, asked = inspect(resolve(model), component=component), PipelineOptions(size=size, frames=frames)
+    place = inspect(resolve(model), component=component)
     prompts = asked_of(place, network.config, asked, 1, 0)
     found = recorded(network, place, load_scheduler(place), prompts, asked, silent)
     inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditional(found.conditions))
     return {name: value for name, value in inputs.items() if name != "return_dict"}
 
 
-def other_size(options: dict[str, Any]) -> str | None:
-    """Twice as wide, so that another aspect is seen too."""
-    if "size" not in options:
-        return None
-    height, width = map(int, options["size"].split("x"))
-    return f"{height}x{2 * width}"
+def elsewhere(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Kind of inputs -> what the pipeline is asked for, beside what the run asks for."""
+    from gfprune_cli.inputs.pipeline_run import PipelineOptions
+
+    asked = PipelineOptions(size=options.get("size"), frames=options.get("frames"))
+    text = folder / "prompts.txt"
+    text.write_text("a fox\n")
+    kinds = {"text": replace(asked, prompts=str(text))}
+    if asked.size is not None:
+        height, width = map(int, asked.size.split("x"))
+        kinds["size"] = replace(asked, size=f"{height}x{2 * width}")  # another aspect too
+    if asked.frames is not None and asked.frames > 1:
+        kinds["frames"] = replace(asked, frames=2 * asked.frames - 1)
+    return kinds
 
 
 def component_class(model: Path, component: str) -> str:

@@ -9,7 +9,8 @@ import diffusers
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 START, END = "<!-- pipelines -->\n", "<!-- end of pipelines -->\n"
 Found = dict[str, dict[str, Any]]
-COLUMNS = ("class", "pipeline", "groups", "prune", "finetune", "diffusers", "export")
+COLUMNS = ("class", "pipeline", "groups", "prune", "exact at another", "finetune", "diffusers", "export")
+KINDS = ("size", "frames", "text")
 
 
 def counts(found: Found) -> str:
@@ -51,7 +52,8 @@ def table(found: Found) -> str:
         others = [other for other, _ in passed if other != name]
         seen = [row.get(column, "") for column in ("finetune", "diffusers", "export")]
         seen[-1] = reason({"error": row.get("broke", seen[-1])})
-        cells = [f"`{kind}`", named(name), row.get("groups", ""), f"{row['prune']:.1%}", *seen]
+        elsewhere = ", ".join(kind for kind in KINDS if kind in row.get("exact", ()))
+        cells = [f"`{kind}`", named(name), row.get("groups", ""), f"{row['prune']:.1%}", elsewhere, *seen]
         lines.append(f"| {' | '.join(map(str, cells))} | {', '.join(map(named, others))} |")
     lines += ["", "| pipeline | class | why it is refused |", "|---|---|---|"]
     refused = [(name, row) for name, row in sorted(runs.items()) if row["status"] != "passed"]

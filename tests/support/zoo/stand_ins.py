@@ -62,6 +62,15 @@ def qwen(folder: Path) -> None:
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
     transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if transformers.utils.is_torchvision_available():  # which reading pictures takes
+        area = dict(min_pixels=56 * 56, max_pixels=56 * 56)
+        processor = transformers.Qwen2VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(**area),
+            tokenizer=tokenizer,
+            video_processor=transformers.Qwen2VLVideoProcessor(**area),
+            chat_template=CHAT,
+        )
+        processor.save_pretrained(folder)
 
 
 def t5(folder: Path) -> None:
@@ -222,6 +231,8 @@ def redirect(cls: Any, places: dict[str, Path]) -> None:
         if str(name) in places:
             name = str(places[str(name)])
             kwargs.pop("subfolder", None)
+            if self is transformers.AutoProcessor and not transformers.utils.is_torchvision_available():
+                return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)  # of texts alone
         return original(self, name, *args, **kwargs)
 
     cls.from_pretrained = classmethod(from_pretrained)
