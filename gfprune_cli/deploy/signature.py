@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.deploy.halves import LatentDecoder, LatentEncoder
+from gfprune_cli.diffusion.conditions import NESTED
 from gfprune_cli.families.table import family_of
 from gfprune_cli.inputs.examples import Sizes, example_inputs
 from gfprune_cli.inputs.unknown_classes import RecordedNetwork
@@ -55,6 +56,11 @@ class Signature:
         return next(iter(self.inputs))
 
     @property
+    def tables(self) -> frozenset[str]:
+        """The names of what has no row for a sample: ids, angles."""
+        return frozenset(name for name, tensor in self.inputs.items() if tensor.shape[:1] != (1,))
+
+    @property
     def labels(self) -> frozenset[str]:
         """The sizes that an input grows with."""
         return frozenset().union(*(names for axes in self.growth.values() for names in axes.values()))
@@ -67,7 +73,7 @@ class Signature:
         """What a network in `dtype` computes on: states and samples; timesteps, ids and angles stay."""
         return {
             name: tensor.to(dtype)
-            if tensor.is_floating_point() and name != TIMESTEP and name not in self.shared
+            if tensor.is_floating_point() and name != TIMESTEP and name not in self.tables
             else tensor
             for name, tensor in tensors.items()
         }
@@ -112,8 +118,9 @@ def filled(value: Any, tensors: Mapping[str, Any]) -> Any:
         return tensors[value.name]
     if isinstance(value, Mapping):
         return {key: filled(entry, tensors) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(filled(entry, tensors) for entry in value)
+    if isinstance(value, tuple | list):
+        entries = [filled(entry, tensors) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
     return value
 
 
@@ -127,8 +134,22 @@ def taken_apart(name: str, value: Any) -> tuple[Any, Iterator[tuple[str, torch.T
         return {key: entry for key, (entry, _) in entries.items()}, iter(found)
     if isinstance(value, tuple | list):
         parts = [taken_apart(f"{name}_{number}", entry) for number, entry in enumerate(value)]
-        return tuple(part for part, _ in parts), iter([pair for _, tensors in parts for pair in tensors])
+        places = [part for part, _ in parts]  # networks may empty lists of features: a new one for each call
+        found = [pair for _, tensors in parts for pair in tensors]
+        return (places if isinstance(value, list) else tuple(places)), iter(found)
     return value, iter(())
+
+
+def common_slots(network: RecordedNetwork) -> frozenset[str]:
+    """The tensors that a pipeline passes once for the whole batch, also where they look like those of one."""
+    found: list[tuple[str, torch.Tensor]] = []
+    for keyword in network.shared:
+        outer, _, inner = keyword.partition(NESTED)
+        value = network.inputs[outer]
+        name = f"{outer}_{inner}" if isinstance(value, list) and inner else inner or outer
+        entry = value[int(inner)] if isinstance(value, list) and inner else value[inner] if inner else value
+        found += taken_apart(name, entry)[1]
+    return frozenset(name for name, _ in found)
 
 
 def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
@@ -180,7 +201,8 @@ def signature_of(
         inputs[TIMESTEP] = inputs[TIMESTEP].long()
     elif TIMESTEP in inputs:
         inputs[TIMESTEP] = inputs[TIMESTEP].float()
-    shared = frozenset(name for name, tensor in inputs.items() if tensor.shape[:1] != (1,))
+    common = common_slots(network) if isinstance(network, RecordedNetwork) else frozenset[str]()
+    shared = common | {name for name, tensor in inputs.items() if tensor.shape[:1] != (1,)}
     return Signature(inputs, arguments, growth_of(network), shared, factor_of(network), sizes, one_time)
 
 

@@ -22,10 +22,12 @@ class Passed:
     Args:
         inputs: keyword arguments of the network for one sample.
         time_factor: what timesteps of the scheduler are multiplied by.
+        shared: those, by name as in `Conditions`, that are passed once for the whole batch.
     """
 
     inputs: dict[str, Any]
     time_factor: float
+    shared: frozenset[str]
 
 
 def passed_inputs(
@@ -53,7 +55,8 @@ def passed_inputs(
     conditions = conditional(found.conditions)
     inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditions)
     del inputs["return_dict"]
-    return Passed(inputs, conditions.time_factor)
+    shared = frozenset(conditions.shared.keys() - set(conditions.lists))
+    return Passed(inputs, conditions.time_factor, shared)
 
 
 def conditional(conditions: Conditions) -> Conditions:
@@ -79,14 +82,13 @@ class RecordedNetwork(nn.Module):
     """A network with the inputs that its pipeline was seen to pass.
 
     Args:
-        inputs: keyword arguments for one sample.
-        time_factor: what timesteps of the scheduler are multiplied by.
+        found: which those are.
     """
 
-    def __init__(self, network: Any, inputs: dict[str, Any], time_factor: float) -> None:
+    def __init__(self, network: Any, found: Passed) -> None:
         super().__init__()
         self.network, self.config = network, network.config
-        self.inputs, self.time_factor = inputs, time_factor
+        self.inputs, self.time_factor, self.shared = found.inputs, found.time_factor, found.shared
 
     def forward(self, **inputs: Any) -> Any:
         """What the network returns."""
@@ -100,4 +102,4 @@ def with_inputs(model: nn.Module, component: Component, scheduler: Any, progress
         GfpruneError: the pipeline cannot be run.
     """
     found = passed_inputs(model, component, scheduler, progress)
-    return model if found is None else RecordedNetwork(model, found.inputs, found.time_factor)
+    return model if found is None else RecordedNetwork(model, found)

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ from gfprune_cli.deploy.network import ConstantGroupNorm, Denoiser, traced
 from gfprune_cli.deploy.parity import draw_inputs
 from gfprune_cli.deploy.signature import compact, signature_of
 from gfprune_cli.errors import GateMissed, GfpruneError, Interrupted, UsageError
+from gfprune_cli.inputs.unknown_classes import Passed, RecordedNetwork
 from gfprune_cli.progress import Event
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -431,6 +432,43 @@ def test_a_network_that_cannot_be_traced_is_one_line() -> None:
     with pytest.raises(GfpruneError, match=r"Moody cannot be traced") as caught:
         traced(Denoiser(Moody(**TINY), torch.float32), None)
     assert "\n" not in str(caught.value)
+
+
+class Skipping(torch.nn.Module):
+    """Empties a list of features, and repeats the one mask that its pipeline passes for the whole batch."""
+
+    config: ClassVar[dict[str, Any]] = {}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        features: list[torch.Tensor],
+        mask: torch.Tensor,
+        return_dict: bool = True,
+    ) -> tuple[torch.Tensor]:
+        while features:
+            hidden_states = hidden_states + features.pop()
+        joined = torch.cat([hidden_states, mask.repeat(hidden_states.shape[0], 1)], 1)
+        return (joined * timestep[:, None],)
+
+
+def test_what_a_pipeline_passes_is_exported_as_it_is_passed() -> None:
+    """Lists stay lists, which networks empty; what is passed once stays one in a batch of any size."""
+    inputs = {
+        "hidden_states": torch.zeros(1, 4),
+        "timestep": torch.ones(1),
+        "features": [torch.ones(1, 4), torch.ones(1, 4)],
+        "mask": torch.ones(1, 2),
+    }
+    passed = Passed(inputs, time_factor=1.0, shared=frozenset({"mask"}))
+    exported = traced(Denoiser(RecordedNetwork(Skipping(), passed), torch.float32), None)
+    assert exported.signature.shared == {"mask"}
+    assert exported.free["hidden_states"] == exported.free["features_1"] == {0}
+    given = {name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in exported.signature.inputs.items()}
+    given["mask"], given["timestep"] = inputs["mask"], torch.arange(3)
+    output = exported.program.module()(**given)
+    assert output.tolist() == [[2.0 * step] * 4 + [1.0 * step] * 2 for step in range(3)]
 
 
 def test_the_program_runs_without_gfprune_and_without_the_class(
