@@ -51,6 +51,7 @@ PHASES = {
     "refitted": "refit",
     "finetune": "recovery",
     "remove": "removal",
+    "sample": "samples",
     "write": "writing",
 }
 AT_THE_END = (

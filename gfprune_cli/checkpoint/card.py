@@ -1,6 +1,7 @@
 """The model card that travels with an output."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from gfprune_cli.checkpoint.files import checked_file, trusted_roots
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.strict_yaml import load_mapping
 
+PICTURE = "samples.png"  # beside the card
+FLAG = [
+    "The flag lets diffusers read the one Python file that lies beside the weights: layers have widths of "
+    "their own, which the stock class cannot hold.",
+    "",
+]
 CARD_BYTES = 1 << 17  # of it are read: what the front matter may take, and PyYAML in a second or two
 
 
@@ -34,61 +41,150 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Samples of the dense network above samples of the pruned one, each column from the same noise.
+
+    Args:
+        png: the file.
+        samples: in a row.
+        steps: of the sampler.
+        of_teacher: whether the upper row is of a teacher that is not the dense network.
+    """
+
+    png: bytes
+    samples: int
+    steps: int
+    of_teacher: bool = False
+
+
 def write_card(
-    path: Path, *, root: Path, base_model: str | None, loading: str, record: Mapping[str, Any]
+    path: Path,
+    *,
+    root: Path,
+    base_model: str | None,
+    loading: str,
+    record: Mapping[str, Any],
+    picture: Picture | None = None,
 ) -> None:
-    """Write README.md: front matter for the Hub, the loading line, the numbers.
+    """Write README.md: front matter for the Hub, samples, the loading line, the numbers.
 
     Args:
         root: the source checkpoint, whose licence is inherited.
         base_model: Hub id, for Hub sources only.
         loading: the code that loads the result.
         record: the document that `gfprune.json` holds.
+        picture: lies beside the card, as `PICTURE`.
     """
-    front: dict[str, Any] = {"library_name": "diffusers", **inherited(root), "tags": ["gfprune", "pruned"]}
-    if base_model:
-        front["base_model"] = base_model
-    if record.get("finetune") and base_model:
-        front["base_model_relation"] = "finetune"
     others = record.get("others") or {}
-    what = "pipeline" if others else record["class_name"]
+    source = inherited(root)
+    front = {
+        "library_name": "diffusers",
+        **source,
+        "tags": ["gfprune", "pruned"],
+        **lineage(base_model, (record, *others.values())),
+    }
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=True).strip(),
         "---",
         "",
-        f"# {record['source']['label'] if base_model else what}, pruned",
+        f"# {base_model or Path(record['source']['label']).name}, pruned",
+        "",
+        *picture_lines(picture),
+        "## Loading",
         "",
         "```python",
         loading,
         "```",
         "",
+        *(FLAG if "trust_remote_code" in loading else []),
     ]
     for one in (record, *others.values()):
-        lines += [f"## {one['component']}: {one['class_name']}", ""] if others else []
+        lines += [f"## {one['component']}: {one['class_name']}" if others else "## Numbers", ""]
         lines += component_lines(one)
+    lines += licence_lines(source)
     lines += ["The loss is taken on calibration images. The resolved recipe is in `gfprune.json`.", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
+def lineage(base_model: str | None, records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What the Hub is told of where a model comes from.
+
+    Of the four relations that it knows (adapter, finetune, merge, quantized) one fits a network that was
+    trained after pruning. None fits one that was not: it is left to the Hub, which then infers one.
+    """
+    if base_model is None:
+        return {}
+    trained = {"base_model_relation": "finetune"} if any(map(is_trained, records)) else {}
+    return {"base_model": base_model, **trained}
+
+
+def is_trained(record: Mapping[str, Any]) -> bool:
+    """Whether weights were trained after pruning."""
+    recovered = (record.get("loss") or {}).get("recovered") is not None
+    return recovered or bool(record.get("finetune"))
+
+
+def picture_lines(picture: Picture | None) -> list[str]:
+    """Samples, and what they are."""
+    if picture is None:
+        return []
+    above = "the teacher of the finetuning" if picture.of_teacher else "the dense model"
+    return [
+        f"![Samples of {above} above, of this model below]({PICTURE})",
+        "",
+        f"Above {above}, below this one, from the same noise in {picture.steps} steps. "
+        f"{picture.samples} seeds, none left out.",
+        "",
+    ]
+
+
+def licence_lines(source: Mapping[str, Any]) -> list[str]:
+    """The licence of the source, where its card names one."""
+    names = source.get("license_name") or source.get("license")
+    if names is None:
+        return []
+    text = names if isinstance(names, str) else ", ".join(names)
+    link = source.get("license_link")
+    where = f" ({link})" if isinstance(link, str) else ""
+    return [f"Licence: {text}{where}, as the dense model's card has it.", ""]
+
+
 def component_lines(record: Mapping[str, Any]) -> list[str]:
     """What became of one network."""
-    removed = removed_shares(record["params"], record["macs"])
-    recipe, params, macs, loss = record["recipe"], record["params"], record["macs"], record["loss"]
+    recipe, params, macs, size = record["recipe"], record["params"], record["macs"], record["bytes"]
     return [
-        f"gfprune removed {removed} (criterion {recipe['criterion']}, layout {recipe['layout']}).",
+        f"gfprune removed {removed_shares(params, macs)} (criterion {recipe['criterion']}, layout "
+        f"{recipe['layout']}).",
         "",
-        "| | before | after |",
-        "|---|---|---|",
-        f"| parameters | {params['before']:,} | {params['after']:,} |",
-        f"| multiply-accumulates | {macs['before']:,} | {macs['after']:,} |",
-        f"| weights, bytes | {record['bytes']['before']:,} | {record['bytes']['after']:,} |",
-        f"| denoising loss | {loss['before']:.4f} | {loss_left(loss):.4f} |",
+        "| | dense | pruned | left |",
+        "|---|--:|--:|--:|",
+        number_row("parameters", params),
+        number_row("multiply-accumulates", macs),
+        number_row("weights, bytes", size),
+        loss_row(record),
         "",
         *time_lines(record),
         *fold_lines(record),
         *finetune_lines(record),
     ]
+
+
+def number_row(title: str, pair: Mapping[str, int]) -> str:
+    """One count, before and after."""
+    left = f"{pair['after'] / pair['before']:.1%}" if pair["before"] else ""
+    return f"| {title} | {pair['before']:,} | {pair['after']:,} | {left} |"
+
+
+def loss_row(record: Mapping[str, Any]) -> str:
+    """The loss of the dense network and of the one that lies here: after its last finetuning."""
+    tuned = record.get("finetune")
+    if not tuned:
+        return f"| denoising loss | {record['loss']['before']:.4f} | {loss_left(record['loss']):.4f} | |"
+    loss = tuned[-1]["loss"]
+    dense = f"{loss['teacher']:.4f}" if has_own_teacher(tuned[-1], record) else ""
+    return f"| denoising loss | {dense} | {loss['after']:.4f} | |"
 
 
 def removed_shares(params: Mapping[str, int], macs: Mapping[str, int]) -> str:
@@ -142,14 +238,40 @@ def fold_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def finetune_lines(record: Mapping[str, Any]) -> list[str]:
-    """One line per finetuning, oldest first."""
-    lines = []
+    """One line per training after removal, oldest first."""
+    lines, loss = [], record["loss"]
+    if loss.get("recovered") is not None:
+        lines += [
+            f"{record['recipe']['recover']} steps of training with the dense model as teacher took the "
+            f"denoising loss from {loss['removed']:.4f} to {loss['recovered']:.4f}; the dense model has "
+            f"{loss['before']:.4f}.",
+            "",
+        ]
     for entry in record.get("finetune") or []:
         loss, recipe = entry["loss"], entry["recipe"]
-        lines.append(
-            f"Then finetuned for {recipe['steps']} steps with the dense model as teacher: denoising loss "
+        lines += [
+            f"Then finetuned for {recipe['steps']} steps{trained_how(entry, record)}: denoising loss "
             f"{loss['before']:.4f} before, {loss['after']:.4f} after, {loss['teacher']:.4f} for the teacher, "
-            "on images that training did not see."
-        )
-        lines.append("")
+            "on images that training did not see.",
+            "",
+        ]
     return lines
+
+
+def has_own_teacher(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether the teacher of a finetuning was the pruned network's own; files may have other names."""
+    first, second = (sorted(origin["weights"].values()) for origin in (entry["teacher"], record["source"]))
+    return first == second
+
+
+def trained_how(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """What a finetuning learned from, and what of the network it changed."""
+    recipe, teacher = entry["recipe"], "the dense model"
+    if not has_own_teacher(entry, record):
+        label = entry["teacher"]["label"]
+        teacher = label if entry["teacher"]["kind"] == "hub" else Path(label).name
+    taught = any(recipe.get(name) for name in ("distill", "features", "jacobian"))
+    how = f" with {teacher} as teacher" if taught else " on the denoising loss alone"
+    if recipe.get("lora"):
+        how += f", through adapters of rank {recipe['lora']} that were merged into the pruned layers"
+    return how

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.card import write_card
+from gfprune_cli.checkpoint.card import PICTURE, Picture, write_card
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.components import check_entries
 from gfprune_cli.checkpoint.files import CONVERSION, INDEX_BYTES, checked_file, read_json
@@ -31,7 +31,13 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_checkpoint(
-    destination: Path, model: nn.Module, component: Component, record: Mapping[str, Any], *, force: bool
+    destination: Path,
+    model: nn.Module,
+    component: Component,
+    record: Mapping[str, Any],
+    *,
+    force: bool,
+    picture: Picture | None = None,
 ) -> dict[str, Any]:
     """Write a pipeline folder (or a bare model folder, if the source was one).
 
@@ -39,6 +45,7 @@ def write_checkpoint(
         model: the pruned network, of the stock class or `Pruned<class>`.
         component: what it was made from; the other components are copied.
         record: goes to `gfprune.json`; `bytes.after` is filled in.
+        picture: for the model card, if there is one.
 
     Returns:
         The record as written.
@@ -59,9 +66,8 @@ def write_checkpoint(
         earlier = {} if bare else records_of(component.root)  # of what was pruned before, and comes along
         beside = component.entries.keys() - {name}
         complete = joined([own, *(one for other, one in earlier.items() if other in beside)])
-        write_description(
-            staging, complete, component, loading_line(destination, type(model).__name__, bare=bare)
-        )
+        loading = loading_line(destination, type(model).__name__, bare=bare)
+        write_description(staging, complete, component, loading, picture)
     return complete
 
 
@@ -80,7 +86,7 @@ def write_joined(
         component: any of those that they were made from; what is no part is copied from its pipeline.
         record: of all of them, see `record.joined`.
     """
-    files = {name: [path for path in folder.iterdir() if path.name not in ("README.md", RECORD)]
+    files = {name: [path for path in folder.iterdir() if path.name not in ("README.md", RECORD, PICTURE)]
              for name, folder in parts.items()}  # fmt: skip
     needed = sum(path.stat().st_size for found in files.values() for path in found)
     with staged(destination, force=force, needed=needed) as staging:
@@ -99,9 +105,17 @@ def write_joined(
         write_description(staging, record, component, loading_line(destination, classes[0], bare=False))
 
 
-def write_description(staging: Path, record: Mapping[str, Any], component: Component, loading: str) -> None:
+def write_description(
+    staging: Path,
+    record: Mapping[str, Any],
+    component: Component,
+    loading: str,
+    picture: Picture | None = None,
+) -> None:
     """The record and the model card of an output; all of its files get the mode of any other new file."""
     write_json(staging / RECORD, record)
+    if picture is not None:
+        (staging / PICTURE).write_bytes(picture.png)
     source = record["source"]
     write_card(
         staging / "README.md",
@@ -109,6 +123,7 @@ def write_description(staging: Path, record: Mapping[str, Any], component: Compo
         base_model=source["label"] if source["kind"] == "hub" else None,
         loading=loading,
         record=record,
+        picture=picture,
     )
     for path in staging.rglob("*"):
         if path.is_file():

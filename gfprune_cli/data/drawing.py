@@ -1,6 +1,6 @@
 """Samples that a network draws of itself, and what they need to know of its configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,11 @@ def refuse_latent_data(data: str, component: Component) -> None:
         )
 
 
+def image_noise(shape: tuple[int, ...], seed: int, members: Sequence[int]) -> torch.Tensor:
+    """[N, *shape] standard normal noise that images come from, by their numbers: each has its own seed."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, "image", index)) for index in members])
+
+
 @torch.no_grad()
 def self_images(
     model: nn.Module,
@@ -110,9 +115,7 @@ def self_images(
     images = [torch.empty(0, *shape)]
     for first in range(own.start, own.stop, batch):
         members = range(first, min(own.stop, first + batch))
-        noise = torch.stack(
-            [torch.randn(shape, generator=generator(seed, "image", index)) for index in members]
-        )
+        noise = image_noise(shape, seed, members)
         chosen = None if conditions is None else conditions[list(members)].to(device)
 
         def denoise(

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from gfprune_cli.checkpoint.card import inherited
+from gfprune_cli.checkpoint.card import inherited, lineage
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import read_json
 from gfprune_cli.checkpoint.record import (
@@ -89,8 +89,7 @@ def write_export_card(path: Path, *, root: Path, loading: str, record: Mapping[s
     if library:
         front["library_name"] = library
     base = base_model(record)
-    if base:
-        front["base_model"] = base
+    front |= lineage(base, (record,))
     name = base or entry["class_name"]
     lines = [
         "---",

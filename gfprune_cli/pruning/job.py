@@ -231,7 +231,7 @@ class PruneJob:
     def draws(self, dense: nn.Module) -> tuple[Draws, Draws]:
         """Draws for scoring and training, and for the reported losses; from different images."""
         images, conditions = self.images(dense)
-        split = len(images) - max(1, len(images) // REPORT_SHARE)
+        self.split = split = len(images) - max(1, len(images) // REPORT_SHARE)
         parts = [
             Draws(
                 images[part],
@@ -267,7 +267,7 @@ class PruneJob:
             dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
         )
         self.data_fingerprint = found.fingerprint
-        self.process, self.conditions = found.process, found.conditions
+        self.process, self.conditions, self.found = found.process, found.conditions, found
         return found.images, found.conditions
 
     def see_inputs(self, inputs: Mapping[str, Any]) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.card import Picture
 from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.data.sample_rows import Samples, dense_samples, has_start, is_picture, make_picture
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import GfpruneError
@@ -22,7 +24,7 @@ from gfprune_cli.progress import Event, notice
 from gfprune_cli.pruning.flows import Flow
 from gfprune_cli.pruning.job import PruneJob, as_loaded
 from gfprune_cli.pruning.loss_limit import LossLimit
-from gfprune_cli.pruning.phases import CHECKING, RECOVERING
+from gfprune_cli.pruning.phases import CHECKING, LOSSES, RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
@@ -34,6 +36,7 @@ from gfprune_cli.runtime.device import is_elsewhere
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
+Made = tuple[int, nn.Module, Outcome, Picture | None]  # number, network, what was measured, samples
 SAVE_EVERY = 100  # recovery steps
 RECOVERY_REMEDIES = Remedies(
     not_finite="use --recover 0 and gfprune finetune with a lower --learning-rate",
@@ -53,8 +56,8 @@ class Networks:
     job: PruneJob
     states: Sequence[StateFolder]
 
-    def make(self, done: Sequence[bool]) -> Iterator[tuple[int, nn.Module, Outcome]]:
-        """(number, network, what was measured on the way) of each network that is not there yet."""
+    def make(self, done: Sequence[bool]) -> Iterator[Made]:
+        """Each network that is not there yet."""
         place = self.states[0].folder
         with ExitStack() as stack:
 
@@ -65,9 +68,10 @@ class Networks:
             self.job.new_folder = new_folder
             yield from self.made(done)
 
-    def made(self, done: Sequence[bool]) -> Iterator[tuple[int, nn.Module, Outcome]]:
+    def made(self, done: Sequence[bool]) -> Iterator[Made]:
         job, last = self.job, len(self.states) - 1
         dense, draws, held_out = job.prepared()
+        self.shown = self.samples(dense)
         for state in self.states:
             state.identity["data contents"] = job.data_fingerprint
         first = self.first(done)
@@ -93,7 +97,8 @@ class Networks:
             elif not recovery.begun():
                 flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()
             if not done[number]:
-                yield number, self.finished(narrow, dense, draws, held_out, recovery.of(outcome)), outcome
+                model, picture = self.finished(narrow, dense, draws, held_out, recovery.of(outcome))
+                yield number, model, outcome, picture
 
     def first(self, done: Sequence[bool]) -> int:
         """The network to begin with: the last one that a state stands before, of those up to the first that
@@ -125,19 +130,42 @@ class Networks:
 
     def finished(
         self, narrow: nn.Module, dense: nn.Module, draws: Draws, held_out: Draws, state: RecoveryState
-    ) -> nn.Module:
-        """The network as it is stored, after its recovery."""
+    ) -> tuple[nn.Module, Picture | None]:
+        """The network as it is stored, after its recovery, and samples of it."""
         job = self.job
         if job.steps:
             self.recover(narrow, self.teacher(dense), draws, state)
             if len(self.states) > 1 and not is_elsewhere(dense):  # the next refit reads it as the first did
                 as_loaded(dense, job.device)
+        picture = None if job.steps else self.picture(narrow)  # it has the stored weights already
         model = stored(narrow, stored_dtype(job.plan.component))
         if job.steps:
             assert state.found is not None
             single = nn.Module.to(copy.deepcopy(model), torch.float32)
             state.found.losses["recovered"] = job.loss(held_out, single)
-        return model
+            picture = self.picture(single)
+        return model, picture
+
+    def samples(self, dense: nn.Module) -> Samples | None:
+        """The dense row of the model card's picture; None where samples are no pictures."""
+        job = self.job
+        alone = job.processes is None or job.processes.main
+        if not (alone and is_picture(job.plan.component, dense.config) and has_start(job.process)):
+            return None
+        unseen, at_once = range(job.split, len(job.found.images)), job.memory.at_once(LOSSES)
+        return dense_samples(dense, job.request, job.found, unseen, self.poll, at_once)
+
+    def picture(self, narrow: nn.Module) -> Picture | None:
+        """Samples of the dense network and of a narrow one, from the same noise."""
+        if self.shown is None:
+            return None
+        self.job.progress(Event("sample", text="drawing samples for the model card"))
+        drawn = self.shown.drawn_by(narrow, self.poll, self.job.memory.at_once(LOSSES))
+        return make_picture(self.shown, drawn)
+
+    def poll(self) -> None:
+        """Asked before every pass of a sample: a signal may arrive within one."""
+        self.job.progress(Event("pass"))
 
     def teacher(self, dense: nn.Module) -> nn.Module:
         """The network as it was given, whatever it was folded to."""

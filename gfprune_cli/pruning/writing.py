@@ -51,13 +51,13 @@ def make_networks(job: PruneJob, outputs: Sequence[Claim], component: Component)
     if None in records:
         with deterministic():
             done = [record is not None for record in records]
-            for number, model, outcome in Networks(job, states).make(done):
+            for number, model, outcome, picture in Networks(job, states).make(done):
                 output = outputs[number]
                 job.progress(Event("write", text=f"writing {output.destination}"))
                 record = make_record(job, number, model, outcome)
                 if output.main:
                     record = write_checkpoint(
-                        output.destination, model, component, record, force=output.force
+                        output.destination, model, component, record, force=output.force, picture=picture
                     )
                 records[number] = record if job.processes is None else job.processes.said(record)
                 states[number].end()

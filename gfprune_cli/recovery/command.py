@@ -75,7 +75,7 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
         processes.wait()
         tracker = make_tracker(options.logger, logs, destination.name) if processes.main else None
         with deterministic(), lost_process():
-            model, losses = job.execute(
+            model, losses, shown = job.execute(
                 state,
                 save_every=options.save_every,
                 sample_every=options.sample_every,
@@ -84,7 +84,8 @@ def finetune(recipe: FinetuneRecipe, options: RunOptions, progress: Progress = s
         if processes.main:
             assert model is not None
             progress(Event("write", text=f"writing {destination}"))
-            write_checkpoint(destination, model, component, job.make_record(losses), force=options.force)
+            document = job.make_record(losses)
+            write_checkpoint(destination, model, component, document, force=options.force, picture=shown)
             state.end()
     processes.wait()
     return result_of(job, losses, destination, logs, time.monotonic() - start)

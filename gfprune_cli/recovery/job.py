@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.checkpoint.card import Picture
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, cast_model, check_weights, load_model, sha256_of_weights
 from gfprune_cli.checkpoint.record import Record, as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
-from gfprune_cli.data.latents import decoder_name
+from gfprune_cli.data.sample_rows import Samples, dense_samples, has_start, is_picture, make_picture
 from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
+from gfprune_cli.diffusion.finite import ZERO_SNR
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
-from gfprune_cli.progress import Progress, notice
+from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
-from gfprune_cli.recovery.loop import Samples, dense_samples
 from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.memory import held_bytes
@@ -135,8 +135,8 @@ class FinetuneJob:
         save_every: int,
         sample_every: int,
         open_watch: Callable[[int], Watch] | None,
-    ) -> tuple[nn.Module | None, dict[str, float]]:
-        """The trained network (averaged weights, in the type it is stored in), and the losses.
+    ) -> tuple[nn.Module | None, dict[str, float], Picture | None]:
+        """The trained network (averaged weights, in the type it is stored in), the losses, and samples.
 
         Where networks are in pieces, the network is the first process's alone.
         """
@@ -148,7 +148,7 @@ class FinetuneJob:
         state.identity["data contents"] = self.fingerprint
         state.identity["sharding"] = self.sharded
         losses = {"teacher": self.loss(held_out, teacher)}
-        samples = self.samples(teacher) if sample_every and self.processes.main else None
+        samples = self.samples(teacher) if self.processes.main else None
         if self.recipe.teacher_precision == "bf16":
             teacher = self.in_bf16(teacher)
         if self.offload_teacher and self.device.type != "cpu":
@@ -171,8 +171,12 @@ class FinetuneJob:
         round_weights(student, stored_dtype(self.component))
         check_finite(student, self.processes)
         losses["after"] = self.loss(held_out, student)
+        shown = None
+        if samples is not None:
+            other = sorted(self.teacher.hashes.values()) != sorted(self.record.source.weights.values())
+            shown = make_picture(samples, samples.drawn_by(student, self.poll), of_teacher=other)
         whole = gathered(student, self.component, self.processes) if self.sharded else student
-        return None if whole is None else cast_model(whole, stored_dtype(self.component)), losses
+        return None if whole is None else cast_model(whole, stored_dtype(self.component)), losses, shown
 
     @property
     def sharded(self) -> bool:
@@ -204,9 +208,9 @@ class FinetuneJob:
                 teacher, self.teacher.component, self.scheduler, self.teacher.hashes, self.progress
             )
         self.fingerprint = found.fingerprint
-        self.process = found.process
+        self.process, self.found = found.process, found
         images, conditions = found.images, found.conditions
-        split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
+        self.split = split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
         parts = [
             Draws(
                 images[part],
@@ -247,29 +251,21 @@ class FinetuneJob:
             return None
 
     def samples(self, teacher: nn.Module) -> Samples | None:
-        """The dense row of the sample grids; None for latents, or where none can be drawn."""
+        """The dense row of grids and model card; None for latents, or where none can be drawn."""
         if self.sharded:
-            notice(self.progress, "no grids of samples are drawn: the networks are in pieces")
+            notice(self.progress, "no samples are shown: the networks are in pieces")
             return None
-        config: Any = teacher.config
-        pixels = self.component.class_name.removeprefix("Pruned") == "UNet2DModel"
-        if not pixels or config.in_channels not in (1, 3) or decoder_name(self.component) is not None:
+        if not is_picture(self.component, teacher.config):
             return None
-        if self.process.steps - 1 in zero_levels(self.process):
-            notice(self.progress, f"no grids of samples are drawn: {ZERO_SNR}")
+        if not has_start(self.process):
+            notice(self.progress, f"no samples are shown: {ZERO_SNR}")
             return None
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return dense_samples(
-            teacher,
-            self.process,
-            (config.in_channels, height, width),
-            config.num_class_embeds,
-            seed=self.recipe.seed,
-            steps=self.recipe.sample_steps,
-            device=self.device,
-            progress=self.progress,
-        )
+        unseen = range(self.split, len(self.found.images))
+        return dense_samples(teacher, self.request, self.found, unseen, self.poll)
+
+    def poll(self) -> None:
+        """Asked before every pass of a sample: a signal may arrive within one."""
+        self.progress(Event("pass"))
 
     def loss(self, draws: Draws, model: nn.Module) -> float:
         return denoising_loss(

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 
+from gfprune_cli.data.sample_rows import grid
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import replacing
 from gfprune_cli.outputs.locks import sweep_folder
 
 LOGGERS = ("tensorboard", "trackio")
 METRICS = "metrics.jsonl"
-MARGIN = 44  # pixels for the names of the rows
-SCALE = 64  # smallest side of a sample in the grid, in pixels
 
 
 def logs_folder(destination: Path, logs: Path | None) -> Path:
@@ -146,23 +144,3 @@ class Watch:
         if self.tracker is not None:
             with redirect_stdout(StringIO()):
                 self.tracker.finish()
-
-
-def grid(dense: torch.Tensor, pruned: torch.Tensor) -> Image.Image:
-    """Two rows of samples: uint8 [N, C, H, W] each, column by column from the same noise."""
-    rows = [tile(images) for images in (dense, pruned)]
-    height, width = rows[0].height, rows[0].width
-    factor = max(1, SCALE // dense.shape[2])
-    page = Image.new("RGB", (MARGIN + width * factor, 2 * height * factor), "white")
-    draw = ImageDraw.Draw(page)
-    for number, (name, row) in enumerate(zip(("dense", "pruned"), rows, strict=True)):
-        scaled = row.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        page.paste(scaled, (MARGIN, number * height * factor))
-        draw.text((4, (number + 0.5) * height * factor), name, fill="black", anchor="lm")
-    return page
-
-
-def tile(images: torch.Tensor) -> Image.Image:
-    """uint8 [N, C, H, W] side by side, C = 1 or 3."""
-    pixels = images.expand(-1, 3, -1, -1).permute(2, 0, 3, 1)
-    return Image.fromarray(pixels.reshape(pixels.shape[0], -1, 3).contiguous().cpu().numpy())

@@ -5,18 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from gfprune_cli.diffusion.conditions import Condition, call
-from gfprune_cli.diffusion.draws import generator
-from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.data.sample_rows import Samples
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.trainer import Stopped, Trainer
 from gfprune_cli.runtime.processes import Together
-
-GRID_SAMPLES = 8
 
 
 class State(Protocol):
@@ -33,63 +28,6 @@ class State(Protocol):
 
 
 @dataclass
-class Samples:
-    """The dense model's samples, and the noise they came from.
-
-    Args:
-        noise: [N, C, H, W].
-        condition: of the samples.
-        dense: uint8 [N, C, H, W].
-        steps: of the sampler.
-    """
-
-    noise: torch.Tensor
-    condition: Condition
-    dense: torch.Tensor
-    steps: int
-
-
-def draw_grid(
-    network: nn.Module,
-    process: NoisingProcess,
-    noise: torch.Tensor,
-    condition: Condition,
-    steps: int,
-    poll: Callable[[], None],
-) -> torch.Tensor:
-    """uint8 [N, C, H, W] samples of a network; `poll` is called before every pass and may raise."""
-
-    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        poll()
-        return call(network, x, timesteps, condition)
-
-    with torch.no_grad():
-        images = process.sample(denoise, noise, steps)
-    low, high = process.value_range
-    return ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def dense_samples(
-    teacher: nn.Module,
-    process: NoisingProcess,
-    shape: tuple[int, int, int],
-    classes: int | None,
-    *,
-    seed: int,
-    steps: int,
-    device: torch.device,
-    progress: Progress,
-) -> Samples:
-    """The upper row of every grid."""
-    noise = torch.stack(
-        [torch.randn(shape, generator=generator(seed, "grid", index)) for index in range(GRID_SAMPLES)]
-    ).to(device)
-    labels = None if classes is None else (torch.arange(GRID_SAMPLES) % classes).to(device)
-    dense = draw_grid(teacher, process, noise, labels, steps, lambda: progress(Event("pass")))
-    return Samples(noise, labels, dense, steps)
-
-
-@dataclass
 class Loop:
     """One run over one network.
 
@@ -102,7 +40,6 @@ class Loop:
     """
 
     trainer: Trainer
-    process: NoisingProcess
     state: State
     progress: Progress
     save_every: int
@@ -186,9 +123,7 @@ class Loop:
         samples = self.samples
         try:
             with self.trainer.averaged() as network:
-                pruned = draw_grid(
-                    network, self.process, samples.noise, samples.condition, samples.steps, self.poll
-                )
+                pruned = samples.drawn_by(network, self.poll)
             watch.picture(self.done, samples.dense, pruned)
         except Stopped:
             pass  # the next step saves and stops, together with the other processes

@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from gfprune_cli.data.sample_rows import Samples
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.logs import Watch
-from gfprune_cli.recovery.loop import Loop, Samples, State
+from gfprune_cli.recovery.loop import Loop, State
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.sharded_state import ShardedState
 from gfprune_cli.recovery.sharded_trainer import ShardedTrainer
@@ -75,7 +76,7 @@ def recover(
         assert isinstance(state, StateFolder)
         state = ShardedState(state, processes, trainer.room)
     try:
-        Loop(trainer, process, state, progress, save_every, sample_every, samples, open_watch).run()
+        Loop(trainer, state, progress, save_every, sample_every, samples, open_watch).run()
     finally:
         if pair is not None:
             pair.close()

@@ -61,6 +61,8 @@ def test_output_is_a_checkpoint_like_prunes_with_record_and_card_extended(
     assert entry["teacher"]["weights"] == before["source"]["weights"]
     assert set(entry["loss"]) == {"before", "after", "teacher"}
     assert "finetuned for 6 steps" in (tuned / "README.md").read_text()
+    grids = sorted((tuned.parent / "out-logs" / "samples").iterdir())
+    assert (tuned / "samples.png").read_bytes() == grids[-1].read_bytes() != grids[0].read_bytes()
     names = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (pruned, tuned)]
     assert names[0] == names[1]
     x = torch.randn(1, 3, 16, 16)

@@ -23,9 +23,15 @@ from forked import Server
 from safetensors import SafetensorError, safe_open
 
 import gfprune_cli
+from gfprune_cli.checkpoint.reader import inspect
+from gfprune_cli.checkpoint.scheduler import load_scheduler
+from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.data.drawing import self_images
+from gfprune_cli.data.sample_rows import MARGIN
+from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.flow import loop
-from gfprune_cli.progress import Event
+from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning import flows
 from gfprune_cli.recipes.prune import CRITERIA
 
@@ -154,9 +160,34 @@ def test_the_card_says_both_shares_and_the_loss_after_recovery(pruned: Path) -> 
     assert f"| {record['loss']['before']:.4f} | {record['loss']['recovered']:.4f} |" in card
 
 
+@pytest.mark.parametrize("recover", [0, 2])
+def test_the_cards_picture_is_of_what_was_written(
+    pipeline_folder: Path, tmp_path: Path, recover: int
+) -> None:
+    """Dense above pruned, the noise of the images that no training saw, the weights as a user loads them."""
+    from PIL import Image
+
+    out, settings = tmp_path / "out", ONE_SHOT | dict(recover=recover, refit=False)
+    gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, out=out, **settings)
+    assert "](samples.png)" in (out / "README.md").read_text()
+    page = np.asarray(Image.open(out / "samples.png"), dtype=int)
+    process = noising_process(load_scheduler(inspect(resolve(str(pipeline_folder)))))
+    for row, folder in enumerate((pipeline_folder, out)):
+        images = self_images(
+            gfprune_cli.load(folder), process, count=8, steps=settings["sample_steps"], seed=0,
+            conditions=None, shape=(3, 16, 16), device=torch.device("cpu"), progress=silent,
+        )  # fmt: skip
+        levels = ((images[6:] + 1) * 127.5).clamp(0, 255)  # a quarter of the eight is kept aside
+        for number, expected in enumerate(levels):
+            left, top = MARGIN + number * 64, row * 64
+            shown = page[top : top + 64 : 4, left : left + 64 : 4].transpose(2, 0, 1)
+            assert np.abs(shown - expected.numpy()).max() < 1
+    assert page.shape == (128, MARGIN + 2 * 64, 3)
+
+
 def test_no_pickle_and_ordinary_modes(pruned: Path) -> None:
     suffixes = {path.suffix for path in pruned.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".md", ".py", ".safetensors"}
+    assert suffixes == {".json", ".md", ".png", ".py", ".safetensors"}
     mask = os.umask(0)
     os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in pruned.rglob("*") if path.is_file()} == {0o666 & ~mask}
@@ -297,6 +328,7 @@ def test_other_layouts_and_schedulers(tmp_path: Path, layout: str) -> None:
     assert abs(result.sparsity["achieved"] - 0.3) <= 0.01
     assert (out / "config.json").exists() is (layout == "bare")
     assert (out / "unet" / "config.json").exists() is (layout != "bare")
+    assert (out / "samples.png").exists() is (layout != "latent")
     x = torch.randn(1, channels, 16, 16)
     assert bool(gfprune_cli.load(out)(x, 1).sample.isfinite().all())
 
@@ -316,6 +348,7 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
 
     gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **ONE_SHOT)
     assert any("resized" in text for text in notices)
+    assert (tmp_path / "out" / "samples.png").exists()
 
 
 def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_path: Path) -> None:

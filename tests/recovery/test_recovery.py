@@ -20,13 +20,14 @@ from torch import nn
 
 from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.record import Origin, Record
+from gfprune_cli.data.sample_rows import grid
 from gfprune_cli.diffusion.draws import Batch, Draws
 from gfprune_cli.diffusion.schedulers import VariancePreserving, noising_process
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.logs import METRICS, Watch, grid
+from gfprune_cli.recovery.logs import METRICS, Watch
 from gfprune_cli.recovery.lora import add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.optimizers import eight_bit_optimizers, hidden_matrices, make_optimizer
