@@ -248,7 +248,7 @@ def test_want_of_memory_ends_the_run_in_one_line(group: Processes, dit: Path) ->
 
     network = load_sharded(inspect(resolve(str(dit))), group).requires_grad_(True)
     recipe = FinetuneRecipe(model="x", batch=6, micro_batch=2, optimizer="adamw")
-    draws: Any = SimpleNamespace(batch=lambda *_, **__: None)
+    draws: Any = SimpleNamespace(steps=10, batch=lambda *_, **__: None)
     trainer = ShardedTrainer(network, Full(), draws, recipe, group)  # type: ignore[arg-type]
     with pytest.raises(GfpruneError, match=r"out of memory with 2 samples .*--micro-batch, --checkpointing"):
         trainer.step(0, lambda: False)
