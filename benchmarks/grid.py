@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.recipes.finetune import RATE, FinetuneRecipe
+from gfprune_cli.recipes.finetune import MUON_RATE, RATE, FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 
 Entry = dict[str, Any]
@@ -126,7 +126,8 @@ def peer_recipe(cell: Cell, **sizes: Any) -> FinetuneRecipe:
 
 def said(recipe: dict[str, Any]) -> dict[str, Any]:
     """Settings that change something: an option that came later counts only where it is in use."""
-    settings = {"learning_rate": RATE} | {key: value for key, value in recipe.items() if value is not None}
+    rate = MUON_RATE if recipe.get("optimizer") == "muon" else RATE
+    settings = {"learning_rate": rate} | {key: value for key, value in recipe.items() if value is not None}
     return {key: value for key, value in settings.items() if value is not False and UNUSED.get(key) != value}
 
 

@@ -27,7 +27,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DMod
 from provenance import PAGES, write_page
 
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.pruning.memory import FLOAT, one_pass
+from gfprune_cli.pruning.memory import FLOAT, Phase, one_pass
 from gfprune_cli.pruning.phases import phases_of
 from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -128,6 +128,7 @@ REAL: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
+    "`--recover 0`": dict(recover=0),
     "`--one-shot --no-refit --recover 0`": dict(one_shot=True, refit=False, recover=0),
 }
 
@@ -135,26 +136,34 @@ PLANS: dict[str, dict[str, Any]] = {
 def plan_table() -> str:
     """Least memory of real networks, by the plan: one sample at a time, the dense network elsewhere."""
     lines = [
-        f"| network | parameters | activations of a sample, GB | {' | '.join(PLANS)} |",
-        "|---" * (3 + len(PLANS)) + "|",
+        f"| network | parameters | activations of a sample, GB | stored in | {' | '.join(PLANS)} |",
+        "|---" * (4 + len(PLANS)) + "|",
     ]
     for name, (kind, config) in REAL.items():
         with torch.device("meta"):
             network = kind(**config)
         params = sum(parameter.numel() for parameter in network.parameters())
+        matrices = sum(parameter.numel() for parameter in network.parameters() if parameter.ndim > 1)
         one = one_pass(network, example_inputs(network))
         groups, trace = discover(network)
         narrow = small_share(groups, CostModel(network, groups, trace))
-        cells = []
-        for settings in PLANS.values():
-            recipe = PruneRecipe(sparsity=0.5, **settings)
-            phases = phases_of(recipe, one, offload=True, narrow=narrow)
-            needs = {forms[-1].name: forms[-1].need(params * FLOAT, forms[-1].least) for forms in phases}
-            worst = max(needs, key=lambda phase: needs[phase])
-            cells.append(f"{needs[worst] / GB:.1f} GB ({worst})")
         kept = f"{FLOAT * one.kept / GB:.1f}"
-        lines.append(f"| {name} | {params / 1e6:,.0f} M | {kept} | {' | '.join(cells)} |")
+        for words, stored in (("float32", 1.0), ("half", 1 - matrices / params / 2)):
+            cells = []
+            for settings in PLANS.values():
+                recipe = PruneRecipe(sparsity=0.5, **settings)
+                phases = phases_of(recipe, one, offload=True, narrow=narrow, stored=stored)
+                cells.append(worst_of(phases, params))
+            lines.append(f"| {name} | {params / 1e6:,.0f} M | {kept} | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def worst_of(phases: Sequence[Sequence[Phase]], params: int) -> str:
+    """What the largest of the phases needs at least, and its bytes per parameter without samples."""
+    last = [forms[-1] for forms in phases]
+    worst = max(last, key=lambda phase: phase.need(params * FLOAT, phase.least))
+    need = worst.need(params * FLOAT, worst.least) / GB
+    return f"{need:.1f} GB ({worst.name}; {FLOAT * worst.copies:.1f} bytes per parameter)"
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,9 @@ class Subject:
 SUBJECTS = {
     "half": Subject("SD 1.5 at half of its width, 16 x 16 latents", lambda: stable_diffusion(160, 16), 5),
     "dit": Subject("DiT-XL/2, 16 x 16 latents", lambda: dit(28, 16), 10),
+    "dit-half": Subject(
+        "DiT-XL/2, 16 x 16 latents, stored in bf16", lambda: dit(28, 16), 4.2, torch.bfloat16
+    ),
     "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 12),
     "sdxl-16": Subject(
         "SDXL, 16 x 16 latents, stored in bf16",
@@ -285,7 +297,10 @@ def main(given: Sequence[str] | None = None) -> Path:
         with tempfile.TemporaryDirectory() as root:
             rows.append((SUBJECTS[name], measured(SUBJECTS[name], Path(root), options.seed, options.device)))
         print(rows_table(rows), finetune_text(rows), flush=True)
-    body = f"Least by the plan, float32, one sample at a time, the dense network on disk:\n\n{plan_table()}\n"
+    body = (
+        "Least by the plan, one sample at a time, the dense network on disk; beside samples and what the "
+        f"matrices of one layer take, the bytes of weights for each parameter:\n\n{plan_table()}\n"
+    )
     if rows:
         body += (
             f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, "

@@ -183,12 +183,15 @@ def _has_tables(model: "nn.Module") -> bool:
     )
 
 
-def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
+def load_model(
+    component: Component, *, dtype: "torch.dtype | None" = None, in_half: bool = False
+) -> "nn.Module":
     """Load the denoiser's weights, one tensor at a time.
 
     Args:
         component: from `inspect`.
         dtype: the type to cast to; None means float32. Layers that diffusers keeps in float32 get no less.
+        in_half: matrices that are stored in half precision stay so in memory, and are read as float32.
 
     Returns:
         The model on the CPU, in `eval()` mode, sharing no memory with the files.
@@ -206,7 +209,7 @@ def load_model(component: Component, *, dtype: "torch.dtype | None" = None) -> "
     stored = stored_names(model, component.tensors, component.weights)
     if _unsaved(model, stored) or _has_tables(model):
         model = _build(component, empty_weights(dtype))
-    model.load_state_dict(_read_tensors(model, component, stored, dtype), assign=True)
+    model.load_state_dict(_read_tensors(model, component, stored, dtype, in_half=in_half), assign=True)
     return model.eval()
 
 
@@ -288,11 +291,18 @@ def _files(component: Component) -> str:
 
 
 def _read_tensors(
-    model: "nn.Module", component: Component, stored: dict[str, str], dtype: "torch.dtype"
+    model: "nn.Module",
+    component: Component,
+    stored: dict[str, str],
+    dtype: "torch.dtype",
+    *,
+    in_half: bool = False,
 ) -> dict[str, "torch.Tensor"]:
     """Model's tensor name -> a finite tensor of its type, file by file. Tied names share one parameter."""
     from safetensors import SafetensorError
     from torch import nn
+
+    from gfprune_cli.runtime.half import as_half, is_half
 
     expected = model.state_dict(keep_vars=True)
     doubles = {name: same[0] for same in tied(model) for name in same[1:]}
@@ -305,7 +315,11 @@ def _read_tensors(
                         tensor, target = reader.get_tensor(old), expected[name].dtype
                         if target.is_floating_point:
                             target = wanted_type(model, name, dtype)
-                        result[name] = _finite(tensor, target, f"{quoted(old)} in {path}")
+                        where = f"{quoted(old)} in {path}"
+                        if in_half and is_half(expected[name], tensor):
+                            result[name] = as_half(_finite(tensor, tensor.dtype, where))
+                        else:
+                            result[name] = _finite(tensor, target, where)
         except (
             SafetensorError,
             OSError,

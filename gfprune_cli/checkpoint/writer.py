@@ -1,6 +1,7 @@
 """A pruned model in memory -> a checkpoint folder that plain diffusers loads."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -142,6 +143,21 @@ def stored_dtype(component: Component) -> torch.dtype:
         if info.dtype in FLOAT_TYPES and not kept & set(name.split("."))
     }
     return DTYPES.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+
+
+def stored_share(component: Component) -> float:
+    """Bytes of the weights where matrices that are stored in half precision are held so, of those in float32.
+
+    1 where the network is not stored in half precision.
+    """
+    if stored_dtype(component) == torch.float32:
+        return 1.0
+    held = full = 0
+    for info in component.tensors.values():
+        count = math.prod(info.shape)
+        full += 4 * count
+        held += (2 if info.dtype in DTYPES and len(info.shape) > 1 else 4) * count
+    return held / full
 
 
 def check_pipeline(component: Component) -> None:

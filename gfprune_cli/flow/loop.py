@@ -22,6 +22,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import as_families, by_family
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.runtime.half import as_stored
 from gfprune_cli.runtime.processes import Processes, agree
 from gfprune_cli.structure.groups import select
 
@@ -278,7 +279,7 @@ class PruningLoop:
             refit.restore(changed)
             after, layers = before, 0
         elif self.processes is not None:
-            self.processes.align(self.masked.weights[name].data for name in changed)
+            self.processes.align(as_stored(self.masked.weights[name]) for name in changed)
         judged = 2 + (not state.refits)
         state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
         state.refits.append(RefitResult(state.iteration, dense, before, after, layers))
@@ -301,6 +302,7 @@ class PruningLoop:
                 None if self.refit is None else self.refit.per_input,
                 self.masked.recompute is not None,
             ],
+            "half": self.masked.half,
             "refits": [asdict(refit) for refit in state.refits],
         }
         self.store.save(tensors, numbers)
@@ -311,6 +313,8 @@ class PruningLoop:
             return
         tensors, numbers = state
         families = by_family(tensors)
+        if numbers.get("half") != self.masked.half:
+            self.masked.keep_in(numbers.get("half"))
         with torch.no_grad():
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])

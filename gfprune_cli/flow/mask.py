@@ -14,6 +14,7 @@ from gfprune_cli.diffusion.conditions import Condition, call, call_with
 from gfprune_cli.flow.masked_norms import MaskedFeatureNorm, MaskedGroupNorm
 from gfprune_cli.flow.passing import PassingWeights, given_weights
 from gfprune_cli.flow.recompute import Recompute
+from gfprune_cli.runtime.half import half_of, kept_in
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member, Side
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
@@ -136,6 +137,16 @@ class MaskedModel:
                     shape = [1] * weight.ndim
                     shape[dimension] = -1
                     self.factors[key] = cast(weight.dtype)[number].view(shape)
+
+    @property
+    def half(self) -> str | None:
+        """The half precision that weights are kept in; None where all are float32."""
+        return half_of(self.model)
+
+    def keep_in(self, half: str | None) -> None:
+        """Keep the weights so from now on, as far as that loses nothing."""
+        kept_in(self.model, half)
+        self.weights = dict(self.model.named_parameters())
 
     def sent(self, masks: list[torch.Tensor]) -> Callable[[torch.dtype], tuple[torch.Tensor, ...]]:
         """Type -> the masks in it on the device of the network.

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.runtime.half import wide
+
 Taker = Callable[[str, torch.Tensor], None]
 
 
@@ -50,8 +52,8 @@ class PassingWeights(Mapping[str, torch.Tensor]):
         return replace(self, taken=taken, names=names, anchor=anchor)
 
     def made(self, name: str) -> torch.Tensor:
-        """The effective weights; those that are as stored share their memory."""
-        weight = self.weights[name].detach()
+        """The effective weights; those that are as stored share their memory, if in float32."""
+        weight = wide(self.weights[name].detach())
         factor = self.factors.get(name)
         if factor is not None:
             weight = weight * factor

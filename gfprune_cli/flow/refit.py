@@ -15,7 +15,7 @@ Channel pruning by reconstruction (arXiv 1707.06168) and AdaPrune (arXiv 2102.08
 the soft masks are ours.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +39,13 @@ from gfprune_cli.flow.least_squares import Problem
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.relay import Hand, relayed
 from gfprune_cli.flow.residuals import Carrier, as_rows
+from gfprune_cli.runtime.half import wide
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.trace import first_given
 
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
-Weights = dict[str, torch.Tensor]
+Weights = MutableMapping[str, torch.Tensor]
 Streams = dict[str, torch.Tensor]  # by the key of their carrier
 Calls = dict[str, list[torch.Size]]  # layer -> shape of its inputs at each call
 
@@ -61,6 +62,7 @@ class Refit:
         per_input: how many of them, for each input of a layer; see `rows_looked_at`.
         processes: that share the samples, and add up what they say of a layer before it is fitted. A network
             that routes samples to layers runs them all in every process: some may have none for a layer.
+        aside: makes a place for the weights before a fit.
     """
 
     masked: MaskedModel
@@ -69,6 +71,7 @@ class Refit:
     seed: int
     per_input: int = ROWS_PER_INPUT
     processes: Processes | None = None
+    aside: Callable[[], Weights] = dict
     repeated: frozenset[str] | None = None  # layers that run more than once: no weights serve all their calls
 
     @torch.no_grad()
@@ -90,7 +93,7 @@ class Refit:
         Returns:
             the weights before, of those that changed.
         """
-        before: Weights = {}
+        before = self.aside()
         if self.repeated is None:
             calls = layer_calls(self.dense, x[:1], timesteps[:1], first_of(condition))
             self.repeated = frozenset(name for name, shapes in calls.items() if len(shapes) > 1)
@@ -221,7 +224,8 @@ class Refit:
         assert weight is not None
         rows = torch.arange(len(weight)) if written is None else torch.nonzero(written > 0).flatten()
         rows = rows.to(weight.device)
-        matrix, offset = weight.detach().flatten(1)[rows], None if bias is None else bias.detach()[rows]
+        matrix = wide(weight.detach()).flatten(1)[rows]
+        offset = None if bias is None else bias.detach()[rows]
         found = problem.of_outputs(rows).solve(matrix.float(), None if offset is None else offset.float())
         if found is None:
             return
@@ -231,7 +235,8 @@ class Refit:
                 continue
             full = f"{name}.{key}"
             before[full] = parameter.detach().clone()
-            whole = parameter.detach().flatten(1).clone() if key == "weight" else parameter.detach().clone()
+            whole = wide(parameter.detach()).clone()
+            whole = whole.flatten(1) if key == "weight" else whole
             whole[rows] = values.to(whole.dtype)
             parameter.data.copy_(whole.view(parameter.shape))
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.filesystem import give_default_mode, sync, sync_tree
 from gfprune_cli.outputs.locks import hidden, own_folder, sweep
+from gfprune_cli.runtime.half import as_stored
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
@@ -31,7 +32,7 @@ def write_tensors(
     One metadata key only (more are written in random order), names sorted, and the mode of any other new
     file (safetensors creates its files unreadable for others).
     """
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    ordered = {name: as_stored(tensors[name]).detach().cpu().contiguous() for name in sorted(tensors)}
     try:
         save_file(ordered, path, metadata=dict([metadata]))
     except (

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import Carrier, find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.outputs.aside import Aside
 from gfprune_cli.progress import notice
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
@@ -87,6 +88,12 @@ class Flow:
                 self.job.progress,
                 f"{' and '.join(fewer)}: at {LEAST_ROWS:,} positions of wide layers, memory is short",
             )
+        if memory.half is not None:
+            rounded = ", and refits round to it" if self.job.recipe.refit else ""
+            notice(
+                self.job.progress,
+                f"weights are kept in {memory.half} as they are stored{rounded}: memory is short",
+            )
         if turns:
             shares = "" if turns == 1 else f", and takes gradients in {turns} turns"
             notice(self.job.progress, f"scoring computes activations twice{shares}: memory is short")
@@ -115,6 +122,8 @@ class Flow:
         refit = None
         if recipe.refit:
             refit = Refit(masked, self.dense, self.residuals, recipe.seed, processes=job.processes, **looks)
+            if job.offload_teacher and job.new_folder is not None:
+                refit.aside = partial(Aside, job.new_folder())
         settings = job.memory.settings(SCORING)
         way: Way | None = None if settings.get("exact") else "finite-difference"
         loop = PruningLoop(

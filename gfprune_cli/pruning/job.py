@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from gfprune_cli.checkpoint.reader import build_meta, check_weights, load_model,
 from gfprune_cli.checkpoint.record import as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import stored_dtype
+from gfprune_cli.checkpoint.writer import stored_dtype, stored_share
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.stored import StoredImages
 from gfprune_cli.diffusion.conditions import Condition, call
@@ -39,6 +39,7 @@ from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.runtime.device import default_precision, is_elsewhere, offload
+from gfprune_cli.runtime.half import half_name, kept_in
 from gfprune_cli.runtime.processes import Processes
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
@@ -173,12 +174,16 @@ class PruneJob:
         """
         weights = self.plan.cost.params({}) * FLOAT
         recipe, narrow = self.recipe, small_share(self.plan.groups, self.plan.cost)
-        empty = MemoryPlan(self.device, self.free, weights, (), alternatives(recipe, one, narrow))
-        here = empty.of(phases_of(recipe, one, offload=False, narrow=narrow))
+        stored = stored_share(self.plan.component)
+        forms = partial(phases_of, recipe, one, narrow=narrow)
+        advice = alternatives(recipe, one, narrow, stored)
+        empty = MemoryPlan(self.device, self.free, weights, (), advice)
+        here, there = (empty.of(forms(offload=offload)) for offload in (False, True))
         self.offload_teacher = self.asked_to_offload or not here.fits(here.phases)
-        self.memory = (
-            empty.of(phases_of(recipe, one, offload=True, narrow=narrow)) if self.offload_teacher else here
-        )
+        self.memory = there if self.offload_teacher else here
+        if stored < 1 and not self.memory.fits(self.memory.phases):
+            half = half_name(stored_dtype(self.plan.component))
+            self.memory = replace(empty.of(forms(offload=True, stored=stored)), half=half)
         self.memory.check()
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
@@ -203,11 +208,12 @@ class PruneJob:
             return dense
         network, self.folding = found
         self.plan = folded_plan(self.plan, network, self.recipe, self.progress)
-        return as_loaded(network, self.device)
+        return self.as_planned(as_loaded(network, self.device))
 
     def load(self) -> nn.Module:
         """The dense network on the run's device, frozen."""
-        return as_loaded(load_model(self.plan.component).requires_grad_(False), self.device)
+        in_half = self.memory.half is not None
+        return as_loaded(load_model(self.plan.component, in_half=in_half).requires_grad_(False), self.device)
 
     def twin(self, dense: nn.Module) -> nn.Module:
         """A network to change, beside the dense one; where that goes elsewhere, it takes over the weights."""
@@ -263,17 +269,23 @@ class PruneJob:
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor | StoredImages, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""
+        see_inputs = partial(self.see_inputs, dense)
         found = self.request.answer(
-            dense, self.plan.component, self.scheduler, self.hashes, self.progress, self.see_inputs
+            dense, self.plan.component, self.scheduler, self.hashes, self.progress, see_inputs
         )
         self.data_fingerprint = found.fingerprint
         self.process, self.conditions, self.found = found.process, found.conditions, found
         return found.images, found.conditions
 
-    def see_inputs(self, inputs: Mapping[str, Any]) -> None:
+    def see_inputs(self, dense: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
         more than its configuration says."""
         self.plan_memory(one_pass(build_meta(self.plan.component), inputs))
+        self.as_planned(dense)
+
+    def as_planned(self, network: nn.Module) -> nn.Module:
+        """The network, its weights in half precision where the plan keeps them so."""
+        return kept_in(network, self.memory.half)
 
     def loss(self, draws: Draws, network: nn.Module | MaskedModel, count: int = LOSS_DRAWS) -> float:
         """Denoising loss of a network over the fixed report draws."""

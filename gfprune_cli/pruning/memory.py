@@ -219,6 +219,7 @@ class MemoryPlan:
         weights: bytes of the dense network's.
         phases: of the run.
         alternatives: flags -> the forms of the phases with them; those that would help are advised.
+        half: the precision that the weights are kept in, by its name in torch; None for float32.
     """
 
     device: torch.device
@@ -226,6 +227,7 @@ class MemoryPlan:
     weights: int
     phases: Sequence[Phase]
     alternatives: Mapping[str, Sequence[Sequence[Phase]]] = field(default_factory=dict)
+    half: str | None = None
 
     def fits(self, phases: Sequence[Phase]) -> bool:
         return all(phase.need(self.weights, phase.least) <= MARGIN * self.free for phase in phases)
@@ -269,7 +271,8 @@ class MemoryPlan:
             phase.name: {key: value for key, value in phase.settings.items() if usual.get(key) is not value}
             for phase in self.phases
         }
-        return {name: settings for name, settings in found.items() if settings}
+        held = {} if self.half is None else {"weights": {"kept_in": self.half}}
+        return held | {name: settings for name, settings in found.items() if settings}
 
     def at_once(self, name: str) -> int:
         """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""

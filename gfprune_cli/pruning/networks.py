@@ -33,6 +33,7 @@ from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import is_elsewhere
+from gfprune_cli.runtime.half import widen, without_reading
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
@@ -62,7 +63,7 @@ class Networks:
         with ExitStack() as stack:
 
             def new_folder() -> Path:
-                check_space(place, self.job.memory.weights)
+                check_space(place, self.job.memory.weights)  # or half of it
                 return stack.enter_context(own_folder(place))
 
             self.job.new_folder = new_folder
@@ -176,6 +177,7 @@ class Networks:
     def recover(self, narrow: nn.Module, dense: nn.Module, draws: Draws, state: RecoveryState) -> None:
         """Train the narrow network with the dense one as its teacher."""
         job = self.job
+        widen(narrow)
         settings = state.trained_with(job.memory.settings(RECOVERING))
         pair = None if "features" in settings else self.pair(narrow, dense, state)
         if settings:
@@ -215,7 +217,7 @@ class Networks:
             return None
 
     def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
-        """The narrow network, in float32, from the weights of one with all channels."""
+        """The narrow network, from the weights of one with all channels, and kept as they are."""
         job = self.job
         job.progress(Event("remove", text="removing channels"))
         dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
@@ -259,7 +261,7 @@ def stored(narrow: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         GfpruneError: a weight is not finite; names it.
     """
-    cast_model(narrow, dtype)
+    cast_model(without_reading(narrow), dtype)
     for name, tensor in narrow.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise GfpruneError(f"tensor {name} is not finite after pruning: {RECOVERY_REMEDIES.not_finite}")

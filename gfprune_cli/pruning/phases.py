@@ -25,6 +25,7 @@ PASSES = 2  # of the dense network and of the masked one, in turns
 SECOND_ORDER = 3  # times what autograd keeps for first derivatives
 SECOND_ORDER_COPIES = 6  # weights, masked ones, gradients, products, and their parts
 DOUBLE_COPIES = 5  # of a network whose removal is checked in float64
+MADE = 2  # copies of a layer's weights in float32, where they are kept in half: with and without masks
 TURNS = (1, 2, 4, 8)  # in which a gradient may come, where memory is short
 THRIFT: tuple[dict[str, Any], ...] = (
     {},
@@ -38,7 +39,9 @@ LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
 )  # fmt: skip
 
 
-def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = MOST_NARROW) -> list[Forms]:
+def phases_of(
+    recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = MOST_NARROW, stored: float = 1
+) -> list[Forms]:
     """What a run does with its memory; bytes of a sample are 0 where `one` is not known.
 
     Args:
@@ -46,34 +49,48 @@ def phases_of(recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = 
         offload: the dense network is on a disk, or in the main memory of another device's machine; what is
             slower then comes into question.
         narrow: see `checks`.
+        stored: bytes that the weights take, as a share of those in float32: less than 1 where they are kept
+            in half precision, and made float32 layer by layer.
     """
     several = len(recipe.targets) > 1
     copied = recipe.refit or recipe.recover > 0 or several or recipe.keep_loss is not None
     dense = int(copied and not offload)
     spare = int(recipe.keep_loss is not None)  # weights of the last network that keeps the limit
-    masked = dense + spare + 1  # the weights that change; behind masks they are made layer by layer
-    phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK)]]
-    phases.append(checks(one, narrow))
+    masked = stored * (dense + spare + 1)  # those that change; behind masks they are made layer by layer
+    made = MADE * FLOAT * max((inputs * outputs for _, inputs, outputs in one.layers), default=0)
+    made *= stored < 1  # else a layer that has no mask is not made at all, and none is made twice
+    phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK, rest=lambda _: made)]]
+    phases.append(checks(one, narrow, stored, made))
     if not recipe.removes:  # folding alone
         return phases
-    phases.append(scorings(recipe, one, dense + spare, thrifty=offload))
+    phases.append(scorings(recipe, one, stored * (dense + spare), stored, made, thrifty=offload))
     forward = FLOAT * one.forward
     phases.append(
         [
-            Phase(COMPARING, masked, forward, COMPARED_SAMPLES, least, partial(comparing, one, looks), given)
+            Phase(
+                COMPARING,
+                masked,
+                forward,
+                COMPARED_SAMPLES,
+                least,
+                partial(comparing, one, looks, made),
+                given,
+            )
             for looks, least, given in looked_at(comparison.ROWS_PER_INPUT, LEAST_COMPARED, thrifty=offload)
         ]
     )
     if recipe.refit:
-        both = PASSES * forward
+        both, copies = PASSES * forward, masked + (not offload)  # of the weights before a fit; else on a disk
         phases.append(
             [
-                Phase(REFITTING, masked, both, REFIT_SAMPLES, least, partial(refitting, one, looks), given)
+                Phase(
+                    REFITTING, copies, both, REFIT_SAMPLES, least, partial(refitting, one, looks, made), given
+                )
                 for looks, least, given in looked_at(refit.ROWS_PER_INPUT, LEAST_REFITTED, thrifty=offload)
             ]
         )
     if recipe.recover:
-        phases.append(recoveries(recipe, one, dense + several, thrifty=offload))
+        phases.append(recoveries(recipe, one, dense + stored * several, thrifty=offload))
     return phases
 
 
@@ -83,22 +100,25 @@ def looked_at(per_input: int, least: int, *, thrifty: bool) -> list[tuple[int, i
     return [*usual, (0, least // 2, {"per_input": 0})] if thrifty else usual
 
 
-def checks(one: Pass, narrow: float) -> Forms:
+def checks(one: Pass, narrow: float, stored: float, made: int) -> Forms:
     """The check of removal, in float64 where there is memory for it.
 
     Args:
         narrow: share of the parameters that it leaves in float32.
+        stored: see `phases_of`; made: bytes of the weights that are made at once.
     """
     both = PASSES * FLOAT * one.forward
     double = Phase(CHECKING, DOUBLE_COPIES, 2 * both, 1, settings={"doubles": True})
-    return [double, Phase(CHECKING, 1 + narrow, both, 1, settings={"doubles": False})]
+    single = Phase(CHECKING, stored * (1 + narrow), both, 1, rest=lambda _: made, settings={"doubles": False})
+    return [double, single] if stored == 1 else [single]
 
 
-def scorings(recipe: PruneRecipe, one: Pass, others: int, *, thrifty: bool) -> Forms:
+def scorings(recipe: PruneRecipe, one: Pass, others: float, own: float, made: int, *, thrifty: bool) -> Forms:
     """Scoring: with exact second derivatives, with finite differences, and in less memory for more time.
 
     Args:
-        others: copies of the weights beside those that are scored.
+        others: copies of the weights beside those that are scored; own: of those.
+        made: bytes of the weights that are made at once.
     """
     criterion, wanted = CRITERIA[recipe.criterion], min(SCORE_CHUNK, recipe.draws)
     exact = Phase(
@@ -108,21 +128,22 @@ def scorings(recipe: PruneRecipe, one: Pass, others: int, *, thrifty: bool) -> F
         wanted,
         settings={"exact": True},
     )
-    forms = [exact] if recipe.criterion.startswith("gradient-flow") else []
-    forms.append(Phase(SCORING, others + criterion.copies, FLOAT * one.kept, wanted))
+    forms = [exact] if recipe.criterion.startswith("gradient-flow") and own == 1 else []
+    gradients, rest = criterion.copies - 1, lambda _: made
+    forms.append(Phase(SCORING, others + own + gradients, FLOAT * one.kept, wanted, rest=rest))
     if thrifty and one.recomputed is not None:
         for turns in TURNS if criterion.turns else TURNS[:1]:
-            copies = others + 1 + (criterion.copies - 1) / turns
+            copies, sample = others + own + gradients / turns, FLOAT * one.recomputed
             settings = {"recomputes": True, "turns": turns}
-            forms.append(Phase(SCORING, copies, FLOAT * one.recomputed, wanted, settings=settings))
+            forms.append(Phase(SCORING, copies, sample, wanted, rest=rest, settings=settings))
     return forms
 
 
-def recoveries(recipe: PruneRecipe, one: Pass, teachers: int, *, thrifty: bool) -> Forms:
+def recoveries(recipe: PruneRecipe, one: Pass, teachers: float, *, thrifty: bool) -> Forms:
     """Recovery, with what gives where memory is short: fields of `FinetuneRecipe`.
 
     Args:
-        teachers: copies of the dense network that are there.
+        teachers: copies of the dense network's weights that are there.
     """
     left = 1 - recipe.targets[0]
     outputs = sum(places * channels for places, _, channels in one.layers)
@@ -136,11 +157,12 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: int, *, thrifty: bool) 
     return forms
 
 
-def comparing(one: Pass, looks: int, samples: int) -> int:
+def comparing(one: Pass, looks: int, made: int, samples: int) -> int:
     """Bytes of the moments of the layer for which they take most: as wide as its inputs, or as its rows.
 
     Args:
         looks: positions for each input of a layer.
+        made: bytes of the weights that are made at once.
     """
     sizes = [0]
     for places, inputs, _ in one.layers:
@@ -149,10 +171,10 @@ def comparing(one: Pass, looks: int, samples: int) -> int:
         sizes.append(
             rows * inputs * (FLOAT + DOUBLE) + COMPARING_MATRICES * DOUBLE * (rows if few else inputs) ** 2
         )
-    return max(sizes)
+    return max(sizes) + made
 
 
-def refitting(one: Pass, looks: int, samples: int) -> int:
+def refitting(one: Pass, looks: int, made: int, samples: int) -> int:
     """The same for the normal equations, with the dense outputs that the layer aims at."""
     sizes = [0]
     for places, inputs, outputs in one.layers:
@@ -161,10 +183,12 @@ def refitting(one: Pass, looks: int, samples: int) -> int:
         held = FEW_COPIES * rows * inputs if few else PIECE * inputs
         square = DOUBLE * REFITTING_MATRICES * (rows if few else inputs) ** 2
         sizes.append(FLOAT * (held + rows * outputs) + square)
-    return max(sizes)
+    return max(sizes) + made
 
 
-def alternatives(recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW) -> dict[str, list[Forms]]:
+def alternatives(
+    recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW, stored: float = 1
+) -> dict[str, list[Forms]]:
     """Flags that were not given and take memory away -> the phases with them, the dense network elsewhere."""
     found: dict[str, list[Forms]] = {}
     without: dict[str, dict[str, Any]] = {
@@ -175,5 +199,6 @@ def alternatives(recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW) ->
     }
     for flags, changes in without.items() if recipe.removes else ():  # folding alone does none of that
         if all(getattr(recipe, name) != value for name, value in changes.items()):
-            found[flags] = phases_of(replace(recipe, **changes), one, offload=True, narrow=narrow)
+            changed = replace(recipe, **changes)
+            found[flags] = phases_of(changed, one, offload=True, narrow=narrow, stored=stored)
     return found

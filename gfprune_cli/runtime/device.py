@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gfprune_cli.errors import UsageError
+from gfprune_cli.runtime.half import Half, Widened, as_stored, with_parameters
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -99,7 +100,19 @@ def offload(teacher: nn.Module, device: torch.device, folder: Path | None = None
     """
     import accelerate
 
-    if folder is None:
+    state = teacher.state_dict()
+    halves = frozenset(name for name, weight in state.items() if isinstance(weight, Half))
+    if halves:  # what is kept in half precision is so there as well
+        weights: Any = {name: as_stored(weight) for name, weight in state.items()}
+        del state
+        if folder is None:
+            weights = {name: weight.cpu() for name, weight in weights.items()}
+        else:
+            accelerate.utils.offload_state_dict(folder, weights)
+            weights = accelerate.utils.OffloadedWeightsLoader(save_folder=folder)
+        with_parameters(teacher, lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        accelerate.cpu_offload(teacher, execution_device=device, state_dict=Widened(weights, halves))
+    elif folder is None:
         accelerate.cpu_offload(teacher, execution_device=device)
     else:
         accelerate.disk_offload(teacher, folder, execution_device=device)

@@ -105,7 +105,7 @@ def slice_state(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, to
     for name, factor in attention_scales(model, cuts).items():
         for key in (f"{name}.to_q.weight", f"{name}.to_q.bias"):
             if key in state:
-                state[key] *= factor
+                state[key] = state[key] * factor
     return state
 
 

@@ -2,24 +2,25 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
 from networks import PLAIN
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gfprune_cli
 from gfprune_cli.diffusion.variance import VariancePreserving
-from gfprune_cli.errors import GfpruneError
+from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning import job, memory
-from gfprune_cli.pruning.memory import GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
+from gfprune_cli.pruning.memory import FLOAT, GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
 from gfprune_cli.pruning.phases import CHECKING, RECOVERING, REFITTING, SCORING, alternatives, phases_of
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import offload, weights_of
@@ -196,6 +197,67 @@ def test_of_several_forms_of_a_phase_the_first_that_fits_is_taken() -> None:
     assert found == {14: (0, 0), 5: (1, 2), 3: (2, 3), 2.5: (4, 4)}
 
 
+def test_kept_in_half_all_but_recovery_takes_no_more_than_three_and_a_half_bytes_per_parameter() -> None:
+    recipe, one = PruneRecipe(), Pass(kept=8, recomputed=4, forward=2)
+    forms = phases_of(recipe, one, offload=True, narrow=0.5, stored=0.5)
+    copies = {phases[-1].name: phases[-1].copies for phases in forms}
+    assert copies.pop(RECOVERING) == 1
+    assert max(copies.values()) * FLOAT <= 3.5
+    for phases, others in zip(forms, phases_of(recipe, one, offload=True, narrow=0.5), strict=True):
+        assert phases[-1].copies <= others[-1].copies
+
+
+def test_a_refit_holds_the_weights_before_it_unless_they_lie_on_a_disk() -> None:
+    one = Pass(kept=8, recomputed=4, forward=2)
+    found = {}
+    for offload_teacher in (False, True):
+        phases = phases_of(PruneRecipe(), one, offload=offload_teacher)
+        found[offload_teacher] = next(forms[-1].copies for forms in phases if forms[-1].name == REFITTING)
+    assert found == {False: 3, True: 1}
+
+
+class Stop:
+    """Stops a run after its first iteration."""
+
+    def __call__(self, event: Event) -> None:
+        if event.phase == "refitted":
+            raise Interrupted("stopped", 2)
+
+
+@pytest.mark.slow
+def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss as low; record and notice say so; a run that stopped goes on so, whatever is free by then."""
+    DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    fits, written, records, said = MemoryPlan.fits, {}, {}, []
+    settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
+
+    def short(plan: MemoryPlan, phases: list[Phase]) -> bool:
+        return phases[0].copies < 0.98 and fits(plan, phases)
+
+    for name in ("plenty", "little", "stopped"):
+        monkeypatch.setattr(MemoryPlan, "fits", fits if name == "plenty" else short)
+        events: list[Event] = []
+        out = tmp_path / name
+        if name == "stopped":
+            with pytest.raises(Interrupted):
+                gfprune_cli.prune(str(tmp_path / "in"), out=out, progress=Stop(), **settings)
+            monkeypatch.setattr(MemoryPlan, "fits", fits)  # the memory is there again
+        resume = name == "stopped"
+        gfprune_cli.prune(str(tmp_path / "in"), out=out, progress=events.append, resume=resume, **settings)
+        said.append([event.text for event in events if "kept in bfloat16" in (event.text or "")])
+        written[name] = gfprune_cli.load(out).state_dict()
+        records[name] = json.loads((out / "gfprune.json").read_text())
+    assert [len(texts) for texts in said] == [0, 1, 0]
+    assert records["little"]["resolved"]["short_of_memory"]["weights"] == {"kept_in": "bfloat16"}
+    assert any(refit["layers"] for refit in records["little"]["refit"]["iterations"])
+    assert records["little"]["kept"] == records["stopped"]["kept"]
+    loss = {name: record["loss"]["removed"] for name, record in records.items()}
+    assert loss["little"] == pytest.approx(loss["plenty"], rel=0.02)
+    torch.testing.assert_close(written["stopped"], written["little"], rtol=1e-2, atol=1e-4)
+
+
 def test_folding_alone_checks_removal_in_what_memory_there_is() -> None:
     one = Pass(kept=100, forward=10)
     for free, doubles in ((8, True), (3, False)):
@@ -209,6 +271,8 @@ def test_what_gave_is_what_the_record_says() -> None:
     gave = plan(2.5).of(phases_of(PruneRecipe(), one, offload=True)).gave()
     assert gave[SCORING] == {"recomputes": True, "turns": 4}
     assert gave[RECOVERING]["optimizer"] == "adafactor"
+    half = replace(plan(100).of(phases_of(PruneRecipe(), one, offload=False)), half="bfloat16")
+    assert half.gave() == {"weights": {"kept_in": "bfloat16"}}
 
 
 def test_blocks_may_be_called_with_keywords() -> None:
