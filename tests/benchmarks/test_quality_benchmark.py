@@ -128,7 +128,8 @@ def test_published_peers_train_with_the_plain_loss_and_tuned_ones_as_finetune_do
     assert (published.denoise, published.distill) == (1.0, 0.0)
     assert (published.optimizer, published.learning_rate, published.batch) == ("adamw", 5e-4, 16)
     tuned = grid.peer_recipe(grid.Cell("toy", "magnitude, tuned", 0.5, 2, 400, "muon", 3e-3))
-    assert tuned == FinetuneRecipe(model="", seed=2, optimizer="muon", learning_rate=3e-3, image_weight=0.0)
+    even = {"image_weight": 0.0, "features": 0.0, "timesteps": "stratified"}
+    assert tuned == FinetuneRecipe(model="", seed=2, optimizer="muon", learning_rate=3e-3, **even)
     plain = grid.peer_recipe(grid.Cell("toy", "magnitude, finetuned", 0.5, 2, 400))
     assert plain == FinetuneRecipe(model="", seed=2)
 
