@@ -245,9 +245,10 @@ class FinetuneJob:
             inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
             whole = build_meta(self.teacher.component) if self.sharded else teacher  # its structure is read
             return FeaturePair(student, teacher, paired_layers(whole, self.record, inputs))
-        except GfpruneError:
+        except GfpruneError as error:
             if self.recipe.features is not None:
                 raise
+            notice(self.progress, f"features are not compared: {error}")
             return None
 
     def samples(self, teacher: nn.Module) -> Samples | None:

@@ -27,6 +27,7 @@ from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.job import FinetuneJob
 from gfprune_cli.recovery.logs import METRICS, Watch
 from gfprune_cli.recovery.lora import add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
@@ -262,6 +263,57 @@ def train(trainer: Trainer, steps: int) -> float:
     for step in range(steps):
         trainer.step(step, never)
     return float(trainer.network.factor.detach())
+
+
+@pytest.mark.parametrize("timesteps", ["stratified", "adaptive"])
+def test_losses_that_differ_by_level_keep_their_mean_over_the_schedule(timesteps: str) -> None:
+    """Adaptive draws look at noise, where this loss is 20 times as large; what is minimised is the same."""
+    trainer = make_trainer(timesteps=timesteps, learning_rate=1e-9, steps=150, batch=8)
+    trainer.loss.weights = replace(trainer.loss.weights, image_weight=20.0)
+    found = [trainer.step(step, never)["distill"] for step in range(150)]
+    index = torch.arange(1000)
+    factor = trainer.network.factor.detach() - 1
+    expected = float((factor.square() * PROCESS.image_weight(index, 20.0)).mean())
+    assert sum(found) / len(found) == pytest.approx(expected, rel=0.06)
+    drawn = torch.cat([trainer.batch(step, 0, 8).index for step in range(150, 170)])
+    late = float((drawn >= 500).float().mean())
+    assert late == 0.5 if timesteps == "stratified" else late > 0.7
+
+
+def test_features_count_less_and_less_and_no_more_after_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, asked = make_trainer(steps=8), []
+    terms = trainer.loss.terms
+
+    def record(sample: Batch, probe: Any, progress: float) -> Any:
+        asked.append(progress)
+        return terms(sample, probe, progress)
+
+    monkeypatch.setattr(trainer.loss, "terms", record)
+    monkeypatch.setattr("gfprune_cli.recovery.trainer.FEATURE_STEPS", 4)
+    train(trainer, 8)
+    assert asked == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("asked", [None, 0.1])
+def test_layers_that_cannot_be_paired_stop_only_who_asks_for_features(
+    asked: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise GfpruneError("the record is of another model")
+
+    told: list[Event] = []
+    monkeypatch.setattr("gfprune_cli.recovery.job.pipeline_inputs", refuse)
+    job: Any = SimpleNamespace(
+        recipe=FinetuneRecipe(model="m", features=asked),
+        teacher=SimpleNamespace(component=None),
+        progress=told.append,
+    )
+    if asked:
+        with pytest.raises(GfpruneError, match="another model"):
+            FinetuneJob.features(job, Scale(1.0), Scale(1.0))
+    else:
+        assert FinetuneJob.features(job, Scale(1.0), Scale(1.0)) is None
+        assert "features are not compared: the record is of another model" in str(told[0])
 
 
 def test_training_approaches_the_teacher() -> None:
