@@ -67,7 +67,7 @@ class FinetuneRecipe:
         Ge(0),
         Help(
             "Weight of feature distillation on the kept channels, in the first 400 steps (default: 0.3;"
-            " 0 with --lora or --checkpointing)."
+            " 0 with --lora, --checkpointing or --distill 0)."
         ),
     ] = None
     jacobian: Annotated[float, Ge(0), Help("Weight of Jacobian matching; doubles the passes.")] = 0.0
@@ -105,9 +105,9 @@ class FinetuneRecipe:
 
     @property
     def feature_weight(self) -> float:
-        """The weight of features: the one given, or 0.3 where memory is not what a run is short of."""
-        thrifty = self.checkpointing or self.lora is not None
-        return self.features if self.features is not None else (0.0 if thrifty else FEATURES)
+        """The weight of features: the one given; or 0.3 in runs that are taught, and not short of memory."""
+        without = self.checkpointing or self.lora is not None or not self.distill
+        return self.features if self.features is not None else (0.0 if without else FEATURES)
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo
-from networks import NETWORKS, build, inputs
+from networks import NETWORKS
 from torch import nn
 
 from gfprune_cli.flow.criteria import Evidence, score
@@ -42,12 +42,7 @@ FAMILIES = [*NETWORKS, *transformers_zoo.ZOO]
 
 def pair(name: str) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """A network in float32 whose matrices bfloat16 holds exactly, the same kept in it, and inputs."""
-    if name in transformers_zoo.ZOO:
-        model = transformers_zoo.build(name, dtype=torch.float32)
-        given = transformers_zoo.inputs(model)
-    else:
-        model = build(name)
-        given = inputs(model)
+    model, given = transformers_zoo.network_and_inputs(name)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())

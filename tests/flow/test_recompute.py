@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo
-from networks import build, inputs
 from torch import nn
 
 from gfprune_cli.flow.comparison import Curves, weakest_first
@@ -28,12 +27,7 @@ Made = tuple[MaskedModel, Loss, dict[str, Any]]
 
 def made(name: str, *, recomputes: bool) -> Made:
     """A network behind soft masks, and a loss of its output."""
-    if name in transformers_zoo.ZOO:
-        model = transformers_zoo.build(name, dtype=torch.float32)
-        given = transformers_zoo.inputs(model)
-    else:
-        model = build(name)
-        given = inputs(model)
+    model, given = transformers_zoo.network_and_inputs(name)
     groups, _ = discover(model, given)
     masks = {group.name: torch.linspace(0.3, 1, group.units, dtype=torch.float64) for group in groups}
     masked = MaskedModel(model, groups, masks, recomputes)

@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import diffusers
+import networks
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_with_path
@@ -288,6 +289,15 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """One of `ZOO` on the CPU; norms are near one, and no projection is zero."""
     cls, config = ZOO[name]
     return randomise(getattr(diffusers, cls)(**config), seed, dtype)
+
+
+def network_and_inputs(name: str) -> tuple[Any, dict[str, Any]]:
+    """One of `ZOO`, or of `NETWORKS`, in float32, and random inputs for it."""
+    if name in ZOO:
+        model = build(name, dtype=torch.float32)
+        return model, inputs(model)
+    model = networks.build(name)
+    return model, networks.inputs(model)
 
 
 def randomise(model: Any, seed: int, dtype: torch.dtype) -> Any:
