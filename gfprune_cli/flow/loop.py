@@ -279,7 +279,7 @@ class PruningLoop:
             refit.restore(changed)
             after, layers = before, 0
         elif self.processes is not None:
-            self.processes.align(as_stored(self.masked.weights[name]) for name in changed)
+            self.processes.align(as_stored(self.masked.weights[name].detach()) for name in changed)
         judged = 2 + (not state.refits)
         state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
         state.refits.append(RefitResult(state.iteration, dense, before, after, layers))

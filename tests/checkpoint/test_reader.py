@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from twins import assert_same
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.reader import build_meta, inspect, load_model, sha256_of_weights
@@ -91,10 +92,9 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
-def same_output(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+def assert_twins(left: torch.nn.Module, right: torch.nn.Module) -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return torch.equal(left(x, torch.tensor([3, 40])).sample, right(x, torch.tensor([3, 40])).sample)
+    assert_same(left, right, x, torch.tensor([3, 40]))
 
 
 class TestLayouts:
@@ -110,12 +110,12 @@ class TestLayouts:
         assert component.bytes == (saved / "unet" / WEIGHTS).stat().st_size
         assert component.tensors["conv_in.weight"].shape == (8, 3, 3, 3)
         assert component.tensors["conv_in.weight"].dtype == "F32"
-        assert same_output(load_model(component), unet)
+        assert_twins(load_model(component), unet)
 
     def test_a_flat_pipeline(self, pipeline: Path, unet: UNet2DModel) -> None:
         component = look(flatten(pipeline))
         assert (component.name, component.folder) == ("unet", pipeline)
-        assert same_output(load_model(component), unet)
+        assert_twins(load_model(component), unet)
         scheduler = load_scheduler(component)
         assert isinstance(scheduler, DDPMScheduler)
         assert scheduler.config.num_train_timesteps == 50
@@ -123,13 +123,13 @@ class TestLayouts:
     def test_a_bare_model(self, saved: Path, unet: UNet2DModel) -> None:
         component = look(saved / "unet")
         assert (component.name, component.pipeline) == ("", None)
-        assert same_output(load_model(component), unet)
+        assert_twins(load_model(component), unet)
 
     def test_shards(self, unet: UNet2DModel, tmp_path: Path) -> None:
         unet.save_pretrained(tmp_path, max_shard_size="60KB")
         component = look(tmp_path)
         assert len(component.weights) > 1
-        assert same_output(load_model(component), unet)
+        assert_twins(load_model(component), unet)
         assert len(sha256_of_weights(component)) == len(component.weights)
 
     @pytest.mark.parametrize("shards", [False, True])
@@ -141,7 +141,7 @@ class TestLayouts:
         assert (len(component.weights) > 1) is shards
         loaded = load_model(component)
         assert loaded.dtype == torch.float32
-        assert same_output(loaded, half.float())
+        assert_twins(loaded, half.float())
         assert load_model(component, dtype=torch.bfloat16).dtype == torch.bfloat16
 
     def test_the_plain_weights_are_not_the_variant(self, unet: UNet2DModel, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ class TestLayouts:
             tensors = {key.replace(f".{new}.", f".{name}."): value for key, value in tensors.items()}
         assert any("proj_attn" in name for name in tensors)
         save_file(tensors, path)
-        assert same_output(load_model(look(pipeline)), unet)
+        assert_twins(load_model(look(pipeline)), unet)
 
     def test_fourier_features_under_their_old_name(self, tmp_path: Path) -> None:
         model = tiny_unet(time_embedding_type="fourier")
@@ -224,8 +224,8 @@ class TestLayouts:
         component = look(tmp_path)
         assert component.is_pruned
         assert component.tensors[f"{resnet}.conv1.weight"].shape == (10, 16, 3, 3)
-        assert same_output(load_model(component), model)
-        assert same_output(load_model(look(tmp_path / "unet")), model)
+        assert_twins(load_model(component), model)
+        assert_twins(load_model(look(tmp_path / "unet")), model)
 
 
 class TestModel:
@@ -236,7 +236,7 @@ class TestModel:
     def test_the_model_does_not_share_memory_with_its_file(self, pipeline: Path, unet: UNet2DModel) -> None:
         model = load_model(look(pipeline))
         (pipeline / "unet" / WEIGHTS).write_bytes(b"")
-        assert same_output(model, unet)
+        assert_twins(model, unet)
         assert not model.training
         assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -597,8 +597,8 @@ class TestHostileWeights:
             blob = (shared if file.name == WEIGHTS else repo / "blobs") / str(number)
             shutil.copy(file, blob)
             link.symlink_to(os.path.relpath(blob, link.parent))
-        assert same_output(load_model(look(snapshot)), unet)
-        assert same_output(load_model(look(snapshot / "unet")), unet)
+        assert_twins(load_model(look(snapshot)), unet)
+        assert_twins(load_model(look(snapshot / "unet")), unet)
 
 
 class TestHostileShards:

@@ -570,6 +570,7 @@ class MaskHolder:
     def __init__(self, groups: tuple[ChannelGroup, ...]) -> None:
         self.groups = groups
         self.weights: dict[str, torch.Tensor] = {}
+        self.half = None
         self.masks = full_masks(groups, torch.device("cpu"))
         self.recompute = None
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers_zoo as zoo
 from torch import nn
+from twins import assert_same
 
 import gfprune_cli
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear, refuse_misfits
@@ -250,15 +251,13 @@ def test_folded_and_pruned_networks_come_back_from_disk(
     write_weights(tmp_path, narrow, None, None)
     loaded: Any = gfprune_cli.load(tmp_path)
     given = networks.inputs(loaded)
-    with torch.no_grad():
-        assert torch.equal(loaded(**given).sample, narrow(**given).sample)
+    assert_same(loaded, narrow, **given)
     assert any(isinstance(part, FactoredLinear) for part in loaded.modules())
     again = folded_again(loaded)
     (tmp_path / "again").mkdir()
     write_weights(tmp_path / "again", again, None, None)
     twice: Any = gfprune_cli.load(tmp_path / "again")
-    with torch.no_grad():
-        assert torch.equal(twice(**given).sample, again(**given).sample)
+    assert_same(twice, again, **given)
 
 
 def folded_again(model: Any) -> Any:

@@ -24,15 +24,14 @@ from diffusers import (
 )
 from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as SCALES
 from diffusers.training_utils import EMAModel
+from twins import assert_same
 
 TRUST = dict(trust_remote_code=True)
 
 
 def same(first: Any, second: Any) -> None:
     """Both networks compute the same."""
-    given = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 7, 32)
-    with torch.no_grad():
-        assert torch.equal(first(*given).sample, second(*given).sample)
+    assert_same(first, second, torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 7, 32))
 
 
 def spawned(unet: Any) -> None:
