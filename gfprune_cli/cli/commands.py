@@ -106,12 +106,12 @@ def run_prune(**flags: Any) -> None:
     Prints the path of the result (one for each --sparsity), or one JSON document with --json.
     """
     with asked(PruneRecipe, flags, check_launcher) as (session, recipe, options):
+        refuse_several(recipe, options)
         from gfprune_cli.cli.tables import networks_table, prune_table
         from gfprune_cli.errors import UsageError
         from gfprune_cli.pruning.command import prune
         from gfprune_cli.pruning.result import PruneResult
 
-        refuse_several(recipe, options)
         if options.html is not None:
             check_one(recipe.component)
             if options.dry_run:
