@@ -44,6 +44,9 @@ class FinetuneRecipe:
         Le(4096),
         Help("Train adapters of this rank alone, on the layers that were pruned."),
     ] = None
+    by_block: Annotated[
+        bool, Help("Train one block after the other towards its dense twin: gradients of one at a time.")
+    ] = False
     optimizer: Annotated[
         Literal["adamw", "muon", "adamw8bit", "adafactor"],
         Help("muon orthogonalises the steps of hidden layers; adafactor keeps almost no state."),
@@ -106,7 +109,7 @@ class FinetuneRecipe:
     @property
     def feature_weight(self) -> float:
         """The weight of features: the one given; or 0.3 in runs that are taught, and not short of memory."""
-        without = self.checkpointing or self.lora is not None or not self.distill
+        without = self.checkpointing or self.lora is not None or self.by_block or not self.distill
         return self.features if self.features is not None else (0.0 if without else FEATURES)
 
     def document(self) -> dict[str, Any]:

@@ -151,8 +151,27 @@ def check_recipe(recipe: FinetuneRecipe) -> None:
         load_peft()
     if recipe.optimizer == "adamw8bit":
         eight_bit_optimizers()
+    check_by_block(recipe)
     if recipe.compile and recipe.checkpointing and recipe.features:
         raise UsageError("--compile, --checkpointing and --features do not go together: drop one of them")
+
+
+def check_by_block(recipe: FinetuneRecipe) -> None:
+    """Refuse what needs passes through the whole network, where blocks train one by one.
+
+    Raises:
+        UsageError: which setting.
+    """
+    whole = {
+        "--lora": recipe.lora is not None,
+        "--features": bool(recipe.features),
+        "--jacobian": bool(recipe.jacobian),
+        "--min-snr": recipe.min_snr is not None,
+        "--compile": recipe.compile,
+    }
+    for flag, given in whole.items():
+        if recipe.by_block and given:
+            raise UsageError(f"--by-block compares the layers of a block and nothing else: drop {flag}")
 
 
 def pruned_checkpoint(

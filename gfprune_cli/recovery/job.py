@@ -27,6 +27,7 @@ from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.by_block import largest_part
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
@@ -78,10 +79,11 @@ class FinetuneJob:
             name = self.component.class_name
             raise UsageError(f"--checkpointing: a {name} cannot recompute its activations: drop the flag")
         rank, total = self.recipe.lora, parameter_count(student)
+        training = largest_part(student) if self.recipe.by_block else total
         self.held = held_bytes(
             self.recipe,
             student=total,
-            training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else total,
+            training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else training,
             teacher=0
             if self.offload_teacher and self.processes.device.type != "cpu"
             else parameter_count(teacher),
@@ -239,14 +241,14 @@ class FinetuneJob:
         Raises:
             GfpruneError: there are none, and the recipe asks for them.
         """
-        if not self.recipe.feature_weight:
+        if not (self.recipe.feature_weight or self.recipe.by_block):
             return None
         try:
             inputs = pipeline_inputs(teacher, self.teacher.component, self.progress)
             whole = build_meta(self.teacher.component) if self.sharded else teacher  # its structure is read
             return FeaturePair(student, teacher, paired_layers(whole, self.record, inputs))
         except GfpruneError as error:
-            if self.recipe.features is not None:
+            if self.recipe.features is not None or self.recipe.by_block:
                 raise
             notice(self.progress, f"features are not compared: {error}")
             return None

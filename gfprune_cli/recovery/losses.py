@@ -27,10 +27,9 @@ from gfprune_cli.diffusion.draws import Batch
 from gfprune_cli.diffusion.schedulers import NoisingProcess, mean_square
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.teacher import Correspondence
+from gfprune_cli.recovery.teacher import LAYERS, Correspondence
 from gfprune_cli.runtime.device import Precision, autocast
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
 SMALL = 1e-6  # of the denominators of relative differences
 
@@ -76,7 +75,8 @@ class FeaturePair:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, layers: Correspondence) -> None:
-        self.scales, self.device = layers.scales, next(student.parameters()).device
+        self.layers, self.scales = layers, layers.scales
+        self.device = next(student.parameters()).device
         self.positions: dict[str, torch.Tensor] = {}
         self.dimensions: dict[str, int] = {}
         self.caught: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
@@ -85,7 +85,7 @@ class FeaturePair:
         for name, index in layers.positions.items():
             layer: Any = modules.get(name)
             layer = getattr(layer, "base_layer", layer)  # below its adapter, if it has one
-            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and len(index) == layer.weight.shape[0]:
+            if isinstance(layer, LAYERS) and len(index) == layer.weight.shape[0]:
                 self.positions[name] = index
                 self.dimensions[name] = -1 if isinstance(layer, nn.Linear) else 1
         if not self.positions:

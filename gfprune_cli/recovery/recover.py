@@ -12,6 +12,7 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.outputs.state import StateFolder
 from gfprune_cli.progress import Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.recovery.by_block import BlockTrainer
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Loop, State
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
@@ -67,10 +68,10 @@ def recover(
     if recipe.checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     if recipe.lora is None:
-        student.requires_grad_(True)
+        student.requires_grad_(not recipe.by_block)
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
     loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
-    kind = ShardedTrainer if processes.sharded else Trainer
+    kind = BlockTrainer if recipe.by_block else ShardedTrainer if processes.sharded else Trainer
     trainer = kind(student, loss, draws, recipe, processes, remedies or Remedies())
     if isinstance(trainer, ShardedTrainer):
         assert isinstance(state, StateFolder)

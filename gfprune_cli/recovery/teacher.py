@@ -1,7 +1,7 @@
 """The dense model that a pruned checkpoint learns from: found, checked, loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import TEXT_TO_IMAGE, narrows_streams
 from gfprune_cli.structure.removal import attention_scales, cuts_of
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose outputs can be compared
 # what pruning may change in a configuration: widths and depths, and what follows from them
 WIDTHS = {
     *("block_out_channels", "norm_num_groups", "attn_norm_num_groups", "attention_head_dim"),
@@ -141,11 +142,13 @@ class Correspondence:
         positions: layer of the student -> output positions of the teacher's layer that are left, ascending.
         names: layer of the student -> the teacher's layer, where blocks that went before moved it.
         scales: layer of the student -> what removal multiplied its outputs with, where that is not 1.
+        readers: as `positions`, of layers that lost inputs alone: all outputs of the teacher's.
     """
 
     positions: dict[str, torch.Tensor]
     names: dict[str, str]
     scales: dict[str, float]
+    readers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def paired_layers(
@@ -189,6 +192,15 @@ def layers_left(
     cuts, depth = cuts_of(teacher, groups, alive), depth_of(teacher, groups, alive)
     scales = {f"{name}.to_q": factor for name, factor in attention_scales(teacher, cuts).items()}
     positions = {name: cut.out for name, cut in cuts.items() if cut.out is not None}
+    layers = {name: part for name, part in teacher.named_modules() if isinstance(part, LAYERS)}
+    readers = {
+        name: torch.arange(layers[name].weight.shape[0])
+        for name, cut in cuts.items()
+        if cut.out is None and name in layers
+    }
     return Correspondence(
-        depth.renamed(positions), depth.renamed({name: name for name in positions}), depth.renamed(scales)
+        depth.renamed(positions),
+        depth.renamed({name: name for name in positions | readers}),
+        depth.renamed(scales),
+        depth.renamed(readers),
     )

@@ -105,7 +105,7 @@ class Trainer:
         while (found := self.accumulate_or_fail(step, stopping)) is None:
             self.halve(step)  # outside of any handler: the failed pass's memory is free by now
         sums, levels = found
-        rate = learning_rate(step, self.recipe.steps, self.recipe.peak_rate, self.recipe.warmup)
+        rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = self.reduce_and_clip(step, sums)
@@ -117,6 +117,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(self.averages_of())
         return {**sums, "lr": rate, "grad_norm": norm}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.recipe.steps, self.recipe.peak_rate, self.recipe.warmup)
 
     def accumulate_or_fail(
         self, step: int, stopping: Callable[[], bool]
