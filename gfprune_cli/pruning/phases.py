@@ -147,10 +147,12 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: float, *, thrifty: bool
     """
     left = 1 - recipe.targets[0]
     outputs = sum(places * channels for places, _, channels in one.layers)
+    weights = sum(inputs * outputs for _, inputs, outputs in one.layers)
     features = int(left * outputs)  # of the teacher, until the way back
     forms = []
     for settings in THRIFT if thrifty and one.recomputed is not None else THRIFT[:1]:
-        held = held_bytes(FinetuneRecipe(model="", **settings), student=left, training=left, teacher=teachers)
+        trained = FinetuneRecipe(model="", **settings).settled(left * weights)
+        held = held_bytes(trained, student=left, training=left, teacher=teachers)
         kept = one.recomputed if settings else one.kept + features
         copies, batch = sum(held.values()) / FLOAT, FinetuneRecipe.batch
         forms.append(Phase(RECOVERING, copies, FLOAT * (kept or 0), batch, settings=settings))

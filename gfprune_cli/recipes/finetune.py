@@ -1,13 +1,15 @@
 """The options of `gfprune finetune`."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
 
-RATE, MUON_RATE, HIGH_RATE = 1.5e-3, 2e-3, 1e-2  # the last for adapters, and for Adafactor
+# peak learning rates: of AdamW, of each optimiser of matrices, of adapters and Adafactor
+RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 4e-3, 1e-2
+SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
 FEATURE_STEPS = 400  # within which it decays to 0: it helps at the start, and costs loss in long runs
 
@@ -48,14 +50,17 @@ class FinetuneRecipe:
         bool, Help("Train one block after the other towards its dense twin: gradients of one at a time.")
     ] = False
     optimizer: Annotated[
-        Literal["adamw", "muon", "adamw8bit", "adafactor"],
-        Help("muon orthogonalises the steps of hidden layers; adafactor keeps almost no state."),
-    ] = "muon"
+        Literal["soap", "muon", "adamw", "adamw8bit", "adafactor"] | None,
+        Help(
+            "soap and muon know layers as matrices; adafactor keeps almost no state (default: soap; muon with"
+            " --lora, above 50 million parameters and for networks in pieces)."
+        ),
+    ] = None
     learning_rate: Annotated[
         float | None,
         Gt(0),
         Le(1),
-        Help("Peak learning rate (default: 2e-3; 1.5e-3 with AdamW, 1e-2 with --lora and with adafactor)."),
+        Help("Peak (default: 4e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora)."),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
@@ -99,12 +104,18 @@ class FinetuneRecipe:
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
-    @property
-    def peak_rate(self) -> float:
-        """The peak learning rate: the one given, or what `docs/finetuning.md` found."""
-        high = self.lora is not None or self.optimizer == "adafactor"
-        usual = MUON_RATE if self.optimizer == "muon" else RATE
-        return self.learning_rate or (HIGH_RATE if high else usual)
+    def settled(self, parameters: float, *, sharded: bool = False) -> Self:
+        """The recipe with an optimizer and a peak learning rate: those given, or those of docs/finetuning.md.
+
+        Args:
+            parameters: that train at a time.
+            sharded: whether the processes hold one network in pieces.
+        """
+        large = parameters > SMALL_NETWORK or self.lora is not None or sharded
+        optimizer = self.optimizer or ("muon" if large else "soap")
+        rates = {"soap": SOAP_RATE, "muon": MUON_RATE, "adafactor": HIGH_RATE}
+        usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
+        return replace(self, optimizer=optimizer, learning_rate=self.learning_rate or usual)
 
     @property
     def feature_weight(self) -> float:

@@ -30,7 +30,7 @@ class Ended(Exception):
     """A pass has come to the end of its block."""
 
 
-def parts_of(network: nn.Module) -> dict[str, nn.Module]:
+def trained_parts(network: nn.Module) -> dict[str, nn.Module]:
     """Name -> the blocks of a network, and what stands beside them, as far as it has weights."""
     parts: dict[str, nn.Module] = {}
     for name, child in network.named_children():
@@ -43,7 +43,7 @@ def parts_of(network: nn.Module) -> dict[str, nn.Module]:
 
 def largest_part(network: nn.Module) -> int:
     """Parameters of the block that has most."""
-    return max(sum(one.numel() for one in part.parameters()) for part in parts_of(network).values())
+    return max(sum(one.numel() for one in part.parameters()) for part in trained_parts(network).values())
 
 
 class BlockLoss(RecoveryLoss):
@@ -65,7 +65,7 @@ class BlockLoss(RecoveryLoss):
         order: list[str] = []
         hooks = [
             part.register_forward_hook(lambda *_, name=name: order.append(name))
-            for name, part in parts_of(self.student).items()
+            for name, part in trained_parts(self.student).items()
         ]
         pair = FeaturePair(self.student, self.teacher, self.layers)
         try:
@@ -87,7 +87,7 @@ class BlockLoss(RecoveryLoss):
         mine = self.student.get_submodule(block)
         self.hooks.append(mine.register_forward_pre_hook(start, with_kwargs=True))
         for network, name in ((self.student, block), (self.teacher, theirs)):
-            self.hooks.append(network.get_submodule(name).register_forward_hook(end))
+            self.hooks.append(network.get_submodule(name).register_forward_hook(end_pass))
 
     def leave(self) -> None:
         """Leave both networks as they were."""
@@ -140,7 +140,7 @@ def start(block: nn.Module, args: Any, kwargs: Any) -> Any:
     return tuple(map(wanting, args)), {name: wanting(value) for name, value in kwargs.items()}
 
 
-def end(*_: Any) -> None:
+def end_pass(*_: Any) -> None:
     raise Ended
 
 
@@ -159,10 +159,11 @@ class BlockTrainer(Trainer):
         pair = self.loss.features
         assert pair is not None
         pair.close()
-        self.parts = parts_of(self.network)
+        self.parts = trained_parts(self.network)
         # a block's distance is relative, alike at every level: nothing to draw levels by
         adaptive = self.recipe.timesteps == "adaptive"
-        self.recipe = replace(self.recipe, timesteps="stratified") if adaptive else self.recipe
+        levels = "stratified" if adaptive else self.recipe.timesteps
+        self.recipe = replace(self.recipe, timesteps=levels).settled(largest_part(self.network))
         self.loss = BlockLoss(self.loss, pair.layers)
         self.density = None
         with torch.no_grad():
@@ -196,7 +197,7 @@ class BlockTrainer(Trainer):
 
     def rate(self, step: int) -> float:
         first, last = self.start_of(self.stage), self.start_of(self.stage + 1)
-        return learning_rate(step - first, last - first, self.recipe.peak_rate, self.recipe.warmup)
+        return learning_rate(step - first, last - first, self.peak_rate, self.recipe.warmup)
 
     def term_names(self) -> list[str]:
         return ["loss", "features"]

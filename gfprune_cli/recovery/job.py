@@ -32,6 +32,7 @@ from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.lora import adapted_layers, adapter_size, add_adapters, merge_adapters
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.memory import held_bytes
+from gfprune_cli.recovery.optimizers import soap_numbers
 from gfprune_cli.recovery.pieces import first_not_finite
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.sharding import agreed, gathered, load_sharded, round_weights, stand_in
@@ -80,10 +81,14 @@ class FinetuneJob:
             raise UsageError(f"--checkpointing: a {name} cannot recompute its activations: drop the flag")
         rank, total = self.recipe.lora, parameter_count(student)
         training = largest_part(student) if self.recipe.by_block else total
+        training = adapter_size(student, adapted_layers(student, self.record), rank) if rank else training
+        whole = training == total
+        self.settled = self.recipe.settled(training, sharded=self.sharded)
         self.held = held_bytes(
-            self.recipe,
+            self.settled,
             student=total,
-            training=adapter_size(student, adapted_layers(student, self.record), rank) if rank else training,
+            training=training,
+            moments=soap_numbers(student) if whole and self.settled.optimizer == "soap" else None,
             teacher=0
             if self.offload_teacher and self.processes.device.type != "cpu"
             else parameter_count(teacher),
@@ -284,6 +289,8 @@ class FinetuneJob:
         entry = {
             "recipe": self.recipe.document(),
             "resolved": {
+                "optimizer": self.settled.optimizer,
+                "learning_rate": self.settled.learning_rate,
                 "precision": self.precision,
                 "device": self.device.type,
                 "channels_last": self.channels_last,

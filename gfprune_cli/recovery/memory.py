@@ -3,26 +3,30 @@
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 
 FLOAT = 4  # bytes of weights, gradients, moments and averages
-# numbers that an optimiser keeps for each that trains; Muon's is that of matrices, which are nearly all
-MOMENTS = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "adafactor": 0.0}
+# numbers that an optimiser keeps for each that trains; Muon's is that of matrices, which are nearly all, and
+# SOAP's is that of square ones: of a convolution's it keeps up to 20
+MOMENTS = {"soap": 6.0, "adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "adafactor": 0.0}
 TEACHER = {"fp32": 4, "bf16": 2}
 
 
 def held_bytes(
-    recipe: FinetuneRecipe, *, student: float, training: float, teacher: float
+    recipe: FinetuneRecipe, *, student: float, training: float, teacher: float, moments: float | None = None
 ) -> dict[str, float]:
     """Bytes of what a run holds from its first step to its last, by kind.
 
     Args:
+        recipe: settled.
         student: parameters of the pruned network.
         training: those that train: all of them, or its adapters'.
         teacher: parameters of the dense network.
+        moments: numbers that the optimiser keeps, if they have been counted.
     """
+    assert recipe.optimizer is not None
     adapters = training if recipe.lora else 0
     return {
         "weights": FLOAT * (student + adapters),
         "gradients": FLOAT * training,
-        "moments": FLOAT * MOMENTS[recipe.optimizer] * training,
+        "moments": FLOAT * (MOMENTS[recipe.optimizer] * training if moments is None else moments),
         "average": FLOAT * training * (recipe.ema > 0),
         "teacher": TEACHER[recipe.teacher_precision] * teacher,
     }

@@ -1,6 +1,7 @@
 """Which optimiser moves which weights.
 
 adamw      AdamW (arXiv 1711.05101) for everything
+soap       SOAP (arXiv 2409.11321) for the matrices of the hidden layers, AdamW for the rest: see soap.py
 muon       Muon (kellerjordan.github.io/posts/muon) for the matrices of the hidden layers, AdamW for the rest.
            Its steps have the size of AdamW's (arXiv 2502.16982, eq. 4), so that both take one learning rate
 adamw8bit  AdamW of bitsandbytes, whose moments take a byte each (arXiv 2110.02861)
@@ -19,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import UsageError
+from gfprune_cli.recovery import soap
 
-OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor"]
+OptimizerName = Literal["soap", "muon", "adamw", "adamw8bit", "adafactor"]
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Adafactor = partial(torch.optim.Adafactor, foreach=False)  # one weight after the other: less at once
 FusedAdamW = partial(torch.optim.AdamW, fused=True)  # one pass over memory: the loop takes 7 times as long
@@ -43,7 +45,8 @@ def make_optimizer(
         return FusedAdamW(training.values(), lr=lr, weight_decay=weight_decay)
     groups = [{"params": list(matrices.values())}]
     groups.append({"params": [parameter for key, parameter in training.items() if key not in matrices]})
-    return MuonWithAdamW(groups, lr=lr, weight_decay=weight_decay)
+    kind = SoapWithAdamW if name == "soap" else MuonWithAdamW
+    return kind(groups, lr=lr, weight_decay=weight_decay)
 
 
 def eight_bit_optimizers() -> Any:
@@ -78,12 +81,20 @@ def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if name in layers}
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon and torch.optim.AdamW as one optimiser: one step, one state, one learning rate.
+def soap_numbers(network: nn.Module) -> int:
+    """How many numbers SOAP and the AdamW beside it keep of a network that trains as a whole."""
+    matrices = hidden_matrices(network)
+    kept = sum(soap.numbers_kept(one.shape[0], one.numel() // one.shape[0]) for one in matrices.values())
+    others = sum(one.numel() for one in network.parameters()) - sum(one.numel() for one in matrices.values())
+    return kept + 2 * others
 
-    Muon takes matrices only, so it is given a view [out, in * kernel] of every weight. Where a convolution is
-    stored channels last, the view's columns are in that order, which means nothing to Muon: orthogonalisation
-    commutes with permutations. State lies in `state`, by parameter and in its shape, as any optimiser's does.
+
+class WithAdamW(torch.optim.Optimizer):
+    """Another optimiser for matrices and torch.optim.AdamW for all else: one step, one state, one rate.
+
+    Matrices are views [out, in * kernel] of weights. Where a convolution is stored channels last, the view's
+    columns are in that order, which means nothing to either: orthogonalisation and eigenbases commute with
+    permutations. State lies in `state`, by parameter, as any optimiser's does.
 
     Args:
         groups: weights of linear layers and convolutions, whose storage must not be replaced; the others.
@@ -94,9 +105,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices, others = (group["params"] for group in groups)
         self.views = {weight: nn.Parameter(as_matrix(weight.detach(), weight)) for weight in matrices}
         assert all(storage(view) == storage(weight) for weight, view in self.views.items())
-        self.muon = torch.optim.Muon(
-            self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
         self.adamw = FusedAdamW([{"params": others}], lr=lr, weight_decay=weight_decay)
         self.adamw.state = self.state
 
@@ -104,20 +112,54 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step of both."""
         assert closure is None
-        for worker, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
-            worker.param_groups[0]["lr"] = group["lr"]
-        for weight, view in self.views.items():
-            if weight.grad is None:
-                continue
-            view.grad = as_matrix(weight.grad, weight)
+        self.move({weight: view for weight, view in self.views.items() if weight.grad is not None})
+        self.adamw.param_groups[0]["lr"] = self.param_groups[1]["lr"]
+        self.adamw.step()
+
+    def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
+        """One step of the matrices that have gradients."""
+        raise NotImplementedError
+
+
+class MuonWithAdamW(WithAdamW):
+    """torch.optim.Muon for the matrices."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        self.muon = torch.optim.Muon(
+            self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+
+    def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        for weight, view in views.items():
+            view.grad = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
             state = self.state[weight]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             self.muon.state[view] = {"momentum_buffer": as_matrix(state["momentum_buffer"], weight)}
         self.muon.step()
-        self.adamw.step()
-        for view in self.views.values():
+        for view in views.values():
             view.grad = None
+
+
+class SoapWithAdamW(WithAdamW):
+    """SOAP for the matrices."""
+
+    steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
+
+    def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
+        if self.steps is None:
+            self.steps = max((int(self.state[weight].get("step", 0)) for weight in views), default=0)
+        self.steps += 1
+        group = self.param_groups[0]
+        for weight, view in views.items():
+            state = self.state[weight]
+            if not state:
+                state |= soap.empty_state(view)
+            state["step"] = torch.tensor(float(self.steps))
+            gradient = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
+            soap.precondition(view, gradient, state, self.steps, lr=group["lr"], decay=group["weight_decay"])
 
 
 class OfMatrices(torch.optim.Optimizer):

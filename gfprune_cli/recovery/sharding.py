@@ -40,7 +40,7 @@ def check_sharded(recipe: FinetuneRecipe, processes: Processes, *, offload_teach
         "--lora": (recipe.lora is not None, "train all weights, or start it with --multi_gpu"),
         "--by-block": (recipe.by_block, "drop it, or start it with --multi_gpu"),
         f"--optimizer {recipe.optimizer}": (
-            recipe.optimizer not in ("adamw", "muon"),
+            recipe.optimizer not in (None, "adamw", "muon"),
             "use muon or adamw",
         ),
         "--compile": (recipe.compile, "drop it"),

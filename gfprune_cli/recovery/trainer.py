@@ -74,11 +74,13 @@ class Trainer:
     density: LevelDensity | None = field(init=False)
 
     def __post_init__(self) -> None:
-        recipe = self.recipe
         named = self.network.named_parameters()
         self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        self.recipe = recipe = self.recipe.settled(count, sharded=self.processes.sharded)
+        assert recipe.optimizer is not None
         self.optimizer = make_optimizer(
-            recipe.optimizer, self.network, lr=recipe.peak_rate, weight_decay=recipe.weight_decay
+            recipe.optimizer, self.network, lr=self.peak_rate, weight_decay=recipe.weight_decay
         )
         # its decay is min(decay, (1 + s) / (10 + s)) at step s
         average = recipe.ema > 0
@@ -120,7 +122,12 @@ class Trainer:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        return learning_rate(step, self.recipe.steps, self.recipe.peak_rate, self.recipe.warmup)
+        return learning_rate(step, self.recipe.steps, self.peak_rate, self.recipe.warmup)
+
+    @property
+    def peak_rate(self) -> float:
+        assert self.recipe.learning_rate is not None
+        return self.recipe.learning_rate
 
     def accumulate_or_fail(
         self, step: int, stopping: Callable[[], bool]

@@ -19,7 +19,7 @@ from gfprune_cli.errors import Interrupted, UsageError
 from gfprune_cli.progress import Event
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery import command
-from gfprune_cli.recovery.by_block import BlockTrainer, largest_part, parts_of
+from gfprune_cli.recovery.by_block import BlockTrainer, largest_part, trained_parts
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
 from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.runtime.processes import Processes
@@ -117,7 +117,7 @@ def test_a_step_for_every_block_is_the_least() -> None:
 def test_the_blocks_of_every_family_are_found(name: str) -> None:
     """All of a list, each of them smaller than the network."""
     network = zoo.build(name)
-    parts = parts_of(network)
+    parts = trained_parts(network)
     lists = {
         f"{key}.{number}"
         for key, child in network.named_children()
@@ -132,7 +132,7 @@ def test_the_blocks_of_every_family_are_found(name: str) -> None:
 @pytest.fixture(scope="module")
 def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("by-block") / "pruned"
-    settings = dict(images=8, sample_steps=2, draws=4, iterations=1, recover=0)
+    settings: Any = dict(images=8, sample_steps=2, draws=4, iterations=1, recover=0)
     gfprune_cli.prune(str(pipeline_folder), out=out, sparsity=0.4, **settings)
     return out
 
@@ -157,7 +157,12 @@ def test_a_run_that_stops_goes_on_to_the_same_bytes(pruned: Path, tmp_path: Path
 
 def test_the_plan_holds_gradients_of_one_block(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[dict[str, float]] = []
-    monkeypatch.setattr(command, "memory_text", lambda found: held.append(found) or "")
+
+    def hear(found: dict[str, float]) -> str:
+        held.append(found)
+        return ""
+
+    monkeypatch.setattr(command, "memory_text", hear)
     for by_block in (False, True):
         gfprune_cli.finetune(pruned, dry_run=True, **BRIEF | {"by_block": by_block})
     whole, block = held

@@ -14,6 +14,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.lora import adapter_size, add_adapters
 from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.memory import held_bytes, memory_text
+from gfprune_cli.recovery.optimizers import soap_numbers
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.runtime.processes import Processes
 
@@ -27,6 +28,7 @@ WIDE: dict[str, Any] = dict(
     "settings",
     [
         dict(),
+        dict(optimizer="muon"),
         dict(optimizer="adamw"),
         dict(optimizer="adafactor", ema=0.0),
         dict(lora=4),
@@ -51,7 +53,8 @@ def test_the_estimate_is_near_the_peak_of_a_training_step(settings: dict[str, An
         trainer.step(0, lambda: False)
         settled, alive.most = alive.now, alive.now  # a network is made and cast before it is held
         trainer.step(1, lambda: False)
-    held = held_bytes(recipe, student=count, training=training, teacher=count)
+        moments = soap_numbers(student) if trainer.recipe.optimizer == "soap" else None
+    held = held_bytes(trainer.recipe, student=count, training=training, teacher=count, moments=moments)
     gradients = held["gradients"]  # they are let go between two steps
     assert sum(held.values()) - gradients == pytest.approx(settled, rel=0.1)
     assert sum(held.values()) < 1.1 * alive.most < 1.5 * sum(held.values())

@@ -516,8 +516,12 @@ def unet_trainer(
 @pytest.mark.parametrize(
     ("optimizer", "settings"),
     [
-        *((name, dict(last=last)) for name in ("adamw", "muon", "adafactor") for last in (False, True)),
-        *((name, dict(lora=2)) for name in ("adamw", "muon")),
+        *(
+            (name, dict(last=last))
+            for name in ("adamw", "soap", "muon", "adafactor")
+            for last in (False, True)
+        ),
+        *((name, dict(lora=2)) for name in ("adamw", "soap", "muon")),
         ("muon", dict(ema=0.0)),
         ("adamw8bit", dict()),
     ],

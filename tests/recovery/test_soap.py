@@ -1,0 +1,112 @@
+"""SOAP: a matrix moves in the eigenbases of what its gradients have been."""
+
+import pytest
+import torch
+from torch import nn
+
+from gfprune_cli.recipes.finetune import SMALL_NETWORK, FinetuneRecipe
+from gfprune_cli.recovery import soap
+from gfprune_cli.recovery.optimizers import make_optimizer
+
+
+def turned_quadratic(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Curvatures along the rows' and the columns' eigenvectors, none of them along an axis."""
+    source = torch.Generator().manual_seed(0)
+    curvature = torch.logspace(0, -1.5, count)
+    made = []
+    for _ in range(2):
+        basis = torch.linalg.qr(torch.randn(count, count, generator=source))[0]
+        made.append(basis @ torch.diag(curvature) @ basis.T)
+    return made[0], made[1]
+
+
+def descended(by: str, rate: float, steps: int = 150) -> float:
+    """What is left of tr(W^T A W B) / 2, from W = 1."""
+    left, right = turned_quadratic()
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Linear(24, 24, bias=False)])
+    weight = network.blocks[0].weight
+    nn.init.ones_(weight)
+    network.outside = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps)
+        weight.grad, network.outside.grad = left @ weight.detach() @ right, torch.zeros(1)
+        optimizer.step()
+    done = weight.detach()
+    return float((done * (left @ done @ right)).sum() / 2)
+
+
+def test_curvature_that_lies_along_no_axis_is_seen() -> None:
+    """Where AdamW, at its best of these rates, is left with more than half as much again."""
+    rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    assert 1.5 * min(descended("soap", rate) for rate in rates) < min(
+        descended("adamw", rate) for rate in rates
+    )
+
+
+def moved(shape: tuple[int, int], noise: float, steps: int = 25) -> torch.Tensor:
+    """Where a matrix ends that is given gradients of rank 2, and noise of this size."""
+    source, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    rows, columns = torch.randn(shape[0], 2, generator=source), torch.randn(2, shape[1], generator=source)
+    matrix = torch.zeros(shape)
+    state = soap.empty_state(matrix)
+    for step in range(1, steps + 1):
+        middle = torch.diag(torch.randn(2, generator=source))
+        gradient = rows @ middle @ columns
+        gradient = gradient * (1 + noise * torch.randn(shape, generator=other))
+        soap.precondition(matrix, gradient, state, step, lr=1e-2, decay=0.0)
+    return matrix
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (6, 6)])
+def test_rounding_of_gradients_does_not_grow(shape: tuple[int, int]) -> None:
+    """Processes add up gradients in another order; directions without gradients must not follow that."""
+    whole, rounded = moved(shape, 0.0), moved(shape, 1e-7)
+    assert float(whole.norm()) > 0.01
+    assert float((whole - rounded).norm()) < 1e-3 * float(whole.norm())
+
+
+def test_bases_come_to_be_eigenvectors() -> None:
+    source = torch.Generator().manual_seed(0)
+    mixed = torch.randn(5, 5, generator=source)
+    matrix, scale = torch.zeros(5, 400), torch.tensor([1.0, 0.5, 0.25, 0.1, 0.05]).unsqueeze(1)
+    state = soap.empty_state(matrix)
+    basis = torch.linalg.qr(mixed)[0]
+    for step in range(1, 400):
+        gradient = basis @ (scale * torch.randn(5, 400, generator=source))
+        soap.precondition(matrix, gradient, state, step, lr=0.0, decay=0.0)
+    overlap = (state["left_basis"].T @ basis).abs()
+    torch.testing.assert_close(overlap, torch.eye(5), rtol=0, atol=0.05)
+
+
+def test_long_sides_have_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soap, "LONGEST", 8)
+    for shape, sides in (
+        ((4, 20), {"left"}),
+        ((20, 4), {"right"}),
+        ((9, 9), set()),
+        ((8, 8), {"left", "right"}),
+    ):
+        matrix = torch.zeros(shape)
+        state = soap.empty_state(matrix)
+        assert state.keys() & {"left", "right"} == sides
+        soap.precondition(matrix, torch.ones(shape), state, 1, lr=0.1, decay=0.0)
+        assert bool((matrix != 0).any())
+        assert sum(tensor.numel() for tensor in state.values()) == soap.numbers_kept(*shape)
+
+
+def test_small_networks_take_it_and_large_ones_muon() -> None:
+    recipe = FinetuneRecipe(model="m")
+    names = [recipe.settled(count).optimizer for count in (1, SMALL_NETWORK, SMALL_NETWORK + 1)]
+    assert names == ["soap", "soap", "muon"]
+    assert recipe.settled(1, sharded=True).optimizer == "muon"
+    adapters = FinetuneRecipe(model="m", lora=4).settled(1)
+    assert (adapters.optimizer, adapters.learning_rate) == ("muon", 1e-2)
+    rates = {name: FinetuneRecipe(model="m", optimizer=name).settled(1).learning_rate for name in RATES}
+    assert rates == RATES
+    assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1).learning_rate == 0.5
+
+
+RATES = {"soap": 4e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
