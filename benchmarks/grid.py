@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gfprune_cli.recipes.finetune import MUON_RATE, RATE, FinetuneRecipe
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
 
 Entry = dict[str, Any]
@@ -62,7 +62,7 @@ FULL = Form(
         *("magnitude, finetuned", "diff-pruning, finetuned"),
     ),
     once=("taylor", "random"),
-    tunings=(("adamw", 5e-4), ("adamw", 1.5e-3), ("adamw", 3e-3), ("muon", 1.5e-3)),
+    tunings=(("adamw", 5e-4), ("adamw", 1.5e-3), ("adamw", 3e-3), ("soap", 4e-3)),
     samples=128,
     sample_steps=20,
     training={"second": 3600, "third": 3000},
@@ -126,9 +126,11 @@ def peer_recipe(cell: Cell, **sizes: Any) -> FinetuneRecipe:
 
 def said(recipe: dict[str, Any]) -> dict[str, Any]:
     """Settings that change something: an option that came later counts only where it is in use."""
-    rate = MUON_RATE if recipe.get("optimizer") == "muon" else RATE
-    settings = {"learning_rate": rate} | {key: value for key, value in recipe.items() if value is not None}
-    return {key: value for key, value in settings.items() if value is not False and UNUSED.get(key) != value}
+    return {
+        key: value
+        for key, value in recipe.items()
+        if value is not None and value is not False and UNUSED.get(key) != value
+    }
 
 
 def told_apart(key: str) -> str:

@@ -1,9 +1,10 @@
 """Which optimiser moves which weights.
 
 adamw      AdamW (arXiv 1711.05101) for everything
-soap       SOAP (arXiv 2409.11321) for the matrices of the hidden layers, AdamW for the rest: see soap.py
 muon       Muon (kellerjordan.github.io/posts/muon) for the matrices of the hidden layers, AdamW for the rest.
            Its steps have the size of AdamW's (arXiv 2502.16982, eq. 4), so that both take one learning rate
+soap       SOAP (arXiv 2409.11321) for such matrices as have no long side, Muon for those that have, AdamW for
+           the rest: see soap.py
 adamw8bit  AdamW of bitsandbytes, whose moments take a byte each (arXiv 2110.02861)
 adafactor  Adafactor (arXiv 1804.04235): of a matrix only sums over rows and columns are kept. Its rate is
            relative to the size of a weight
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import UsageError
+from gfprune_cli.recipes.finetune import MUON_RATE, SOAP_RATE
 from gfprune_cli.recovery import soap
 
 OptimizerName = Literal["soap", "muon", "adamw", "adamw8bit", "adafactor"]
@@ -84,7 +86,7 @@ def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
 def soap_numbers(network: nn.Module) -> int:
     """How many numbers SOAP and the AdamW beside it keep of a network that trains as a whole."""
     matrices = hidden_matrices(network)
-    kept = sum(soap.numbers_kept(one.shape[0], one.numel() // one.shape[0]) for one in matrices.values())
+    kept = sum(soap.numbers_kept(as_matrix(one, one)) for one in matrices.values())
     others = sum(one.numel() for one in network.parameters()) - sum(one.numel() for one in matrices.values())
     return kept + 2 * others
 
@@ -124,6 +126,8 @@ class WithAdamW(torch.optim.Optimizer):
 class MuonWithAdamW(WithAdamW):
     """torch.optim.Muon for the matrices."""
 
+    share = 1.0  # of the learning rate
+
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
         self.muon = torch.optim.Muon(
@@ -131,7 +135,7 @@ class MuonWithAdamW(WithAdamW):
         )
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
-        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.muon.param_groups[0]["lr"] = self.share * self.param_groups[0]["lr"]
         for weight, view in views.items():
             view.grad = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
             state = self.state[weight]
@@ -143,17 +147,20 @@ class MuonWithAdamW(WithAdamW):
             view.grad = None
 
 
-class SoapWithAdamW(WithAdamW):
-    """SOAP for the matrices."""
+class SoapWithAdamW(MuonWithAdamW):
+    """SOAP for the matrices without a long side; Muon, at the rate that is its best, for those with one."""
 
+    share = MUON_RATE / SOAP_RATE
     steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
+        small = {weight: view for weight, view in views.items() if soap.fits(view)}
+        super().move({weight: view for weight, view in views.items() if weight not in small})
         if self.steps is None:
-            self.steps = max((int(self.state[weight].get("step", 0)) for weight in views), default=0)
+            self.steps = max((int(self.state[weight].get("step", 0)) for weight in small), default=0)
         self.steps += 1
         group = self.param_groups[0]
-        for weight, view in views.items():
+        for weight, view in small.items():
             state = self.state[weight]
             if not state:
                 state |= soap.empty_state(view)

@@ -3,8 +3,7 @@
 Of the gradients G [m, n] of a matrix the means of G G^T and G^T G are kept, and a basis Q of each, which
 comes closer to the eigenvectors by a step of orthogonal iteration, Q <- qr(L Q), once in `BASIS_STEPS`. A
 hundredth of the mean eigenvalue is added to L: where it has no rank, and any basis would do, Q stays, and
-what rounding makes of a gradient does not grow. A side longer than `LONGEST` has no basis.
-"""
+what rounding makes of a gradient does not grow."""
 
 from typing import Any
 
@@ -19,19 +18,24 @@ FLOOR = 1e-3  # of a gradient's root mean square: what is smaller is rounding, a
 TINY = 1e-20
 
 
+def fits(matrix: torch.Tensor) -> bool:
+    """Whether the bases of a matrix cost little; one of two bases is worse than none."""
+    return max(matrix.shape) <= LONGEST
+
+
 def empty_state(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is kept of a matrix before its first step, beside the number of steps."""
     state = {"exp_avg": torch.zeros_like(matrix), "exp_avg_sq": torch.zeros_like(matrix)}
     for side, length in zip(("left", "right"), matrix.shape, strict=True):
-        if length <= LONGEST:
-            state[side] = matrix.new_zeros(length, length)
-            state[f"{side}_basis"] = torch.eye(length, dtype=matrix.dtype, device=matrix.device)
+        state[side] = matrix.new_zeros(length, length)
+        state[f"{side}_basis"] = torch.eye(length, dtype=matrix.dtype, device=matrix.device)
     return state
 
 
-def numbers_kept(rows: int, columns: int) -> int:
-    """How many numbers the state of a matrix has."""
-    return 2 * rows * columns + sum(2 * side * side for side in (rows, columns) if side <= LONGEST)
+def numbers_kept(matrix: torch.Tensor) -> int:
+    """How many numbers are kept of a matrix, by Muon where it does not fit."""
+    bases = sum(2 * side * side for side in matrix.shape)
+    return 2 * matrix.numel() + bases if fits(matrix) else matrix.numel()
 
 
 def precondition(
@@ -45,12 +49,10 @@ def precondition(
         lr, decay: rate, and decoupled weight decay.
     """
     due = step <= FIRST_STEPS or step % BASIS_STEPS == 0
-    for side in ("left", "right"):
-        if side in state:
-            products = gradient @ gradient.T if side == "left" else gradient.T @ gradient
-            state[side].lerp_(products, 1 - PRODUCTS)
-            if due:
-                state[f"{side}_basis"].copy_(closer(state[side], state[f"{side}_basis"]))
+    for side, products in (("left", gradient @ gradient.T), ("right", gradient.T @ gradient)):
+        state[side].lerp_(products, 1 - PRODUCTS)
+        if due:
+            state[f"{side}_basis"].copy_(closer(state[side], state[f"{side}_basis"]))
     state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
     state["exp_avg_sq"].lerp_(turned(gradient, state).square(), 1 - POWER)
     squares = state["exp_avg_sq"] / (1 - POWER**step)
@@ -68,13 +70,9 @@ def closer(products: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 def turned(matrix: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     """A matrix in its bases."""
-    if "left" in state:
-        matrix = state["left_basis"].T @ matrix
-    return matrix @ state["right_basis"] if "right" in state else matrix
+    return state["left_basis"].T @ matrix @ state["right_basis"]
 
 
 def turned_back(matrix: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     """A matrix out of its bases."""
-    if "left" in state:
-        matrix = state["left_basis"] @ matrix
-    return matrix @ state["right_basis"].T if "right" in state else matrix
+    return state["left_basis"] @ matrix @ state["right_basis"].T

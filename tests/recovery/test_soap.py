@@ -6,7 +6,7 @@ from torch import nn
 
 from gfprune_cli.recipes.finetune import SMALL_NETWORK, FinetuneRecipe
 from gfprune_cli.recovery import soap
-from gfprune_cli.recovery.optimizers import make_optimizer
+from gfprune_cli.recovery.optimizers import make_optimizer, soap_numbers
 
 
 def turned_quadratic(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,20 +81,31 @@ def test_bases_come_to_be_eigenvectors() -> None:
     torch.testing.assert_close(overlap, torch.eye(5), rtol=0, atol=0.05)
 
 
-def test_long_sides_have_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At half the rate, which is where each is best; the others are not."""
     monkeypatch.setattr(soap, "LONGEST", 8)
-    for shape, sides in (
-        ((4, 20), {"left"}),
-        ((20, 4), {"right"}),
-        ((9, 9), set()),
-        ((8, 8), {"left", "right"}),
-    ):
-        matrix = torch.zeros(shape)
-        state = soap.empty_state(matrix)
-        assert state.keys() & {"left", "right"} == sides
-        soap.precondition(matrix, torch.ones(shape), state, 1, lr=0.1, decay=0.0)
-        assert bool((matrix != 0).any())
-        assert sum(tensor.numel() for tensor in state.values()) == soap.numbers_kept(*shape)
+    source = torch.Generator().manual_seed(0)
+    shapes = [(8, 9), (9, 8), (8, 8), (4, 2)]
+    gradients = [torch.randn(shape, generator=source) for shape in shapes]
+    ends = []
+    for by, rate in (("soap", 0.1), ("muon", 0.05)):
+        network = nn.Module()
+        network.blocks = nn.ModuleList([nn.Linear(width, height, bias=False) for height, width in shapes])
+        optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
+        for layer, gradient in zip(network.blocks, gradients, strict=True):
+            nn.init.zeros_(layer.weight)
+            layer.weight.grad = gradient.clone()
+        optimizer.step()
+        ends.append([layer.weight.detach() for layer in network.blocks])
+        if by == "soap":
+            kept = sum(
+                tensor.numel()
+                for state in optimizer.state.values()
+                for key, tensor in state.items()
+                if key != "step"
+            )
+            assert kept == soap_numbers(network)
+    assert [bool(torch.equal(*pair)) for pair in zip(*ends, strict=True)] == [True, True, False, False]
 
 
 def test_small_networks_take_it_and_large_ones_muon() -> None:
