@@ -120,8 +120,11 @@ def table(title: str, bench: Bench, gradients: int, base: Settings, changes: lis
 
 def shown(settings: Settings) -> str:
     """As flags of the command."""
-    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in settings.items()}
-    return "`" + " ".join(f"--{name.replace('_', '-')} {text}" for name, text in texts.items()) + "`"
+    texts = {
+        name: "" if value is True else f" {value}" if isinstance(value, str) else f" {value:g}"
+        for name, value in settings.items()
+    }
+    return "`" + " ".join(f"--{name.replace('_', '-')}{text}" for name, text in texts.items()) + "`"
 
 
 def introduction(bench: Bench) -> list[str]:

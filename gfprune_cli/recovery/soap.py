@@ -3,7 +3,11 @@
 Of the gradients G [m, n] of a matrix the means of G G^T and G^T G are kept, and a basis Q of each, which
 comes closer to the eigenvectors by a step of orthogonal iteration, Q <- qr(L Q), once in `BASIS_STEPS`. A
 hundredth of the mean eigenvalue is added to L: where it has no rank, and any basis would do, Q stays, and
-what rounding makes of a gradient does not grow."""
+what rounding makes of a gradient does not grow.
+
+With a basis of one side alone a matrix trains worse than with neither: those with a side longer than
+`LONGEST` are left to another optimiser.
+"""
 
 from typing import Any
 

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import chain
 import equal_time
 import folding
-import levels
 import ode
 import series
 import study
+import training
 
 
 class Pool:
@@ -48,7 +48,7 @@ def beside(place: Any, seed: int) -> study.Run:
 
 
 def settings(place: Any, steps: list[int], seed: int) -> list[list[study.Run]]:
-    return [[found(seed) for _ in levels.SETTINGS] for _ in steps]
+    return [[found(seed) for _ in training.SETTINGS] for _ in steps]
 
 
 def folded(name: str, work: Path) -> list[study.Run]:
@@ -59,11 +59,11 @@ MEAN = "0.5000 (0.0000 to 1.0000)"
 STUDIES: dict[str, tuple[ModuleType, str, dict[str, Any], list[str]]] = {
     "chain": (chain, "measure", {}, [f"| `fisher` | 50.0% | 25.0% | 48 | {MEAN} |", "| `--align 16` |"]),
     "ode": (ode, "measure", {}, [f"| r = 16 | 50.0% | 25.0% | 48 | {MEAN} |"]),
-    "levels": (
-        levels,
+    "training": (
+        training,
         "measure",
         {"measure": settings},
-        [f"| `--timesteps adaptive --features 0.3` | {MEAN} | 0.900", "| 3 (3 to 3) |"],
+        [f"| defaults | {MEAN} | 0.900", "| `--by-block` | ", "| 3 (3 to 3) |"],
     ),
     "series": (series, "measure", {"measure": beside}, [f"| one flow | {MEAN} | {MEAN} | {MEAN} |"]),
     "folding": (
@@ -89,7 +89,7 @@ def test_every_setting_has_a_row_of_all_seeds(
     given = ["--subjects", "demo", "--seeds", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
     options = {"chain": dict(sparsity=0.75), "ode": dict(sparsity=0.75), "series": {}}
-    options["levels"] = dict(steps=[50, 400])
+    options["training"] = dict(steps=[50, 400])
     options["folding"] = dict(parts=list(folding.PARTS))
     study.write_study(str(module.__file__), str(module.__doc__), "A study", module.lines, **options[name])
     page = (tmp_path / f"{name}.md").read_text()

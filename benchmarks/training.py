@@ -1,11 +1,11 @@
-"""What a training step looks at: noise levels drawn evenly or by their losses, features compared or not.
+"""What finetuning's defaults are worth: each is changed alone, on three networks.
 
-    python benchmarks/levels.py
-    python benchmarks/levels.py --subjects demo --steps 400 --seeds 1
+    python benchmarks/training.py
+    python benchmarks/training.py --subjects demo --steps 400 --seeds 1
 
 Networks are pruned to a quarter of their parameters and MACs, and finetuned on their training images with
 each setting for the same number of steps. Measured on held-out images and on samples from the same noise.
-Networks other than the demo are those that `quality.py` trains. Writes docs/benchmarks/levels.md.
+Networks other than the demo are those that `quality.py` trains. Writes docs/benchmarks/training.md.
 """
 
 import tempfile
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recovery import shown
 from study import ALL_IMAGES, QUALITY, QUALITY_HEAD, Study, cells, head, write_study
 from subjects import Place
 from yardstick import Yardstick
@@ -21,10 +22,14 @@ import gfprune_cli as gfprune
 
 SAMPLES, SAMPLE_STEPS = 128, 20
 SETTINGS: list[dict[str, Any]] = [
-    {"timesteps": "stratified", "features": 0.0},
-    {"timesteps": "stratified", "features": 0.3},
-    {"timesteps": "adaptive", "features": 0.0},
-    {"timesteps": "adaptive", "features": 0.3},
+    {},
+    {"learning_rate": 2e-3},
+    {"learning_rate": 6e-3},
+    {"optimizer": "muon"},
+    {"optimizer": "adamw"},
+    {"timesteps": "stratified"},
+    {"features": 0.0},
+    {"by_block": True},
 ]
 
 
@@ -53,10 +58,10 @@ def lines(study: Study) -> Iterator[str]:
         for number, steps in enumerate(study.own.steps):
             yield from ("", f"## {name}, {steps} steps", *head("settings", QUALITY_HEAD, "seconds"))
             for row, settings in enumerate(SETTINGS):
-                flags = " ".join(f"--{key} {value}" for key, value in settings.items())
+                name = shown(settings) if settings else "defaults"
                 runs = [found[number][row] for found in by_seed]
-                yield f"| `{flags}` | {cells(runs, {**QUALITY, 'seconds': 0})} |"
+                yield f"| {name} | {cells(runs, {**QUALITY, 'seconds': 0})} |"
 
 
 if __name__ == "__main__":
-    write_study(__file__, str(__doc__), "Noise levels and features in recovery", lines, steps=[400])
+    write_study(__file__, str(__doc__), "Settings of a training step", lines, steps=[400])
