@@ -36,9 +36,10 @@ PRUNING: dict[str, Any] = dict(
 )
 ROWS = (
     "",
+    "--optimizer muon",
     "--lora 16",
     "--optimizer adafactor",
-    "--ema 0",
+    "--optimizer muon --ema 0",
     "--optimizer adafactor --ema 0",
     "--optimizer adafactor --ema 0 --teacher-precision bf16",
     "--lora 16 --teacher-precision bf16",

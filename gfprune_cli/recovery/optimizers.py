@@ -92,7 +92,7 @@ def soap_numbers(network: nn.Module) -> int:
 
 
 class WithAdamW(torch.optim.Optimizer):
-    """Another optimiser for matrices and torch.optim.AdamW for all else: one step, one state, one rate.
+    """Another optimiser for matrices and torch.optim.AdamW for all else: one step, one state.
 
     Matrices are views [out, in * kernel] of weights. Where a convolution is stored channels last, the view's
     columns are in that order, which means nothing to either: orthogonalisation and eigenbases commute with
@@ -101,6 +101,8 @@ class WithAdamW(torch.optim.Optimizer):
     Args:
         groups: weights of linear layers and convolutions, whose storage must not be replaced; the others.
     """
+
+    share_of_others = 1.0  # of the learning rate, that AdamW has
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
@@ -115,7 +117,7 @@ class WithAdamW(torch.optim.Optimizer):
         """One step of both."""
         assert closure is None
         self.move({weight: view for weight, view in self.views.items() if weight.grad is not None})
-        self.adamw.param_groups[0]["lr"] = self.param_groups[1]["lr"]
+        self.adamw.param_groups[0]["lr"] = self.share_of_others * self.param_groups[1]["lr"]
         self.adamw.step()
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -148,9 +150,12 @@ class MuonWithAdamW(WithAdamW):
 
 
 class SoapWithAdamW(MuonWithAdamW):
-    """SOAP for the matrices without a long side; Muon, at the rate that is its best, for those with one."""
+    """SOAP for the matrices without a long side; Muon, at the rate that is its best, for those with one.
 
-    share = MUON_RATE / SOAP_RATE
+    So is AdamW for all else: at the rate of SOAP samples drift, which shows in their Frechet distance.
+    """
+
+    share = share_of_others = MUON_RATE / SOAP_RATE
     steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:

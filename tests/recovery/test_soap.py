@@ -82,7 +82,7 @@ def test_bases_come_to_be_eigenvectors() -> None:
 
 
 def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At half the rate, which is where each is best; the others are not."""
+    """At half the rate, which is where each is best, and so AdamW for all else; the others are not."""
     monkeypatch.setattr(soap, "LONGEST", 8)
     source = torch.Generator().manual_seed(0)
     shapes = [(8, 9), (9, 8), (8, 8), (4, 2)]
@@ -91,12 +91,14 @@ def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pyt
     for by, rate in (("soap", 0.1), ("muon", 0.05)):
         network = nn.Module()
         network.blocks = nn.ModuleList([nn.Linear(width, height, bias=False) for height, width in shapes])
+        network.outside = nn.Parameter(torch.zeros(3))
         optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
+        network.outside.grad = torch.tensor([1.0, -2.0, 3.0])
         for layer, gradient in zip(network.blocks, gradients, strict=True):
             nn.init.zeros_(layer.weight)
             layer.weight.grad = gradient.clone()
         optimizer.step()
-        ends.append([layer.weight.detach() for layer in network.blocks])
+        ends.append([network.outside.detach(), *(layer.weight.detach() for layer in network.blocks)])
         if by == "soap":
             kept = sum(
                 tensor.numel()
@@ -105,7 +107,7 @@ def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pyt
                 if key != "step"
             )
             assert kept == soap_numbers(network)
-    assert [bool(torch.equal(*pair)) for pair in zip(*ends, strict=True)] == [True, True, False, False]
+    assert [bool(torch.equal(*pair)) for pair in zip(*ends, strict=True)] == [True, True, True, False, False]
 
 
 def test_small_networks_take_it_and_large_ones_muon() -> None:
