@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import UsageError
-from gfprune_cli.recipes.finetune import MUON_RATE, SOAP_RATE
+from gfprune_cli.recipes.finetune import MUON_RATE, RATE, SOAP_RATE
 from gfprune_cli.recovery import soap
 
 OptimizerName = Literal["soap", "muon", "adamw", "adamw8bit", "adafactor"]
@@ -150,12 +150,12 @@ class MuonWithAdamW(WithAdamW):
 
 
 class SoapWithAdamW(MuonWithAdamW):
-    """SOAP for the matrices without a long side; Muon, at the rate that is its best, for those with one.
+    """SOAP for the matrices without a long side; Muon for those with one, and AdamW for all else.
 
-    So is AdamW for all else: at the rate of SOAP samples drift, which shows in their Frechet distance.
+    Each has the rate that is its best: with AdamW at SOAP's samples drift, and their Frechet distance grows.
     """
 
-    share = share_of_others = MUON_RATE / SOAP_RATE
+    share, share_of_others = MUON_RATE / SOAP_RATE, RATE / SOAP_RATE
     steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:

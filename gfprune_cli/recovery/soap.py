@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 LONGEST = 1024  # an orthogonal iteration takes as many operations as the third power of it
-BASIS_STEPS = 10
+BASIS_STEPS = 5
 FIRST_STEPS = 3  # each of which moves the bases, which begin as none
 MOMENTUM, POWER, PRODUCTS = 0.9, 0.95, 0.9  # decays of the means of gradients, of their squares, of L
 DAMPING = 1e-2

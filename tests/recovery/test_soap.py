@@ -82,23 +82,24 @@ def test_bases_come_to_be_eigenvectors() -> None:
 
 
 def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At half the rate, which is where each is best, and so AdamW for all else; the others are not."""
+    """At two thirds of the rate, which is where each is best; the others are not. AdamW has half of it."""
     monkeypatch.setattr(soap, "LONGEST", 8)
     source = torch.Generator().manual_seed(0)
     shapes = [(8, 9), (9, 8), (8, 8), (4, 2)]
     gradients = [torch.randn(shape, generator=source) for shape in shapes]
     ends = []
-    for by, rate in (("soap", 0.1), ("muon", 0.05)):
+    for by, rate in (("soap", 0.15), ("muon", 0.1)):
         network = nn.Module()
         network.blocks = nn.ModuleList([nn.Linear(width, height, bias=False) for height, width in shapes])
         network.outside = nn.Parameter(torch.zeros(3))
         optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
         network.outside.grad = torch.tensor([1.0, -2.0, 3.0])
+        adamw = 0.075 if by == "soap" else rate
         for layer, gradient in zip(network.blocks, gradients, strict=True):
             nn.init.zeros_(layer.weight)
             layer.weight.grad = gradient.clone()
         optimizer.step()
-        ends.append([network.outside.detach(), *(layer.weight.detach() for layer in network.blocks)])
+        ends.append([network.outside.detach() / adamw, *(layer.weight.detach() for layer in network.blocks)])
         if by == "soap":
             kept = sum(
                 tensor.numel()
@@ -107,7 +108,8 @@ def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pyt
                 if key != "step"
             )
             assert kept == soap_numbers(network)
-    assert [bool(torch.equal(*pair)) for pair in zip(*ends, strict=True)] == [True, True, True, False, False]
+    close = [torch.allclose(*pair, rtol=1e-5) for pair in zip(*ends, strict=True)]
+    assert close == [True, True, True, False, False]
 
 
 def test_small_networks_take_it_and_large_ones_muon() -> None:
@@ -122,4 +124,4 @@ def test_small_networks_take_it_and_large_ones_muon() -> None:
     assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1).learning_rate == 0.5
 
 
-RATES = {"soap": 4e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
+RATES = {"soap": 3e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
