@@ -9,41 +9,24 @@ from gfprune_cli.recovery import soap
 from gfprune_cli.recovery.optimizers import make_optimizer, soap_numbers
 
 
-def turned_quadratic(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    """Curvatures along the rows' and the columns' eigenvectors, none of them along an axis."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_in_its_bases_it_is_adam(monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
+    """As torch has it, on gradients that are turned into them, and its steps turned back."""
     source = torch.Generator().manual_seed(0)
-    curvature = torch.logspace(0, -1.5, count)
-    made = []
-    for _ in range(2):
-        basis = torch.linalg.qr(torch.randn(count, count, generator=source))[0]
-        made.append(basis @ torch.diag(curvature) @ basis.T)
-    return made[0], made[1]
-
-
-def descended(by: str, rate: float, steps: int = 150) -> float:
-    """What is left of tr(W^T A W B) / 2, from W = 1."""
-    left, right = turned_quadratic()
-    network = nn.Module()
-    network.blocks = nn.ModuleList([nn.Linear(24, 24, bias=False)])
-    weight = network.blocks[0].weight
-    nn.init.ones_(weight)
-    network.outside = nn.Parameter(torch.zeros(1))
-    optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
-        weight.grad, network.outside.grad = left @ weight.detach() @ right, torch.zeros(1)
-        optimizer.step()
-    done = weight.detach()
-    return float((done * (left @ done @ right)).sum() / 2)
-
-
-def test_curvature_that_lies_along_no_axis_is_seen() -> None:
-    """Where AdamW, at its best of these rates, is left with more than half as much again."""
-    rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    assert 1.5 * min(descended("soap", rate) for rate in rates) < min(
-        descended("adamw", rate) for rate in rates
-    )
+    bases = [
+        torch.linalg.qr(torch.randn(n, n, generator=source))[0] if turned else torch.eye(n) for n in (5, 7)
+    ]
+    monkeypatch.setattr(soap, "closer", lambda products, basis: bases[len(products) == 7])
+    monkeypatch.setattr(soap, "FLOOR", 0.0)
+    matrix, twin = torch.zeros(5, 7), nn.Parameter(torch.zeros(5, 7))
+    adam = torch.optim.Adam([twin], lr=1e-2, betas=(soap.MOMENTUM, soap.POWER), eps=1e-20)
+    state = soap.empty_state(matrix)
+    for step in range(1, 12):
+        gradient = torch.randn(5, 7, generator=source)
+        soap.precondition(matrix, gradient, state, step, lr=1e-2, decay=0.0)
+        twin.grad = bases[0].T @ gradient @ bases[1]
+        adam.step()
+    torch.testing.assert_close(matrix, bases[0] @ twin.detach() @ bases[1].T, rtol=1e-4, atol=1e-6)
 
 
 def moved(shape: tuple[int, int], noise: float, steps: int = 25) -> torch.Tensor:
