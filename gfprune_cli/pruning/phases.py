@@ -29,9 +29,9 @@ MADE = 2  # copies of a layer's weights in float32, where they are kept in half:
 TURNS = (1, 2, 4, 8)  # in which a gradient may come, where memory is short
 THRIFT: tuple[dict[str, Any], ...] = (
     {},
-    {"checkpointing": True, "features": 0.0},
-    {"checkpointing": True, "features": 0.0, "ema": 0.0},
-    {"checkpointing": True, "features": 0.0, "ema": 0.0, "optimizer": "adafactor"},
+    {"checkpointing": True, "features": 0.0, "optimizer": "muon"},  # which small networks do not take else
+    {"checkpointing": True, "features": 0.0, "optimizer": "muon", "ema": 0.0},
+    {"checkpointing": True, "features": 0.0, "optimizer": "adafactor", "ema": 0.0},
 )
 Forms = list[Phase]  # of one phase, the best first
 LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (

@@ -192,9 +192,11 @@ def test_of_several_forms_of_a_phase_the_first_that_fits_is_taken() -> None:
     for free in (14, 5, 3, 2.5):
         chosen = plan(free).of(forms)
         settings = {name: dict(chosen.settings(name)) for name in (SCORING, RECOVERING)}
-        found[free] = (settings[SCORING].get("turns", 0), len(settings[RECOVERING]))
+        trained = settings[RECOVERING]
+        found[free] = (settings[SCORING].get("turns", 0), trained.get("optimizer"), trained.get("ema"))
         assert chosen.fits([phase for phase in chosen.phases if phase.name in settings])
-    assert found == {14: (0, 0), 5: (1, 2), 3: (2, 3), 2.5: (4, 4)}
+    muon, adafactor = "muon", "adafactor"
+    assert found == {14: (0, None, None), 5: (1, muon, None), 3: (2, muon, 0.0), 2.5: (4, adafactor, 0.0)}
 
 
 def test_kept_in_half_all_but_recovery_takes_no_more_than_three_and_a_half_bytes_per_parameter() -> None:
