@@ -6,8 +6,8 @@ by block as in arXiv 1911.12877). Its inputs are those that the pruned network g
 have been trained by then: so it makes up for what they lack. A pass ends where its block does.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -201,6 +201,14 @@ class BlockTrainer(Trainer):
 
     def term_names(self) -> list[str]:
         return ["loss", "features"]
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """See `Trainer`: for passes through the whole network."""
+        self.loss.leave()  # type: ignore[attr-defined]
+        with super().averaged() as network:
+            yield network
+        self.loss.enter(self.blocks[self.stage])  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         super().finish()

@@ -137,11 +137,12 @@ def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-BRIEF: Any = dict(by_block=True, steps=14, batch=2, images=8, sample_steps=2, sample_every=0)
+BRIEF: Any = dict(by_block=True, steps=14, batch=2, images=8, sample_steps=2)
 
 
 def test_a_run_that_stops_goes_on_to_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
-    done = gfprune_cli.finetune(pruned, out=tmp_path / "whole", **BRIEF)
+    done = gfprune_cli.finetune(pruned, out=tmp_path / "whole", sample_every=5, **BRIEF)
+    assert len(list((tmp_path / "whole-logs" / "samples").iterdir())) == 3
     assert done.loss["after"] != done.loss["before"]
 
     def stop(event: Event) -> None:
