@@ -18,7 +18,7 @@ BASIS_STEPS = 5
 FIRST_STEPS = 3  # each of which moves the bases, which begin as none
 MOMENTUM, POWER, PRODUCTS = 0.9, 0.95, 0.9  # decays of the means of gradients, of their squares, of L
 DAMPING = 1e-2
-FLOOR = 1e-3  # of a gradient's root mean square: what is smaller is rounding, and moves nothing
+FLOOR = 1e-2  # of a gradient's root mean square: what is smaller is rounding, and moves nothing
 TINY = 1e-20
 
 
