@@ -206,9 +206,11 @@ class BlockTrainer(Trainer):
     def averaged(self) -> Iterator[nn.Module]:
         """See `Trainer`: for passes through the whole network."""
         self.loss.leave()  # type: ignore[attr-defined]
-        with super().averaged() as network:
-            yield network
-        self.loss.enter(self.blocks[self.stage])  # type: ignore[attr-defined]
+        try:
+            with super().averaged() as network:
+                yield network
+        finally:
+            self.loss.enter(self.blocks[self.stage])  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         super().finish()

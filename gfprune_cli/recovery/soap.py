@@ -5,8 +5,8 @@ comes closer to the eigenvectors by a step of orthogonal iteration, Q <- qr(L Q)
 hundredth of the mean eigenvalue is added to L: where it has no rank, and any basis would do, Q stays, and
 what rounding makes of a gradient does not grow.
 
-With a basis of one side alone a matrix trains worse than with neither: those with a side longer than
-`LONGEST` are left to another optimiser.
+With a basis of one side alone a convolution trains worse than by Muon: matrices with a side longer than
+`LONGEST`, whose basis would be dear, are left to another optimiser.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ TINY = 1e-20
 
 
 def fits(matrix: torch.Tensor) -> bool:
-    """Whether the bases of a matrix cost little; one of two bases is worse than none."""
+    """Whether both bases of a matrix cost little."""
     return max(matrix.shape) <= LONGEST
 
 
