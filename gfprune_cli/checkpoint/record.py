@@ -45,12 +45,14 @@ class Record:
         kept: channel group -> channels of the dense model that are left, ascending; none of a block that
             is gone, [0] of one that is not.
         component: name in the pipeline.
+        steps: that its weights have been trained since removal.
     """
 
     document: dict[str, Any]
     source: Origin
     kept: dict[str, list[int]]
     component: str
+    steps: int = 0
 
     @property
     def variant(self) -> str | None:
@@ -88,6 +90,7 @@ class _Recipe:
 
     criterion: str
     layout: str
+    recover: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class _Loss:
 
 @dataclass(frozen=True)
 class _Steps:
-    steps: int
+    steps: Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,8 @@ def read_record(root: Path, component: str | None = None) -> Record | None:
     for name, digest in known.source.weights.items():
         if not _DIGEST.fullmatch(digest):
             raise GfpruneError(f"{path} is damaged: the hash of {name[:80]!r} is no SHA-256; restore it")
-    return Record(document, known.source, known.kept, known.component)
+    steps = known.recipe.recover + sum(run.recipe.steps for run in known.finetune)
+    return Record(document, known.source, known.kept, known.component, steps)
 
 
 def finished_record(destination: Path, digest: str, component: str) -> dict[str, Any] | None:

@@ -60,7 +60,10 @@ class FinetuneRecipe:
         float | None,
         Gt(0),
         Le(1),
-        Help("Peak (default: 3e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora)."),
+        Help(
+            "Peak (default: 3e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less"
+            " where the network has been trained before)."
+        ),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
     weight_decay: Annotated[float, Ge(0), Le(1), Help("Decoupled, as AdamW does it.")] = 0.0
@@ -104,18 +107,21 @@ class FinetuneRecipe:
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
-    def settled(self, parameters: float, *, sharded: bool = False) -> Self:
+    def settled(self, parameters: float, *, sharded: bool = False, trained: int = 0) -> Self:
         """The recipe with an optimizer and a peak learning rate: those given, or those of docs/finetuning.md.
 
         Args:
             parameters: that train at a time.
             sharded: whether the processes hold one network in pieces.
+            trained: steps that the weights have behind them. The rate starts where a line down to 0 over all
+                steps would be by now: at the full rate, a short run undoes what was reached before it.
         """
         large = parameters > SMALL_NETWORK or self.lora is not None or sharded
         optimizer = self.optimizer or ("muon" if large else "soap")
         rates = {"soap": SOAP_RATE, "muon": MUON_RATE, "adafactor": HIGH_RATE}
         usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
-        return replace(self, optimizer=optimizer, learning_rate=self.learning_rate or usual)
+        peak = self.learning_rate or usual * self.steps / (trained + self.steps)
+        return replace(self, optimizer=optimizer, learning_rate=peak)
 
     @property
     def feature_weight(self) -> float:

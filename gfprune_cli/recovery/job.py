@@ -83,7 +83,7 @@ class FinetuneJob:
         training = largest_part(student) if self.recipe.by_block else total
         training = adapter_size(student, adapted_layers(student, self.record), rank) if rank else training
         whole = training == total
-        self.settled = self.recipe.settled(training, sharded=self.sharded)
+        self.settled = self.recipe.settled(training, sharded=self.sharded, trained=self.record.steps)
         self.held = held_bytes(
             self.settled,
             student=total,
@@ -168,7 +168,7 @@ class FinetuneJob:
         losses["before"] = self.loss(held_out, student)
         adapters = self.adapters(student) if self.recipe.lora else None
         recover(
-            student, teacher, self.process, draws, self.recipe,
+            student, teacher, self.process, draws, self.settled,
             processes=self.processes, precision=self.precision, state=state, progress=self.progress,
             save_every=save_every, sample_every=sample_every, samples=samples, open_watch=open_watch,
             pair=self.features(student, teacher),

@@ -104,7 +104,15 @@ def test_small_networks_take_it_and_large_ones_muon() -> None:
     assert (adapters.optimizer, adapters.learning_rate) == ("muon", 1e-2)
     rates = {name: FinetuneRecipe(model="m", optimizer=name).settled(1).learning_rate for name in RATES}
     assert rates == RATES
-    assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1).learning_rate == 0.5
+    assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1, trained=9).learning_rate == 0.5
+
+
+def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
+    """A short run at the full rate would undo what was reached."""
+    rates = [
+        FinetuneRecipe(model="m", steps=20).settled(1, trained=steps).learning_rate for steps in (0, 20, 60)
+    ]
+    assert rates == [RATES["soap"], RATES["soap"] / 2, RATES["soap"] / 4]
 
 
 RATES = {"soap": 3e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
