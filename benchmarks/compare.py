@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from grid import Entry
+from grid import FINETUNED, Entry
 
 OURS = "gfprune"
 # metric -> what separates a network from its dense original, 0 for nothing
@@ -30,6 +30,11 @@ def rows_of(entries: Sequence[Entry], subject: str, sparsity: float, gradients: 
         if (entry["subject"], entry["sparsity"], entry["gradients"]) == (subject, sparsity, gradients):
             rows.setdefault(entry["method"], []).append(entry)
     return rows
+
+
+def without_finetuned(rows: Rows) -> Rows:
+    """Without the peers that gfprune's own trainer has trained with its defaults."""
+    return {method: runs for method, runs in rows.items() if not method.endswith(FINETUNED)}
 
 
 def dense_of(entries: Sequence[Entry], subject: str) -> Entry | None:

@@ -62,7 +62,7 @@ FULL = Form(
         *("magnitude, finetuned", "diff-pruning, finetuned"),
     ),
     once=("taylor", "random"),
-    tunings=(("adamw", 5e-4), ("adamw", 1.5e-3), ("adamw", 3e-3), ("soap", 3e-3)),
+    tunings=(("adamw", 5e-4), ("adamw", 1.5e-3), ("adamw", 3e-3)),
     samples=128,
     sample_steps=20,
     training={"second": 3600, "third": 3000},

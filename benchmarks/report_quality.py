@@ -2,10 +2,21 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from compare import GAPS, Rows, Verdict, best_peer, dense_of, gap, rows_of, share, verdict
+from compare import (
+    GAPS,
+    Rows,
+    Verdict,
+    best_peer,
+    dense_of,
+    gap,
+    rows_of,
+    share,
+    verdict,
+    without_finetuned,
+)  # fmt: skip
 from grid import PUBLISHED, Cell, Entry, Form, Found, peer_of
 from plot_quality import plot
 from provenance import write_page
@@ -43,14 +54,16 @@ def judged(found: Verdict | None) -> str:
     return with_range(found.mean, found.seeds, 2) + word
 
 
-def verdicts(entries: Sequence[Entry], form: Form, subjects: Sequence[str]) -> list[str]:
-    """One row per network, sparsity and length."""
+def verdicts(
+    entries: Sequence[Entry], form: Form, subjects: Sequence[str], among: Callable[[Rows], Rows] = Rows
+) -> list[str]:
+    """One row per network, sparsity and length, beside the peers that `among` leaves."""
     lines = []
     for subject in subjects:
         dense = dense_of(entries, subject)
         for sparsity in form.sparsities:
             for gradients in form.lengths:
-                rows = rows_of(entries, subject, sparsity, gradients)
+                rows = among(rows_of(entries, subject, sparsity, gradients))
                 found = [dense and verdict(rows, dense, metric, gradients) for metric in GAPS]
                 lines.append([subject, f"{sparsity:g}", f"{gradients:,}", *map(judged, found)])
     return as_table(("network", "sparsity", "gradients", *NAMES.values()), lines)
@@ -137,13 +150,15 @@ def missing_lines(missing: Sequence[Cell]) -> list[str]:
 INTRODUCTION = """\
 Every method removes channels from the same dense network and has the same gradients to spend, counted in
 samples, scoring included. Peers keep the widths that their own rule gives, one ratio for all layers; gfprune
-is asked for at most the smaller of their two shares, of parameters and of MACs: no row keeps more than the
-peers by over 1 % of the dense network, of either. gfprune may keep less.
+is asked for the larger of their two shares, of parameters and of MACs, and where it then keeps more than they
+do of either, for the smaller one. No row keeps more than the peers by over 1 % of the dense network; gfprune
+may keep less.
 
-Goals, shares of the gap that the best peer's row of any kind leaves to the dense network: held-out loss 0.35,
-0.50 and 0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen
-anew for every number, after the fact. Ratios of means over the seeds; in brackets the lowest and highest of
-gfprune's seeds against the same seed of the peer. Below 0 the network is better than the dense one."""
+Goals, shares of the gap that the best peer's row leaves to the dense network: held-out loss 0.35, 0.50 and
+0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen anew for
+every number, after the fact. Ratios of means over the seeds; in brackets the lowest and highest of gfprune's
+seeds against the same seed of the peer. Below 0 the network is better than the dense one. The first table is
+about what each tool gives with its own training; in the second, `gfprune finetune` trains the peers."""
 
 NOTES = """\
 - Loss: denoising loss on images that neither a network nor a run has trained on. SSIM: to the dense network's
@@ -195,7 +210,10 @@ def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Pat
     lines = []
     if found.missing:
         lines += [f"**Not complete:** {done} of {planned} runs had ended ([missing](#missing)).", ""]
-    lines += [INTRODUCTION, "", "## Goals", "", *verdicts(found.entries, form, subjects), ""]
+    alone = verdicts(found.entries, form, subjects, without_finetuned)
+    lines += [INTRODUCTION, "", "## Goals", "", "### Beside peers as published and tuned", "", *alone, ""]
+    lines += ["### Beside these and peers that `gfprune finetune` has trained", ""]
+    lines += [*verdicts(found.entries, form, subjects), ""]
     if plot(found.entries, form, folder / "quality.svg"):
         lines += ["![Gap to the dense network over gradients](quality.svg)", ""]
     rate, batch = PUBLISHED["learning_rate"], PUBLISHED["batch"]

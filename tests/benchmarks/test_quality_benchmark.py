@@ -291,6 +291,10 @@ ENTRIES = [
     entry("magnitude, tuned", loss=0.2, ssim=0.5, fd_teacher=10.0, params=55, macs=53),
     entry("magnitude, tuned", 1, loss=0.26, ssim=0.5, fd_teacher=10.0, params=55, macs=53),
 ]
+BY_FINETUNE = [
+    entry("magnitude, finetuned", seed, loss=0.18, ssim=0.6, fd_teacher=4.0, params=55, macs=53)
+    for seed in (0, 1)
+]
 LONG = replace(TOY, lengths=(3200, 16_000))
 
 
@@ -327,13 +331,15 @@ def test_the_page_says_what_passes_what_misses_and_what_has_not_run(tmp_path: Pa
         entry("magnitude, tuned", loss=loss) | {"optimizer": name, "rate": rate}
         for (name, rate), loss in zip(LONG.tunings, (0.25, 0.2), strict=True)
     ]
-    found = grid.Found(ENTRIES, tried, missing)
+    found = grid.Found(ENTRIES + BY_FINETUNE, tried, missing)
     page = report_quality.write_report(found, LONG, tmp_path, command="the command").read_text()
     assert "`the command`" in page
-    assert "| toy | 0.5 | 3,200 | 0.31 (0.19 to 0.50): pass | 0.30 (0.25 to 0.35): pass |" in page
-    assert "| 0.25 (0.12 to 0.38): **miss** |" in page
-    assert "| toy | 0.5 | 16,000 | not run | not run | not run |" in page
-    assert "7 of 9 runs" in page
+    alone, _, with_ours = page.partition("peers that `gfprune finetune` has trained")
+    assert "| toy | 0.5 | 3,200 | 0.31 (0.19 to 0.50): pass | 0.30 (0.25 to 0.35): pass |" in alone
+    assert "| 0.25 (0.12 to 0.38): **miss** |" in alone
+    assert "| toy | 0.5 | 3,200 | 0.50 (0.38 to 0.62): **miss** |" in with_ours
+    assert "| toy | 0.5 | 16,000 | not run | not run | not run |" in alone
+    assert "9 of 11 runs" in page
     assert "- toy at 0.5, 16,000 gradients: gfprune (2)" in page
     assert (
         "| **gfprune, defaults** | 2 | 54.0% | 52.0% | 3,190 | 1 | 1.00 T | 0.1400 (0.1300 to 0.1500) |"
