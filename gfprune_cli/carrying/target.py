@@ -57,6 +57,7 @@ class Target:
         for stack, count in Counter(block.rpartition(".")[0] for block in self.map.gone).items():
             if stack in LENGTHS and not self.skips(stack):
                 config[LENGTHS[stack]] += count
+        config |= self.map.config  # which early records do not have
         name = stock_name(self.component.class_name)
         return build_meta(replace(self.component, class_name=name, config={**config, "_class_name": name}))
 

@@ -2,10 +2,12 @@
 
     {"blocks": {"blocks.1": "blocks.3"},
      "gone": ["blocks.1", "blocks.2"],
+     "config": {"num_layers": 4},
      "layers": {"blocks.1.attn.to_q": {"was": "blocks.3.attn.to_q", "out": "0-31,64-95 of 128"}}}
 
-Blocks that are not named kept their name, layers that are not named their size. Indices are those of the
-dense layer, ascending, in ranges that include both ends, then the size that the dense layer had.
+Blocks that are not named kept their name, layers that are not named their size, and keys of the stock
+configuration their value. Values are those of the dense network; indices are those of the dense layer,
+ascending, in ranges that include both ends, then the size that the dense layer had.
 """
 
 import itertools
@@ -82,11 +84,13 @@ class Correspondence:
         blocks: new name of a block -> its name in the dense network, where the two differ.
         gone: blocks of the dense network that are not there any more.
         layers: new name of a layer -> what it was, for each layer that became smaller.
+        config: keys of the stock configuration that changed as blocks went -> their dense values.
     """
 
     blocks: Mapping[str, str] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def new_name(self, old: str) -> str | None:
         """What a layer or block of the dense network is called now; None if it is gone."""
@@ -109,6 +113,7 @@ class Correspondence:
         return {
             "blocks": dict(self.blocks),
             "gone": list(self.gone),
+            "config": dict(self.config),
             "layers": {name: layer_document(name, layer) for name, layer in self.layers.items()},
         }
 
@@ -136,6 +141,7 @@ def read_correspondence(document: Mapping[str, Any], where: str) -> Corresponden
     try:
         found = document[MAP]
         blocks, gone = dict(found["blocks"]), tuple(found["gone"])
+        config = dict(found.get("config", {}))  # absent in early records
         names = [*blocks, *blocks.values(), *gone, *found["layers"]]
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a name is no text")
@@ -144,7 +150,7 @@ def read_correspondence(document: Mapping[str, Any], where: str) -> Corresponden
         raise GfpruneError(
             f"{where} is damaged: {MAP}: {str(error)[:120]}; prune again, or restore it"
         ) from None
-    return Correspondence(blocks, gone, layers)
+    return Correspondence(blocks, gone, layers, config)
 
 
 def parsed_layer(name: str, entry: Mapping[str, Any]) -> Layer:

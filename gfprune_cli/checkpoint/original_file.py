@@ -34,6 +34,11 @@ HOLDS = {
     "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
+DENOISER = (
+    "model.diffusion_model."  # before its names in a file, often, and always in one with other components
+)
+# whose authors have diffusers' names: its converters of them leave everything as it is, that prefix too
+ALIKE = ("QwenImageTransformer2DModel", "MotifVideoTransformer3DModel")
 QUANTIZED = (".weight_scale", ".scale_weight", ".input_scale", ".absmax", ".quant_state")
 
 
@@ -184,7 +189,7 @@ def convert(
                 library_name=library,
                 class_name=class_name,
                 name=name,
-                checkpoint=load_file(path),  # converters take it apart
+                checkpoint=checkpoint_for(class_name, load_file(path)),  # converters take it apart
                 pipelines=pipelines,
                 is_pipeline_module=hasattr(pipelines, library),
                 cached_model_config_path=str(config_from),
@@ -197,6 +202,14 @@ def convert(
                 f"{config_from} ({first_line(error)}): name a folder of its family with --config-from"
             ) from error
         part.to(dtype).save_pretrained(target / name, safe_serialization=True)
+
+
+def checkpoint_for(class_name: str, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Tensors of a file under names that diffusers' converter of a class takes."""
+    if class_name not in ALIKE:
+        return tensors
+    own = {name.removeprefix(DENOISER): value for name, value in tensors.items() if name.startswith(DENOISER)}
+    return own or tensors
 
 
 def stored_type(header: Mapping[str, TensorInfo]) -> "torch.dtype":

@@ -24,6 +24,8 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import write_tensors
 
 PREFIX = "model.diffusion_model."
+# whose names ComfyUI knows without it, too, and diffusers only without it
+BARE = ("QwenImageTransformer2DModel",)
 CHANNELS = 320  # of the first stage of every U-Net that is listed
 HEAD = 128  # dimension of a head of Flux, Wan and Qwen-Image
 SD3_HEAD, SD3_CHANNELS = 64, 16  # dimension of a head, channels of a latent
@@ -125,12 +127,17 @@ def depths_of(model: Any) -> list[int]:
 REASONS = {"UNet2DConditionModel": unet_reason, "SD3Transformer2DModel": sd3_reason}
 
 
+def names_in_file(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a network under the names that the file has for them."""
+    kind = type(model).__name__
+    prefix = "" if kind in BARE else PREFIX
+    return {prefix + name: tensor for name, tensor in NAMES[kind](model, saved_tensors(model)).items()}
+
+
 def write_original(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
     """Write the file; equal inputs give equal bytes."""
-    names = NAMES[type(model).__name__](model, saved_tensors(model))
-    tensors = {PREFIX + name: tensor for name, tensor in names.items()}
     text = json.dumps({"format": 1, "record": dict(record)}, sort_keys=True, allow_nan=False)
-    write_tensors(path, tensors, metadata=(KEY, text))
+    write_tensors(path, names_in_file(model), metadata=(KEY, text))
 
 
 def check_written(path: Path, model: nn.Module) -> None:
@@ -140,9 +147,8 @@ def check_written(path: Path, model: nn.Module) -> None:
         GfpruneError: a tensor is missing or differs.
     """
     found = load_file(path)
-    expected = NAMES[type(model).__name__](model, saved_tensors(model))
-    for name, tensor in expected.items():
-        if not torch.equal(found.pop(PREFIX + name, torch.empty(0)), tensor):
+    for name, tensor in names_in_file(model).items():
+        if not torch.equal(found.pop(name, torch.empty(0)), tensor):
             raise GfpruneError(f"{path.name} does not hold tensor {name} as it was written")
     if found:
         raise GfpruneError(f"{path.name} holds tensors that nobody wrote: {min(found)}")

@@ -68,17 +68,18 @@ class Family:
 
     Args:
         classes: names in diffusers; what inherits from them belongs to the family, too.
-        inputs: keyword arguments of `forward` for one sample of zeros.
+        inputs: keyword arguments of `forward` for one sample of zeros; None where the configuration does not
+            tell them, and they are recorded from the pipeline.
         ends: how the residual stream begins and ends; None where it may not narrow.
         blocks: classes of residual blocks that carry one stream, its first argument.
         pairs: likewise of two streams -> the arguments that are the streams, in the order in which the block
-            returns them. `checkpoint.modeling` has the same in the file that travels.
+            returns them.
         masked: whether the text comes with a mask of attention when the network is exported.
         time_factor: what timesteps of the scheduler are multiplied by.
     """
 
     classes: tuple[str, ...]
-    inputs: Callable[[Request], Inputs]
+    inputs: Callable[[Request], Inputs] | None
     ends: Ends | None = None
     blocks: tuple[str, ...] = ()
     pairs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -21,6 +21,6 @@ def example_inputs(model: Any, sizes: Sizes | None = None) -> Inputs:
         GfpruneError: the class is not known here, and its configuration does not tell.
     """
     family = family_of(model)
-    if family is None:
+    if family is None or family.inputs is None:
         return inputs_by_name(model, sizes or Sizes())
     return family.inputs(Request(model, sizes or Sizes()))

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import PAIRS
-from gfprune_cli.families.table import carriers
+from gfprune_cli.families.table import carriers, pairs
 from gfprune_cli.structure.groups import ChannelGroup, Member
 from gfprune_cli.structure.unet_depth import stock_groups, without_blocks
 
@@ -23,8 +22,8 @@ LENGTHS = {
     "single_transformer_blocks": "num_single_layers",
     "blocks": "num_layers",
 }
-# keys that name blocks by number: with one of them set, the numbers must stay
-BY_NUMBER = ("dual_attention_layers", "layer_types")
+DUAL = "dual_attention_layers"  # a key of Stable Diffusion 3.5: the numbers of its blocks that attend twice
+BY_NUMBER = ("layer_types",)  # keys that name blocks by number: with one of them set, the numbers must stay
 RESNETS = "resnets"
 
 
@@ -97,7 +96,7 @@ def streams_of(module: nn.Module, args: Any, kwargs: Any) -> tuple[torch.Tensor,
     In a decoder the stream comes first, and beside it a skip connection.
     """
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    names = PAIRS.get(type(module).__name__)
+    names = pairs().get(type(module).__name__)
     if names:
         return tuple(given[name] for name in names)
     stream = next(iter(given.values()))
@@ -158,7 +157,7 @@ def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str
     if found is not None:
         return Depth(*found)
     moved: dict[str, str | None] = {}
-    config: dict[str, int] = {}
+    config: dict[str, Any] = {}
     skipped = []
     for stack in dict.fromkeys(group.stack for group in gone):
         names = [group.name for group in gone if group.stack == stack]
@@ -172,6 +171,8 @@ def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str
         moved |= dict.fromkeys(names)
         moved |= {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(left)}
         config[key] = len(left)
+        if twice := network.config.get(DUAL):
+            config[DUAL] = [new for new, old in enumerate(left) if old in twice]
     return Depth(moved, config, tuple(skipped))
 
 

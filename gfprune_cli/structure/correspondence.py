@@ -1,9 +1,9 @@
 """What removal did to names and indices, for the record and for adapters of the dense network."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
 
 from gfprune_cli.checkpoint.correspondence import Correspondence, Layer, Stays
 from gfprune_cli.structure.blocks import depth_of
@@ -13,7 +13,7 @@ from gfprune_cli.structure.trace import is_attention
 
 
 def correspondence(
-    model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Mapping[str, torch.Tensor]
+    model: Any, groups: tuple[ChannelGroup, ...], kept: Mapping[str, torch.Tensor]
 ) -> Correspondence:
     """From a dense network to what is left of it.
 
@@ -34,7 +34,8 @@ def correspondence(
             layers[new] = Layer(old, out, into, scales.get(old, 1.0))
     moved = {new: old for old, new in depth.moved.items() if new not in (None, old)}
     gone = tuple(old for old, new in depth.moved.items() if new is None)
-    return Correspondence({str(new): old for new, old in moved.items()}, gone, layers)
+    config = {key: model.config.get(key) for key in depth.config}
+    return Correspondence({str(new): old for new, old in moved.items()}, gone, layers, config)
 
 
 def kept_units(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.families.table import pairs
 from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, group_labels, is_feature_norm
@@ -218,7 +219,9 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
     config = {**stock_config(model), **depth.config}
     earlier = (config.get("gfprune") or {}).get("modules", {})
     modules = depth.renamed({**earlier, **module_shapes(model, cuts)})
-    modules |= {name: {"identity": True} for name in depth.skipped}
+    for name in depth.skipped:
+        streams = pairs().get(type(model.get_submodule(name)).__name__)
+        modules[name] = {"identity": list(streams) if streams else True}
     cls = type(model)  # where only blocks went, the stock class can say so
     if modules or not depth.config:
         config["gfprune"] = {"format": 1, "modules": modules}

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from hub_server import hub_server
+from image_pipelines import PIPELINES
 from pipelines import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import gfprune_cli
+from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.deploy.comfyui import PREFIX, write_original
 from gfprune_cli.errors import GfpruneError, UsageError
 
 BLOCKS = {  # of the tiny U-Net, as Stable Diffusion's authors number them
@@ -95,6 +98,32 @@ def test_a_file_is_pruned_like_its_folder(folder: Path, file: Path, tmp_path: Pa
         tmp_path / "out", steps=1, images=4, sample_steps=2, batch=2, out=tmp_path / "tuned"
     )
     assert tuned.teacher == str(file)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [
+        ("sdxl", PREFIX),
+        *((family, prefix) for family in ("sd3", "wan", "qwen-image") for prefix in (PREFIX, "")),
+    ],
+)  # of SDXL there are no files without it
+def test_the_denoiser_of_a_family_is_read_as_it_was(family: str, prefix: str, tmp_path: Path) -> None:
+    """Under the names of its authors, each tensor: not one is lost, and none comes from --config-from.
+
+    Not FLUX.1: diffusers' converter takes it to be as wide as it was published.
+    """
+    folder = (FAMILIES | PIPELINES)[family](tmp_path / "folder")
+    network = load_model(inspect(resolve(str(folder))))
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    path = tmp_path / "one.safetensors"
+    write_original(path, network, {})
+    save_file({prefix + name.removeprefix(PREFIX): value for name, value in load_file(path).items()}, path)
+    found = load_model(inspect(resolve(str(path), config_from=str(folder)))).state_dict()
+    expected = network.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_folder_with_one_file_is_that_file(folder: Path, file: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import gfprune_cli
+from gfprune_cli.carrying.target import find_target
 from gfprune_cli.checkpoint.correspondence import Stays
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class, receivers
 from gfprune_cli.cli.main import app
@@ -21,6 +22,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.units import find_units
+from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.structure.removal import remove
 
 Tensors = dict[str, torch.Tensor]
@@ -157,6 +159,16 @@ def test_layers_of_blocks_that_are_gone_are_dropped_and_counted(
     assert set(found.dropped) == {name.partition(".lora_")[0] for name in adapter if "blocks.0." in name}
     names = {name.split(".")[2] for name in load_file(tmp_path / "out" / FILE)}
     assert names == {"0"}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_dense_network_is_known_without_its_checkpoint(family: str, tmp_path: Path) -> None:
+    """Its layers by name and order, those of blocks that are gone, too: by these, adapters are read."""
+    pruned = Pruned(family, tmp_path, blocks=True)
+    recipe = CarryRecipe(adapter="none", model=str(pruned.folder))
+    target = find_target(recipe, offline=True, progress=silent)
+    assert target.map.gone
+    assert list(target.dense_network.state_dict()) == list(pruned.network.state_dict())
 
 
 def test_names_of_kohya_and_alphas(made: Callable[[str], Pruned], tmp_path: Path) -> None:

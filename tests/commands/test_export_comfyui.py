@@ -19,12 +19,12 @@ from diffusers.loaders import single_file_utils
 from pipelines import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers_zoo import build
+from transformers_zoo import build, build_other
 
 import gfprune_cli
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.deploy import comfyui
-from gfprune_cli.deploy.comfyui import PREFIX, check_expressible
+from gfprune_cli.deploy.comfyui import PREFIX, check_expressible, check_written, write_original
 from gfprune_cli.deploy.original_names import NAMES
 from gfprune_cli.errors import UsageError
 from gfprune_cli.structure.blocks import block_groups
@@ -154,6 +154,21 @@ def test_a_short_flux_and_wan_are_read_by_diffusers_converters() -> None:
         found = convert(dict(original))
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_qwen_image_is_read_by_diffusers_single_file_loader(tmp_path: Path) -> None:
+    """Which knows its names without a prefix alone."""
+    source, _ = build_other("QwenImageTransformer2DModel")
+    source.float().save_pretrained(tmp_path / "transformer")
+    out = tmp_path / "qwen.safetensors"
+    write_original(out, source, {})
+    check_written(out, source)
+    found = QwenImageTransformer2DModel.from_single_file(
+        str(out), config=str(tmp_path), subfolder="transformer", local_files_only=True
+    )
+    assert found.state_dict().keys() == source.state_dict().keys() == load_file(out).keys()
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in source.state_dict().items())
+    assert refusal(empty(QwenImageTransformer2DModel, num_layers=1)) == ""
 
 
 SD3: dict[str, Any] = dict(

@@ -119,7 +119,7 @@ def test_a_family_is_a_file_and_a_row(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(GfpruneError, match="its pipeline is needed"):
         gfprune_cli.analyze(tmp_path / "model")
     family = Family(classes=("QwenImageTransformer2DModel",), inputs=inputs)
-    monkeypatch.setattr("gfprune_cli.families.table.FAMILIES", [*FAMILIES, family])
+    monkeypatch.setattr("gfprune_cli.families.table.FAMILIES", [family, *FAMILIES])
     assert gfprune_cli.analyze(tmp_path / "model", sparsity=[0.3]).plan[0].achieved >= 0.3
 
 

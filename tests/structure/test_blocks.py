@@ -11,21 +11,28 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from image_pipelines import PIPELINES
 from pipelines import FAMILIES
 from torch import nn
-from transformers_zoo import build, inputs
+from transformers_zoo import OTHERS, build, build_other, inputs
 
 import gfprune_cli
+from gfprune_cli.checkpoint.reader import inspect, load_model
+from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.errors import UsageError
+from gfprune_cli.families.table import has_known_inputs, pairs
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.mask import MaskedModel, full_masks
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.structure import blocks
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.budget import allocate
+from gfprune_cli.structure.correspondence import correspondence
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import remove
@@ -87,6 +94,9 @@ NETWORKS: dict[str, tuple[type, dict[str, Any], int]] = {  # class, configuratio
              sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=8),
         3,
     ),
+    "qwen-image": (
+        QwenImageTransformer2DModel, OTHERS["QwenImageTransformer2DModel"][0] | dict(num_layers=3), 3
+    ),
 }  # fmt: skip
 
 
@@ -108,6 +118,8 @@ def random_inputs(network: Any) -> dict[str, Any]:
         return torch.randn_like(value) if value.is_floating_point() and value.ndim > 1 else value
 
     torch.manual_seed(1)
+    if not has_known_inputs(network):
+        return build_other(type(network).__name__)[1]
     return filled(example_inputs(network))
 
 
@@ -132,7 +144,7 @@ def test_a_network_without_some_blocks_computes_what_the_masked_one_computes(nam
     assert not torch.allclose(expected, dense)
     removed = remove(network, groups, kept)
     assert torch.allclose(output_of(removed, inputs), expected, rtol=1e-9, atol=1e-12)
-    cost = CostModel(network, groups, discover(network)[1])
+    cost = CostModel(network, groups, discover(network, inputs)[1])
     widths = {group: int(units) for group, units in kept.items()}
     assert cost.params(widths) == sum(parameter.numel() for parameter in removed.parameters())
 
@@ -178,7 +190,7 @@ def test_blocks_without_channels_to_go_have_scores_of_their_own(criterion: str) 
         assert min(scores, key=lambda name: float(scores[name])) == "transformer_blocks.2"
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "cogvideox"])
+@pytest.mark.parametrize("name", [name for name, (cls, *_) in NETWORKS.items() if "UNet" not in cls.__name__])
 def test_a_transformer_that_lost_blocks_alone_is_of_the_stock_class(name: str) -> None:
     network = random_network(name)
     groups = block_groups(network)
@@ -188,6 +200,33 @@ def test_a_transformer_that_lost_blocks_alone_is_of_the_stock_class(name: str) -
     assert removed.config.num_layers == network.config.num_layers - 1
     again = type(network).from_config(removed.config)
     assert again.state_dict().keys() == removed.state_dict().keys()
+
+
+def test_blocks_that_attend_twice_are_numbered_anew() -> None:
+    """Stable Diffusion 3.5 lists them in its configuration, which names them in the stock class."""
+    network = random_network("sd3-dual")
+    groups = block_groups(network, stock=True)
+    kept = {group.name: torch.tensor([number != 0]) for number, group in enumerate(groups)}
+    removed: Any = remove(network, groups, kept)
+    assert type(removed) is SD3Transformer2DModel
+    assert [block.use_dual_attention for block in removed.transformer_blocks] == [True, False, False]
+    assert list(removed.config.dual_attention_layers) == [0]
+    assert correspondence(network, groups, kept).config == {"num_layers": 4, "dual_attention_layers": (0, 1)}
+
+
+@pytest.mark.parametrize("name", ["flux", "cogvideox", "qwen-image"])
+def test_blocks_that_no_key_counts_hand_on_their_streams(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which each class returns them; the pruned class is told which these are."""
+    monkeypatch.setattr(blocks, "LENGTHS", {})
+    network = random_network(name)
+    groups, inputs = block_groups(network), random_inputs(network)
+    kept = {group.name: torch.tensor([number != 0]) for number, group in enumerate(groups)}
+    masked = MaskedModel(copy.deepcopy(network), groups)
+    masked.set_masks({group: units.double() for group, units in kept.items()})
+    removed: Any = remove(network, groups, kept)
+    streams = pairs()[type(network.transformer_blocks[0]).__name__]
+    assert removed.config.gfprune["modules"] == {groups[0].name: {"identity": list(streams)}}
+    assert torch.allclose(output_of(removed, inputs), output_of(masked.model, inputs), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["unet", "text-unet", "dit"])
@@ -247,6 +286,28 @@ def test_the_native_layout_of_a_transformer_loses_blocks_and_loads_in_the_stock_
         tmp_path / "fewer", out=tmp_path / "tuned", steps=2, sample_every=0, images=4, sample_steps=2, batch=2
     )
     assert tuned.loss["after"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "qwen-image"])
+def test_the_native_layout_of_two_streams_loses_blocks(family: str, tmp_path: Path) -> None:
+    """Of Stable Diffusion 3.5, whose blocks differ, and of Qwen-Image, whose inputs are recorded."""
+    folder = (FAMILIES | PIPELINES)[family](tmp_path / "dense")
+    shallow: Any = load_model(inspect(resolve(str(folder))))
+    deeper = {key: [0, 1] for key in ("dual_attention_layers",) if key in shallow.config}
+    torch.manual_seed(0)
+    deep = type(shallow).from_config({**shallow.config, "num_layers": 4, **deeper})
+    for parameter in deep.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    deep.save_pretrained(folder / "transformer")
+    done = gfprune_cli.prune(
+        str(folder), layout="native", blocks=True, sparsity=0.4, size="16", out=tmp_path / "fewer", **QUICK
+    )
+    assert done.class_name == type(deep).__name__
+    assert done.loss["removed"] == pytest.approx(done.loss["masked"], rel=1e-4)
+    stock = type(deep).from_pretrained(tmp_path / "fewer" / "transformer")
+    assert stock.config.num_layers < 4
+    assert sum(parameter.numel() for parameter in stock.parameters()) == done.params["after"]
 
 
 def test_blocks_that_go_are_neighbours_where_that_is_asked_for(dit_pipeline: Path, tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_the_shorter_stock_network_computes_what_the_masked_one_computes(name: s
     found.pop(None, None)
     assert found.keys() == left.keys()
     assert all(torch.equal(found[key], left[key]) for key in left)
+    whole = UNet2DConditionModel.from_config({**short.config, **places.config})
+    assert list(whole.state_dict()) == list(dense.state_dict())
 
 
 def test_a_middle_that_has_to_stay_as_deep_as_its_stage_is_skipped_in_the_adaptive_layout() -> None:
