@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gfprune_cli.checkpoint.files import checked_file, trusted_roots
+from gfprune_cli.checkpoint.files import checked_file, shortened, trusted_roots
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.strict_yaml import load_mapping
 
@@ -50,12 +50,14 @@ class Picture:
         samples: in a row.
         steps: of the sampler.
         of_teacher: whether the upper row is of a teacher that is not the dense network.
+        asked: the prompt or class of each column; empty where there is none.
     """
 
     png: bytes
     samples: int
     steps: int
     of_teacher: bool = False
+    asked: tuple[str, ...] = ()
 
 
 def write_card(
@@ -137,7 +139,14 @@ def picture_lines(picture: Picture | None) -> list[str]:
         f"Above {above}, below this one, from the same noise in {picture.steps} steps. "
         f"{picture.samples} seeds, none left out.",
         "",
+        *asked_lines(picture.asked),
     ]
+
+
+def asked_lines(asked: Iterable[str]) -> list[str]:
+    """What the columns were asked for, as a block of code: prompts may hold what Markdown would act on."""
+    lines = ["    " + shortened(" ".join(text.split())) for text in asked]
+    return ["Columns, from the left:", "", *lines, ""] if lines else []
 
 
 def licence_lines(source: Mapping[str, Any]) -> list[str]:

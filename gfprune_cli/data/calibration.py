@@ -72,12 +72,15 @@ READ_AT_ONCE = 64  # images of `--data`
 @dataclass(frozen=True)
 class Images:
     """`images` [N, ...] as the network sees them, their `conditions`, the noise `process` that goes with
-    both, and the `fingerprint` of data and prompts given."""
+    both, and the `fingerprint` of data and prompts given; where a pipeline conditions the network, the
+    prompts or class labels that images were `asked` for with, and its (height, width, frames) in `pixels`."""
 
     images: torch.Tensor | StoredImages
     conditions: Condition
     fingerprint: str | None
     process: NoisingProcess
+    asked: tuple[Any, ...] = ()
+    pixels: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -256,11 +259,12 @@ class Work:
         if source is None:
             conditions = with_rows(recording, asked.rows)
             images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
-            return Images(images, conditions, named, process)
+            return Images(images, conditions, named, process, asked.each_of(asked.rows), recording.image)
         encoded, name = self.encoded(source, recording.shape, recording.image[:2])
         rows = asked.rows if source.said else asked.at_random(len(encoded), request.seed)
         named = with_annotations(name, source.said) if named is None else hashed(name, named)
-        return Images(encoded, with_rows(recording, rows), named, process)
+        conditions = with_rows(recording, rows)
+        return Images(encoded, conditions, named, process, asked.each_of(rows), recording.image)
 
     def asked(self, source: ImageSource | None) -> Asked:
         """What the pipeline is asked for: what comes with the user's images, else what is drawn for them."""

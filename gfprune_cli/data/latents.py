@@ -54,15 +54,19 @@ def encode_images(
     progress(Event("calibrate", len(images), len(images)))
 
 
+def is_moving(vae: nn.Module) -> bool:
+    """Whether an autoencoder is one of videos, of which an image is a frame."""
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
+
+
 def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Latents [1, C, h, w] (or [1, C, 1, h, w]) of pixels [1, 3, H, W]: the mode where there is a posterior.
 
     Raises:
         UsageError: it is no autoencoder of images.
     """
-    moving = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     try:
-        output = vae.encode(pixels[:, :, None] if moving else pixels)
+        output = vae.encode(pixels[:, :, None] if is_moving(vae) else pixels)
     except RuntimeError as error:
         raise UsageError(
             f"--data: {type(vae).__name__} cannot encode these images ({first_line(error)}); "
@@ -78,24 +82,35 @@ def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def normalised(vae: Any, latents: torch.Tensor, scheduler: Any) -> torch.Tensor:
     """Shifted and scaled as the configurations of the autoencoder and the scheduler say."""
+    if "batch_norm_eps" in vae.config:  # FLUX.2: squares of 2 x 2 are channels, and are normalised as such
+        latents = nn.functional.pixel_unshuffle(latents, 2)
+    mean, spread, scale = statistics(vae, latents, scheduler)
+    return (latents - mean) / spread * scale
+
+
+def as_encoded(vae: Any, latents: torch.Tensor, scheduler: Any) -> torch.Tensor:
+    """What `normalised` was given."""
+    mean, spread, scale = statistics(vae, latents, scheduler)
+    found = latents / scale * spread + mean
+    return nn.functional.pixel_shuffle(found, 2) if "batch_norm_eps" in vae.config else found
+
+
+def statistics(vae: Any, like: torch.Tensor, scheduler: Any) -> tuple[Any, Any, float]:
+    """Mean and spread that latents are normalised by, of all or by channel, and the scale of the result."""
     config = vae.config
-    if "batch_norm_eps" in config:  # FLUX.2: squares of 2 x 2 are channels, and are normalised as such
-        squares = nn.functional.pixel_unshuffle(latents, 2)
+    view = (1, -1) + (1,) * (like.ndim - 2)
+    if "batch_norm_eps" in config:
         norm = vae.bn
-        spread = (norm.running_var + config["batch_norm_eps"]).sqrt().to(squares).view(1, -1, 1, 1)
-        return (squares - norm.running_mean.to(squares).view(1, -1, 1, 1)) / spread
+        spread = (norm.running_var + config["batch_norm_eps"]).sqrt()
+        return norm.running_mean.to(like).view(view), spread.to(like).view(view), 1.0
     scale = float(config.get("scaling_factor") or 1.0)
+    if hasattr(scheduler, "precondition_noise"):
+        scale /= scheduler.config.sigma_data  # networks of the EDM family see samples of unit variance
     buffers = dict(vae.named_buffers())  # some autoencoders keep them there
     mean, spread = (buffers.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
     if mean is not None and spread is not None:
-        view = (1, -1) + (1,) * (latents.ndim - 2)
-        latents = latents - torch.as_tensor(mean).to(latents).view(view)
-        latents = latents / torch.as_tensor(spread).to(latents).view(view)
-    elif config.get("shift_factor"):
-        latents = latents - config["shift_factor"]
-    if hasattr(scheduler, "precondition_noise"):
-        scale /= scheduler.config.sigma_data  # networks of the EDM family see samples of unit variance
-    return latents * scale
+        return torch.as_tensor(mean).to(like).view(view), torch.as_tensor(spread).to(like).view(view), scale
+    return config.get("shift_factor") or 0.0, 1.0, scale
 
 
 def laid_out(latents: torch.Tensor, shape: tuple[int, ...], pixels: tuple[int, ...]) -> torch.Tensor:
@@ -120,6 +135,26 @@ def laid_out(latents: torch.Tensor, shape: tuple[int, ...], pixels: tuple[int, .
         f"--data: images of {pixels[0]}x{pixels[1]} become latents of {list(latents.shape[1:])}, and the"
         f" network works on {list(shape)}; for video give --frames 1, or drop --data"
     )
+
+
+def as_image(latents: torch.Tensor, pixels: tuple[int, int], channels: int) -> torch.Tensor | None:
+    """[N, channels, h, w]: the latents that `laid_out` was given; None where they are of no image.
+
+    Args:
+        pixels: (height, width) of the images; zeros for squares.
+        channels: of the latents of the autoencoder, normalised.
+    """
+    if latents.ndim == 4:
+        return latents if latents.shape[1] == channels else None
+    if latents.ndim != 3 or latents.shape[2] not in (channels, 4 * channels):
+        return None
+    tokens = latents.shape[1]
+    height = round((tokens * pixels[0] / pixels[1] if all(pixels) else tokens) ** 0.5)
+    if not height or tokens % height:
+        return None
+    grid = latents.transpose(1, 2).unflatten(2, (height, -1))
+    # a token is one position, or a square of 2 x 2
+    return grid if grid.shape[1] == channels else nn.functional.pixel_shuffle(grid, 2)
 
 
 @torch.no_grad()

@@ -14,15 +14,19 @@ from torch import nn
 
 from gfprune_cli.checkpoint.card import Picture
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.layout import is_autoencoder
 from gfprune_cli.data.calibration import ImageRequest, Images
 from gfprune_cli.data.drawing import image_noise
+from gfprune_cli.data.latent_decoder import LatentDecoder, NotShown
 from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
-from gfprune_cli.diffusion.finite import zero_levels
+from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.inputs.conditioning import in_words
+from gfprune_cli.progress import Progress, notice
 
 SHOWN = 8  # samples in a row
-SHOWN_OF_BOTH = 4  # where the upper row costs passes as well
+SHOWN_OF_BOTH = 4  # where the upper row costs passes as well, or pictures have to be decoded
 MARGIN = 44  # pixels for the names of the rows
 SCALE = 64  # smallest side of a sample, in pixels
 
@@ -32,11 +36,14 @@ class Samples:
     """The dense network's samples, and what they came from.
 
     Args:
-        noise: [N, C, H, W].
+        noise: [N, C, H, W]; latents have shapes of their own.
         condition: of the samples.
-        dense: uint8 [N, C, H, W].
+        dense: uint8 [N, C, H, W], as they are shown.
         process: the sampler.
         steps: of it.
+        at_once: samples that go through a network together.
+        decoder: of latents; None for pixels.
+        asked: the prompt or class of each; empty where there is none.
     """
 
     noise: torch.Tensor
@@ -44,18 +51,23 @@ class Samples:
     dense: torch.Tensor
     process: NoisingProcess
     steps: int
+    at_once: int = SHOWN
+    decoder: LatentDecoder | None = None
+    asked: tuple[str, ...] = ()
 
-    def drawn_by(self, network: nn.Module, poll: Callable[[], None], at_once: int = SHOWN) -> torch.Tensor:
+    def drawn_by(self, network: nn.Module, poll: Callable[[], None]) -> torch.Tensor:
         """uint8 [N, C, H, W] samples of another network.
 
         Args:
             poll: called before every pass; may raise.
-            at_once: samples that go through the network together.
+
+        Raises:
+            NotShown: latents cannot be decoded now.
         """
         device = next(network.parameters()).device
         rows = []
-        for first in range(0, len(self.noise), at_once):
-            part = slice(first, first + at_once)
+        for first in range(0, len(self.noise), self.at_once):
+            part = slice(first, first + self.at_once)
             chosen = None if self.condition is None else self.condition[part].to(device)
 
             def denoise(x: torch.Tensor, timesteps: torch.Tensor, given: Condition = chosen) -> torch.Tensor:
@@ -63,9 +75,31 @@ class Samples:
                 return call(network, x, timesteps, given)
 
             with torch.no_grad():
-                images = self.process.sample(denoise, self.noise[part].to(device), self.steps)
-            rows.append(to_bytes(images, self.process))
-        return torch.cat(rows)
+                rows.append(self.process.sample(denoise, self.noise[part].to(device), self.steps).cpu())
+        return self.shown(torch.cat(rows), poll)
+
+    def shown(self, drawn: torch.Tensor, poll: Callable[[], None]) -> torch.Tensor:
+        """uint8 [N, C, H, W] pictures of [N, ...] samples as a network sees them."""
+        if self.decoder is not None:
+            return to_bytes(self.decoder(drawn, poll), (-1.0, 1.0))
+        return to_bytes(drawn, self.process.value_range)
+
+    def beside(
+        self, network: nn.Module, poll: Callable[[], None], progress: Progress, *, of_teacher: bool = False
+    ) -> Picture | None:
+        """The picture of a model card: these above another network's; None, and a notice, where it cannot be.
+
+        Args:
+            of_teacher: whether these are of a teacher that is not the dense network.
+        """
+        stream = io.BytesIO()
+        try:
+            drawn = self.drawn_by(network, poll)
+        except NotShown as reason:
+            notice(progress, f"no samples are shown: {reason}")
+            return None
+        grid(self.dense, drawn, "teacher" if of_teacher else "dense").save(stream, format="PNG")
+        return Picture(stream.getvalue(), len(drawn), self.steps, of_teacher, self.asked)
 
 
 def is_picture(component: Component, config: Any) -> bool:
@@ -81,48 +115,60 @@ def has_start(process: NoisingProcess) -> bool:
 
 def dense_samples(
     dense: nn.Module,
+    component: Component,
+    scheduler: Any,
     request: ImageRequest,
     found: Images,
     unseen: range,
     poll: Callable[[], None],
-    at_once: int = SHOWN,
-) -> Samples:
+    progress: Progress,
+    at_once: int | None = None,
+) -> Samples | None:
     """Samples of the dense network: the first that training does not see, as they lie among those that were
     drawn; where the images are the user's, new ones, with the conditions of those.
 
+    None, and a notice of why, where there are none to show.
+
     Args:
+        component: of the pipeline, whose autoencoder decodes latents.
         request, found: the images of the run.
         unseen: the numbers of those that are kept aside.
-        poll, at_once: see `Samples.drawn_by`.
+        poll: see `Samples.drawn_by`.
+        at_once: samples that go through a network together; latents one by one, else all.
     """
-    members = unseen[: SHOWN if request.data is None else SHOWN_OF_BOTH]
+    if is_autoencoder(component.class_name):
+        return None
+    network: Any = dense
+    pixels = is_picture(component, network.config)
+    members = unseen[: SHOWN if request.data is None and pixels else SHOWN_OF_BOTH]
     images = found.images
     condition = None if found.conditions is None else found.conditions[list(members)]
     noise = image_noise(tuple(images.shape[1:]), request.seed, members)
-    row = Samples(noise, condition, torch.empty(0), found.process, request.sample_steps)
-    if request.data is None:
-        known = to_bytes(images[torch.tensor(members)], found.process)
-        return replace(row, dense=known)
-    return replace(row, dense=row.drawn_by(dense, poll, at_once))
+    device = next(dense.parameters()).device
+    row = Samples(
+        noise, condition, torch.empty(0), found.process, request.sample_steps,
+        at_once or (SHOWN if pixels else 1),
+        None if pixels else LatentDecoder(component, scheduler, found.pixels, device),
+        in_words(component, [found.asked[number] for number in members] if found.asked else []),
+    )  # fmt: skip
+    try:
+        if not has_start(found.process):
+            raise NotShown(ZERO_SNR)
+        if request.data is None:
+            return replace(row, dense=row.shown(images[torch.tensor(members)], poll))
+        if row.decoder is not None:
+            row.decoder.check(noise[:1])  # before passes are spent
+        return replace(row, dense=row.drawn_by(dense, poll))
+    except NotShown as reason:
+        notice(progress, f"no samples are shown: {reason}")
+        return None
 
 
-def to_bytes(images: torch.Tensor, process: NoisingProcess) -> torch.Tensor:
+def to_bytes(images: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
     """uint8 [N, C, H, W] of images as a network sees them; what is not a number is black."""
-    low, high = process.value_range
+    low, high = value_range
     scaled = (images.cpu() - low) / (high - low) * 255
     return scaled.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
-
-
-def make_picture(samples: Samples, pruned: torch.Tensor, *, of_teacher: bool = False) -> Picture:
-    """The picture of a model card.
-
-    Args:
-        pruned: uint8 [N, C, H, W].
-        of_teacher: whether `samples` are of a teacher that is not the dense network.
-    """
-    stream = io.BytesIO()
-    grid(samples.dense, pruned, "teacher" if of_teacher else "dense").save(stream, format="PNG")
-    return Picture(stream.getvalue(), len(pruned), samples.steps, of_teacher)
 
 
 def grid(dense: torch.Tensor, pruned: torch.Tensor, above: str = "dense") -> Image.Image:

@@ -53,6 +53,10 @@ class Asked:
         numbers = {one: number for number, one in enumerate(distinct)}
         return cls(distinct, [numbers[one] for one in wanted])
 
+    def each_of(self, rows: Sequence[int]) -> tuple[Any, ...]:
+        """The prompts or labels of samples with these rows; none without a pipeline to ask."""
+        return tuple(self.distinct[row] for row in rows) if self.distinct else ()
+
     def firsts(self) -> tuple[int, ...]:
         """The first sample of each."""
         found: dict[int, int] = {}
@@ -132,6 +136,16 @@ def labels_of_pipeline(component: Component) -> dict[str, int]:
         if str(label).isdecimal()
         for name in str(text).split(",")
     }
+
+
+def in_words(component: Component, asked: Sequence[Any]) -> tuple[str, ...]:
+    """Prompts as they are, class labels by the names that the pipeline has for them."""
+    names = {label: name for name, label in reversed(labels_of_pipeline(component).items())}
+    return tuple(
+        f"class {one}" + (f" ({names[one]})" if one in names else "") if isinstance(one, int) else one
+        for one in asked
+        if one is not None
+    )
 
 
 def recorded(

@@ -174,15 +174,18 @@ def _on_device(found: type, device: torch.device) -> Any:
     return type(found.__name__, (found,), {"device": where, "_execution_device": where})
 
 
-def load_component(component: Component, name: str, device: torch.device) -> Any:
-    """Another component of the pipeline, with its weights.
+def load_component(component: Component, name: str, device: torch.device, *, weights: bool = True) -> Any:
+    """Another component of the pipeline.
+
+    Args:
+        weights: False for an autoencoder or denoiser on the meta device, as its configuration has it.
 
     Raises:
         GfpruneError: it cannot be loaded.
     """
     entries = component.entries
     with quiet():
-        return _load(component, name, *entries[name], device, decode=True)
+        return _load(component, name, *entries[name], device, decode=weights)
 
 
 def _load(

@@ -31,7 +31,7 @@ from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
-from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, available, one_pass
+from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, one_pass
 from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
@@ -40,6 +40,7 @@ from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.runtime.device import default_precision, is_elsewhere, offload
 from gfprune_cli.runtime.half import half_name, kept_in
+from gfprune_cli.runtime.memory import available
 from gfprune_cli.runtime.processes import Processes
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses

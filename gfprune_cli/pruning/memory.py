@@ -11,25 +11,22 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.flow.recompute import can_recompute
-from gfprune_cli.runtime.processes import neighbours
+from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.norms import plain_stand_ins
 
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
 MARGIN = 0.95  # of what is free
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -64,38 +61,6 @@ class AttentionMaps(TorchFunctionMode):
             self.counted += query.shape[:-1].numel() * key.shape[-2]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return function(*args, **(kwargs or {}))
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes that tensors made within hold at once.
-
-    Args:
-        held: tensors that exist already; views of them are not counted.
-    """
-
-    def __init__(self, held: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in held}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return output
-
-    def add(self, storage: Any) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self.seen:
-            self.seen.add(address)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.gone, address, size)
-
-    def gone(self, address: int, size: int) -> None:
-        self.seen.discard(address)
-        self.now -= size
 
 
 class Kept:
@@ -283,21 +248,3 @@ class MemoryPlan:
         while samples > phase.least and phase.need(self.weights, samples) > MARGIN * self.free:
             samples = max(phase.least, samples // 2)
         return samples
-
-
-def available(device: torch.device) -> int:
-    """Bytes that are free on a device; for the CPU this process's share of those that no other holds."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return min(int(psutil.virtual_memory().available), limit_of_group()) // neighbours()
-
-
-def limit_of_group() -> int:
-    """What the container's memory limit leaves, if there is one."""
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        return limit - int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return 1 << 62

@@ -13,7 +13,7 @@ from torch import nn
 from gfprune_cli.checkpoint.card import Picture
 from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.checkpoint.writer import stored_dtype
-from gfprune_cli.data.sample_rows import Samples, dense_samples, has_start, is_picture, make_picture
+from gfprune_cli.data.sample_rows import Samples, dense_samples
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import GfpruneError
@@ -150,19 +150,20 @@ class Networks:
     def samples(self, dense: nn.Module) -> Samples | None:
         """The dense row of the model card's picture; None where samples are no pictures."""
         job = self.job
-        alone = job.processes is None or job.processes.main
-        if not (alone and is_picture(job.plan.component, dense.config) and has_start(job.process)):
+        if job.processes is not None and not job.processes.main:
             return None
         unseen, at_once = range(job.split, len(job.found.images)), job.memory.at_once(LOSSES)
-        return dense_samples(dense, job.request, job.found, unseen, self.poll, at_once)
+        return dense_samples(
+            dense, job.plan.component, job.scheduler, job.request, job.found, unseen,
+            self.poll, job.progress, at_once,
+        )  # fmt: skip
 
     def picture(self, narrow: nn.Module) -> Picture | None:
         """Samples of the dense network and of a narrow one, from the same noise."""
         if self.shown is None:
             return None
         self.job.progress(Event("sample", text="drawing samples for the model card"))
-        drawn = self.shown.drawn_by(narrow, self.poll, self.job.memory.at_once(LOSSES))
-        return make_picture(self.shown, drawn)
+        return self.shown.beside(narrow, self.poll, self.job.progress)
 
     def poll(self) -> None:
         """Asked before every pass of a sample: a signal may arrive within one."""

@@ -16,10 +16,9 @@ from gfprune_cli.checkpoint.record import Record, as_json, installed_tools
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.writer import stored_dtype
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
-from gfprune_cli.data.sample_rows import Samples, dense_samples, has_start, is_picture, make_picture
+from gfprune_cli.data.sample_rows import Samples, dense_samples
 from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.diffusion.finite import ZERO_SNR
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -181,7 +180,7 @@ class FinetuneJob:
         shown = None
         if samples is not None:
             other = sorted(self.teacher.hashes.values()) != sorted(self.record.source.weights.values())
-            shown = make_picture(samples, samples.drawn_by(student, self.poll), of_teacher=other)
+            shown = samples.beside(student, self.poll, self.progress, of_teacher=other)
         whole = gathered(student, self.component, self.processes) if self.sharded else student
         return None if whole is None else cast_model(whole, stored_dtype(self.component)), losses, shown
 
@@ -259,17 +258,15 @@ class FinetuneJob:
             return None
 
     def samples(self, teacher: nn.Module) -> Samples | None:
-        """The dense row of grids and model card; None for latents, or where none can be drawn."""
+        """The dense row of grids and model card; None where none can be drawn."""
         if self.sharded:
             notice(self.progress, "no samples are shown: the networks are in pieces")
             return None
-        if not is_picture(self.component, teacher.config):
-            return None
-        if not has_start(self.process):
-            notice(self.progress, f"no samples are shown: {ZERO_SNR}")
-            return None
         unseen = range(self.split, len(self.found.images))
-        return dense_samples(teacher, self.request, self.found, unseen, self.poll)
+        return dense_samples(
+            teacher, self.component, self.scheduler, self.request, self.found, unseen,
+            self.poll, self.progress,
+        )  # fmt: skip
 
     def poll(self) -> None:
         """Asked before every pass of a sample: a signal may arrive within one."""

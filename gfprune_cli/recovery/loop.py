@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gfprune_cli.data.latent_decoder import NotShown
 from gfprune_cli.data.sample_rows import Samples
 from gfprune_cli.errors import Interrupted
 from gfprune_cli.progress import Event, Progress, notice
@@ -127,6 +128,8 @@ class Loop:
             watch.picture(self.done, samples.dense, pruned)
         except Stopped:
             pass  # the next step saves and stops, together with the other processes
+        except NotShown as reason:
+            notice(self.progress, f"no samples are shown: {reason}")
         except OSError as error:
             notice(self.progress, f"no samples were written in {watch.folder}: {error.strerror}")
 

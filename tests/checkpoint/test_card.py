@@ -65,6 +65,13 @@ def test_no_picture_is_shown_that_is_not_there(tmp_path: Path) -> None:
     assert "(samples.png)" in card(tmp_path, record(), picture=PNG)[1]
 
 
+def test_prompts_are_shown_as_they_are_and_cannot_act(tmp_path: Path) -> None:
+    """They may be anybody's captions."""
+    text = card(tmp_path, record(), picture=Picture(b"", 2, 20, asked=("a\n\n# <b>fox</b>", "x" * 300)))[1]
+    assert "\n    a # <b>fox</b>\n    xxx" in text
+    assert "x" * 201 not in text
+
+
 def test_the_table_speaks_of_the_weights_that_lie_there(tmp_path: Path) -> None:
     """After recovery, and after the last finetuning; another teacher is no dense model."""
     assert "| denoising loss | 0.0110 | 0.0500 |" in card(tmp_path, record())[1]

@@ -18,7 +18,7 @@ from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.flow.passing import given_weights
 from gfprune_cli.flow.unit_sums import UnitSums, shares
-from gfprune_cli.pruning.memory import Alive
+from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.tracing import first_output
 

@@ -19,10 +19,11 @@ from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning import job, memory
+from gfprune_cli.pruning import job
 from gfprune_cli.pruning.memory import FLOAT, GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
 from gfprune_cli.pruning.phases import CHECKING, RECOVERING, REFITTING, SCORING, alternatives, phases_of
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime import memory
 from gfprune_cli.runtime.device import offload, weights_of
 
 TEXT = dict(

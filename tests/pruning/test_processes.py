@@ -71,9 +71,7 @@ def test_three_processes_make_what_one_makes(
         several = Path(made.replace(str(tmp_path / "one"), str(tmp_path / "several")))
         assert_same(several, Path(made))
         assert record_of(several)["resolved"]["processes"] == 3
-        assert [(folder / "samples.png").exists() for folder in (several, Path(made))] == [
-            model == "unet"
-        ] * 2
+        assert all((folder / "samples.png").exists() for folder in (several, Path(made)))
 
 
 @pytest.mark.matrix(2)

@@ -9,13 +9,13 @@ from diffusers import DDPMScheduler, UNet2DModel
 from gfprune_cli.checkpoint.reader import cast_model
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import noising_process
-from gfprune_cli.pruning.memory import Alive
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.lora import adapter_size, add_adapters
 from gfprune_cli.recovery.losses import RecoveryLoss, Weights
 from gfprune_cli.recovery.memory import held_bytes, memory_text
 from gfprune_cli.recovery.optimizers import soap_numbers
 from gfprune_cli.recovery.trainer import Trainer
+from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.runtime.processes import Processes
 
 WIDE: dict[str, Any] = dict(
