@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, FluxPipeline
 from pruned_folders import Pruned
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,6 +32,13 @@ CASES = {
     "sd3": dict(width=True),
     "flux": dict(blocks=True),
     "wan": {},
+}
+
+XLABS = {
+    "image_proj.": "ip_adapter_proj_model.",
+    "ip_adapter.": "double_blocks.",
+    "to_k_ip": "processor.ip_adapter_double_stream_k_proj",
+    "to_v_ip": "processor.ip_adapter_double_stream_v_proj",
 }
 
 
@@ -404,6 +411,108 @@ class TestImagePrompts:
         assert rows == [carried[f"ip_adapter.{number}.to_k_ip.weight"].shape[0] for number in numbers]
 
 
+class TestImagePromptsOfFlux:
+    """What heads make of the image goes to the stream as it is: to the channels that the heads had."""
+
+    @pytest.fixture(scope="class")
+    def pruned(self, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+        """Attention with fewer heads, and the stream as wide as before."""
+        return Pruned("flux", tmp_path_factory.mktemp("heads"), only="attn")
+
+    def adapter(self, network: Any) -> Tensors:
+        """In diffusers' names."""
+        source = torch.Generator().manual_seed(2)
+        sizes = {"image_proj.proj.weight": (4 * 32, 12), "image_proj.proj.bias": (4 * 32,)}
+        sizes |= {f"image_proj.norm.{leaf}": (32,) for leaf in ("weight", "bias")}
+        for number in range(len(network.transformer_blocks)):
+            for leaf in ("to_k_ip", "to_v_ip"):
+                sizes[f"ip_adapter.{number}.{leaf}.weight"] = (network.inner_dim, 32)
+                sizes[f"ip_adapter.{number}.{leaf}.bias"] = (network.inner_dim,)
+        return {name: torch.randn(size, generator=source) for name, size in sizes.items()}
+
+    def stored(self, path: Path, adapter: Tensors, *, xlabs: bool) -> Path:
+        spelled = {}
+        for name, value in adapter.items():
+            for own, theirs in XLABS.items() if xlabs else ():
+                name = name.replace(own, theirs)
+            spelled[name] = value
+        save_file(spelled, path)
+        return path
+
+    def output(self, network: Any, folder: Path, file: str, pruned: Pruned) -> torch.Tensor:
+        """What the network makes of noise and an image, with an adapter that the pipeline loads."""
+        pipeline = FluxPipeline.from_pretrained(pruned.dense, transformer=network)
+        pipeline.load_ip_adapter(folder, weight_name=file, image_encoder_pretrained_model_name_or_path=None)
+        given = example_inputs(network)
+        batch = len(given["hidden_states"])
+        image = [torch.randn(batch, 1, 12, generator=torch.Generator().manual_seed(3))]
+        with torch.no_grad():
+            found: torch.Tensor = network(
+                **given, joint_attention_kwargs={"ip_adapter_image_embeds": image}
+            ).sample
+        return found
+
+    @pytest.mark.parametrize("xlabs", [False, True], ids=["diffusers", "xlabs"])
+    def test_the_pruned_network_computes_what_the_dense_one_does_without_the_heads(
+        self, pruned: Pruned, xlabs: bool, tmp_path: Path
+    ) -> None:
+        dense, adapter = pruned.load(), self.adapter(pruned.load())
+        path = self.stored(tmp_path / "ip.safetensors", adapter, xlabs=xlabs)
+        found = gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        assert (found.kind, found.layers["narrowed"]) == ("ip-adapter", found.layers["total"])
+        layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
+        for name, entry in layers.items():
+            if "out" in entry and name.endswith(".to_v"):
+                gone = torch.ones(dense.inner_dim, dtype=torch.bool)
+                gone[list(Stays.parse(entry["out"]).indices)] = False
+                block, attention = name.split(".")[1], name.removesuffix(".to_v")
+                if name.startswith("single"):
+                    readers = dense.get_submodule(attention.removesuffix(".attn")).proj_out.weight
+                    readers[:, : len(gone)][:, gone] = 0
+                    continue
+                for leaf in ("to_out.0", "to_add_out"):
+                    dense.get_submodule(f"{attention}.{leaf}").weight[:, gone] = 0
+                for leaf in ("weight", "bias"):
+                    adapter[f"ip_adapter.{block}.to_v_ip.{leaf}"][gone] = 0
+        self.stored(tmp_path / "without.safetensors", adapter, xlabs=xlabs)
+        wanted = self.output(dense, tmp_path, "without.safetensors", pruned)
+        left = self.output(
+            gfprune_cli.load(pruned.folder), tmp_path / "out", "ip_adapter.safetensors", pruned
+        )
+        torch.testing.assert_close(left, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+    def test_layers_are_numbered_anew_where_blocks_are_gone(
+        self, made: Callable[[str], Pruned], tmp_path: Path
+    ) -> None:
+        pruned = made("flux")
+        path = self.stored(tmp_path / "ip.safetensors", self.adapter(pruned.load()), xlabs=True)
+        found = gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        assert (found.layers["total"], found.layers["dropped"], found.layers["moved"]) == (2, 1, 1)
+        network = gfprune_cli.load(pruned.folder)
+        assert self.output(network, tmp_path / "out", "ip_adapter.safetensors", pruned).isfinite().all()
+
+    def test_a_stream_that_became_narrower_gets_its_own_channels(self, tmp_path: Path) -> None:
+        pruned = Pruned("flux", tmp_path / "narrow", width=True)
+        adapter = self.adapter(pruned.load())
+        path = self.stored(tmp_path / "ip.safetensors", adapter, xlabs=False)
+        gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
+        carried = load_file(tmp_path / "out" / "ip_adapter.safetensors")
+        heads, stream = (
+            Stays.parse(layers[f"transformer_blocks.0.attn.{leaf}"]["out"]).indices
+            for leaf in ("to_v", "to_out.0")
+        )
+        wanted = [heads.index(channel) if channel in heads else len(heads) for channel in stream]
+        assert carried["ip_adapter.0.places"].tolist() == wanted
+        network = gfprune_cli.load(pruned.folder)
+        assert self.output(network, tmp_path / "out", "ip_adapter.safetensors", pruned).isfinite().all()
+
+    def test_one_of_the_dense_network_is_refused(self, pruned: Pruned, tmp_path: Path) -> None:
+        self.stored(tmp_path / "ip.safetensors", self.adapter(pruned.load()), xlabs=True)
+        with pytest.raises(ValueError, match="gfprune carry --adapter"):
+            self.output(gfprune_cli.load(pruned.folder), tmp_path, "ip.safetensors", pruned)
+
+
 class TestControlNet:
     """What it adds to the streams of the U-Net has the channels that are left."""
 
@@ -494,8 +603,6 @@ class TestThePrunedClassRefuses:
                 network.load_lora_adapter(lora(pruned.network), prefix=None)
 
     def test_one_that_flux_would_widen_layers_for(self, made: Callable[[str], Pruned]) -> None:
-        from diffusers import FluxPipeline
-
         pruned = made("flux")
         network: Any = gfprune_cli.load(pruned.folder)
         before = {name: value.shape for name, value in network.state_dict().items()}

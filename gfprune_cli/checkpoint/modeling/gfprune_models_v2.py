@@ -40,7 +40,9 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.loaders.transformer_flux import FluxTransformer2DLoadersMixin
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
 
@@ -65,6 +67,7 @@ ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a t
 KERNEL_BLOCK = 4096  # numbers that a program of the group norm's kernel has at once
 SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
 PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PLACED = "places"  # of an IP-Adapter's layer: see `PlacedPrompts`
 SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
 
 # What blocks with two streams return. Every other block returns its first argument.
@@ -438,6 +441,30 @@ class NarrowPatchEmbed(PatchEmbed):
         return (latent + table.float()[:, self.channels].unsqueeze(0)).to(latent.dtype)
 
 
+class PlacedPrompts(FluxIPAdapterAttnProcessor):
+    """Image prompts of Flux, which go from heads to the stream with no layer in between.
+
+    Head h of the dense network writes the h-th part of the stream; with fewer heads, or a narrower stream,
+    `places` [channels of the stream] says which output of the heads each channel gets: their number for none.
+    """
+
+    places: torch.Tensor
+
+    @functools.wraps(FluxIPAdapterAttnProcessor.__call__)
+    def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts = kwargs.pop("ip_hidden_states")
+        states, text, added = super().__call__(attn, hidden_states, *args, ip_hidden_states=[], **kwargs)
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))).transpose(1, 2)
+        for prompt, scale, keys, values in zip(prompts, self.scale, self.to_k_ip, self.to_v_ip, strict=True):
+            key, value = (
+                layer(prompt.flatten(1, -2)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for layer in (keys, values)
+            )
+            found = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            added = added + scale * nn.functional.pad(found, (0, 1))[..., self.places]
+        return states, text, added
+
+
 def angles_of_heads(module: Any, args: Any, kwargs: Any) -> Any:
     """Before an attention layer: the rotary embedding [..., heads x head] of the heads that are left."""
     head = module.to_q.out_features // module.heads
@@ -663,15 +690,21 @@ class PrunedModel(ModelMixin, ConfigMixin):
         super().fuse_lora(*args, **kwargs)
 
     def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        for adapter in given if isinstance(given, list) else [given]:
-            refuse_image_prompts(self, adapter.get("ip_adapter", adapter))
+        states = [part.get("ip_adapter", part) for part in (given if isinstance(given, list) else [given])]
+        for state in states:
+            refuse_image_prompts(self, state)
         padded = [padded_prompts(self, adapter) for adapter in given] if isinstance(given, list) else given
         found = super()._convert_ip_adapter_attn_to_diffusers(padded, *args, **kwargs)
-        for _, name in receivers(self):
+        for number, name in receivers(self):
             width: Any = self.get_submodule(name).to_k
-            for layer in found[f"{name}.processor"].modules():
+            processor = found[f"{name}.processor"]
+            for layer in processor.modules():
                 if isinstance(layer, nn.Linear):
                     resize_weight(layer, width.out_features, layer.in_features, 1)
+            if f"{number}.{PLACED}" in states[0]:
+                processor.__class__ = PlacedPrompts
+                places = states[0][f"{number}.{PLACED}"].to(self.device)
+                processor.register_buffer("places", places, persistent=False)
         return found
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -740,6 +773,13 @@ def refuse_image_prompts(model: Any, state: dict[str, Any]) -> None:
         for number in sorted(found.keys() | wanted.keys())
         if found.get(number) != wanted.get(number)
     ]
+    if isinstance(model, FluxTransformer2DLoadersMixin):
+        misfits += [
+            f"layer {number}: nothing says which channels its heads write to"
+            for number, name in receivers(model)
+            if model.get_submodule(name).to_out[0].out_features != wanted[number]
+            and f"{number}.{PLACED}" not in state
+        ]
     refuse(misfits)
 
 
@@ -755,7 +795,7 @@ def padded_prompts(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
 
 def dense_width(model: Any, name: str) -> int:
     """Channels of an attention layer in the dense network, where diffusers does not look at the layer."""
-    if not hasattr(model, "encoder_hid_proj"):
+    if not hasattr(model, "down_blocks"):
         return int(model.inner_dim)
     widths = model.config.block_out_channels
     part, index = name.split(".")[:2]
@@ -767,7 +807,7 @@ def dense_width(model: Any, name: str) -> int:
 def receivers(model: Any) -> list[tuple[int, str]]:
     """The attention layers that read image prompts, under the numbers that IP-Adapters give them."""
     names = [name.removesuffix(".processor") for name in model.attn_processors]
-    if hasattr(model, "encoder_hid_proj"):  # U-Nets: every other layer reads the prompt
+    if hasattr(model, "down_blocks"):  # U-Nets: every other layer reads the prompt
         crossing = [name for name in names if name.endswith("attn2") and "motion_modules" not in name]
         return [(2 * index + 1, name) for index, name in enumerate(crossing)]
     return list(enumerate(name for name in names if not name.startswith("single_transformer_blocks")))
