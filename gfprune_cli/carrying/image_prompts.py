@@ -34,7 +34,7 @@ def is_image_prompt(tensors: Tensors) -> bool:
     return any(name.startswith(BEGIN) or XLABS.match(name) for name in tensors)
 
 
-def common_name(name: str) -> str:
+def diffusers_name(name: str) -> str:
     """The name that diffusers gives a tensor of XLabs' adapters for Flux; any other name as it is."""
     if name.startswith(XLABS_PROJECTION):
         return PROJECTION + name.removeprefix(XLABS_PROJECTION)
@@ -57,7 +57,7 @@ def carry_image_prompts(tensors: Tensors, target: Target) -> Carried:
         "ip": (dict(before), {name: number for number, name in after}),
         "lora": (dict(enumerate(processors(target.dense_network))), numbered(target.network)),
     }
-    tensors = {common_name(name): value for name, value in tensors.items()}
+    tensors = {diffusers_name(name): value for name, value in tensors.items()}
     carried = Carried({name: value for name, value in tensors.items() if name.startswith(PROJECTION)})
     seen: dict[str, bool] = {}
     for name, tensor in tensors.items():
@@ -77,7 +77,7 @@ def carry_image_prompts(tensors: Tensors, target: Target) -> Carried:
         if attention not in seen:
             seen[attention] = place is not None
             count(carried, attention, target)
-            carried.tensors |= places(target, attention) if match["kind"] == "ip" else {}
+            carried.tensors |= channels_of_heads(target, attention) if match["kind"] == "ip" else {}
         if place is not None:
             new, left = place
             check_rows(target, name, tensor.shape, new, left, match["kind"])
@@ -106,7 +106,7 @@ def count(carried: Carried, attention: str, target: Target) -> None:
         carried.narrowed += place[1].out is not None
 
 
-def places(target: Target, attention: str) -> Tensors:
+def channels_of_heads(target: Target, attention: str) -> Tensors:
     """For each channel of Flux's stream the output of the heads that it gets; nothing where that is its own.
 
     The number of outputs stands for none.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxPipeline
+from diffusers import ControlNetModel, FluxPipeline, StableDiffusionPipeline
 from pruned_folders import Pruned
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import gfprune_cli
 from gfprune_cli.checkpoint.correspondence import Stays
-from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class, receivers
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import receivers
 from gfprune_cli.cli.main import app
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
@@ -150,6 +150,35 @@ def test_peft_loads_what_was_carried(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_scales_by_block_of_a_carried_lora(made: Callable[[str], Pruned], tmp_path: Path) -> None:
+    """`set_adapters` of the pipeline: each part of the network with its own share of the LoRA."""
+    pytest.importorskip("peft")
+    pruned = made("stable-diffusion")
+    adapter = {name: value for name, value in lora(pruned.network).items() if ".attn1.to_q." in name}
+    path = stored(tmp_path / "style.safetensors", adapter, "unet")
+    after = carried(path, pruned, tmp_path / "out")
+    network: Any = gfprune_cli.load(pruned.folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(pruned.dense, unet=network)
+    pipeline.load_lora_weights(tmp_path / "out", adapter_name="style")
+    scales = {"down": 0.5, "mid": 0.0, "up": {"block_1": [1.0, 2.0]}}
+    pipeline.set_adapters("style", {"unet": scales})
+    wanted: Any = gfprune_cli.load(pruned.folder)
+    shares = {
+        "down_blocks": 0.5,
+        "mid_block": 0.0,
+        "up_blocks.1.attentions.0": 1.0,
+        "up_blocks.1.attentions.1": 2.0,
+    }
+    for begin, share in shares.items():
+        part = {name: value for name, value in after.items() if name.startswith(begin)}
+        assert part
+        fused(wanted, part, share)
+    given = example_inputs(wanted)
+    with torch.no_grad():
+        found, expected = network(**given).sample, wanted(**given).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_layers_of_blocks_that_are_gone_are_dropped_and_counted(
     made: Callable[[str], Pruned], tmp_path: Path
 ) -> None:
@@ -166,16 +195,20 @@ def test_layers_of_blocks_that_are_gone_are_dropped_and_counted(
     assert names == {"0"}
 
 
-def test_names_of_kohya_and_alphas(made: Callable[[str], Pruned], tmp_path: Path) -> None:
-    """alpha / rank of each layer goes into the product; the text encoder's part stays."""
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_names_of_kohya_and_alphas(made: Callable[[str], Pruned], dora: bool, tmp_path: Path) -> None:
+    """alpha / rank of each layer, convolutions too, goes into the product; the text encoder's part stays."""
     pruned = made("stable-diffusion")
-    adapter = lora(pruned.network)
+    adapter = lora(pruned.network, dora=dora)
+    assert any(value.ndim == 4 and value.shape[-1] > 1 for value in adapter.values())
     spelled: Tensors = {}
     for name in {key.partition(".lora_")[0] for key in adapter}:
         stem = "lora_unet_" + name.replace(".", "_")
         spelled[f"{stem}.lora_down.weight"] = adapter[f"{name}.lora_A.weight"]
         spelled[f"{stem}.lora_up.weight"] = adapter[f"{name}.lora_B.weight"]
         spelled[f"{stem}.alpha"] = torch.tensor(2 * RANK * 1.0)
+        if dora:
+            spelled[f"{stem}.dora_scale"] = adapter[f"{name}.lora_magnitude_vector"]
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     down, up = torch.randn(RANK, 32), torch.randn(32, RANK)
     spelled |= {
@@ -511,62 +544,6 @@ class TestImagePromptsOfFlux:
         self.stored(tmp_path / "ip.safetensors", self.adapter(pruned.load()), xlabs=True)
         with pytest.raises(ValueError, match="gfprune carry --adapter"):
             self.output(gfprune_cli.load(pruned.folder), tmp_path, "ip.safetensors", pruned)
-
-
-class TestControlNet:
-    """What it adds to the streams of the U-Net has the channels that are left."""
-
-    @pytest.fixture
-    def controlnet(self, made: Callable[[str], Pruned], tmp_path: Path) -> Path:
-        """One of the dense U-Net, whose outputs are not zero."""
-        network = ControlNetModel.from_unet(made("stable-diffusion").load().train())
-        for name, parameter in network.named_parameters():
-            if name.startswith("controlnet_"):
-                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
-        network.save_pretrained(tmp_path / "controlnet")
-        return tmp_path / "controlnet"
-
-    def outputs(self, network: Any) -> list[torch.Tensor]:
-        source = torch.Generator().manual_seed(5)
-        sample, text = torch.randn(1, 4, 8, 8, generator=source), torch.randn(1, 7, 32, generator=source)
-        picture = torch.randn(1, 3, 64, 64, generator=source)
-        with torch.no_grad():
-            down, middle = network(sample, torch.tensor([5]), text, picture, return_dict=False)
-        return [*down, middle]
-
-    def test_its_outputs_are_those_of_the_dense_one_at_the_channels_that_are_left(
-        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
-    ) -> None:
-        pruned = made("stable-diffusion")
-        found = gfprune_cli.carry(controlnet, pruned.folder, out=tmp_path / "out")
-        assert (found.kind, found.layers["total"], found.layers["dropped"]) == ("controlnet", 5, 0)
-        assert found.layers["narrowed"] > 0
-        names = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {"config.json", "gfprune_models_v2.py", "gfprune.json", "README.md"} < names
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        carried: Any = pruned_class("ControlNetModel").from_pretrained(tmp_path / "out")
-        assert config["_class_name"] == type(carried).__name__ == "PrunedControlNetModel"
-        network: Any = gfprune_cli.load(pruned.folder)
-        layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
-        streams = ["conv_in", "down_blocks.0.attentions.0.proj_out", "down_blocks.0.downsamplers.0.conv"]
-        streams += ["down_blocks.1.resnets.0.conv2", "mid_block.resnets.1.conv2"]
-        dense = self.outputs(ControlNetModel.from_pretrained(controlnet))
-        left = self.outputs(carried.eval())
-        for before, after, stream in zip(dense, left, streams, strict=True):
-            entry = layers.get(stream, {})
-            if "out" in entry:
-                before = before[:, list(Stays.parse(entry["out"]).indices)]
-            assert after.shape[1] == network.get_submodule(stream).weight.shape[0]
-            torch.testing.assert_close(after, before)
-        source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
-        down = dict(down_block_additional_residuals=left[:-1], mid_block_additional_residual=left[-1])
-        assert network(*source, **down).sample.isfinite().all()
-
-    def test_one_for_another_network_is_refused(
-        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
-    ) -> None:
-        with pytest.raises(GfpruneError, match=r"another network|no U-Net"):
-            gfprune_cli.carry(controlnet, made("sdxl").folder, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
