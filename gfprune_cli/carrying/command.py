@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gfprune_cli.carrying.carried import Carried
-from gfprune_cli.carrying.controlnet import CLASS, carry_controlnet, class_of
+from gfprune_cli.carrying.controlnet import CLASSES, carry_controlnet, class_of
 from gfprune_cli.carrying.files import Adapter, find_file, read_adapter
 from gfprune_cli.carrying.image_prompts import carry_image_prompts, is_image_prompt
 from gfprune_cli.carrying.lora import carry_lora
 from gfprune_cli.carrying.result import CarryResult
 from gfprune_cli.carrying.spelling import common_name
+from gfprune_cli.carrying.t2i_adapter import CLASS, carry_t2i_adapter
 from gfprune_cli.carrying.target import Target, find_target
+from gfprune_cli.carrying.transformer_controlnet import NETWORKS, carry_transformer_controlnet
 from gfprune_cli.checkpoint.reader import sha256_of_weights
 from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
@@ -61,6 +63,18 @@ CONTROLNET = Kind(
     'controlnet = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
     carry_controlnet,
 )
+T2I_ADAPTER = Kind(
+    "t2i-adapter",
+    "",
+    'adapter = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
+    carry_t2i_adapter,
+)
+# by the class that a configuration names
+NAMED = {
+    **dict.fromkeys(CLASSES, CONTROLNET),
+    **dict.fromkeys(NETWORKS, replace(CONTROLNET, carry=carry_transformer_controlnet)),
+    CLASS: T2I_ADAPTER,
+}
 
 
 def adapter_kind(adapter: Adapter) -> Kind:
@@ -70,12 +84,17 @@ def adapter_kind(adapter: Adapter) -> Kind:
         GfpruneError: of a kind that cannot be carried over.
     """
     named = class_of(adapter)
-    if named == CLASS:
-        return CONTROLNET
-    if named.endswith("Adapter") or "control_model." in next(iter(adapter.tensors), ""):
+    if named in NAMED:
+        return NAMED[named]
+    if "ControlNet" in named or named.endswith("Adapter"):
         raise GfpruneError(
-            f"{adapter.path} cannot be carried over: what a T2I adapter puts out is what its next stage "
-            "reads; ControlNets are read in diffusers' layout (from_single_file, then save_pretrained)"
+            f"{adapter.path} cannot be carried over: {named} is none of {', '.join(NAMED)}; use it with the "
+            "dense model, or with a U-Net that was pruned with --keep-interfaces"
+        )
+    if "control_model." in next(iter(adapter.tensors), ""):
+        raise GfpruneError(
+            f"{adapter.path} cannot be carried over: ControlNets are read in diffusers' layout "
+            "(from_single_file, then save_pretrained)"
         )
     return IMAGE_PROMPTS if is_image_prompt(adapter.tensors) else LORA
 

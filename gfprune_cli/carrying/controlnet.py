@@ -21,7 +21,7 @@ from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.structure.removal import rebuild
 
-CLASS = "ControlNetModel"
+CLASSES = ("ControlNetModel", "ControlNetUnionModel")
 
 
 def class_of(adapter: Adapter) -> str:
@@ -39,9 +39,9 @@ def carry_controlnet(adapter: Adapter, target: Target) -> Carried:
         GfpruneError: it is damaged, or for another network.
     """
     folder = adapter.path.parent
-    config, state = checked_config(folder, adapter.tensors), dict(adapter.tensors)
+    (name, config), state = checked_config(folder, adapter.tensors), dict(adapter.tensors)
     if not hasattr(target.network, "down_blocks"):
-        raise GfpruneError(f"{folder} is a {CLASS}, and {target.component.class_name} is no U-Net")
+        raise GfpruneError(f"{folder} is a {name}, and {target.component.class_name} is no U-Net")
     carried, shapes = Carried(), {}
     for layer, stream in zip(outputs(state), streams(target), strict=False):
         stays = stream_stays(target, stream)
@@ -61,26 +61,27 @@ def carry_controlnet(adapter: Adapter, target: Target) -> Carried:
     if carried.layers != len(outputs(state)) or carried.layers != len(list(streams(target))):
         raise GfpruneError(f"{folder} has {len(outputs(state))} outputs: it is for another network")
     config["gfprune"] = {"format": 1, "modules": shapes}
-    carried.tensors, carried.network = state, rebuild(pruned_class(CLASS), config, state)
+    carried.tensors, carried.network = state, rebuild(pruned_class(name), config, state)
     return carried
 
 
-def checked_config(folder: Path, tensors: Tensors) -> dict[str, Any]:
-    """The configuration of a ControlNet.
+def checked_config(folder: Path, tensors: Tensors) -> tuple[str, dict[str, Any]]:
+    """Class and configuration of a network that adapts another one.
 
     Raises:
-        GfpruneError: it does not describe the tensors.
+        GfpruneError: the configuration does not describe the tensors.
     """
     config = read_config(folder / "config.json", trusted_roots(folder))
+    name = str(config["_class_name"])
     try:
         with torch.device("meta"):
-            network = diffusers.ControlNetModel.from_config(copy.deepcopy(config))
+            network = getattr(diffusers, name).from_config(copy.deepcopy(config))
     except Exception as error:  # a broken configuration can fail anywhere in the constructor
-        raise GfpruneError(f"{folder}/config.json describes no {CLASS}: {first_line(error)}") from error
-    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise GfpruneError(f"{folder}/config.json describes no {name}: {first_line(error)}") from error
+    wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    if wanted != {key: tensor.shape for key, tensor in tensors.items()}:
         raise GfpruneError(f"{folder}: weights and config.json belong to different networks")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return name, {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def outputs(state: Tensors) -> list[str]:

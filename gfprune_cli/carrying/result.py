@@ -13,7 +13,7 @@ class CarryResult:
 
     Args:
         output: the folder; None for a dry run.
-        kind: "lora", "ip-adapter" or "controlnet".
+        kind: "lora", "ip-adapter", "controlnet" or "t2i-adapter".
         layers: `total`, and of them `narrowed`, `moved` to another block, and `dropped` for want of a place.
         dropped: their names in the dense network.
         bytes: of the tensors, `before` and `after`.

@@ -271,7 +271,8 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
     from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     config = stock_config(network)
-    modules = dict((config.get("gfprune") or {}).get("modules", {}))
+    earlier = config.get("gfprune") or {}
+    modules = dict(earlier.get("modules", {}))
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for name, found in chosen.items():
         if name in modules:  # narrowed before
@@ -285,7 +286,7 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
             f"{name}.1.weight": found.second,
             f"{name}.1.bias": found.bias,
         }
-    config["gfprune"] = {"format": 1, "modules": modules}
+    config["gfprune"] = {"format": 1, **earlier, "modules": modules}
     built = rebuild(pruned_class(stock_name(type(network).__name__)), config, state)
     return carry_over(network, built)
 

@@ -13,7 +13,11 @@ class CarryRecipe:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     adapter: Annotated[
-        str, Help("LoRA, IP-Adapter or ControlNet of the dense model: a .safetensors file, or its folder.")
+        str,
+        Help(
+            "LoRA, IP-Adapter, ControlNet or T2I adapter of the dense model: a .safetensors file, or its "
+            "folder."
+        ),
     ]
     model: Annotated[str, Help("The pruned model: a folder that gfprune wrote, or a Hub id owner/name.")]
     revision: Annotated[str | None, Help("Hub branch, tag or commit of the pruned model.")] = None

@@ -208,7 +208,7 @@ def rotary_shape(attention: Any, cut: ModuleCut) -> dict[str, Any]:
     return {"rotary_heads": [before[index] for index in (cut.into[::head] // head).tolist()]}
 
 
-def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
+def remove(model: Any, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
     """The adaptive result: a `Pruned<class>` with every module at its own width.
 
     Exact: its outputs are those of the masked network, up to rounding.
@@ -217,14 +217,17 @@ def remove(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn
 
     cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
     config = {**stock_config(model), **depth.config}
-    earlier = (config.get("gfprune") or {}).get("modules", {})
-    modules = depth.renamed({**earlier, **module_shapes(model, cuts)})
+    earlier = config.get("gfprune") or {}
+    modules = depth.renamed({**earlier.get("modules", {}), **module_shapes(model, cuts)})
     for name in depth.skipped:
         streams = pairs().get(type(model.get_submodule(name)).__name__)
         modules[name] = {"identity": list(streams) if streams else True}
     cls = type(model)  # where only blocks went, the stock class can say so
     if modules or not depth.config:
         config["gfprune"] = {"format": 1, "modules": modules}
+        dense = {**{key: model.config[key] for key in depth.config}, **earlier.get("dense", {})}
+        if dense:
+            config["gfprune"]["dense"] = dense
         cls = pruned_class(stock_name(cls.__name__))
     return carry_over(model, rebuild(cls, config, depth.renamed(slice_state(model, cuts))))
 

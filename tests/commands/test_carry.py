@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, FluxPipeline, StableDiffusionPipeline
 from pruned_folders import Pruned
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import gfprune_cli
 from gfprune_cli.carrying.target import find_target
 from gfprune_cli.checkpoint.correspondence import Stays
-from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class, receivers
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import receivers
 from gfprune_cli.cli.main import app
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.examples import example_inputs
@@ -34,6 +34,13 @@ CASES = {
     "sd3": dict(width=True),
     "flux": dict(blocks=True),
     "wan": {},
+}
+
+XLABS = {
+    "image_proj.": "ip_adapter_proj_model.",
+    "ip_adapter.": "double_blocks.",
+    "to_k_ip": "processor.ip_adapter_double_stream_k_proj",
+    "to_v_ip": "processor.ip_adapter_double_stream_v_proj",
 }
 
 
@@ -145,6 +152,35 @@ def test_peft_loads_what_was_carried(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_scales_by_block_of_a_carried_lora(made: Callable[[str], Pruned], tmp_path: Path) -> None:
+    """`set_adapters` of the pipeline: each part of the network with its own share of the LoRA."""
+    pytest.importorskip("peft")
+    pruned = made("stable-diffusion")
+    adapter = {name: value for name, value in lora(pruned.network).items() if ".attn1.to_q." in name}
+    path = stored(tmp_path / "style.safetensors", adapter, "unet")
+    after = carried(path, pruned, tmp_path / "out")
+    network: Any = gfprune_cli.load(pruned.folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(pruned.dense, unet=network)
+    pipeline.load_lora_weights(tmp_path / "out", adapter_name="style")
+    scales = {"down": 0.5, "mid": 0.0, "up": {"block_1": [1.0, 2.0]}}
+    pipeline.set_adapters("style", {"unet": scales})
+    wanted: Any = gfprune_cli.load(pruned.folder)
+    shares = {
+        "down_blocks": 0.5,
+        "mid_block": 0.0,
+        "up_blocks.1.attentions.0": 1.0,
+        "up_blocks.1.attentions.1": 2.0,
+    }
+    for begin, share in shares.items():
+        part = {name: value for name, value in after.items() if name.startswith(begin)}
+        assert part
+        fused(wanted, part, share)
+    given = example_inputs(wanted)
+    with torch.no_grad():
+        found, expected = network(**given).sample, wanted(**given).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_layers_of_blocks_that_are_gone_are_dropped_and_counted(
     made: Callable[[str], Pruned], tmp_path: Path
 ) -> None:
@@ -171,16 +207,20 @@ def test_the_dense_network_is_known_without_its_checkpoint(family: str, tmp_path
     assert list(target.dense_network.state_dict()) == list(pruned.network.state_dict())
 
 
-def test_names_of_kohya_and_alphas(made: Callable[[str], Pruned], tmp_path: Path) -> None:
-    """alpha / rank of each layer goes into the product; the text encoder's part stays."""
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_names_of_kohya_and_alphas(made: Callable[[str], Pruned], dora: bool, tmp_path: Path) -> None:
+    """alpha / rank of each layer, convolutions too, goes into the product; the text encoder's part stays."""
     pruned = made("stable-diffusion")
-    adapter = lora(pruned.network)
+    adapter = lora(pruned.network, dora=dora)
+    assert any(value.ndim == 4 and value.shape[-1] > 1 for value in adapter.values())
     spelled: Tensors = {}
     for name in {key.partition(".lora_")[0] for key in adapter}:
         stem = "lora_unet_" + name.replace(".", "_")
         spelled[f"{stem}.lora_down.weight"] = adapter[f"{name}.lora_A.weight"]
         spelled[f"{stem}.lora_up.weight"] = adapter[f"{name}.lora_B.weight"]
         spelled[f"{stem}.alpha"] = torch.tensor(2 * RANK * 1.0)
+        if dora:
+            spelled[f"{stem}.dora_scale"] = adapter[f"{name}.lora_magnitude_vector"]
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     down, up = torch.randn(RANK, 32), torch.randn(32, RANK)
     spelled |= {
@@ -416,60 +456,106 @@ class TestImagePrompts:
         assert rows == [carried[f"ip_adapter.{number}.to_k_ip.weight"].shape[0] for number in numbers]
 
 
-class TestControlNet:
-    """What it adds to the streams of the U-Net has the channels that are left."""
+class TestImagePromptsOfFlux:
+    """What heads make of the image goes to the stream as it is: to the channels that the heads had."""
 
-    @pytest.fixture
-    def controlnet(self, made: Callable[[str], Pruned], tmp_path: Path) -> Path:
-        """One of the dense U-Net, whose outputs are not zero."""
-        network = ControlNetModel.from_unet(made("stable-diffusion").load().train())
-        for name, parameter in network.named_parameters():
-            if name.startswith("controlnet_"):
-                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
-        network.save_pretrained(tmp_path / "controlnet")
-        return tmp_path / "controlnet"
+    @pytest.fixture(scope="class")
+    def pruned(self, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+        """Attention with fewer heads, and the stream as wide as before."""
+        return Pruned("flux", tmp_path_factory.mktemp("heads"), only="attn")
 
-    def outputs(self, network: Any) -> list[torch.Tensor]:
-        source = torch.Generator().manual_seed(5)
-        sample, text = torch.randn(1, 4, 8, 8, generator=source), torch.randn(1, 7, 32, generator=source)
-        picture = torch.randn(1, 3, 64, 64, generator=source)
+    def adapter(self, network: Any) -> Tensors:
+        """In diffusers' names."""
+        source = torch.Generator().manual_seed(2)
+        sizes = {"image_proj.proj.weight": (4 * 32, 12), "image_proj.proj.bias": (4 * 32,)}
+        sizes |= {f"image_proj.norm.{leaf}": (32,) for leaf in ("weight", "bias")}
+        for number in range(len(network.transformer_blocks)):
+            for leaf in ("to_k_ip", "to_v_ip"):
+                sizes[f"ip_adapter.{number}.{leaf}.weight"] = (network.inner_dim, 32)
+                sizes[f"ip_adapter.{number}.{leaf}.bias"] = (network.inner_dim,)
+        return {name: torch.randn(size, generator=source) for name, size in sizes.items()}
+
+    def stored(self, path: Path, adapter: Tensors, *, xlabs: bool) -> Path:
+        spelled = {}
+        for name, value in adapter.items():
+            for own, theirs in XLABS.items() if xlabs else ():
+                name = name.replace(own, theirs)
+            spelled[name] = value
+        save_file(spelled, path)
+        return path
+
+    def output(self, network: Any, folder: Path, file: str, pruned: Pruned) -> torch.Tensor:
+        """What the network makes of noise and an image, with an adapter that the pipeline loads."""
+        pipeline = FluxPipeline.from_pretrained(pruned.dense, transformer=network)
+        pipeline.load_ip_adapter(folder, weight_name=file, image_encoder_pretrained_model_name_or_path=None)
+        given = example_inputs(network)
+        batch = len(given["hidden_states"])
+        image = [torch.randn(batch, 1, 12, generator=torch.Generator().manual_seed(3))]
         with torch.no_grad():
-            down, middle = network(sample, torch.tensor([5]), text, picture, return_dict=False)
-        return [*down, middle]
+            found: torch.Tensor = network(
+                **given, joint_attention_kwargs={"ip_adapter_image_embeds": image}
+            ).sample
+        return found
 
-    def test_its_outputs_are_those_of_the_dense_one_at_the_channels_that_are_left(
-        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
+    @pytest.mark.parametrize("xlabs", [False, True], ids=["diffusers", "xlabs"])
+    def test_the_pruned_network_computes_what_the_dense_one_does_without_the_heads(
+        self, pruned: Pruned, xlabs: bool, tmp_path: Path
     ) -> None:
-        pruned = made("stable-diffusion")
-        found = gfprune_cli.carry(controlnet, pruned.folder, out=tmp_path / "out")
-        assert (found.kind, found.layers["total"], found.layers["dropped"]) == ("controlnet", 5, 0)
-        assert found.layers["narrowed"] > 0
-        names = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {"config.json", "gfprune_models_v2.py", "gfprune.json", "README.md"} < names
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        carried: Any = pruned_class("ControlNetModel").from_pretrained(tmp_path / "out")
-        assert config["_class_name"] == type(carried).__name__ == "PrunedControlNetModel"
-        network: Any = gfprune_cli.load(pruned.folder)
+        dense, adapter = pruned.load(), self.adapter(pruned.load())
+        path = self.stored(tmp_path / "ip.safetensors", adapter, xlabs=xlabs)
+        found = gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        assert (found.kind, found.layers["narrowed"]) == ("ip-adapter", found.layers["total"])
         layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
-        streams = ["conv_in", "down_blocks.0.attentions.0.proj_out", "down_blocks.0.downsamplers.0.conv"]
-        streams += ["down_blocks.1.resnets.0.conv2", "mid_block.resnets.1.conv2"]
-        dense = self.outputs(ControlNetModel.from_pretrained(controlnet))
-        left = self.outputs(carried.eval())
-        for before, after, stream in zip(dense, left, streams, strict=True):
-            entry = layers.get(stream, {})
-            if "out" in entry:
-                before = before[:, list(Stays.parse(entry["out"]).indices)]
-            assert after.shape[1] == network.get_submodule(stream).weight.shape[0]
-            torch.testing.assert_close(after, before)
-        source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
-        down = dict(down_block_additional_residuals=left[:-1], mid_block_additional_residual=left[-1])
-        assert network(*source, **down).sample.isfinite().all()
+        for name, entry in layers.items():
+            if "out" in entry and name.endswith(".to_v"):
+                gone = torch.ones(dense.inner_dim, dtype=torch.bool)
+                gone[list(Stays.parse(entry["out"]).indices)] = False
+                block, attention = name.split(".")[1], name.removesuffix(".to_v")
+                if name.startswith("single"):
+                    readers = dense.get_submodule(attention.removesuffix(".attn")).proj_out.weight
+                    readers[:, : len(gone)][:, gone] = 0
+                    continue
+                for leaf in ("to_out.0", "to_add_out"):
+                    dense.get_submodule(f"{attention}.{leaf}").weight[:, gone] = 0
+                for leaf in ("weight", "bias"):
+                    adapter[f"ip_adapter.{block}.to_v_ip.{leaf}"][gone] = 0
+        self.stored(tmp_path / "without.safetensors", adapter, xlabs=xlabs)
+        wanted = self.output(dense, tmp_path, "without.safetensors", pruned)
+        left = self.output(
+            gfprune_cli.load(pruned.folder), tmp_path / "out", "ip_adapter.safetensors", pruned
+        )
+        torch.testing.assert_close(left, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
-    def test_one_for_another_network_is_refused(
-        self, made: Callable[[str], Pruned], controlnet: Path, tmp_path: Path
+    def test_layers_are_numbered_anew_where_blocks_are_gone(
+        self, made: Callable[[str], Pruned], tmp_path: Path
     ) -> None:
-        with pytest.raises(GfpruneError, match=r"another network|no U-Net"):
-            gfprune_cli.carry(controlnet, made("sdxl").folder, out=tmp_path / "out")
+        pruned = made("flux")
+        path = self.stored(tmp_path / "ip.safetensors", self.adapter(pruned.load()), xlabs=True)
+        found = gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        assert (found.layers["total"], found.layers["dropped"], found.layers["moved"]) == (2, 1, 1)
+        network = gfprune_cli.load(pruned.folder)
+        assert self.output(network, tmp_path / "out", "ip_adapter.safetensors", pruned).isfinite().all()
+
+    def test_a_stream_that_became_narrower_gets_its_own_channels(self, tmp_path: Path) -> None:
+        pruned = Pruned("flux", tmp_path / "narrow", width=True)
+        adapter = self.adapter(pruned.load())
+        path = self.stored(tmp_path / "ip.safetensors", adapter, xlabs=False)
+        gfprune_cli.carry(path, pruned.folder, out=tmp_path / "out")
+        layers = json.loads((pruned.folder / "gfprune.json").read_text())["map"]["layers"]
+        carried = load_file(tmp_path / "out" / "ip_adapter.safetensors")
+        heads, stream = (
+            Stays.parse(layers[f"transformer_blocks.0.attn.{leaf}"]["out"]).indices
+            for leaf in ("to_v", "to_out.0")
+        )
+        wanted = [heads.index(channel) if channel in heads else len(heads) for channel in stream]
+        assert carried["ip_adapter.0.places"].tolist() == wanted
+        network = gfprune_cli.load(pruned.folder)
+        assert self.output(network, tmp_path / "out", "ip_adapter.safetensors", pruned).isfinite().all()
+
+    def test_one_of_the_dense_network_is_refused(self, pruned: Pruned, tmp_path: Path) -> None:
+        self.stored(tmp_path / "ip.safetensors", self.adapter(pruned.load()), xlabs=True)
+        with pytest.raises(ValueError, match="gfprune carry --adapter"):
+            self.output(gfprune_cli.load(pruned.folder), tmp_path, "ip.safetensors", pruned)
 
 
 @pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
@@ -506,8 +592,6 @@ class TestThePrunedClassRefuses:
                 network.load_lora_adapter(lora(pruned.network), prefix=None)
 
     def test_one_that_flux_would_widen_layers_for(self, made: Callable[[str], Pruned]) -> None:
-        from diffusers import FluxPipeline
-
         pruned = made("flux")
         network: Any = gfprune_cli.load(pruned.folder)
         before = {name: value.shape for name, value in network.state_dict().items()}

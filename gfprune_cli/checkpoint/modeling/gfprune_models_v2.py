@@ -20,6 +20,9 @@ to the shapes written there:
     {"identity": true}                 a residual block that is skipped; or the names of what it hands on
     {"rank": 16}                       a linear layer as two thin ones, `name.0` and `name.1`, which may have
                                        shapes of their own
+
+Beside "modules" it may hold "dense" (numbers of blocks that the dense network had) and, of what adds to the
+streams of a pruned network, "samples" and "features" (see `arranged`).
 """
 
 from __future__ import annotations  # Triton reads some that mean nothing until it is imported
@@ -40,8 +43,10 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.loaders.transformer_flux import FluxTransformer2DLoadersMixin
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.utils import BaseOutput, convert_unet_state_dict_to_peft
 from torch import nn
 
 STEM = "gfprune_models_v2"
@@ -65,7 +70,22 @@ ADAPTED = re.compile(r"(?P<layer>.+?)\.(?:lora|lokr|hada)_(?P<side>\w+)")  # a t
 KERNEL_BLOCK = 4096  # numbers that a program of the group norm's kernel has at once
 SIDES = ("B", "A")  # of a low-rank product, by the dimension that is the layer's own
 PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PLACED = "places"  # of an IP-Adapter's layer: see `PlacedPrompts`
 SAMPLERS = ("Downsample1D", "Downsample2D", "Upsample1D", "Upsample2D")
+
+# What ControlNets add to transformers, as forwards name it -> the blocks it is added after, and their number.
+SAMPLES = {
+    "controlnet_block_samples": ("transformer_blocks", "num_layers"),
+    "controlnet_single_block_samples": ("single_transformer_blocks", "num_single_layers"),
+    "block_controlnet_hidden_states": ("transformer_blocks", "num_layers"),
+}
+# The same for U-Nets: ControlNets, and T2I adapters last.
+DOWN, MIDDLE, WITHIN = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+ADDED = (*SAMPLES, DOWN, MIDDLE, WITHIN)
 
 # What blocks with two streams return. Every other block returns its first argument.
 PAIRS = {
@@ -438,6 +458,30 @@ class NarrowPatchEmbed(PatchEmbed):
         return (latent + table.float()[:, self.channels].unsqueeze(0)).to(latent.dtype)
 
 
+class PlacedPrompts(FluxIPAdapterAttnProcessor):
+    """Image prompts of Flux, which go from heads to the stream with no layer in between.
+
+    Head h of the dense network writes the h-th part of the stream; with fewer heads, or a narrower stream,
+    `places` [channels of the stream] says which output of the heads each channel gets: their number for none.
+    """
+
+    places: torch.Tensor
+
+    @functools.wraps(FluxIPAdapterAttnProcessor.__call__)
+    def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts = kwargs.pop("ip_hidden_states")
+        states, text, added = super().__call__(attn, hidden_states, *args, ip_hidden_states=[], **kwargs)
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))).transpose(1, 2)
+        for prompt, scale, keys, values in zip(prompts, self.scale, self.to_k_ip, self.to_v_ip, strict=True):
+            key, value = (
+                layer(prompt.flatten(1, -2)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for layer in (keys, values)
+            )
+            found = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            added = added + scale * nn.functional.pad(found, (0, 1))[..., self.places]
+        return states, text, added
+
+
 def angles_of_heads(module: Any, args: Any, kwargs: Any) -> Any:
     """Before an attention layer: the rotary embedding [..., heads x head] of the heads that are left."""
     head = module.to_q.out_features // module.heads
@@ -663,15 +707,21 @@ class PrunedModel(ModelMixin, ConfigMixin):
         super().fuse_lora(*args, **kwargs)
 
     def _convert_ip_adapter_attn_to_diffusers(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        for adapter in given if isinstance(given, list) else [given]:
-            refuse_image_prompts(self, adapter.get("ip_adapter", adapter))
+        states = [part.get("ip_adapter", part) for part in (given if isinstance(given, list) else [given])]
+        for state in states:
+            refuse_image_prompts(self, state)
         padded = [padded_prompts(self, adapter) for adapter in given] if isinstance(given, list) else given
         found = super()._convert_ip_adapter_attn_to_diffusers(padded, *args, **kwargs)
-        for _, name in receivers(self):
+        for number, name in receivers(self):
             width: Any = self.get_submodule(name).to_k
-            for layer in found[f"{name}.processor"].modules():
+            processor = found[f"{name}.processor"]
+            for layer in processor.modules():
                 if isinstance(layer, nn.Linear):
                     resize_weight(layer, width.out_features, layer.in_features, 1)
+            if f"{number}.{PLACED}" in states[0]:
+                processor.__class__ = PlacedPrompts
+                places = states[0][f"{number}.{PLACED}"].to(self.device)
+                processor.register_buffer("places", places, persistent=False)
         return found
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -740,7 +790,134 @@ def refuse_image_prompts(model: Any, state: dict[str, Any]) -> None:
         for number in sorted(found.keys() | wanted.keys())
         if found.get(number) != wanted.get(number)
     ]
+    if isinstance(model, FluxTransformer2DLoadersMixin):
+        misfits += [
+            f"layer {number}: nothing says which channels its heads write to"
+            for number, name in receivers(model)
+            if model.get_submodule(name).to_out[0].out_features != wanted[number]
+            and f"{number}.{PLACED}" not in state
+        ]
     refuse(misfits)
+
+
+def refuse_residuals(model: Any, given: dict[str, Any]) -> None:
+    """Refuse what a ControlNet or T2I adapter of another network adds, before any of it lands elsewhere.
+
+    Args:
+        given: tensors by the names of the forward's arguments.
+    """
+    misfits: list[str] = []
+
+    def check(what: str, tensors: Any, widths: list[int | None], dimension: int) -> None:
+        for index, (tensor, width) in enumerate(zip(tensors, widths, strict=False)):
+            if width is not None and tensor.shape[dimension] != width:
+                misfits.append(f"{what} {index}: {tensor.shape[dimension]} channels instead of {width}")
+
+    if hasattr(model, "down_blocks"):
+        streams, ends, middle = streams_of_unet(model)
+        down, within = given.get(DOWN), given.get(WITHIN)
+        if within is None and MIDDLE not in given:  # an older way to give what T2I adapters add
+            down, within = None, down
+        if down is not None and len(down) != len(streams):
+            misfits.append(f"{DOWN}: {len(down)} tensors instead of {len(streams)}")
+        check(DOWN, down or (), streams, 1)
+        check(WITHIN, within or (), [*ends, middle], 1)
+        check(MIDDLE, [given[MIDDLE]] if MIDDLE in given else (), [middle], 1)
+    else:
+        dense = (model.config.get("gfprune") or {}).get("dense", {})
+        width = getattr(getattr(model, "proj_out", None), "in_features", None)
+        for name in given.keys() & SAMPLES.keys():
+            samples, (stack, number) = given[name], SAMPLES[name]
+            if isinstance(samples, list | tuple):
+                check(name, samples, [width] * len(samples), -1)
+                blocks = len(getattr(model, stack, samples))
+                if dense.get(number, blocks) != blocks != len(samples) or len(samples) > blocks:
+                    misfits.append(f"{name}: {len(samples)} tensors for {blocks} blocks")
+    refuse(misfits)
+
+
+def streams_of_unet(model: Any) -> tuple[list[int | None], list[int | None], int | None]:
+    """Channels of the streams of a U-Net; None where they are not known.
+
+    Returns:
+        those that it hands from encoder to decoder, those that T2I adapters add to, by block, the middle's.
+    """
+    width = getattr(model.conv_in, "out_channels", None)
+    streams, ends = [width], []
+    for block in model.down_blocks:
+        for layer in getattr(block, "resnets", ()):
+            width = getattr(layer, "out_channels", width)  # one that is skipped has none
+            streams.append(width)
+        before = width
+        for layer in getattr(block, "downsamplers", None) or ():
+            width = getattr(layer, "out_channels", width)
+            streams.append(width)
+        ends.append(before if getattr(block, "has_cross_attention", False) else width)
+    for layer in getattr(model.mid_block, "resnets", ()):
+        width = getattr(layer, "out_channels", width)
+    return streams, ends, width
+
+
+def guarded(stock: Any) -> Any:
+    """The forward of a stock class, which refuses what was made for other streams than the network has."""
+    names = [*inspect.signature(stock.forward).parameters][1:]
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {name: named[name] for name in ADDED if named.get(name) is not None}
+        if given:
+            refuse_residuals(self, given)
+        return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def arranging(stock: Any) -> Any:
+    """The forward of a ControlNet or T2I adapter, whose outputs fit the streams of a pruned network."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return arranged(stock.forward(self, *args, **kwargs), self.config.get("gfprune") or {})
+
+    return forward
+
+
+def own_forward(name: str, stock: Any) -> dict[str, Any]:
+    """The forward of a pruned class, where it does more than that of the stock class."""
+    if "ControlNet" in name or name == "T2IAdapter":
+        return {"forward": arranging(stock)}
+    added = set(ADDED) & inspect.signature(stock.forward).parameters.keys()
+    return {"forward": guarded(stock)} if added else {}
+
+
+def arranged(found: Any, how: dict[str, Any]) -> Any:
+    """Outputs for a pruned network.
+
+    Args:
+        how: "samples", name -> for each block of that network, the samples whose sum it gets; or "features",
+            for each output the channels that are left, null for all.
+    """
+    if "features" in how:
+        return [
+            feature if stays is None else feature[:, stays]
+            for feature, stays in zip(found, how["features"], strict=True)
+        ]
+    if "samples" not in how:
+        return found
+    sums = how["samples"]
+    if isinstance(found, BaseOutput):
+        return type(found)(**{name: summed(found[name], sums.get(name)) for name in found})
+    if isinstance(found, tuple):  # of stacks, in the order of SAMPLES
+        return tuple(summed(part, sums.get(name)) for name, part in zip(SAMPLES, found, strict=False))
+    return summed(found, sums.get(next(iter(SAMPLES))))
+
+
+def summed(samples: Any, sums: list[list[int]] | None) -> Any:
+    """For each block the sum of some samples."""
+    if samples is None or sums is None:
+        return samples
+    return [functools.reduce(torch.add, [samples[index] for index in chosen]) for chosen in sums]
 
 
 def padded_prompts(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
@@ -755,7 +932,7 @@ def padded_prompts(model: Any, adapter: dict[str, Any]) -> dict[str, Any]:
 
 def dense_width(model: Any, name: str) -> int:
     """Channels of an attention layer in the dense network, where diffusers does not look at the layer."""
-    if not hasattr(model, "encoder_hid_proj"):
+    if not hasattr(model, "down_blocks"):
         return int(model.inner_dim)
     widths = model.config.block_out_channels
     part, index = name.split(".")[:2]
@@ -767,7 +944,7 @@ def dense_width(model: Any, name: str) -> int:
 def receivers(model: Any) -> list[tuple[int, str]]:
     """The attention layers that read image prompts, under the numbers that IP-Adapters give them."""
     names = [name.removesuffix(".processor") for name in model.attn_processors]
-    if hasattr(model, "encoder_hid_proj"):  # U-Nets: every other layer reads the prompt
+    if hasattr(model, "down_blocks"):  # U-Nets: every other layer reads the prompt
         crossing = [name for name in names if name.endswith("attn2") and "motion_modules" not in name]
         return [(2 * index + 1, name) for index, name in enumerate(crossing)]
     return list(enumerate(name for name in names if not name.startswith("single_transformer_blocks")))
@@ -803,7 +980,7 @@ def pruned_class(name: str) -> Any:
         raise AttributeError(f"diffusers has no model {name!r}")
     # diffusers names the module in model_index.json by `__module__`: it must be the stem of this file.
     body = {"__module__": STEM, "__doc__": f"`{name}` with widths of its own.", "stock_class": stock}
-    cls: Any = type(f"Pruned{name}", (PrunedModel, stock), body)
+    cls: Any = type(f"Pruned{name}", (PrunedModel, stock), {**body, **own_forward(name, stock)})
     cls.register_for_auto_class("AutoModel")
     introduce(cls)
     return cls
