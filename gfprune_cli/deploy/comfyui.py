@@ -71,7 +71,8 @@ def prediction_reason(component: Component, model: Any) -> str:
     if type(model).__name__ != "UNet2DConditionModel":
         return ""
     scheduler: Any = load_scheduler(component)
-    if getattr(scheduler and scheduler.config, "prediction_type", None) != "v_prediction":
+    config = {} if scheduler is None else scheduler.config
+    if config.get("prediction_type") != "v_prediction":
         return ""
     told = model.config.cross_attention_dim == 1024 and any(
         place == LAST for place, _ in unet_places(model).values()

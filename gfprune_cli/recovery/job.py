@@ -65,7 +65,9 @@ class FinetuneJob:
     fingerprint: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        scheduler = load_scheduler(self.component) or load_scheduler(self.teacher.component)
+        scheduler = load_scheduler(self.component)
+        if scheduler is None:  # not `or`: the length of some cannot be told
+            scheduler = load_scheduler(self.teacher.component)
         if scheduler is None:
             raise GfpruneError(f"{self.component.root} has no scheduler: fetch or prune the checkpoint again")
         self.scheduler: Any = scheduler

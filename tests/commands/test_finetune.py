@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ONE_SHOT, TINY, Gfprune
+from diffusers import DDPMWuerstchenScheduler
 from forked import Server
 from PIL import Image
 from torch import nn
@@ -67,6 +68,18 @@ def test_output_is_a_checkpoint_like_prunes_with_record_and_card_extended(
     assert names[0] == names[1]
     x = torch.randn(1, 3, 16, 16)
     assert not torch.equal(gfprune_cli.load(pruned)(x, 5).sample, gfprune_cli.load(tuned)(x, 5).sample)
+
+
+def test_a_scheduler_without_a_length_is_used(pruned: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Wuerstchen's runs in continuous time, and asking diffusers for its length raises."""
+    dense, narrow = (
+        shutil.copytree(folder, tmp_path / name)
+        for name, folder in (("dense", pipeline_folder), ("pruned", pruned))
+    )
+    for folder in (dense, narrow):
+        DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
+    gfprune_cli.finetune(narrow, teacher=str(dense), out=tmp_path / "out", **BRIEF | dict(steps=1))
+    assert digest(tmp_path / "out") != digest(pruned)
 
 
 def test_the_averaged_weights_are_written(pruned: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def main() -> None:
         run(asked, work, rows)
     print(page.counts(rows.found))
     if asked.write:
-        page.write(rows.found)
+        page.write(rows.found, asked.checkout)
 
 
 class Rows:
@@ -136,23 +136,24 @@ def networks_of(folder: Path) -> dict[str, str]:
 
 
 def build_all(checkout: Path, folder: Path, rows: Rows) -> list[str]:
-    """Names of the pipelines that could be built; the others are rows."""
-    classes = None
-    names = json.loads((folder / "names.json").read_text()) if (folder / "names.json").exists() else None
-    if names is None:
-        classes = cases.test_classes(checkout)
+    """Names of the pipelines that could be built; the others are rows, with the reason."""
+    index = folder / "names.json"
+    classes: dict[str, Any] = {}
+    if not index.exists():
+        classes, closed = cases.test_classes(checkout)
+        for name, reason in closed.items():
+            rows.add(name, {"status": "unbuilt", "error": reason})
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "names.json").write_text(json.dumps(sorted(classes)))
-        names = sorted(classes)
+        index.write_text(json.dumps(sorted(classes)))
+    names = json.loads(index.read_text())
     for name in names:
-        if (folder / name / cases.DESCRIPTION).exists() or rows.found.get(name, {}).get(
-            "status"
-        ) == "unbuilt":
+        known = rows.found.get(name, {})
+        if (folder / name / cases.DESCRIPTION).exists() or known.get("error"):
             continue
-        classes = classes or cases.test_classes(checkout)
+        classes = classes or cases.test_classes(checkout)[0]
         row = forked(120, built, name, classes[name], folder / name)
         if row["status"] != "passed":
-            rows.add(name, {"status": "unbuilt", "error": row.get("error", "")})
+            rows.add(name, {"status": "unbuilt", "error": row["error"]})
     return [name for name in names if (folder / name / cases.DESCRIPTION).exists()]
 
 

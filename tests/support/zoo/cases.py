@@ -24,21 +24,25 @@ NAMED = (
 DESCRIPTION = "zoo.json"
 
 
-def test_classes(checkout: Path) -> dict[str, Any]:
-    """Pipeline class name -> a test class that builds it, of a checkout of diffusers."""
+def test_classes(checkout: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of a checkout of diffusers: pipeline class name -> a test class that builds it; and module of tests ->
+    why it cannot be imported."""
     sys.path.insert(0, str(checkout))
     found: dict[str, Any] = {}
+    closed: dict[str, str] = {}
     for path in sorted((checkout / "tests" / "pipelines").glob("*/test_*.py")):
         if "onnx" in path.name:
             continue
         name = f"tests.pipelines.{path.parent.name}.{path.stem}"
-        with contextlib.suppress(Exception, SystemExit):  # of a library that is not installed
+        try:  # a library that is not installed shows at the import, or where its stand-in is looked at
             for value in vars(importlib.import_module(name)).values():
                 kind = class_of(value)
                 own = isinstance(value, type) and value.__module__ == name
                 if own and kind is not None and builds(value):
                     found.setdefault(kind.__name__, value)
-    return found
+        except (Exception, SystemExit) as error:
+            closed[path.stem] = f"{type(error).__name__}: {error}"[:300]
+    return found, closed
 
 
 def class_of(test_class: Any) -> Any:

@@ -1,5 +1,6 @@
 """The table of docs/support.md about the pipelines of diffusers' tests."""
 
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,26 @@ def counts(found: Found) -> str:
     )
 
 
-def write(found: Found) -> None:
-    """Put the tables in their place."""
+def write(found: Found, checkout: Path) -> None:
+    """Put the tables in their place, with the version of the tests that they are about."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}{table(found)}{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{START}{versions(checkout)}: {table(found)}{END}{after}", encoding="utf-8")
+
+
+def versions(checkout: Path) -> str:
+    """Of diffusers and of its tests."""
+    told = re.search(r'version="([^"]+)"', (checkout / "setup.py").read_text(encoding="utf-8"))
+    return f"diffusers {diffusers.__version__}, tests of {told[1] if told else 'an unknown version'}"
 
 
 def table(found: Found) -> str:
-    """One row for each class, then the pipelines that are refused, by reason."""
+    """One row for each class, then what is refused and what could not be built, with the reasons."""
     runs = {name: row for name, row in found.items() if row["status"] != "unbuilt"}
     by_class: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for name, row in sorted(runs.items()):
         by_class[row["class"]].append((name, row))
-    lines = [f"diffusers {diffusers.__version__}: {counts(found)}.", ""]
+    lines = [f"{counts(found)}.", ""]
     lines += [f"| {' | '.join(COLUMNS)} | other pipelines that prune |", "|---" * (len(COLUMNS) + 1) + "|"]
     for kind, rows in sorted(by_class.items()):
         passed = [(name, row) for name, row in rows if row["status"] == "passed"]
@@ -58,9 +65,9 @@ def table(found: Found) -> str:
     lines += ["", "| pipeline | class | why it is refused |", "|---|---|---|"]
     refused = [(name, row) for name, row in sorted(runs.items()) if row["status"] != "passed"]
     lines += [f"| {named(name)} | `{row['class']}` | {reason(row)} |" for name, row in refused]
-    unbuilt = sorted(name for name, row in found.items() if row["status"] == "unbuilt")
-    if unbuilt:
-        lines += ["", f"Could not be built: {', '.join(unbuilt)}."]
+    unbuilt = [(name, row) for name, row in sorted(found.items()) if row["status"] == "unbuilt"]
+    lines += ["", "| pipeline, or tests | why it could not be built |", "|---|---|"] if unbuilt else []
+    lines += [f"| {name} | {reason(row)} |" for name, row in unbuilt]
     return "\n".join(lines) + "\n"
 
 

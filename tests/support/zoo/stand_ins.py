@@ -217,7 +217,8 @@ def provide(folder: Path) -> None:
     classes = (
         *(transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoProcessor),
         *(transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin),
-        *(transformers.ImageProcessingMixin, transformers.PreTrainedConfig, diffusers.ModelMixin),
+        *(transformers.ImageProcessingMixin, transformers.FeatureExtractionMixin),
+        *(transformers.PreTrainedConfig, diffusers.ModelMixin),
     )
     for cls in classes:
         redirect(cls, places)
@@ -228,12 +229,19 @@ def redirect(cls: Any, places: dict[str, Path]) -> None:
     original = cls.__dict__["from_pretrained"].__func__
 
     def from_pretrained(self: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(name) in places:
-            name = str(places[str(name)])
+        asked = str(name)
+        if asked in places:
+            name = str(places[asked])
             kwargs.pop("subfolder", None)
             if self is transformers.AutoProcessor and not transformers.utils.is_torchvision_available():
                 return transformers.AutoTokenizer.from_pretrained(name, *args, **kwargs)  # of texts alone
-        return original(self, name, *args, **kwargs)
+        try:
+            return original(self, name, *args, **kwargs)
+        except OSError as error:
+            if asked not in places and Path(asked).exists():
+                raise
+            lacking = "without torchvision" if asked in places else "here"
+            raise OSError(f"{self.__name__} of {asked} has no stand-in {lacking}") from error
 
     cls.from_pretrained = classmethod(from_pretrained)
 
