@@ -23,7 +23,7 @@ from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.flow.folding import Samples, break_even, factors, fold, output_basis, relative_error
 from gfprune_cli.inputs.prompts import read_prompts
 from gfprune_cli.progress import silent
-from gfprune_cli.pruning.fold import FITTED, MARGIN, Folder
+from gfprune_cli.pruning.fold import MARGIN, Folder
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.structure.modulation import feeders, hidden_run, visited
 
@@ -90,7 +90,7 @@ def shared_row(name: str, network: Any, family: Family, condition: Any, toleranc
     inputs = inputs_of(folder, network, sorted(reading))
     first = next(iter(inputs.values()))
     layers = [one for one, x in inputs.items() if x.shape == first.shape and torch.equal(x, first)]
-    return row_of(name, tolerance, network, layers, first, FITTED["fit"] * probes.branches)
+    return row_of(name, tolerance, network, layers, first, folder.fitted["fit"] * probes.branches)
 
 
 def inputs_of(folder: Folder, network: Any, names: list[str]) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def inputs_of(folder: Folder, network: Any, names: list[str]) -> dict[str, torch
         found[name] = x.reshape(-1, x.shape[-1])
 
     with visited(network, names, keep):
-        hidden_run(folder.runs(network, FITTED))
+        hidden_run(folder.runs(network, folder.fitted))
     return found
 
 

@@ -49,6 +49,7 @@ def measured(measures: Measures, start: float) -> EvalResult:
         memory=costs.memory,
         gates=passed_gates(recipe, metrics, costs.latency),
         warnings=inputs.remarks.texts,
+        fold=inputs.model.fold,
         device=str(measures.device),
         tools=tools(),
         recipe=recipe.document(),

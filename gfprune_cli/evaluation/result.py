@@ -41,6 +41,7 @@ class EvalResult:
     memory: Mapping[str, Any]
     gates: Sequence[Gate]
     warnings: Sequence[str]
+    fold: Mapping[str, Any] | None
     device: str
     tools: Mapping[str, str | None]
     recipe: Mapping[str, Any]

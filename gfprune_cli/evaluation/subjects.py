@@ -44,6 +44,21 @@ class Subject:
         """SHA-256 of each weight file."""
         return sha256_of_weights(self.component)
 
+    @property
+    def fold(self) -> dict[str, Any] | None:
+        """What the record says of modulation folding; None without, or without a record to read."""
+        try:
+            record = read_record(self.component.root, self.component.name)
+        except GfpruneError as error:
+            if failing_disk(error):
+                raise
+            return None
+        found = record.document.get("fold") if record else None
+        if not found:
+            return None
+        kept = ("tolerance", "params", "layer_error", "output_error")
+        return {"layers": len(found["layers"]), **{key: found[key] for key in kept}}
+
     @cached_property
     def scheduler(self) -> Any:
         """The noise scheduler of the checkpoint.

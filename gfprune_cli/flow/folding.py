@@ -69,8 +69,7 @@ def output_basis(weight: torch.Tensor, samples: Samples) -> torch.Tensor:
     """
     centred = samples.x - samples.x.mean(0)
     if len(centred) > centred.shape[1]:  # rows with the same second moments, as many as there are inputs
-        values, vectors = eigen(centred.T @ centred)
-        centred = (vectors * values.sqrt()).T.to(centred)
+        centred = torch.linalg.qr(centred, mode="r").R
     outputs = centred @ weight.T
     if outputs.shape[1] < len(outputs):
         return eigen(outputs.T @ outputs)[1].to(outputs)
@@ -88,7 +87,11 @@ def eigen(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def factors(weight: torch.Tensor, basis: torch.Tensor, samples: Samples, stored: Stored) -> Factors:
     """The layer on a basis of its outputs [out, r], as it is stored: factors first, then what they leave."""
-    first, second = stored(basis.T @ weight), stored(basis)
+    return with_bias(stored(basis.T @ weight), stored(basis), samples, stored)
+
+
+def with_bias(first: torch.Tensor, second: torch.Tensor, samples: Samples, stored: Stored) -> Factors:
+    """Factors, and the mean of what they leave."""
     bias = samples.y.mean(0) - second @ (first @ samples.x.mean(0))
     return Factors(first, second, stored(bias))
 
@@ -118,9 +121,10 @@ def fold(
     """
     most = break_even(weight, bias)
     basis = output_basis(weight, fitted)[:, :most]
+    first, second = stored(basis.T @ weight), stored(basis)
 
     def serves(rank: int) -> bool:
-        found = factors(weight, basis[:, :rank], fitted, stored)
+        found = with_bias(first[:rank], second[:, :rank], fitted, stored)
         return relative_error(found(judged.x), judged.y) <= tolerance
 
     low, high = 1, basis.shape[1]

@@ -85,6 +85,7 @@ def tables(document: Document) -> dict[str, Table]:
         "gates": gates_table(document),
         "metrics": metrics_table(document),
         "cost": cost_table(document),
+        "fold": fold_table(document),
         "latency": latency_table(document),
         "loss": loss_table(document),
         "provenance": provenance_table(document),
@@ -171,6 +172,26 @@ def latency_table(document: Document) -> Table:
 
 def quartiles(spread: Sequence[float] | None) -> str:
     return f"{number(spread[0])} to {number(spread[1])}" if spread else NONE
+
+
+def fold_table(document: Document) -> Table:
+    fold = document.get("fold")
+    rows = []
+    if fold:
+        before, after = fold["params"]["before"], fold["params"]["after"]
+        rows = [
+            ("layers folded", number(fold["layers"])),
+            ("parameters", f"{human(before)} to {human(after)}"),
+            ("tolerance of each layer", percent(fold["tolerance"], 2)),
+            ("error of the worst layer", percent(fold["layer_error"], 2)),
+            ("error of the network's output", percent(fold["output_error"], 2)),
+        ]
+    intro = (
+        "Linear layers that see timestep and pooled conditions alone are two thin ones. By the record of the "
+        "checkpoint, relative to the dense network, at timesteps and conditions that were held out, before "
+        "any channel was removed."
+    )
+    return Table("Modulation folding", intro, ("", "value"), rows)
 
 
 def loss_table(document: Document) -> Table:

@@ -8,7 +8,6 @@ tolerance, and stays as it is where that leaves fewer parameters in all.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.probes import FIND, Probes
+from gfprune_cli.pruning.result import FoldedLayer, Folding
 from gfprune_cli.structure.modulation import (
     Hide,
     feeders,
@@ -34,52 +34,12 @@ from gfprune_cli.structure.modulation import (
 from gfprune_cli.structure.removal import carry_over, rebuild, stock_config
 
 SAMPLES = 2  # of the passes that find layers
-FITTED = {"fit": 768, "choose": 256}  # samples that bases are fitted to, and those that ranks are chosen on
+FIT, CHOOSE = 768, 256  # samples that bases are fitted to, at least, and those that ranks are chosen on
+FIT_PER_FEATURE = 3  # of a pooled vector: half of the samples are random vectors, which have to span it
 CHECKED = {"check": 256}
 OUTPUT_DRAWS, OUTPUT_CHUNK = 16, 4  # noisy samples behind the error of the network's output
 MARGIN = 0.9  # of the tolerance, for what the check will see
 FEEDER_SHARE = 0.25  # of the tolerance, for layers that others read
-
-
-@dataclass(frozen=True)
-class FoldedLayer:
-    """One linear layer [in -> out] at its rank; `error` is that of its outputs on what was held out."""
-
-    name: str
-    inputs: int
-    outputs: int
-    rank: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Folding:
-    """What folding did to a network.
-
-    Args:
-        tolerance: relative root mean square error that the outputs of each layer may have.
-        layers: those that were folded.
-        whole: names of those that depend on timestep and conditions alone, and stay as they are.
-        params: of the network, `before` and `after`.
-        output_error: of the network's output on held-out samples, relative to its root mean square.
-        covered: ranges of what was recorded.
-    """
-
-    tolerance: float
-    layers: tuple[FoldedLayer, ...]
-    whole: tuple[str, ...]
-    params: Mapping[str, int]
-    output_error: float
-    covered: Mapping[str, Any]
-
-    @property
-    def layer_error(self) -> float:
-        """The largest of any layer."""
-        return max(layer.error for layer in self.layers)
-
-    def document(self) -> dict[str, Any]:
-        """As it stands in the record."""
-        return {**asdict(self), "layer_error": self.layer_error}
 
 
 class Folder:
@@ -161,22 +121,29 @@ class Folder:
 
         return run
 
-    def outputs(
-        self, network: nn.Module, names: Collection[str], parts: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """layer -> [rows, out] what it gives on probes of several purposes -> counts, in main memory."""
+    @property
+    def fitted(self) -> dict[str, int]:
+        """Purpose -> samples that factors are made from."""
+        return {"fit": max(FIT, FIT_PER_FEATURE * self.probes.features), "choose": CHOOSE}
+
+    def inputs(self, names: Collection[str], parts: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """layer -> [rows, in] what it receives in the dense network, on probes of purposes -> counts.
+
+        In main memory; layers in a row that read the same share it, as most do: outputs would take gigabytes.
+        """
         found: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, _layer: Any, _x: torch.Tensor, output: torch.Tensor) -> None:
-            found[name] = output.reshape(-1, output.shape[-1]).cpu()
+        def keep(name: str, _layer: Any, x: torch.Tensor, _output: torch.Tensor) -> None:
+            rows, last = x.reshape(-1, x.shape[-1]).cpu(), next(reversed(found.values()), None)
+            found[name] = last if last is not None and torch.equal(last, rows) else rows
 
-        with visited(network, list(names), keep):
-            hidden_run(self.runs(network, parts))
+        with visited(self.network, list(names), keep):
+            hidden_run(self.runs(self.network, parts))
         return found
 
     def choose(self, names: list[str]) -> dict[str, Factors]:
         """Layer -> its factors, of those that are to be folded."""
-        dense = self.outputs(self.network, names, FITTED)
+        dense = self.inputs(names, self.fitted)
         feeding = feeders(self.network, self.runs(self.network, {FIND: SAMPLES}), names)
         alone = self.factorise(dense, dict.fromkeys(feeding, 0.0))
         if not feeding:
@@ -194,19 +161,19 @@ class Folder:
         """Factors by layer; none at all where a layer that stays would miss the tolerance.
 
         Args:
-            dense: layer -> outputs of the dense network.
+            dense: layer -> inputs in the dense network.
             limits: tolerance of the layers that others read; 0 keeps them as they are.
         """
         chosen: dict[str, Factors] = {}
         missed = False
-        fitted = FITTED["fit"] * self.probes.branches
+        fitted = self.fitted["fit"] * self.probes.branches
 
         def visit(name: str, layer: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             nonlocal missed
             self.progress(Event("fold", len(chosen), len(dense)))
             if name in chosen:  # called again
                 return chosen[name](x)
-            rows = Samples(x.reshape(-1, x.shape[-1]), dense[name].to(x.device))
+            rows = Samples(x.reshape(-1, x.shape[-1]), linear(layer, dense[name].to(x.device)))
             limit = limits.get(name, self.tolerance) * MARGIN
             parts = rows[:fitted], rows[fitted:]
             found = fold(layer.weight.detach(), layer.bias, *parts, limit, self.stored) if limit else None
@@ -218,7 +185,7 @@ class Folder:
             return found(rows.x).reshape(output.shape)
 
         with visited(self.network, list(dense), visit):
-            hidden_run(self.runs(self.network, FITTED))
+            hidden_run(self.runs(self.network, self.fitted))
         return {} if missed else chosen
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -226,8 +193,16 @@ class Folder:
 
     def errors(self, names: Collection[str], folded: nn.Module) -> dict[str, float]:
         """Layer -> relative error of its outputs on what was held out, of all that depend on it alone."""
-        dense, narrow = (self.outputs(network, names, CHECKED) for network in (self.network, folded))
-        return {name: relative_error(narrow[name], dense[name]) for name in names}
+        dense = self.inputs(names, CHECKED)
+        found: dict[str, float] = {}
+
+        def compare(name: str, _layer: Any, x: torch.Tensor, output: torch.Tensor) -> None:
+            wanted = linear(self.network.get_submodule(name), dense[name].to(x.device))
+            found[name] = relative_error(output.reshape(wanted.shape), wanted)
+
+        with visited(folded, list(names), compare):
+            hidden_run(self.runs(folded, CHECKED))
+        return found
 
     @torch.no_grad()
     def output_error(self, folded: nn.Module, process: NoisingProcess, held_out: Draws) -> float:
@@ -289,6 +264,11 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
     config["gfprune"] = {"format": 1, **earlier, "modules": modules}
     built = rebuild(pruned_class(stock_name(type(network).__name__)), config, state)
     return carry_over(network, built)
+
+
+def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer gives, past the hooks that watch it."""
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
 
 
 def parameters(network: nn.Module) -> int:

@@ -30,11 +30,12 @@ from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.pruning.fold import Folder, Folding, folding_attempt
+from gfprune_cli.pruning.fold import Folder, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, one_pass
 from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
+from gfprune_cli.pruning.result import Folding
 from gfprune_cli.pruning.verify import small_share
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last

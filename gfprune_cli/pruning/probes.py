@@ -48,6 +48,12 @@ class Probes:
     def branches(self) -> int:
         return self.condition.branches if isinstance(self.condition, Conditions) else 1
 
+    @property
+    def features(self) -> int:
+        """Of the widest pooled vector; 0 where there is none."""
+        tensors = self.condition.tensors.values() if isinstance(self.condition, Conditions) else ()
+        return max((tensor.shape[-1] for tensor in tensors if is_pooled(tensor)), default=0)
+
     def schedule(self) -> torch.Tensor:
         """[T] what the network is told at each level of the training schedule."""
         return self.process.timesteps(torch.arange(self.process.steps)).cpu()
@@ -105,7 +111,7 @@ class Probes:
         }
         if purpose == "fit":
             for name, tensor in condition.tensors.items():
-                if tensor.ndim == VECTOR and tensor.is_floating_point() and not is_number(tensor):
+                if is_pooled(tensor):
                     tensors[name] = spread(tensors[name], tensor[pool], source)
         return replace(condition, tensors=tensors, rows=tuple(range(count)))
 
@@ -173,6 +179,11 @@ def spread(found: torch.Tensor, recorded: torch.Tensor, source: torch.Generator)
     other = mean + deviation * torch.randn(found.shape, generator=source).to(found)
     every = torch.rand(len(found), generator=source).view(-1, *[1] * (found.ndim - 1)) < 0.5
     return torch.where(every, other, found)
+
+
+def is_pooled(tensor: torch.Tensor) -> bool:
+    """Whether a condition [rows, branches, features] is one vector of features a prompt."""
+    return tensor.ndim == VECTOR and tensor.is_floating_point() and not is_number(tensor)
 
 
 def is_number(tensor: torch.Tensor) -> bool:

@@ -44,3 +44,44 @@ class PruneResults:
     def document(self) -> dict[str, Any]:
         found = [asdict(network) for network in self.networks]
         return {"schema_version": SCHEMA_VERSION, "command": "prune", "networks": found}
+
+
+@dataclass(frozen=True)
+class FoldedLayer:
+    """One linear layer [in -> out] at its rank; `error` is that of its outputs on what was held out."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What folding did to a network.
+
+    Args:
+        tolerance: relative root mean square error that the outputs of each layer may have.
+        layers: those that were folded.
+        whole: names of those that depend on timestep and conditions alone, and stay as they are.
+        params: of the network, `before` and `after`.
+        output_error: of the network's output on held-out samples, relative to its root mean square.
+        covered: ranges of what was recorded.
+    """
+
+    tolerance: float
+    layers: tuple[FoldedLayer, ...]
+    whole: tuple[str, ...]
+    params: Mapping[str, int]
+    output_error: float
+    covered: Mapping[str, Any]
+
+    @property
+    def layer_error(self) -> float:
+        """The largest of any layer."""
+        return max(layer.error for layer in self.layers)
+
+    def document(self) -> dict[str, Any]:
+        """As it stands in the record."""
+        return {**asdict(self), "layer_error": self.layer_error}

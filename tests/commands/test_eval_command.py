@@ -33,7 +33,7 @@ from gfprune_cli.recipes.run_options import RunOptions
 
 KEYS = {
     "schema_version", "command", "model", "reference", "component", "class_name", "samples", "metrics",
-    "loss_by_timestep", "latency", "params", "macs", "bytes", "memory", "gates", "warnings", "device",
+    "loss_by_timestep", "latency", "params", "macs", "bytes", "memory", "gates", "warnings", "fold", "device",
     "tools", "recipe", "seconds",
 }  # fmt: skip
 FAST: dict[str, Any] = dict(samples=6, steps=3, batch=4, no_latency=True)

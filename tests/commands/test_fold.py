@@ -44,6 +44,15 @@ def test_folding_alone_trains_nothing_and_is_recorded(pipeline_folder: Path, fol
     assert_same(elsewhere, network, torch.randn(1, 3, 16, 16), 7)
 
 
+def test_eval_says_what_the_record_says_of_folding(folded_out: Path, pipeline_folder: Path) -> None:
+    record = json.loads((folded_out / "gfprune.json").read_text())["fold"]
+    fast: dict[str, Any] = dict(samples=2, steps=1, no_latency=True)
+    found = gfprune_cli.evaluate(str(folded_out), **fast).document()["fold"]
+    assert found["layers"] == len(record["layers"])
+    assert all(found[key] == record[key] for key in ("tolerance", "params", "layer_error", "output_error"))
+    assert gfprune_cli.evaluate(str(pipeline_folder), **fast).document()["fold"] is None
+
+
 def test_a_budget_that_folding_meets_alone_takes_no_channel(pipeline_folder: Path, tmp_path: Path) -> None:
     result = gfprune_cli.prune(
         str(pipeline_folder), out=tmp_path / "out", sparsity=0.01, budget="params", fold=0.05,

@@ -24,6 +24,7 @@ PARTS = {
     "loss_by_timestep": "Loss by timestep",
     "latency": "Latency",
     "gates": "Gates",
+    "fold": "Modulation folding",
 }
 
 
@@ -81,6 +82,10 @@ def make() -> dict[str, Any]:
             {"name": "min-speedup", "limit": 1.5, "value": 2.501, "passed": True},
         ],
         "warnings": ["fewer samples than features"],
+        "fold": {
+            "layers": 15, "tolerance": 0.01, "layer_error": 0.0088, "output_error": 0.0021,
+            "params": {"before": 1_740_323, "after": 1_669_659},
+        },
         "device": "cpu (2 threads)",
         "tools": {"gfprune": "0.1.0", "torch": "2.13.0", "clean-fid": None},
         "seconds": 141.7,
@@ -201,6 +206,17 @@ def test_comparison_is_spelled_out() -> None:
         "latency, DeepCache, batch 64 17.2 % 91.5 of 532 ms", "+25.0 %", "torch.compile",
     ):  # fmt: skip
         assert words in page
+
+
+def test_what_folding_cost_is_on_the_page_and_in_the_markdown() -> None:
+    page, text = checked(render(make())).text, markdown(make())
+    for name, value in (
+        ("layers folded", "15"), ("parameters", "1.74 M to 1.67 M"), ("tolerance of each layer", "1.00 %"),
+        ("error of the worst layer", "0.88 %"), ("error of the network's output", "0.21 %"),
+    ):  # fmt: skip
+        assert f"{name} {value}" in page
+        assert f"| {name} | {value} |" in text
+    assert "Modulation folding" not in checked(render(make() | {"fold": None})).text
 
 
 def test_pictures_are_inside_and_in_order() -> None:
@@ -341,6 +357,6 @@ def test_input_is_left_alone_and_output_repeats() -> None:
 
 def test_markdown_tables_have_equal_rows() -> None:
     tables = re.findall(r"(?:^\|.*\n)+", markdown(make()), flags=re.MULTILINE)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1

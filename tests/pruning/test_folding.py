@@ -322,6 +322,22 @@ def test_a_network_with_pooled_prompts_is_folded_within_the_tolerance() -> None:
         assert relative_error(outputs[1][name], outputs[0][name]) < 0.1
 
 
+def test_samples_that_factors_are_fitted_to_span_the_widest_pooled_vector() -> None:
+    """With fewer random vectors than features no basis serves prompts that were not recorded."""
+    model = zoo.build("sd3", dtype=torch.float32)
+    wide = prompts(0)
+    wide.tensors["pooled_projections"] = torch.randn(20, 1, 2048, generator=generator(0, "wide"))
+    wide.tensors["guidance"] = torch.full((20, 1), 3.5)
+    counts = [sd3_folder(model, given, 0.05)[0].fitted for given in (prompts(0), wide)]
+    assert counts[0] == {"fit": 768, "choose": 256}
+    assert counts[1]["fit"] / 2 > 2048
+    drawn: Any = sd3_folder(model, wide, 0.05)[0].probes.conditions("fit", counts[1]["fit"])
+    pooled = drawn.tensors["pooled_projections"][:, 0]
+    assert torch.linalg.matrix_rank(pooled) == 2048
+    again: Any = sd3_folder(model, wide, 0.05)[0].probes.conditions("fit", counts[1]["fit"])
+    assert torch.equal(pooled, again.tensors["pooled_projections"][:, 0])
+
+
 def outputs_seen(model: nn.Module, given: dict[str, Any], names: set[str]) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     hooks = [
