@@ -88,12 +88,15 @@ def test_every_peer_keeps_the_same_widths_within_the_gradients_allowed(
 def test_gfprune_stays_within_the_peers_parameters_and_macs(
     toy: yardstick.Subject, uniform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sparsity is what the smaller of the peers' two shares asks for; recovery is left to finetune."""
-    asked: dict[str, Any] = {}
+    """What the larger of the peers' two shares asks for is too much here; recovery is left to finetune."""
+    asked: dict[str, Any] = {"sparsities": []}
+    dense = contenders.Size.of(toy.dense)
 
     def prune(model: str, **settings: Any) -> Any:
-        asked["prune"] = settings
-        return argparse.Namespace(scoring_gradients=99.5)
+        asked["prune"], left = settings, 1 - settings["sparsity"]
+        asked["sparsities"].append(settings["sparsity"])
+        sizes = dict(params={"after": left * dense.params}, macs={"after": left * dense.macs})
+        return argparse.Namespace(scoring_gradients=99.5, **sizes)
 
     monkeypatch.setattr(contenders.gfprune, "prune", prune)
     monkeypatch.setattr(contenders.gfprune, "finetune", lambda *a, **settings: asked.update(tune=settings))
@@ -101,7 +104,7 @@ def test_gfprune_stays_within_the_peers_parameters_and_macs(
     cell = grid.Cell("toy", "gfprune", 0.5, 3, 400)
     outcome = contenders.by_gfprune(toy, cell, TOY, contenders.Size(0.55, 0.5))
     batch = FinetuneRecipe(model="").batch
-    assert asked["prune"]["sparsity"] == pytest.approx(0.5)
+    assert asked["sparsities"] == pytest.approx([0.45, 0.5])
     assert (asked["prune"]["budget"], asked["prune"]["recover"], asked["prune"]["seed"]) == ("both", 0, 3)
     assert asked["tune"]["steps"] == (400 - 100) // batch
     assert not {"batch", "learning_rate", "optimizer"} & set(asked["tune"])
@@ -394,21 +397,21 @@ def test_new_files_in_the_package_make_a_commit_dirty(
 def test_a_grid_runs_to_a_page_and_a_second_time_from_what_is_kept(
     place: subjects.Place, tmp_path: Path
 ) -> None:
-    form = replace(TOY, seeds=(1, 1), once=())
+    form = replace(TOY, lengths=(280, 560), seeds=(1, 1), once=())
 
     def made() -> grid.Found:
-        run = quality.Grid(form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 400, "abc", 1)
+        run = quality.Grid(form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 280, "abc", 1)
         run.run()
         return grid.collect(form, ["toy"], run.store)
 
     found = made()
     lines = (tmp_path / "results.jsonl").read_text()
-    assert {cell.gradients for cell in found.missing} == {800}
+    assert {cell.gradients for cell in found.missing} == {560}
     assert len(found.entries) == 1 + 3
     assert len(found.tried) == len(TOY.tunings)
     dense = found.entries[0]
     for entry in found.entries[1:]:
-        assert 400 - 32 < entry["gradients_spent"] <= 400
+        assert 280 - 32 < entry["gradients_spent"] <= 280
         assert entry["commit"] == "abc"
     shares = {e["method"]: (e["params"] / dense["params"], e["macs"] / dense["macs"]) for e in found.entries}
     for method in ("gfprune", "magnitude, tuned"):
