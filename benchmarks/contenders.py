@@ -75,18 +75,13 @@ def work_of(dense: Size, pruned: Size, scored: float, trained: int, *, distilled
     return 3 * dense.macs * scored + (3 * pruned.macs + teacher) * trained
 
 
-def fits(kept: Size, peers: Size) -> bool:
-    """Whether shares of the dense network are at most the peers', within the tolerance."""
-    return max(kept.params - peers.params, kept.macs - peers.macs) <= TOLERANCE
-
-
 def check_equal(kept: Size, peers: Size) -> None:
     """Both are shares of the dense network; what is measured may keep less than the peers, and never more.
 
     Raises:
         ValueError: the rows are not equal.
     """
-    if not fits(kept, peers):
+    if max(kept.params - peers.params, kept.macs - peers.macs) > TOLERANCE:
         raise ValueError(
             f"rows are not equal: {kept.params:.1%} of the parameters and {kept.macs:.1%} of the MACs,"
             f" where the peers keep {peers.params:.1%} and {peers.macs:.1%}"
@@ -158,14 +153,12 @@ def by_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> Outcome:
     common: dict[str, Any] = dict(
         data=str(target.data), images=ALL_IMAGES, seed=cell.seed, device=str(device), precision="fp32"
     )
+    sparsity = 1 - min(peers.params, peers.macs)
     batch = FinetuneRecipe(model="").batch
     with tempfile.TemporaryDirectory() as folder:
         pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
-        settings = {**form.prune, "budget": "both", "recover": 0, "force": True}
-        for share in sorted({peers.params, peers.macs}, reverse=True):
-            result = gfprune.prune(target.model, out=pruned, sparsity=1 - share, **settings, **common)
-            if fits(Size(result.params["after"], result.macs["after"]).share(Size.of(target.dense)), peers):
-                break
+        settings = {**form.prune, "budget": "both", "recover": 0, "sparsity": sparsity}
+        result = gfprune.prune(target.model, out=pruned, **settings, **common)
         scored = math.ceil(result.scoring_gradients)
         steps = (cell.gradients - scored) // batch
         if steps <= 0:

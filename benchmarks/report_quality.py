@@ -150,9 +150,8 @@ def missing_lines(missing: Sequence[Cell]) -> list[str]:
 INTRODUCTION = """\
 Every method removes channels from the same dense network and has the same gradients to spend, counted in
 samples, scoring included. Peers keep the widths that their own rule gives, one ratio for all layers; gfprune
-is asked for the larger of their two shares, of parameters and of MACs, and where it then keeps more than they
-do of either, for the smaller one. No row keeps more than the peers by over 1 % of the dense network; gfprune
-may keep less.
+is asked for at most the smaller of their two shares, of parameters and of MACs: no row keeps more than the
+peers by over 1 % of the dense network, of either. gfprune may keep less.
 
 Goals, shares of the gap that the best peer's row leaves to the dense network: held-out loss 0.35, 0.50 and
 0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen anew for

@@ -88,15 +88,12 @@ def test_every_peer_keeps_the_same_widths_within_the_gradients_allowed(
 def test_gfprune_stays_within_the_peers_parameters_and_macs(
     toy: yardstick.Subject, uniform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the larger of the peers' two shares asks for is too much here; recovery is left to finetune."""
-    asked: dict[str, Any] = {"sparsities": []}
-    dense = contenders.Size.of(toy.dense)
+    """Its sparsity is what the smaller of the peers' two shares asks for; recovery is left to finetune."""
+    asked: dict[str, Any] = {}
 
     def prune(model: str, **settings: Any) -> Any:
-        asked["prune"], left = settings, 1 - settings["sparsity"]
-        asked["sparsities"].append(settings["sparsity"])
-        sizes = dict(params={"after": left * dense.params}, macs={"after": left * dense.macs})
-        return argparse.Namespace(scoring_gradients=99.5, **sizes)
+        asked["prune"] = settings
+        return argparse.Namespace(scoring_gradients=99.5)
 
     monkeypatch.setattr(contenders.gfprune, "prune", prune)
     monkeypatch.setattr(contenders.gfprune, "finetune", lambda *a, **settings: asked.update(tune=settings))
@@ -104,7 +101,7 @@ def test_gfprune_stays_within_the_peers_parameters_and_macs(
     cell = grid.Cell("toy", "gfprune", 0.5, 3, 400)
     outcome = contenders.by_gfprune(toy, cell, TOY, contenders.Size(0.55, 0.5))
     batch = FinetuneRecipe(model="").batch
-    assert asked["sparsities"] == pytest.approx([0.45, 0.5])
+    assert asked["prune"]["sparsity"] == pytest.approx(0.5)
     assert (asked["prune"]["budget"], asked["prune"]["recover"], asked["prune"]["seed"]) == ("both", 0, 3)
     assert asked["tune"]["steps"] == (400 - 100) // batch
     assert not {"batch", "learning_rate", "optimizer"} & set(asked["tune"])
