@@ -64,7 +64,7 @@ def rows(place: Place, times: Path, batch: int, speedup: float, seed: int, root:
             sparsity = as_fast(place, root, times, seed, way, reached)
             made = prune(place, root / way, times, seed, budget=way, sparsity=sparsity)
         networks.append(gfprune.load(str(made.output)))
-        found.append({"way": way, **left(made), **yard.measure(networks[-1])})
+        found.append({"way": way, **yard.measure(networks[-1]), **left(made)})
     device = torch.device("cpu")
     bench = bench_of(PruneRecipe(speedup=2.0, time_batch=batch), device)
     try:

@@ -146,8 +146,9 @@ def growth(value: Any, double: Any, branches: int, factor: int) -> str:
     if isinstance(value, list | tuple):
         if factor > 1 and isinstance(double, list | tuple) and len(double) == factor * len(value):
             return "entries" if len(value) else ""
-        matched = isinstance(double, list | tuple) and len(double) == len(value)
-        return "nested" if matched and factor > 1 and any(map(grows, value, double)) else ""
+        matched = isinstance(double, list | tuple) and len(double) == len(value) > 0
+        some = any if factor > 1 else all  # without a second call, none may look like anything else
+        return "nested" if matched and some(map(grows, value, double)) else ""
     if grows(value, double):
         return "rows"
     layers = isinstance(value, torch.Tensor) and isinstance(double, torch.Tensor) and value.ndim > 2

@@ -129,6 +129,18 @@ def test_what_is_joined_along_the_batch_grows_with_it() -> None:
     assert found.nested == {"features"}
 
 
+def test_lists_of_what_each_frame_is_given_grow_without_a_second_call() -> None:
+    """As of AnimateDiff with a ControlNet: two branches of three frames, and no second call to compare with."""
+    given = {
+        "residuals": [torch.zeros(6, 4, 8, 8), torch.zeros(6, 8, 4, 4)],
+        "tables": [torch.zeros(6, 5), torch.zeros(6, 5)],
+        "sizes": [torch.zeros(2, 3, 3), 7],
+    }
+    found = Grown.most(given, [], 2, pictured=True)
+    assert found.own == {"residuals.0", "residuals.1"}
+    assert found.nested == {"residuals"}
+
+
 @pytest.mark.parametrize(("pictured", "own"), [(True, {"features"}), (False, set())])
 def test_features_of_a_picture_are_rows_where_a_pipeline_looks_at_the_first_alone(
     pictured: bool, own: set[str]
