@@ -130,7 +130,7 @@ def test_what_is_joined_along_the_batch_grows_with_it() -> None:
 
 
 def test_lists_of_what_each_frame_is_given_grow_without_a_second_call() -> None:
-    """As of AnimateDiff with a ControlNet: two branches of three frames, and no second call to compare with."""
+    """As of AnimateDiff with a ControlNet: two branches of three frames, and nothing to compare with."""
     given = {
         "residuals": [torch.zeros(6, 4, 8, 8), torch.zeros(6, 8, 4, 4)],
         "tables": [torch.zeros(6, 5), torch.zeros(6, 5)],
