@@ -196,7 +196,7 @@ def recording_key(
         if path.is_file() and not (name.startswith("v") and path.suffix == ".safetensors")
     ]
     key = {
-        "recording": 4,
+        "recording": 5,
         "pipeline": sorted((component.pipeline or {}).items()),
         "files": sha256_of_files(decided, root),
         "config": {name: value for name, value in dict(model.config).items() if not name.startswith("_")},
