@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,7 @@ CASES = {"stable-diffusion": {}, "flux": dict(blocks=True, width=True), "sd3": d
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pruned]:
     """Pruned pipelines by family, each made once."""
-    found: dict[str, Pruned] = {}
-
-    def make(family: str) -> Pruned:
-        if family not in found:
-            found[family] = Pruned(family, tmp_path_factory.mktemp(family), **CASES[family])
-        return found[family]
-
-    return make
+    return cache(lambda family: Pruned(family, tmp_path_factory.mktemp(family), **CASES[family]))
 
 
 def filled(network: Any) -> Any:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from pipelines import CALLS, COMPONENTS, FAMILIES, sample
+from pipelines import CALLS, COMPONENTS, FAMILIES, flux2_vae, sample
 
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
@@ -54,12 +53,7 @@ def test_pictures_are_those_of_the_pipeline(tmp_path: Path, family: str, size: t
 def test_squares_of_an_autoencoder_with_a_norm_are_taken_back() -> None:
     """As of FLUX.2: into tokens and out of them again."""
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
+    vae = flux2_vae()
     latents = torch.randn(1, 4, 8, 6)
     given = normalised(vae, latents, None)
     tokens = laid_out(given, (12, 16), (16, 12))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import COMPONENTS, FAMILIES, conditional_unet
+from pipelines import COMPONENTS, FAMILIES, conditional_unet, flux2_vae
 from safetensors import safe_open
 from torch import nn
 
@@ -520,12 +520,7 @@ def test_flux_latents_are_packed_as_the_pipeline_packs_them(folder: Folder, pixe
 def test_flux2_latents_are_normalised_as_squares_before_they_are_packed() -> None:
     """As the pipeline does with the statistics of the autoencoder's own norm."""
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
+    vae = flux2_vae()
     latents = torch.randn(1, 4, 8, 6)
     pipeline = diffusers.Flux2Pipeline
     wanted = pipeline._patchify_latents(latents)

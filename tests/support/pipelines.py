@@ -94,6 +94,17 @@ def image_vae(**changes: Any) -> Any:
     return AutoencoderKL(**config | changes)
 
 
+def flux2_vae() -> Any:
+    """With a norm of its own, over squares of latents, that has seen something."""
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
 def conditional_unet(**changes: Any) -> Any:
     config: dict[str, Any] = dict(
         sample_size=SIZE,
