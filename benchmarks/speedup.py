@@ -1,6 +1,7 @@
 """What `prune --speedup` is asked for, against what the networks that it makes take.
 
-    python benchmarks/speedup.py                 # two networks in eager PyTorch and ONNX Runtime, 10 minutes
+    python benchmarks/speedup.py                          # in eager PyTorch and ONNX Runtime; needs 14 GB
+    python benchmarks/speedup.py --networks demo random   # 10 minutes
     python benchmarks/speedup.py --device cuda --runtimes eager compile --precision bf16 --batches 1 64
 
 Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card. Networks are pruned in one shot,
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
+from large import stable_diffusion
 from provenance import PAGES, write_page
 from speed import ONE_SHOT, random_pipeline
 
@@ -32,9 +35,12 @@ from gfprune_cli.timing.stopwatch import Reading, network_seconds, times_as_fast
 SPEEDUPS = (1.25, 1.5, 2.0, 3.0)
 CLOSE = 0.03  # of what was asked: the aim
 WIDTH = 64  # of the second network
+LARGE: dict[str, Any] = dict(images=4, draws=4)  # of what takes seconds for a sample
+NETWORKS = ("demo", "random", "sd15")
 TEXT = """*First try* is what the table of times alone proposes, before the loop closes. *Measured* is by the
 run when it chose, *written* of the checkpoint on disk, afterwards; in brackets quartiles of the turns.
-*Share* is what was gained of what the multiply-accumulates promise.
+*Share* is what was gained of what the multiply-accumulates promise. `sd15` has the shape of Stable
+Diffusion 1.5, random weights and 16 x 16 latents.
 
 """
 PUBLISHED = """
@@ -65,13 +71,17 @@ class Row:
 def asked_rows(
     model: str, name: str, runtime: str, batch: int, speedups: Sequence[float], root: Path, **place: Any
 ) -> list[Row]:
-    """Prune for each speed-up, and time what was written."""
+    """Prune for each speed-up, and time what was written.
+
+    Args:
+        place: where it is timed, and other options of `prune`.
+    """
     rows = []
     for asked in speedups:
         out = root / f"{Path(model).name}-{runtime}-{batch}-{asked:g}"
-        settings = dict(speedup=asked, runtime=runtime, time_batch=batch, **place)
+        settings = ONE_SHOT | dict(speedup=asked, runtime=runtime, time_batch=batch) | place
         try:
-            done = gfprune_cli.prune(model, out=out, force=True, **settings, **ONE_SHOT)
+            done = gfprune_cli.prune(model, out=out, force=True, **settings)
         except UsageError as error:
             rows.append(Row(name, runtime, batch, asked, why=str(error)))
             continue
@@ -92,6 +102,18 @@ def written(model: str, out: Path, runtime: str, batch: int, place: Any) -> Read
         return times_as_fast(*network_seconds(calls, device, silent))
     finally:
         bench.end()
+
+
+def network_folder(name: str, root: Path, seed: int) -> str:
+    """The demo, a small U-Net, or one of the shape of Stable Diffusion 1.5; both of random weights."""
+    if name == "demo":
+        return name
+    if name == "random":
+        return str(random_pipeline(root / name, WIDTH, seed))
+    torch.manual_seed(seed)
+    stable_diffusion(320, 16).save_pretrained(root / name / "unet")
+    DDPMScheduler().save_pretrained(root / name / "scheduler")
+    return str(root / name / "unet")
 
 
 def rows_table(rows: Sequence[Row]) -> str:
@@ -127,7 +149,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--runtimes", nargs="+", default=["eager", "onnx"])
     parser.add_argument("--batches", nargs="+", type=int, default=[4])
     parser.add_argument("--speedups", nargs="+", type=float, default=list(SPEEDUPS))
-    parser.add_argument("--networks", nargs="+", choices=("demo", "random"), default=["demo", "random"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
@@ -143,15 +165,14 @@ def main(given: Sequence[str] | None = None) -> Path:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        networks = {
-            "demo": lambda: "demo",
-            "random": lambda: str(random_pipeline(root / "random", WIDTH, options.seed)),
-        }
         for name in options.networks:
-            model = networks[name]()
+            model = network_folder(name, root, options.seed)
+            large = name == "sd15"
+            speedups, batches = ([1.5], [1]) if large else (options.speedups, options.batches)
+            asked = place | (LARGE if large else {})
             for runtime in options.runtimes:
-                for batch in options.batches:
-                    rows += asked_rows(model, name, runtime, batch, options.speedups, root, **place)
+                for batch in batches:
+                    rows += asked_rows(model, name, runtime, batch, speedups, root, **asked)
                     print(rows_table(rows), flush=True)
                     body = TEXT + rows_table(rows) + verdict(rows) + "\n" + PUBLISHED
                     page = write_page(
