@@ -38,10 +38,10 @@ from gfprune_cli.inputs.conditioning import (
     batch_size,
     class_count,
     labels_of_pipeline,
-    made_up,
     recorded,
     recording_fingerprint,
 )
+from gfprune_cli.inputs.made_up import made_up
 from gfprune_cli.inputs.pictures import EDGE, Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions

@@ -17,8 +17,9 @@ from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.evaluation.quality import is_statistics
 from gfprune_cli.evaluation.subjects import Subject
 from gfprune_cli.evaluation.teacher import LOSS_DRAWS
-from gfprune_cli.inputs.conditioning import asked_of, made_up, recorded, recording_fingerprint
+from gfprune_cli.inputs.conditioning import asked_of, recorded, recording_fingerprint
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.inputs.made_up import made_up
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.recipes.evaluate import EvalRecipe
 

@@ -10,23 +10,20 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import sha256_of_files
 from gfprune_cli.diffusion.conditions import Conditions
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.inputs.arguments import TIMESTEP_NAMES
 from gfprune_cli.inputs.pictures import Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import read_prompts
 from gfprune_cli.inputs.recording import Recording, record
-from gfprune_cli.inputs.rows import flattened
 from gfprune_cli.outputs.cache import Tensors, cached
 from gfprune_cli.outputs.digests import fingerprint
-from gfprune_cli.progress import Progress, notice
+from gfprune_cli.progress import Progress
 
 FIELDS = (
     "sample", "timestep", "branches", "guidance", "time_factor", "time_offset", "sign", "rows", "axis",
@@ -285,39 +282,6 @@ def as_recording(tensors: Tensors, document: Mapping[str, Any]) -> Recording:
         document["mu"],
         tuple(document["remarks"]),
     )
-
-
-def made_up(model: nn.Module, count: int, seed: int, progress: Progress) -> Recording:
-    """Standard normal values in place of text states, for a network without its pipeline.
-
-    Raises:
-        GfpruneError: what the network takes is not known.
-    """
-    from gfprune_cli.inputs.examples import example_inputs
-
-    inputs: dict[str, Any] = dict(example_inputs(model))
-    sample = next(iter(inputs))
-    shape = tuple(inputs.pop(sample).shape[1:])
-    timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
-    if timestep is None:
-        raise GfpruneError(f"{type(model).__name__} is told no noise level: its pipeline is needed")
-    del inputs[timestep]
-    notice(progress, "there is no pipeline around this network: normal noise stands in for text states")
-    tensors: dict[str, torch.Tensor] = {}
-    shared: dict[str, Any] = {}
-    for name, value in flattened(inputs, set()).items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (1,):
-            drawn = [
-                torch.randn(value.shape, generator=generator(seed, "condition", name, number))
-                for number in range(count)
-            ]
-            tensors[name] = torch.stack(drawn)
-        elif isinstance(value, torch.Tensor) and value.shape[:1] == (1,):
-            tensors[name] = value.cpu().expand(count, 1, *value.shape[1:])
-        else:
-            shared[name] = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value)
-    rows = None if tensors else tuple(range(count))
-    return Recording(Conditions(tensors, shared, sample, timestep, rows=rows), shape)
 
 
 def batch_size(shape: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Progress, notice
-from gfprune_cli.pruning.verify import check_removal
+from gfprune_cli.pruning.verify import check_removal, noisy
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
@@ -57,7 +57,9 @@ def find_units(
     network, inputs = build_meta(component) if folded is None else skeleton(folded), None
     if not has_known_inputs(network) and component.weights:
         dense = load_model(component).requires_grad_(False)
-        inputs = pipeline_inputs(dense, component, progress, options) or example_inputs(dense)
+        inputs = pipeline_inputs(dense, component, progress, options)
+        if inputs is None:  # noise, as experts that no token is sent to would not be seen
+            inputs = noisy(example_inputs(dense), next(dense.parameters()).dtype)
         network = dense if folded is None else folded
     groups, trace = discover(network, inputs, width=width, stages=stages)
     if inputs is not None:
