@@ -7,13 +7,19 @@ from typing import Any
 from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ControlNetModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -25,10 +31,11 @@ from text_encoders import clip, qwen2_tokenizer, qwen3, qwen25_vl, t5
 from transformers import UMT5EncoderModel
 
 
-def stable(folder: Path, pipeline: type, channels: int) -> Path:
-    """A Stable Diffusion pipeline whose network reads more channels than it writes."""
+def stable(folder: Path, pipeline: type, channels: int = LATENT, **more: Any) -> Path:
+    """A Stable Diffusion pipeline whose network may read more channels than it writes."""
     encoder, tokenizer = clip(32)
-    more: dict[str, Any] = {"image_encoder": None} if pipeline is not StableDiffusionInpaintPipeline else {}
+    if pipeline is StableDiffusionInstructPix2PixPipeline:
+        more["image_encoder"] = None
     return saved(
         folder,
         pipeline,
@@ -50,6 +57,17 @@ def inpaint(folder: Path) -> Path:
 
 def pix2pix(folder: Path) -> Path:
     return stable(folder, StableDiffusionInstructPix2PixPipeline, 2 * LATENT)
+
+
+def controlnet(folder: Path) -> Path:
+    """Pictures of 16 x 16 pixels; their latents are half as large."""
+    network = ControlNetModel.from_unet(conditional_unet(), conditioning_embedding_out_channels=(8, 16))
+    return stable(folder, StableDiffusionControlNetPipeline, controlnet=network)
+
+
+def t2i_adapter(folder: Path) -> Path:
+    network = T2IAdapter(3, [24, 32], num_res_blocks=1, downscale_factor=2)
+    return stable(folder, StableDiffusionAdapterPipeline, adapter=network)
 
 
 def fill(folder: Path) -> Path:
