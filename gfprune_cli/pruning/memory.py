@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.flow.recompute import can_recompute
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.norms import plain_stand_ins
 
@@ -143,7 +144,7 @@ def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:
     """
     given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
     try:
-        return measured_pass(model, lambda network: network(**given | {"return_dict": False}))
+        return measured_pass(model, lambda network: network(**given | in_tuples(network)))
     except (RuntimeError, NotImplementedError, ValueError):  # or where a kernel asks for a device
         return Pass()
 
