@@ -94,7 +94,9 @@ def is_denoiser(library: str, class_name: str) -> bool:
     if class_name.startswith(PRUNED) != (library in PRUNED_MODULES):
         return False
     name = stock_name(class_name)
-    known = name in (*AUTOENCODERS, *ADDING) or (_DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name))
+    known = name in (*AUTOENCODERS, *ADDING) or (
+        _DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name)
+    )
     return bool(known) and library in ("diffusers", *PRUNED_MODULES)
 
 
@@ -131,7 +133,7 @@ def locate_all(root: Path) -> list[Location]:
         raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
     if is_adding(str(class_name)):
         raise GfpruneError(
-            f"{root} is a {class_name} alone, and what it is worth its denoiser tells: give a pipeline with both"
+            f"{root} is a {class_name} alone, and its denoiser tells what it is worth: give their pipeline"
         )
     return [Location(root, root, "", str(class_name), None)]
 

@@ -166,8 +166,8 @@ def check_outputs(model: nn.Module) -> None:
     """
     if added_arguments(model):
         raise GfpruneError(
-            f"{type(model).__name__} returns a tensor for each state that it adds to, and graphs that gfprune "
-            "writes have one output: use --format safetensors, or a runtime of PyTorch"
+            f"{type(model).__name__} returns a tensor for each state that it adds to, and the graphs written "
+            "here have one output: use --format safetensors, or a runtime of PyTorch"
         )
 
 

@@ -17,6 +17,7 @@ from gfprune_cli.inputs.rows import flattened
 
 ADDING = "adding"  # before the names of what a ControlNet or T2I adapter is given, among those of a call
 
+
 class Enough(Exception):
     """Ends a run of the pipeline: everything wanted was seen."""
 

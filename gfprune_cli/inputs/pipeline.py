@@ -198,7 +198,9 @@ def _load(
     folder = component.root / name
     if class_name.startswith("Pruned"):
         if decode:
-            return _usable(load_model(inspect_component(local_source(component.root), component=name)), device)
+            return _usable(
+                load_model(inspect_component(local_source(component.root), component=name)), device
+            )
         library, class_name = "diffusers", class_name.removeprefix("Pruned")
     found: Any = _component_class(library, class_name)
     if found is None:

@@ -17,7 +17,7 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.layout import predicts
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
-from gfprune_cli.diffusion.conditions import NESTED, Conditions, Receiver
+from gfprune_cli.diffusion.conditions import NESTED, Receiver
 from gfprune_cli.families.table import added_arguments
 from gfprune_cli.inputs.arguments import SAMPLE_NAMES, TIMESTEP_NAMES
 from gfprune_cli.inputs.observer import ADDING, Adding

@@ -48,6 +48,12 @@ class Pass:
     forward: int = 0
     layers: tuple[tuple[int, int, int], ...] = ()
 
+    def then(self, other: "Pass") -> "Pass":
+        """With what a frozen network takes that goes on with its outputs."""
+        recomputed = None if self.recomputed is None else self.recomputed + other.kept
+        maps, forward = self.maps + other.maps, self.forward + other.forward
+        return Pass(self.kept + other.kept, recomputed, maps, forward, self.layers)
+
 
 class AttentionMaps(TorchFunctionMode):
     """Counts the numbers in the attention weights of a pass, and leaves them out of it."""

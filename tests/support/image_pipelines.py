@@ -8,7 +8,6 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ControlNetModel,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
     PNDMScheduler,
@@ -18,7 +17,6 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionXLControlNetPipeline,
     T2IAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -155,6 +153,8 @@ def qwen_image(folder: Path) -> Path:
 
 
 PIPELINES: dict[str, Callable[[Path], Path]] = {
+    "controlnet": seeded(controlnet),
+    "t2i-adapter": seeded(t2i_adapter),
     "inpaint": seeded(inpaint),
     "pix2pix": seeded(pix2pix),
     "fill": seeded(fill),
