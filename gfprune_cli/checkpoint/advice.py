@@ -36,13 +36,13 @@ LORA = "merge it into its model first: load_lora_weights, fuse_lora and save_pre
 # networks that are not pruned, by their names -> why, and what to do
 REFUSED = (
     (
-        r"^Multi(ControlNetModel|Adapter)$",
+        r"Multi(ControlNetModel|Adapter)$",
         "holds several networks: prune each in a pipeline that has it alone",
     ),
     (
-        r"^((Flux|QwenImage|SD3)(Multi)?ControlNetModel|ControlNetUnionModel)$",
-        "adds to the states of the denoiser at places that are not known here: prune the denoiser, and make it "
-        "fit with gfprune carry (each of several by itself), or keep it as it is with --keep-interfaces",
+        r"^ControlNetUnionModel$",
+        "is given several pictures at once: prune the denoiser, and make it fit with gfprune carry, or keep it "
+        "as it is with --keep-interfaces",
     ),
     (
         r"ControlNet|Adapter$",

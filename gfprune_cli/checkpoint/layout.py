@@ -23,10 +23,14 @@ EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
 PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderKLFlux2")
-ADDING = ("ControlNetModel", "T2IAdapter")  # to the states of a U-Net, whose output tells what is lost
+# to the states of a denoiser, whose output tells what is lost
+ADDING = (
+    *("ControlNetModel", "T2IAdapter"),
+    *("FluxControlNetModel", "QwenImageControlNetModel", "SD3ControlNetModel"),
+)
 FAMILIES = (
     "U-Nets and diffusion transformers of diffusers, its autoencoders of images (AutoencoderKL, VQModel), "
-    "ControlNets and T2I adapters of a pipeline's U-Net, and what it pruned itself"
+    "ControlNets and T2I adapters beside them, and what it pruned itself"
 )
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines do without
 PREFERRED = ("unet", "transformer")

@@ -103,14 +103,23 @@ class Receiver:
     def __getitem__(self, chosen: Sequence[int] | slice) -> "Receiver":
         return replace(self, conditions=self.conditions[chosen])
 
+    def of_rows(self, rows: Sequence[int]) -> "Receiver":
+        """Of samples that have these rows of the conditions."""
+        return replace(self, conditions=replace(self.conditions, rows=tuple(rows)))
+
     def to(self, device: torch.device | str) -> "Receiver":
         """Its conditions on a device; the network stays where it is."""
         return replace(self, conditions=self.conditions.to(device))
 
     def __call__(self, returned: Any, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser makes of noisy samples with that; see `call_with`."""
+        """What the denoiser makes of noisy samples with that; see `call_with`.
+
+        Args:
+            returned: a tuple with something for each argument, or what the only one takes.
+        """
         dtype = next(self.network.parameters()).dtype
         parts = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype), returned)
+        parts = parts if isinstance(parts, tuple) else (parts,)
         added = dict(zip(self.arguments, parts, strict=True))
         return call_with(
             lambda _, given: self.network(**given | added), x.to(dtype), timesteps, self.conditions
@@ -145,7 +154,7 @@ def call_with(
         return first_tensor(function(arguments, {"return_dict": False}))
     if condition.receiver is not None:
         returned = function((), keywords(x, timesteps, condition))
-        return condition.receiver((returned,) if condition.plain else returned, x, timesteps)
+        return condition.receiver(returned, x, timesteps)
     output = own_part(first_tensor(function((), keywords(x, timesteps, condition))), x, condition)
     if condition.sign != 1:
         output = condition.sign * output

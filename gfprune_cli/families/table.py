@@ -29,7 +29,7 @@ FAMILIES: list[Family] = [
         unet, autoencoder, dit, pixart, sd3, flux, sana, cogvideox, wan, ltx, stable_audio, qwen_image,
         controlnet, t2i_adapter,
     )
-]  # fmt: skip
+] + list(controlnet.OF_TRANSFORMERS)  # fmt: skip
 
 
 def family_of(model: Any) -> Family | None:

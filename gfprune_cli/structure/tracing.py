@@ -101,7 +101,9 @@ def outputs_of(network: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tens
     # networks may empty the lists of features that they are given
     given = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
     returned = network(**given, **flag)
-    return tree_leaves(returned) if added_arguments(network) else [first_tensor(returned)]
+    if not added_arguments(network):
+        return [first_tensor(returned)]
+    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager

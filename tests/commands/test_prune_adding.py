@@ -130,3 +130,27 @@ def test_what_cannot_be_judged_is_refused_in_one_line(place: Path, tmp_path: Pat
     (tmp_path / "model_index.json").write_text(json.dumps(several))
     with pytest.raises(UsageError, match="MultiControlNetModel holds several"):
         gfprune_cli.prune(tmp_path, component="controlnet", sparsity=0.2, dry_run=True)
+
+
+def test_a_controlnet_of_a_transformer(tmp_path: Path) -> None:
+    """Its heads, feed-forward units and modulation; what it is given is recorded with its transformer's."""
+    dense = PIPELINES["flux-controlnet"](tmp_path / "flux")
+    brief = BRIEF | dict(size="16x16", fold=0.05)
+    result = gfprune_cli.prune(dense, component="controlnet", out=tmp_path / "out", **brief)
+    assert isinstance(result, PruneResult)
+    assert 0 <= result.sparsity["achieved"] - SHARE <= 0.01
+    assert result.loss["removed"] == pytest.approx(result.loss["masked"], rel=1e-4)
+    narrow = gfprune_cli.load(tmp_path / "out", component="controlnet")
+    wide = gfprune_cli.load(dense, component="controlnet")
+    for one, other in zip(narrow.controlnet_blocks, wide.controlnet_blocks, strict=True):
+        assert one.out_features == other.out_features
+    again = gfprune_cli.finetune(
+        tmp_path / "out",
+        component="controlnet",
+        out=tmp_path / "tuned",
+        data="self",
+        steps=1,
+        size="16x16",
+        **SMALL,
+    )
+    assert again.loss["after"] is not None

@@ -1,4 +1,4 @@
-"""A ControlNet or T2I adapter is called as its pipeline calls it, and so is the denoiser that takes what it adds."""
+"""A ControlNet or T2I adapter is called as its pipeline calls it, and so is the denoiser behind it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.diffusion.conditions import Conditions, call
+from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.inputs.conditioning import Asked, recorded, recording_fingerprint
 from gfprune_cli.inputs.pictures import Pictures
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
@@ -19,21 +20,37 @@ from gfprune_cli.inputs.recording import with_rows
 from gfprune_cli.progress import silent
 
 PROMPTS = ["a red fox", "a house"]
-CASES = [("controlnet", "controlnet"), ("t2i-adapter", "adapter")]
+CASES = [  # the component, what its pipeline calls the picture, and what a timestep of its network is times
+    ("controlnet", "controlnet", "image", 1),
+    ("t2i-adapter", "adapter", "image", 1),
+    ("flux-controlnet", "controlnet", "control_image", 1000),
+]
 
 
-def seen(folder: Path, prompt: str, picture: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the U-Net of the pipeline answers first, both branches, and the timestep."""
+def seen(folder: Path, number: int, latents: torch.Tensor, **picture: Any) -> tuple[Any, Any]:
+    """What the denoiser of the pipeline answers first, its branches if it has two, and its timestep.
+
+    Some pipelines encode the picture, which takes noise: that of the recording of this prompt.
+    """
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    pipeline.unet.register_forward_hook(lambda _module, args, output: found.append((output[0], args[1])))
-    pipeline(prompt, image=picture, latents=latents, num_inference_steps=2, output_type="latent")
+    found: list[tuple[Any, Any]] = []
+
+    def note(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        found.append((output[0], kwargs["timestep"] if "timestep" in kwargs else args[1]))
+
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    denoiser.register_forward_hook(note, with_kwargs=True)
+    size = dict(height=16, width=16, num_inference_steps=2, output_type="latent")
+    source = generator(0, "recording", number)
+    pipeline(PROMPTS[number], latents=latents, generator=source, **size, **picture)
     return found[0]
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_a_pass_is_that_of_the_pipeline(family: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "name", "picture", "factor"), CASES)
+def test_a_pass_is_that_of_the_pipeline(
+    family: str, name: str, picture: str, factor: float, tmp_path: Path
+) -> None:
     """Of the second of two samples: each has its own text and picture, and both branches of guidance."""
     folder = PIPELINES[family](tmp_path / family)
     component = inspect(resolve(str(folder)), component=name)
@@ -42,14 +59,15 @@ def test_a_pass_is_that_of_the_pipeline(family: str, name: str, tmp_path: Path) 
     pixels = torch.randint(256, (2, 3, 16, 16), generator=source, dtype=torch.uint8)
     pictures = Pictures(pixels, order=(0, 1), fingerprint="two")
     asked = Asked(PROMPTS, [0, 1])
-    found = recorded(network, component, scheduler, asked, PipelineOptions(), silent, pictures)
+    options = PipelineOptions(size="16x16")
+    found = recorded(network, component, scheduler, asked, options, silent, pictures)
     latents = torch.randn(1, *found.shape, generator=source)
-    expected, time = seen(folder, PROMPTS[1], pictures.image(None, 1, (16, 16)), latents)
+    shown = {picture: pictures.image(None, 1, (16, 16))}
+    expected, time = seen(folder, 1, latents, **shown)
     conditions = with_rows(found, [0, 1])[[1]]
     with torch.no_grad():
-        output = call(network, latents, time[None], conditions)
-    assert torch.allclose(output[0], expected, atol=1e-5)
-    assert conditions.guidance == pytest.approx(7.5)
+        output = call(network, latents, time.view(1) * factor, conditions)
+    assert torch.allclose(output.flatten(0, 1) if conditions.branches > 1 else output, expected, atol=1e-5)
 
 
 def test_another_denoiser_is_another_recording(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from diffusers import (
     AutoencoderKLWan,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxFillPipeline,
+    FluxPipeline,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -27,6 +30,11 @@ from diffusers import (
 from pipelines import BETAS, HEADS, LATENT, conditional_unet, flux, image_vae, saved, seeded
 from text_encoders import clip, qwen2_tokenizer, qwen3, qwen25_vl, t5
 from transformers import UMT5EncoderModel
+
+FLUX_KEYS = (
+    *("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"),
+    *("joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope"),
+)
 
 
 def stable(folder: Path, pipeline: type, channels: int = LATENT, **more: Any) -> Path:
@@ -66,6 +74,14 @@ def controlnet(folder: Path) -> Path:
 def t2i_adapter(folder: Path) -> Path:
     network = T2IAdapter(3, [24, 32], num_res_blocks=1, downscale_factor=2)
     return stable(folder, StableDiffusionAdapterPipeline, adapter=network)
+
+
+def flux_controlnet(folder: Path) -> Path:
+    """Of one block of each kind."""
+    flux(folder, num_layers=1, num_single_layers=1)
+    parts = FluxPipeline.from_pretrained(folder, local_files_only=True).components
+    config = {key: value for key, value in parts["transformer"].config.items() if key in FLUX_KEYS}
+    return saved(folder, FluxControlNetPipeline, controlnet=FluxControlNetModel(**config), **parts)
 
 
 def fill(folder: Path) -> Path:
@@ -155,6 +171,7 @@ def qwen_image(folder: Path) -> Path:
 PIPELINES: dict[str, Callable[[Path], Path]] = {
     "controlnet": seeded(controlnet),
     "t2i-adapter": seeded(t2i_adapter),
+    "flux-controlnet": seeded(flux_controlnet),
     "inpaint": seeded(inpaint),
     "pix2pix": seeded(pix2pix),
     "fill": seeded(fill),
