@@ -41,8 +41,8 @@ REFUSED = (
     ),
     (
         r"^ControlNetUnionModel$",
-        "is given several pictures at once: prune the denoiser, and make it fit with gfprune carry, or keep it "
-        "as it is with --keep-interfaces",
+        "is given several pictures at once: prune the denoiser, and make it fit with gfprune carry, or keep "
+        "it as it is with --keep-interfaces",
     ),
     (
         r"ControlNet|Adapter$",

@@ -103,6 +103,7 @@ def test_it_is_finetuned_evaluated_and_exported(
     tuned = gfprune_cli.finetune(out, component=name, out=tmp_path / "tuned", data="self", steps=1, **SMALL)
     assert tuned.loss["after"] is not None
     found = gfprune_cli.evaluate(out, component=name, samples=4, steps=1, batch=2, no_latency=True)
+    assert found is not None
     assert {"loss", "loss_reference", "psnr"} <= found.metrics.keys()
     written = gfprune_cli.export(out, component=name, out=tmp_path / "half", dtype="fp16")
     assert written.parity.max_rel is not None
@@ -112,7 +113,8 @@ def test_it_is_finetuned_evaluated_and_exported(
 
 def test_what_it_hands_over_is_in_no_group(place: Path) -> None:
     dense, _, _ = pruned(place, "controlnet")
-    names = [group.name for group in gfprune_cli.analyze(dense, component="controlnet").groups]
+    shown: Any = gfprune_cli.analyze(dense, component="controlnet")
+    names = [group.name for group in shown.groups]
     assert not any(name.startswith(("controlnet_down_blocks", "controlnet_mid_block")) for name in names)
     assert "down_blocks.0.resnets.0.conv1" in names
 
@@ -140,8 +142,8 @@ def test_a_controlnet_of_a_transformer(tmp_path: Path) -> None:
     assert isinstance(result, PruneResult)
     assert 0 <= result.sparsity["achieved"] - SHARE <= 0.01
     assert result.loss["removed"] == pytest.approx(result.loss["masked"], rel=1e-4)
-    narrow = gfprune_cli.load(tmp_path / "out", component="controlnet")
-    wide = gfprune_cli.load(dense, component="controlnet")
+    narrow: Any = gfprune_cli.load(tmp_path / "out", component="controlnet")
+    wide: Any = gfprune_cli.load(dense, component="controlnet")
     for one, other in zip(narrow.controlnet_blocks, wide.controlnet_blocks, strict=True):
         assert one.out_features == other.out_features
     again = gfprune_cli.finetune(

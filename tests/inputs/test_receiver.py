@@ -30,7 +30,7 @@ CASES = [  # the component, what its pipeline calls the picture, and what a time
 def seen(folder: Path, number: int, latents: torch.Tensor, **picture: Any) -> tuple[Any, Any]:
     """What the denoiser of the pipeline answers first, its branches if it has two, and its timestep.
 
-    Some pipelines encode the picture, which takes noise: that of the recording of this prompt.
+    Some pipelines encode the picture, which takes noise: that of every recording of one prompt.
     """
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -42,7 +42,7 @@ def seen(folder: Path, number: int, latents: torch.Tensor, **picture: Any) -> tu
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     denoiser.register_forward_hook(note, with_kwargs=True)
     size = dict(height=16, width=16, num_inference_steps=2, output_type="latent")
-    source = generator(0, "recording", number)
+    source = generator(0, "recording", 0)
     pipeline(PROMPTS[number], latents=latents, generator=source, **size, **picture)
     return found[0]
 
