@@ -36,16 +36,18 @@ LORA = "merge it into its model first: load_lora_weights, fuse_lora and save_pre
 # networks that are not pruned, by their names -> why, and what to do
 REFUSED = (
     (
-        r"^((Flux|QwenImage|SD3)?(Multi)?ControlNetModel|ControlNetUnionModel|T2IAdapter|MultiAdapter)$",
-        "adds to the states of the denoiser, and has no denoising loss of its own: prune the denoiser, and "
-        "make it fit with gfprune carry (each of several by itself), or keep it as it is with "
-        "--keep-interfaces",
+        r"Multi(ControlNetModel|Adapter)$",
+        "holds several networks: prune each in a pipeline that has it alone",
+    ),
+    (
+        r"^ControlNetUnionModel$",
+        "is given several pictures at once: prune the denoiser, and make it fit with gfprune carry, or keep "
+        "it as it is with --keep-interfaces",
     ),
     (
         r"ControlNet|Adapter$",
-        "adds to the states of the denoiser, and has no denoising loss of its own; nor does gfprune carry "
-        "know its outputs: use it with the dense denoiser, or with a U-Net that was pruned with "
-        "--keep-interfaces",
+        "adds to the states of the denoiser at places that are not known here, nor to gfprune carry: use it "
+        "with the dense denoiser, or with a U-Net that was pruned with --keep-interfaces",
     ),
     (
         r"^AsymmetricAutoencoderKL$",

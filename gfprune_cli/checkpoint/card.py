@@ -199,9 +199,7 @@ def loss_row(record: Mapping[str, Any]) -> str:
 def removed_shares(params: Mapping[str, int], macs: Mapping[str, int]) -> str:
     """Both shares that went, in words."""
     shares = [1 - pair["after"] / pair["before"] for pair in (params, macs)]
-    return (
-        f"{shares[0]:.1%} of the parameters and {shares[1]:.1%} of the multiply-accumulates of the denoiser"
-    )
+    return f"{shares[0]:.1%} of the parameters and {shares[1]:.1%} of the multiply-accumulates of the network"
 
 
 def loss_left(loss: Mapping[str, float | None]) -> float:

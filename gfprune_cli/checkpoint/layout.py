@@ -23,9 +23,14 @@ EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
 PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderKLFlux2")
+# to the states of a denoiser, whose output tells what is lost
+ADDING = (
+    *("ControlNetModel", "T2IAdapter"),
+    *("FluxControlNetModel", "QwenImageControlNetModel", "SD3ControlNetModel"),
+)
 FAMILIES = (
     "U-Nets and diffusion transformers of diffusers, its autoencoders of images (AutoencoderKL, VQModel), "
-    "and what it pruned itself"
+    "ControlNets and T2I adapters beside them, and what it pruned itself"
 )
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines do without
 PREFERRED = ("unet", "transformer")
@@ -76,6 +81,16 @@ def is_autoencoder(class_name: str) -> bool:
     return stock_name(class_name) in AUTOENCODERS
 
 
+def is_adding(class_name: str) -> bool:
+    """Whether a class adds to the states of a denoiser; such a component has to be asked for by name, too."""
+    return stock_name(class_name) in ADDING
+
+
+def predicts(class_name: str) -> bool:
+    """Whether a class that gfprune works on is a denoiser."""
+    return not is_autoencoder(class_name) and not is_adding(class_name)
+
+
 def is_denoiser(library: str, class_name: str) -> bool:
     """Whether model_index.json names a class that gfprune works on; nothing is imported to find out."""
     if EARLIER.get(library) is not None:
@@ -83,7 +98,9 @@ def is_denoiser(library: str, class_name: str) -> bool:
     if class_name.startswith(PRUNED) != (library in PRUNED_MODULES):
         return False
     name = stock_name(class_name)
-    known = name in AUTOENCODERS or (_DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name))
+    known = name in (*AUTOENCODERS, *ADDING) or (
+        _DENOISER_NAME.fullmatch(name) and not _NO_DENOISER.search(name)
+    )
     return bool(known) and library in ("diffusers", *PRUNED_MODULES)
 
 
@@ -118,6 +135,10 @@ def locate_all(root: Path) -> list[Location]:
     class_name = read_config(root / "config.json", roots).get("_class_name")
     if not is_known(class_name):
         raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
+    if is_adding(str(class_name)):
+        raise GfpruneError(
+            f"{root} is a {class_name} alone, and its denoiser tells what it is worth: give their pipeline"
+        )
     return [Location(root, root, "", str(class_name), None)]
 
 
@@ -159,9 +180,7 @@ def _no_denoiser(root: Path, entries: dict[str, tuple[str, str]]) -> GfpruneErro
 
 def default_locations(locations: list[Location]) -> list[Location]:
     """What `--component` need not name: the denoiser, or those there are to choose from."""
-    denoisers = [
-        place for place in locations if place.pipeline is None or not is_autoencoder(place.class_name)
-    ]
+    denoisers = [place for place in locations if place.pipeline is None or predicts(place.class_name)]
     for name in PREFERRED:
         for location in denoisers:
             if location.name == name:
@@ -178,7 +197,7 @@ def denoiser_names(root: Path) -> list[str]:
     locations = locate_all(root)
     if locations[0].pipeline is None:
         raise UsageError(f"--component needs a pipeline, but {root} is a bare model folder: drop the flag")
-    found = [place.name for place in locations if not is_autoencoder(place.class_name)]
+    found = [place.name for place in locations if predicts(place.class_name)]
     if not found:
         raise _no_denoiser(root, pipeline_components(locations[0].pipeline))
     return found
@@ -223,7 +242,7 @@ def locate(root: Path, component: str | None = None) -> Location:
             )
         return locations[names.index(component)]
     chosen = default_locations(locations)
-    if not chosen:  # only autoencoders, which have to be asked for
+    if not chosen:  # only what has to be asked for
         raise _no_denoiser(root, pipeline_components(locations[0].pipeline or {}))
     if len(chosen) > 1:
         names = [location.name for location in chosen]

@@ -66,6 +66,7 @@ def training_process(component: Component, scheduler: Any) -> NoisingProcess:
     return Reconstruction() if is_autoencoder(component.class_name) else noising_process(scheduler)
 
 
+SeeInputs = Callable[[Mapping[str, Any], Mapping[str, Any] | None], None]
 READ_AT_ONCE = 64  # images of `--data`
 
 
@@ -144,14 +145,15 @@ class ImageRequest:
         scheduler: Any,
         hashes: Mapping[str, str],
         progress: Progress,
-        see_inputs: Callable[[Mapping[str, Any]], None] | None = None,
+        see_inputs: SeeInputs | None = None,
     ) -> Images:
         """The images: read from the user's data, or drawn from `model` (once; they are cached).
 
         Args:
             component, hashes: what `model` was loaded from, and the hashes of its weight files.
             scheduler: of the pipeline.
-            see_inputs: is shown what `model` is given for one sample, before any is drawn, and may raise.
+            see_inputs: is shown what `model` is given for one sample, and the denoiser that takes what it
+                returns if there is one, before any is drawn; may raise.
 
         Raises:
             UsageError: data or options that do not fit the network; GfpruneError: the network cannot be
@@ -187,7 +189,7 @@ class Work:
     scheduler: Any
     hashes: Mapping[str, str]
     progress: Progress
-    see_inputs: Callable[[Mapping[str, Any]], None] | None = None
+    see_inputs: SeeInputs | None = None
 
     @property
     def config(self) -> Any:
@@ -200,9 +202,11 @@ class Work:
     def show_inputs(self, shape: tuple[int, ...], process: NoisingProcess, conditions: Condition) -> None:
         """What the network is given for one sample, on the way to `see_inputs`."""
         if self.see_inputs is not None:
-            first = torch.zeros(1, dtype=torch.long)
+            noisy, times = torch.zeros(1, *shape), process.timesteps(torch.zeros(1, dtype=torch.long))
             chosen = None if conditions is None else conditions[[0]]
-            self.see_inputs(inputs_of(torch.zeros(1, *shape), process.timesteps(first), chosen))
+            receiver = chosen.receiver if isinstance(chosen, Conditions) else None
+            beside = None if receiver is None else inputs_of(noisy, times, receiver.conditions)
+            self.see_inputs(inputs_of(noisy, times, chosen), beside)
 
     def unconditional(self) -> Images:
         """Of a network that is given class labels at most: `UNet2DModel`, on pixels or latents."""

@@ -27,6 +27,7 @@ from gfprune_cli.deploy.halves import LatentDecoder
 from gfprune_cli.deploy.signature import AREA, Signature, compact, larger, signature_of
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.families.table import added_arguments
 from gfprune_cli.inputs.examples import Sizes
 
 OUTPUT = "output"
@@ -133,6 +134,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, signature: Signature | None = None) -> None:
         super().__init__()
+        check_outputs(model)
         replace_modules(model)
         self.network, self.dtype = model, dtype
         self.signature = signature or signature_of(model, None)
@@ -156,8 +158,26 @@ class Denoiser(nn.Module):
         self._signature, self.forward = signature, forward
 
 
+def check_outputs(model: nn.Module) -> None:
+    """Refuse networks that have more than one output.
+
+    Raises:
+        GfpruneError: it adds to the states of another.
+    """
+    if added_arguments(model):
+        raise GfpruneError(
+            f"{type(model).__name__} returns a tensor for each state that it adds to, and the graphs written "
+            "here have one output: use --format safetensors, or a runtime of PyTorch"
+        )
+
+
 def deployed(model: nn.Module) -> nn.Module:
-    """The part of a model that a graph holds: all of a denoiser, the decoder of an autoencoder."""
+    """The part of a model that a graph holds: all of a denoiser, the decoder of an autoencoder.
+
+    Raises:
+        GfpruneError: see `check_outputs`.
+    """
+    check_outputs(model)
     return LatentDecoder(model) if is_autoencoder(type(model).__name__) else model
 
 

@@ -15,10 +15,11 @@ from gfprune_cli.checkpoint.single_file import load_single_file, write_single_fi
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
 from gfprune_cli.deploy.format import DTYPES, Artefact, Format, Job
-from gfprune_cli.deploy.parity import Inputs, Runner
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
 from gfprune_cli.deploy.signature import Signature, workable
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
+from gfprune_cli.structure.tracing import outputs_of
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -56,10 +57,9 @@ def write_pipeline(
 def run_model(model: nn.Module, signature: Signature, dtype: torch.dtype = torch.float32) -> Runner:
     """A network in PyTorch: float32 in and out, arithmetic in `dtype`, the network's own."""
 
-    def run(inputs: Inputs) -> torch.Tensor:
+    def run(inputs: Inputs) -> Outputs:
         arguments = signature.keywords(signature.cast(inputs, dtype))
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
-        return output.float()
+        return only_or_all([output.float() for output in outputs_of(model, arguments)])
 
     return run
 

@@ -18,6 +18,7 @@ from gfprune_cli.deploy.halves import LatentDecoder, LatentEncoder
 from gfprune_cli.diffusion.conditions import NESTED
 from gfprune_cli.families.table import family_of
 from gfprune_cli.inputs.examples import Sizes, example_inputs
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 
 TIMESTEP = "timestep"
@@ -211,7 +212,7 @@ def workable(network: nn.Module, scheduler: Any, dtype: torch.dtype = torch.floa
     """The inputs at small sizes, if the network, which is in `dtype`, takes them; else at its own."""
     small = signature_of(network, scheduler, compact(network, own=True))
     try:
-        network(**small.keywords(small.cast(small.inputs, dtype)), return_dict=False)
+        network(**small.keywords(small.cast(small.inputs, dtype)), **in_tuples(network))
     except (RuntimeError, ValueError, IndexError):
         return signature_of(network, scheduler)
     return small

@@ -27,7 +27,7 @@ class Conditions:
         tensors: keyword -> [rows, branches, ...]; `added_cond_kwargs.time_ids` is entry `time_ids` of the
             dictionary `added_cond_kwargs`.
         shared: keyword -> the same for every sample: numbers, flags, rotary embeddings (also in tuples).
-        sample, timestep: names of the network's own arguments; `timestep` is None if it has no such.
+        sample, timestep: names of the network's own arguments; None for one that it does not have.
         branches: 2 with classifier-free guidance, unconditional first; else 1.
         guidance: its scale; 1.0 without.
         time_factor, time_offset: the network is told factor * timestep + offset.
@@ -38,11 +38,13 @@ class Conditions:
         lists: arguments that are lists with one tensor for each sample, and `shared` ones with one entry.
         twins: arguments that are told the same as `timestep`.
         time_floats: whether whole timesteps are passed in the type of the samples.
+        plain: the network has no `return_dict`.
+        receiver: of a network that predicts nothing itself.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
-    sample: str = "sample"
+    sample: str | None = "sample"
     timestep: str | None = "timestep"
     branches: int = 1
     guidance: float = 1.0
@@ -54,6 +56,8 @@ class Conditions:
     lists: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
     time_floats: bool = False
+    plain: bool = False
+    receiver: "Receiver | None" = None
 
     def __len__(self) -> int:
         if self.rows is not None:
@@ -64,7 +68,8 @@ class Conditions:
         """Those of some of the samples; no tensor is copied."""
         rows = tuple(range(len(self))) if self.rows is None else self.rows
         picked = rows[chosen] if isinstance(chosen, slice) else tuple(rows[number] for number in chosen)
-        return replace(self, rows=tuple(picked))
+        receiver = None if self.receiver is None else self.receiver[chosen]
+        return replace(self, rows=tuple(picked), receiver=receiver)
 
     def to(self, device: torch.device | str) -> "Conditions":
         """On a device; only the rows in use go there."""
@@ -74,7 +79,51 @@ class Conditions:
             for name, tensor in self.tensors.items()
         }
         shared = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(self.shared))
-        return replace(self, tensors=tensors, shared=shared, rows=rows if not tensors else None)
+        receiver = None if self.receiver is None else self.receiver.to(device)
+        rows = rows if not tensors else None
+        return replace(self, tensors=tensors, shared=shared, rows=rows, receiver=receiver)
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """The denoiser that takes what a ControlNet or T2I adapter returns: its output is what counts.
+
+    Args:
+        network: frozen, on the device of the run.
+        arguments: of it that take what is returned, in turn.
+        conditions: what it is given beside that, for the same samples.
+        fingerprint: of its weights.
+    """
+
+    network: Any
+    arguments: tuple[str, ...]
+    conditions: Conditions
+    fingerprint: str = ""
+
+    def __getitem__(self, chosen: Sequence[int] | slice) -> "Receiver":
+        return replace(self, conditions=self.conditions[chosen])
+
+    def of_rows(self, rows: Sequence[int]) -> "Receiver":
+        """Of samples that have these rows of the conditions."""
+        return replace(self, conditions=replace(self.conditions, rows=tuple(rows)))
+
+    def to(self, device: torch.device | str) -> "Receiver":
+        """Its conditions on a device; the network stays where it is."""
+        return replace(self, conditions=self.conditions.to(device))
+
+    def __call__(self, returned: Any, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser makes of noisy samples with that; see `call_with`.
+
+        Args:
+            returned: a tuple with something for each argument, or what the only one takes.
+        """
+        dtype = next(self.network.parameters()).dtype
+        parts = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype), returned)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        added = dict(zip(self.arguments, parts, strict=True))
+        return call_with(
+            lambda _, given: self.network(**given | added), x.to(dtype), timesteps, self.conditions
+        )
 
 
 Condition = torch.Tensor | Conditions | None
@@ -103,6 +152,9 @@ def call_with(
     if not isinstance(condition, Conditions):
         arguments = (x, timesteps) if condition is None else (x, timesteps, condition)
         return first_tensor(function(arguments, {"return_dict": False}))
+    if condition.receiver is not None:
+        returned = function((), keywords(x, timesteps, condition))
+        return condition.receiver(returned, x, timesteps)
     output = own_part(first_tensor(function((), keywords(x, timesteps, condition))), x, condition)
     if condition.sign != 1:
         output = condition.sign * output
@@ -134,7 +186,8 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
         rows = tensor.flatten(0, 1)
         flat[name] = rows.to(x.dtype) if rows.is_floating_point() else rows
     joined = [flat.pop(BEFORE, None), x.repeat_interleave(branches, 0), flat.pop(AFTER, None)]
-    own = {condition.sample: torch.cat([part for part in joined if part is not None], condition.axis)}
+    whole = torch.cat([part for part in joined if part is not None], condition.axis)
+    own = {} if condition.sample is None else {condition.sample: whole}
     shares = flat.pop(LEVELS, None)
     if condition.timestep is not None:
         if (condition.time_factor, condition.time_offset) != (1, 0):
@@ -145,7 +198,7 @@ def keywords(x: torch.Tensor, timesteps: torch.Tensor, condition: Conditions) ->
         if shares is not None:
             times = times.view(-1, *[1] * (shares.ndim - 1)) * shares
         own |= dict.fromkeys((condition.timestep, *condition.twins), times)
-    made: dict[str, Any] = {"return_dict": False}
+    made: dict[str, Any] = {} if condition.plain else {"return_dict": False}
     for name, value in {**own, **flat}.items():
         outer, _, inner = name.partition(NESTED)
         entry = list(value.unbind(0)) if name in here.lists and isinstance(value, torch.Tensor) else value

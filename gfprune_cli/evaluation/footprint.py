@@ -16,6 +16,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.runtime.device import Precision, out_of_memory
 from gfprune_cli.structure.cost import CostModel
@@ -57,7 +58,7 @@ def peak_memory(
     tensors = [*network.parameters(), *network.buffers()]
     resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     try:
-        call = partial(network, **inputs(network, batch), return_dict=False)
+        call = partial(network, **inputs(network, batch), **in_tuples(network))
         with torch.inference_mode():
             with computing_in(precision, device):
                 call()  # what is made once and kept is made before counting

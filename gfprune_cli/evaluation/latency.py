@@ -24,6 +24,7 @@ from gfprune_cli.evaluation.deployment import (
     prepare,
 )
 from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.runtime.device import Precision, out_of_memory
 
@@ -213,7 +214,7 @@ def time_row(
         # one graph per shape, as on a server: graphs for any shape are slower
         runners = [torch.compile(network, dynamic=False) for network in networks]
     calls = [
-        partial(runner, **inputs(network, batch), return_dict=False)
+        partial(runner, **inputs(network, batch), **in_tuples(network))
         for runner, network in zip(runners, networks, strict=True)
     ]
     try:

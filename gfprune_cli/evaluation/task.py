@@ -90,7 +90,7 @@ class Task:
         conditions = self.conditions(batch)
         assert isinstance(conditions, Conditions), "there is a pool"
         found = keywords(noise, self.process.timesteps(index), conditions)
-        del found["return_dict"]
+        found.pop("return_dict", None)
         return found
 
     def sample_inputs(self, network: nn.Module) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Family:
             returns them.
         masked: whether the text comes with a mask of attention when the network is exported.
         time_factor: what timesteps of the scheduler are multiplied by.
+        adds: of networks that predict nothing themselves: the arguments of the denoiser that take what they
+            return, in turn.
     """
 
     classes: tuple[str, ...]
@@ -85,6 +87,7 @@ class Family:
     pairs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     masked: bool = False
     time_factor: float = 1.0
+    adds: tuple[str, ...] = ()
 
 
 def picture(request: Request) -> torch.Tensor:

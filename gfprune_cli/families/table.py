@@ -8,6 +8,7 @@ from torch import nn
 from gfprune_cli.families import (
     autoencoder,
     cogvideox,
+    controlnet,
     dit,
     flux,
     ltx,
@@ -16,6 +17,7 @@ from gfprune_cli.families import (
     sana,
     sd3,
     stable_audio,
+    t2i_adapter,
     unet,
     wan,
 )  # fmt: skip
@@ -24,9 +26,10 @@ from gfprune_cli.families.family import Family
 FAMILIES: list[Family] = [
     module.FAMILY
     for module in (
-        unet, autoencoder, dit, pixart, sd3, flux, sana, cogvideox, wan, ltx, stable_audio, qwen_image
+        unet, autoencoder, dit, pixart, sd3, flux, sana, cogvideox, wan, ltx, stable_audio, qwen_image,
+        controlnet, t2i_adapter,
     )
-]  # fmt: skip
+] + list(controlnet.OF_TRANSFORMERS)  # fmt: skip
 
 
 def family_of(model: Any) -> Family | None:
@@ -39,6 +42,12 @@ def has_known_inputs(model: nn.Module) -> bool:
     """Whether the inputs of a network follow from its configuration."""
     family = family_of(model)
     return family is not None and family.inputs is not None
+
+
+def added_arguments(model: Any) -> tuple[str, ...]:
+    """The arguments of a denoiser that take what this network returns; none of a network that predicts."""
+    family = family_of(model)
+    return () if family is None else family.adds
 
 
 def is_known_class(name: str) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from gfprune_cli.inputs.pictures import Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import read_prompts
+from gfprune_cli.inputs.receiver import adding, load_receiver, received
 from gfprune_cli.inputs.recording import Recording, record
 from gfprune_cli.outputs.cache import Tensors, cached
 from gfprune_cli.outputs.digests import fingerprint
@@ -160,21 +161,26 @@ def recorded(
         pictures: for pipelines that take some; None to draw them.
     """
     device = next(model.parameters()).device
+    denoiser = load_receiver(component, device)
     key = recording_key(model, component, scheduler, asked, options)
     if pictures is not None:
         key["pictures"] = f"{pictures.fingerprint} {pictures.order}"
 
     def make() -> tuple[Tensors, Any]:
-        pipeline = open_pipeline(component, model, scheduler)
+        seen, added, beside = model, None, {}
+        if denoiser is not None:
+            seen, added, beside = denoiser.network, adding(model), {denoiser.name: denoiser.network}
+        pipeline = open_pipeline(component, model, scheduler, beside=beside)
         name = component.scheduler_name
-        made = record(pipeline, model, asked.distinct, options, progress, pictures, name)
+        made = record(pipeline, seen, asked.distinct, options, progress, pictures, name, added)
         del pipeline
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return as_tensors(made)
 
-    return as_recording(*cached(key, make, progress))
+    found = as_recording(*cached(key, make, progress))
+    return found if denoiser is None else received(found, model, denoiser)
 
 
 def recording_key(
@@ -233,9 +239,13 @@ def as_tensors(recording: Recording) -> tuple[Tensors, Any]:
 
 
 def recording_fingerprint(recording: Recording) -> str:
-    """SHA-256 of what a network is given beside its samples."""
+    """SHA-256 of what a network is given beside its samples, and of what takes what it returns."""
     tensors, document = as_tensors(recording)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    receiver = recording.conditions.receiver
+    if receiver is not None:
+        other = replace(recording, conditions=receiver.conditions)
+        digest.update(f"{receiver.fingerprint} {recording_fingerprint(other)}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {fingerprint(tensor)}".encode())
     return digest.hexdigest()

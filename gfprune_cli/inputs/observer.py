@@ -11,12 +11,29 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gfprune_cli.diffusion.conditions import first_tensor
+from gfprune_cli.diffusion.conditions import NESTED, first_tensor
 from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.inputs.rows import flattened
+
+ADDING = "adding"  # before the names of what a ControlNet or T2I adapter is given, among those of a call
 
 
 class Enough(Exception):
     """Ends a run of the pipeline: everything wanted was seen."""
+
+
+@dataclass(frozen=True)
+class Adding:
+    """A network of the pipeline that adds to the states of the one that is looked at.
+
+    Args:
+        own: names of the noisy sample and the noise level among its arguments, if it is told those.
+        taken: arguments of the other network that take what it returns.
+    """
+
+    network: Any
+    own: tuple[str, ...]
+    taken: tuple[str, ...]
 
 
 @dataclass
@@ -24,11 +41,13 @@ class Observer:
     """Hooks on one network and its scheduler.
 
     Args:
+        adding: what it is given is noted among the arguments of the network, in the place of what it returns.
         limit: network calls after which a run ends; None: after the second noise level.
     """
 
     network: Any
     scheduler: Any
+    adding: Adding | None = None
     limit: int | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -36,7 +55,8 @@ class Observer:
     first: int = 0  # calls before the first step
     mu: float | None = None
     image: tuple[int, int, int] = (0, 0, 0)
-    answers: dict[Any, Any] = field(default_factory=dict)  # of the network, by the form of what it was given
+    answers: dict[Any, Any] = field(default_factory=dict)  # of networks, by the form of what they were given
+    given: dict[str, Any] = field(default_factory=dict)  # to what adds, the last time
 
     def __deepcopy__(self, memo: Any) -> "Observer":
         """Copies of a scheduler, as for the frames of a video, are looked at by the same observer."""
@@ -51,19 +71,43 @@ class Observer:
         Further calls for the same sample may have other branches than the first.
         """
         bound = arguments_of(original, args, kwargs)
-        plain = (not bound.get("return_dict", True), first_batch(bound))
-        self.calls.append({name: value for name, value in bound.items() if name != "return_dict"})
+        noted = {name: value for name, value in bound.items() if name != "return_dict"}
+        self.calls.append(noted if self.adding is None else self.with_added(self.adding, noted))
         if self.limit is not None and len(self.calls) >= self.limit:
             raise Enough
-        if plain not in self.answers:
-            dtype = next(self.network.parameters()).dtype
+        answer = self.answer(self.network, original, bound, f"stand-in/{len(self.calls)}")
+        self.outputs.append(first_tensor(answer))
+        return answer
+
+    def adding_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same for what adds to the states of the network; it may be called once for all steps."""
+        self.given = arguments_of(original, args, kwargs)
+        assert self.adding is not None
+        return self.answer(self.adding.network, original, self.given, "what is added")
+
+    def answer(self, network: Any, original: Callable[..., Any], bound: dict[str, Any], purpose: str) -> Any:
+        """Noise in the form of what a network answers."""
+        form = (network is self.network, not bound.get("return_dict", True), first_batch(bound))
+        if form not in self.answers:
+            dtype = next(network.parameters()).dtype
             cast = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, bound
             )
-            self.answers[plain] = original(**cast)
-        answer = noise_like(self.answers[plain], f"stand-in/{len(self.calls)}", self.calls[-1])
-        self.outputs.append(first_tensor(answer))
-        return answer
+            self.answers[form] = original(**cast)
+        return noise_like(self.answers[form], purpose, bound)
+
+    def with_added(self, adding: Adding, noted: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, and what adds to it was given, with a row for each of its samples: for
+        all branches alike where it is told neither sample nor noise level."""
+        batch, known = first_batch(noted), {*adding.own, "return_dict"}
+        given = flattened({name: value for name, value in self.given.items() if name not in known}, set())
+        if not adding.own:
+            given = {
+                name: torch.cat([value] * (batch // len(value))) if isinstance(value, torch.Tensor) else value
+                for name, value in given.items()
+            }
+        rest = {name: value for name, value in noted.items() if name not in adding.taken}
+        return rest | {f"{ADDING}{NESTED}{name}": value for name, value in given.items()}
 
     def other_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Noise in place of what a network without weights would answer."""
@@ -101,6 +145,7 @@ class Observer:
         """Look at everything in the block."""
         places = [
             (self.network, "forward", self.network_call),
+            *([] if self.adding is None else [(self.adding.network, "forward", self.adding_call)]),
             (self.scheduler, "step", self.step),
             (self.scheduler, "set_timesteps", self.set_timesteps),
             (pipeline, "prepare_latents", self.prepare_latents),

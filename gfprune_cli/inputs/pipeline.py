@@ -7,7 +7,7 @@ Autoencoders come without weights where the pipeline takes no images: it reads t
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gfprune_cli.inputs.component_files import check_folder, check_size
 from gfprune_cli.inputs.pictures import takes_pictures
 from gfprune_cli.outputs.tensor_files import cannot_map
 
+NONE: Mapping[str, nn.Module] = {}
 LEFT_OUT = OPTIONAL  # they judge images, or read them
 JUDGES = ("safety_checker",)
 DECODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQModel", "PaellaVQModel", "ConsistencyDecoder")
@@ -45,6 +46,7 @@ def open_pipeline(
     scheduler: Any,
     *,
     decode: bool = False,
+    beside: Mapping[str, nn.Module] = NONE,
 ) -> Any:
     """The pipeline that `component` belongs to, with `network` in its place.
 
@@ -53,20 +55,21 @@ def open_pipeline(
         network: of any device; the pipeline's other components go to the same one.
         scheduler: the pipeline gets a copy.
         decode: whether other networks than `network` need their weights, autoencoders and denoisers.
+        beside: other components that are there already.
 
     Raises:
         GfpruneError: no pipeline of diffusers, or a component of it that cannot be loaded.
     """
     with quiet():
-        return _open(component, network, scheduler, decode=decode)
+        return _open(component, {component.name: network, **beside}, scheduler, decode=decode)
 
 
-def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: bool) -> Any:
+def _open(component: Component, there: Mapping[str, nn.Module], scheduler: Any, *, decode: bool) -> Any:
     from diffusers import DiffusionPipeline
 
     assert component.pipeline is not None
     found = pipeline_class(component)
-    device = next(network.parameters()).device
+    device = next(there[component.name].parameters()).device
     accepted = inspect.signature(found.__init__).parameters
     pictures = takes_pictures(found)
     left_out = JUDGES if pictures else LEFT_OUT
@@ -79,8 +82,8 @@ def _open(component: Component, network: nn.Module, scheduler: Any, *, decode: b
     for name in component.pipeline:
         if name not in accepted or name in made:
             continue
-        if name == component.name:
-            made[name] = network
+        if name in there:
+            made[name] = there[name]
         elif name == component.scheduler_name:
             made[name] = copy.deepcopy(scheduler)
         elif name not in entries or name in left_out:
@@ -195,7 +198,9 @@ def _load(
     folder = component.root / name
     if class_name.startswith("Pruned"):
         if decode:
-            return _usable(load_model(inspect_component(_source(component.root), component=name)), device)
+            return _usable(
+                load_model(inspect_component(local_source(component.root), component=name)), device
+            )
         library, class_name = "diffusers", class_name.removeprefix("Pruned")
     found: Any = _component_class(library, class_name)
     if found is None:
@@ -224,7 +229,7 @@ def _load(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **_stored(folder, textual=textual),
+            **stored_form(folder, textual=textual),
         )
         if names["missing_keys"]:  # they would be random
             raise GfpruneError(
@@ -240,7 +245,7 @@ def _load(
     return _usable(loaded, device)
 
 
-def _source(root: Path) -> Source:
+def local_source(root: Path) -> Source:
     return Source(str(root), root, "local", None)
 
 
@@ -278,7 +283,7 @@ def _component_class(library: str, class_name: str) -> Any:
     return found if missing or issubclass(found, kinds) else None
 
 
-def _stored(folder: Path, *, textual: bool) -> dict[str, Any]:
+def stored_form(folder: Path, *, textual: bool) -> dict[str, Any]:
     """Read weights as they are stored: their type, and a variant where there are no plain files."""
     options: dict[str, Any] = {"dtype": "auto"} if textual else {}
     parsed = [weights_variant(path.name) for path in folder.iterdir()]

@@ -23,7 +23,7 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.arguments import Names, argument_names
 from gfprune_cli.inputs.guidance_fit import Guidance, fit_guidance, fit_time, one_branch
 from gfprune_cli.inputs.joined import Joined, as_batch, find_joined, whole_sample
-from gfprune_cli.inputs.observer import Observer
+from gfprune_cli.inputs.observer import Adding, Observer
 from gfprune_cli.inputs.pictures import Pictures
 from gfprune_cli.inputs.pipeline import quiet
 from gfprune_cli.inputs.pipeline_run import PipelineOptions, PipelineRun
@@ -58,6 +58,7 @@ def record(
     progress: Progress = silent,
     pictures: Pictures | None = None,
     scheduler_name: str = "scheduler",
+    adding: Adding | None = None,
 ) -> Recording:
     """Run a pipeline once per prompt, up to its first call of the network.
 
@@ -66,6 +67,7 @@ def record(
         asked: prompts, class labels where the pipeline takes those, or None for each picture.
         pictures: for pipelines that want some; picture i goes with entry i of `asked`.
         scheduler_name: of the pipeline's schedulers, the network's own.
+        adding: see `Observer`.
 
     Raises:
         UsageError: the pipeline cannot do what `options` ask for.
@@ -73,7 +75,7 @@ def record(
     """
     run = PipelineRun(
         pipeline,
-        Observer(network, getattr(pipeline, scheduler_name)),
+        Observer(network, getattr(pipeline, scheduler_name), adding),
         options,
         pictures or Pictures(),
         list(asked),

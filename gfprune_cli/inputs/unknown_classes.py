@@ -54,7 +54,7 @@ def passed_inputs(
     found = recorded(model, component, scheduler, asked, options, progress)
     conditions = conditional(found.conditions)
     inputs = keywords(torch.zeros(1, *found.shape), torch.ones(1), conditions)
-    del inputs["return_dict"]
+    inputs.pop("return_dict", None)
     shared = frozenset(conditions.shared.keys() - set(conditions.lists))
     return Passed(inputs, conditions.time_factor, shared)
 

@@ -29,6 +29,7 @@ from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.residuals import Carrier, find_residuals
 from gfprune_cli.flow.schedule import Schedule
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.outputs.aside import Aside
 from gfprune_cli.progress import notice
 from gfprune_cli.pruning.job import PruneJob
@@ -100,7 +101,7 @@ class Flow:
 
     @cached_property
     def residuals(self) -> dict[str, Carrier]:
-        return find_residuals(self.dense, {**one_sample(self.job.process, self.draws), "return_dict": False})
+        return find_residuals(self.dense, one_sample(self.job.process, self.draws) | in_tuples(self.dense))
 
     def let_go(self) -> None:
         """Forget the masked network; what was narrowed from it keeps what it needs."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.diffusion.conditions import call
+from gfprune_cli.diffusion.conditions import call, inputs_of
 from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted
@@ -107,7 +107,7 @@ class Folder:
         source = generator(self.probes.seed, "fold")
         noise = torch.randn((SAMPLES, *self.probes.shape), generator=source).to(self.probes.device)
         with torch.no_grad(), visited(self.network, list(found.inputs), keep):
-            call(self.network, noise, times.to(noise.device), condition)
+            self.network(**inputs_of(noise, times.to(noise.device), condition))
         wrong = mismatched(found.inputs, real)
         return [name for name in found.inputs if name not in wrong]
 
@@ -117,7 +117,7 @@ class Folder:
         def run(hide: Hide) -> None:
             times, condition = self.probes.several(parts, hide)
             x = hide(torch.empty((len(times), *self.probes.shape), device=self.probes.device))
-            call(network, x, times.to(self.probes.device), condition)
+            network(**inputs_of(x, times.to(self.probes.device), condition))
 
         return run
 

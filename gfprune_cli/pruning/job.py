@@ -1,6 +1,7 @@
 """One prune run: from a dense network in memory to a narrow one."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,6 +29,7 @@ from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.loop import SCORE_CHUNK, look_for_timesteps, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.inputs.receiver import receiving
 from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, folding_attempt
@@ -123,6 +125,9 @@ class PruneJob:
         self.free = available(device)
         if processes is not None:  # all take the same way, the one that there is memory for everywhere
             self.free = processes.least(self.free)
+        self.receiver = receiving(plan.component)
+        if self.receiver is not None:
+            self.free -= FLOAT * sum(math.prod(info.shape) for info in self.receiver.tensors.values())
         known = example_inputs(network) if has_known_inputs(network) else None
         self.plan_memory(Pass() if known is None else one_pass(network, known))
 
@@ -279,10 +284,19 @@ class PruneJob:
         self.process, self.conditions, self.found = found.process, found.conditions, found
         return found.images, found.conditions
 
-    def see_inputs(self, dense: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def see_inputs(
+        self, dense: nn.Module, inputs: Mapping[str, Any], beside: Mapping[str, Any] | None
+    ) -> None:
         """Plan anew with what the network is really given, before anything is drawn: a pipeline may pass it
-        more than its configuration says."""
-        self.plan_memory(one_pass(build_meta(self.plan.component), inputs))
+        more than its configuration says.
+
+        Args:
+            beside: what the denoiser is given that takes what it returns, if there is one.
+        """
+        one = one_pass(build_meta(self.plan.component), inputs)
+        if self.receiver is not None and beside is not None:
+            one = one.then(one_pass(build_meta(self.receiver), beside))
+        self.plan_memory(one)
         self.as_planned(dense)
 
     def as_planned(self, network: nn.Module) -> nn.Module:

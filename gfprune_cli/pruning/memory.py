@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.layers import is_fittable
 from gfprune_cli.flow.recompute import can_recompute
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.norms import plain_stand_ins
 
@@ -46,6 +47,12 @@ class Pass:
     maps: int = 0
     forward: int = 0
     layers: tuple[tuple[int, int, int], ...] = ()
+
+    def then(self, other: "Pass") -> "Pass":
+        """With what a frozen network takes that goes on with its outputs."""
+        recomputed = None if self.recomputed is None else self.recomputed + other.kept
+        maps, forward = self.maps + other.maps, self.forward + other.forward
+        return Pass(self.kept + other.kept, recomputed, maps, forward, self.layers)
 
 
 class AttentionMaps(TorchFunctionMode):
@@ -143,7 +150,7 @@ def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:
     """
     given = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), dict(inputs))
     try:
-        return measured_pass(model, lambda network: network(**given | {"return_dict": False}))
+        return measured_pass(model, lambda network: network(**given | in_tuples(network)))
     except (RuntimeError, NotImplementedError, ValueError):  # or where a kernel asks for a device
         return Pass()
 

@@ -113,10 +113,14 @@ class Probes:
             for name, tensor in condition.tensors.items():
                 if is_pooled(tensor):
                     tensors[name] = spread(tensors[name], tensor[pool], source)
-        return replace(condition, tensors=tensors, rows=tuple(range(count)))
+        receiver = None if condition.receiver is None else condition.receiver.of_rows(chosen.tolist())
+        return replace(condition, tensors=tensors, rows=tuple(range(count)), receiver=receiver)
 
     def several(self, parts: Mapping[str, int], hide: Hide) -> tuple[torch.Tensor, Condition]:
-        """Timesteps and conditions of several purposes -> counts, one behind the other; tokens hidden."""
+        """Timesteps and conditions of several purposes -> counts, one behind the other; tokens hidden.
+
+        For the network alone: a denoiser that takes what it returns is left out.
+        """
         times = torch.cat([self.timesteps(purpose, count) for purpose, count in parts.items()])
         found = [self.conditions(purpose, count, hide) for purpose, count in parts.items()]
         first = found[0]
@@ -126,7 +130,7 @@ class Probes:
             return times, None
         every = [one.tensors for one in found if isinstance(one, Conditions)]
         tensors = {name: torch.cat([one[name] for one in every]) for name in first.tensors}
-        return times, replace(first, tensors=tensors, rows=tuple(range(len(times))))
+        return times, replace(first, tensors=tensors, rows=tuple(range(len(times))), receiver=None)
 
     def rows(
         self,

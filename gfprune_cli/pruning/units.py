@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
+from gfprune_cli.checkpoint.layout import predicts
 from gfprune_cli.checkpoint.reader import build_meta, load_model
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
@@ -71,6 +72,8 @@ def find_units(
 
 def has_attached(component: Component) -> bool:
     """Whether the pipeline has a network that adds to the states of this one."""
+    if not predicts(component.class_name):
+        return False
     return any("ControlNet" in name or "Adapter" in name for _, name in component.entries.values())
 
 

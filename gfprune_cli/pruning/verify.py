@@ -22,7 +22,7 @@ from gfprune_cli.flow.passing import given_weights
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
-from gfprune_cli.structure.tracing import first_output, hooks_as_before, running_modules
+from gfprune_cli.structure.tracing import hooks_as_before, outputs_of, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 PART = (0.35, 0.75)  # of the units of a group that stay
@@ -175,14 +175,19 @@ def checked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Ten
 
 def masked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     with torch.no_grad(), given_weights(masked.model, masked.passing()):
-        return first_output(masked.model, inputs)
+        return as_one(outputs_of(masked.model, inputs))
+
+
+def as_one(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor as it is, several behind each other."""
+    return outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
 
 
 def outcome(model: nn.Module, inputs: Mapping[str, Any], class_name: str) -> torch.Tensor:
     """Output of the narrow network; a failure names the module in which it happened."""
     with torch.no_grad(), running_modules(model) as running:
         try:
-            return first_output(model, inputs)
+            return as_one(outputs_of(model, inputs))
         except Exception as error:  # a width that the network's own code does not expect can fail anywhere
             where = quoted(running[-1]) if running and running[-1] else "its forward"
             raise GfpruneError(

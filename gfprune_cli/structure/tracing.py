@@ -11,10 +11,12 @@ import torch
 import torch_pruning
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.families.table import added_arguments
 from gfprune_cli.structure.trace import Trace, observe
 
 
@@ -44,8 +46,8 @@ def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) 
             graph.build_dependency(
                 model,
                 example_inputs=dict(inputs),
-                # a product of its own: the last layer's channels are known to reach the output
-                forward_fn=lambda network, given: first_output(network, given) * 1,
+                # products of their own: the last layers' channels are known to reach the outputs
+                forward_fn=lambda network, given: [found * 1 for found in outputs_of(network, given)],
                 verbose=False,
             )
     except Exception as error:  # networks of other people's making fail in any way
@@ -90,10 +92,18 @@ def tables_as_before(model: nn.Module) -> Iterator[None]:
 
 def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The tensor that a network predicts, whether or not its class can wrap it."""
+    return outputs_of(network, inputs)[0]
+
+
+def outputs_of(network: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The one tensor that a network predicts, or all that it adds to the states of another."""
     flag = {"return_dict": False} if "return_dict" in inspect.signature(network.forward).parameters else {}
     # networks may empty the lists of features that they are given
     given = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
-    return first_tensor(network(**given, **flag))
+    returned = network(**given, **flag)
+    if not added_arguments(network):
+        return [first_tensor(returned)]
+    return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager

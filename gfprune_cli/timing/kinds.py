@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
 from gfprune_cli.structure.trace import (
     CONVOLUTIONS,
@@ -101,7 +102,7 @@ def layers_run(network: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Run]:
     found: dict[str, Run] = {}
     handles = [handle for name, module in network.named_modules() for handle in watch(name, module, found)]
     try:
-        network(**inputs, return_dict=False)
+        network(**inputs, **in_tuples(network))
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,7 @@ from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.signature import Signature, signature_of
 from gfprune_cli.errors import UsageError
 from gfprune_cli.families.family import Sizes
+from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.runtime.device import HALF, Precision
 from gfprune_cli.timing import graphs
 from gfprune_cli.timing.kinds import ATTENTION, Kind
@@ -148,13 +149,13 @@ def placed(bench: Bench, network: nn.Module) -> Any:
 
 def eager_network(bench: Bench, network: nn.Module) -> Call:
     found = placed(bench, network)
-    return partial(found, **bench.inputs(found), return_dict=False)
+    return partial(found, **bench.inputs(found), **in_tuples(found))
 
 
 def compiled_network(bench: Bench, network: nn.Module) -> Call:
     """One graph per shape, as on a server."""
     found = placed(bench, network)
-    return partial(torch.compile(found, dynamic=False), **bench.inputs(found), return_dict=False)
+    return partial(torch.compile(found, dynamic=False), **bench.inputs(found), **in_tuples(found))
 
 
 def in_folder(bench: Bench, network: nn.Module, load: Callable[[Path], Runner]) -> Call:

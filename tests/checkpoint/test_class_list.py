@@ -13,7 +13,7 @@ import diffusers
 
 from gfprune_cli.carrying.command import NAMED
 from gfprune_cli.checkpoint.advice import REFUSED, why_not
-from gfprune_cli.checkpoint.layout import is_autoencoder, is_denoiser
+from gfprune_cli.checkpoint.layout import ADDING, is_autoencoder, is_denoiser
 from gfprune_cli.families.table import is_known_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -59,9 +59,9 @@ def test_every_network_class_of_diffusers_has_its_place() -> None:
     assert sections()["unsorted"] == []
 
 
-def test_what_adds_to_a_denoiser_is_sent_to_carry_where_carry_takes_it() -> None:
+def test_what_adds_to_a_denoiser_is_pruned_or_sent_to_carry_where_carry_takes_it() -> None:
     sent = {name for name in networks() if "make it fit with gfprune carry" in (why_not(name) or "")}
-    assert {name for name in sent if "Multi" not in name} == NAMED.keys()
+    assert sent | set(ADDING) == NAMED.keys()
 
 
 def test_the_support_page_lists_them() -> None:

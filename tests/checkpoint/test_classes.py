@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gfprune_cli
-from gfprune_cli.checkpoint.layout import is_autoencoder, is_denoiser, locate
+from gfprune_cli.checkpoint.layout import is_autoencoder, is_denoiser, locate, predicts
 from gfprune_cli.checkpoint.modeling import gfprune_models_v2 as modeling
 from gfprune_cli.checkpoint.reader import build_meta, cast_model, inspect, load_model
 from gfprune_cli.checkpoint.shards import write_weights
@@ -135,12 +135,18 @@ class TestNames:
         assert is_autoencoder(name)
         assert is_autoencoder(f"Pruned{name}")
 
+    @pytest.mark.parametrize("name", ["ControlNetModel", "T2IAdapter", "SD3ControlNetModel"])
+    def test_what_adds_to_a_denoiser(self, name: str) -> None:
+        assert is_denoiser("diffusers", name)
+        assert not predicts(name)
+        assert not predicts(f"Pruned{name}")
+
     @pytest.mark.parametrize(
         "name",
         [
-            "ControlNetModel",
+            "ControlNetUnionModel",
             "UNetControlNetXSModel",
-            "T2IAdapter",
+            "MultiAdapter",
             "CLIPTextModel",
             "AutoModel",
             "ModelMixin",

@@ -337,7 +337,7 @@ class TestConditional:
         "name",
         [
             "CLIPTextModel",
-            "ControlNetModel",
+            "ControlNetUnionModel",
             "UNetControlNetXSModel",
             "StableDiffusionSafetyChecker",
             "MotionAdapter",

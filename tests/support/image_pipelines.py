@@ -7,13 +7,20 @@ from typing import Any
 from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxFillPipeline,
+    FluxPipeline,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    T2IAdapter,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -24,11 +31,17 @@ from pipelines import BETAS, HEADS, LATENT, conditional_unet, flux, image_vae, s
 from text_encoders import clip, qwen2_tokenizer, qwen3, qwen25_vl, t5
 from transformers import UMT5EncoderModel
 
+FLUX_KEYS = (
+    *("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"),
+    *("joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope"),
+)
 
-def stable(folder: Path, pipeline: type, channels: int) -> Path:
-    """A Stable Diffusion pipeline whose network reads more channels than it writes."""
+
+def stable(folder: Path, pipeline: type, channels: int = LATENT, **more: Any) -> Path:
+    """A Stable Diffusion pipeline whose network may read more channels than it writes."""
     encoder, tokenizer = clip(32)
-    more: dict[str, Any] = {"image_encoder": None} if pipeline is not StableDiffusionInpaintPipeline else {}
+    if pipeline is StableDiffusionInstructPix2PixPipeline:
+        more["image_encoder"] = None
     return saved(
         folder,
         pipeline,
@@ -50,6 +63,25 @@ def inpaint(folder: Path) -> Path:
 
 def pix2pix(folder: Path) -> Path:
     return stable(folder, StableDiffusionInstructPix2PixPipeline, 2 * LATENT)
+
+
+def controlnet(folder: Path) -> Path:
+    """Pictures of 16 x 16 pixels; their latents are half as large."""
+    network = ControlNetModel.from_unet(conditional_unet(), conditioning_embedding_out_channels=(8, 16))
+    return stable(folder, StableDiffusionControlNetPipeline, controlnet=network)
+
+
+def t2i_adapter(folder: Path) -> Path:
+    network = T2IAdapter(3, [24, 32], num_res_blocks=1, downscale_factor=2)
+    return stable(folder, StableDiffusionAdapterPipeline, adapter=network)
+
+
+def flux_controlnet(folder: Path) -> Path:
+    """Of one block of each kind."""
+    flux(folder, num_layers=1, num_single_layers=1)
+    parts = FluxPipeline.from_pretrained(folder, local_files_only=True).components
+    config = {key: value for key, value in parts["transformer"].config.items() if key in FLUX_KEYS}
+    return saved(folder, FluxControlNetPipeline, controlnet=FluxControlNetModel(**config), **parts)
 
 
 def fill(folder: Path) -> Path:
@@ -137,6 +169,9 @@ def qwen_image(folder: Path) -> Path:
 
 
 PIPELINES: dict[str, Callable[[Path], Path]] = {
+    "controlnet": seeded(controlnet),
+    "t2i-adapter": seeded(t2i_adapter),
+    "flux-controlnet": seeded(flux_controlnet),
     "inpaint": seeded(inpaint),
     "pix2pix": seeded(pix2pix),
     "fill": seeded(fill),
