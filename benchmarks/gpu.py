@@ -57,7 +57,7 @@ TOY = Form(
     ratios={"half of the channels": 0.5},
     dense_steps=2,
     batch=4,
-    gradients=128,
+    gradients=64,
     scoring=8,
     prune=dict(one_shot=True, draws=4),
     cost_draws=4,

@@ -98,7 +98,7 @@ def test_scoring_is_counted_in_gradients(pipeline_folder: Path) -> None:
 
 def test_a_run_in_its_own_process_reports_memory_and_phases(tmp_path: Path) -> None:
     model = speed.random_pipeline(tmp_path / "random", 8, seed=0)
-    settings = dict(images=4, iterations=2, draws=4, recover=1)
+    settings = dict(images=4, iterations=1, draws=4, recover=1)
     found = speed.footprint(str(model), tmp_path, seed=0, **settings)
     assert found.params == sum(p.numel() for p in gfprune_cli.load(model).parameters())
     assert (found.images, found.peak > 0) == (4, True)

@@ -250,6 +250,7 @@ class TestModelingFile:
         for image in load_file(tmp_path / "tensors.safetensors").values():
             assert torch.allclose(image, torch.from_numpy(expected), atol=1e-5)
 
+    @pytest.mark.thorough  # whole pipelines are loaded so elsewhere: test_clients.py and test_prune.py
     def test_loads_without_gfprune_and_survives_saving(self, tmp_path: Path) -> None:
         """Bit-identical through AutoModel, save_pretrained and an fp16 variant, for any class."""
         model = modeling.pruned_class("UNet2DConditionModel")(

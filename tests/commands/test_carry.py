@@ -115,6 +115,7 @@ def check_equal(pruned: Pruned, before: nn.Module, after: Tensors) -> None:
         )
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("family", CASES)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_fused_then_removed_is_removed_then_carried(

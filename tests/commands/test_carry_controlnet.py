@@ -146,7 +146,7 @@ class TestThePrunedClass:
                 network(**given, controlnet_block_samples=[sample] * count)
 
     @pytest.mark.slow
-    def test_residuals_are_traced(self, made: Callable[[str], Pruned]) -> None:
+    def test_residuals_are_traced(self, made: Callable[[str], Pruned], thorough: bool) -> None:
         network: Any = gfprune_cli.load(made("stable-diffusion").folder)
         streams, _, middle = streams_of_unet(network)
         source = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
@@ -160,8 +160,9 @@ class TestThePrunedClass:
             wanted = network(*source, **added).sample
             compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(*source, **added).sample, wanted)
-            exported = torch.export.export(network, source, added).module()
-            torch.testing.assert_close(exported(*source, **added).sample, wanted)
+            if thorough:  # which is traced like the other
+                exported = torch.export.export(network, source, added).module()
+                torch.testing.assert_close(exported(*source, **added).sample, wanted)
 
 
 class TestTransformers:
@@ -212,6 +213,7 @@ class TestTransformers:
         with pytest.raises(ValueError, match="gfprune carry --adapter"):
             network(**given, **dict(zip(names, before, strict=True)))
 
+    @pytest.mark.matrix(3)
     @pytest.mark.parametrize("count", [1, 2])
     @pytest.mark.parametrize("xlabs", [False, True])
     def test_the_network_computes_what_the_dense_one_does_without_the_blocks(

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Gfprune, fresh, quick_flags
+from conftest import SMALLEST, Gfprune, fresh, quick_flags
+from forked import Server
 from typer.testing import CliRunner
 
 import gfprune_cli
@@ -31,9 +32,9 @@ SHARES = {"target", "achieved", "of", "params", "macs"}
 LOSSES = {"before", "masked", "removed", "recovered"}
 
 
-def test_stdout_is_the_output_path_and_nothing_else(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_stdout_is_the_output_path_and_nothing_else(smallest_folder: Path, tmp_path: Path) -> None:
     """`OUT=$(gfprune prune ...)` works, logs carry no escape codes, the default name says what it is."""
-    done = fresh("prune", "--model", pipeline_folder, "--sparsity", "0.4", *quick_flags(), cwd=tmp_path)
+    done = fresh("prune", "--model", smallest_folder, "--sparsity", "0.4", *quick_flags(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tiny-taylor-both40\n"
     assert (tmp_path / "tiny-taylor-both40" / WEIGHTS).exists()
@@ -47,10 +48,10 @@ def test_stdout_is_the_output_path_and_nothing_else(pipeline_folder: Path, tmp_p
 
 
 def test_json_is_one_document_with_every_promised_key(
-    pipeline_folder: Path, tmp_path: Path, gfprune: Gfprune
+    smallest_folder: Path, tmp_path: Path, gfprune: Gfprune
 ) -> None:
     done = gfprune(
-        "prune", "--model", pipeline_folder, "--out", tmp_path / "out", "--json", "--quiet", *quick_flags()
+        "prune", "--model", smallest_folder, "--out", tmp_path / "out", "--json", "--quiet", *quick_flags()
     )
     document = json.loads(done.stdout)
     assert document.keys() >= PRUNE_KEYS
@@ -75,8 +76,8 @@ def test_dry_run_plans_and_writes_nothing(pipeline_folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_out_of_reach_names_the_nearest_which_is_in_reach(pipeline_folder: Path) -> None:
-    ask = ["prune", "--model", str(pipeline_folder), "--dry-run", "--json", "--quiet", "--sparsity"]
+def test_a_budget_out_of_reach_names_the_nearest_which_is_in_reach(smallest_folder: Path) -> None:
+    ask = ["prune", "--model", str(smallest_folder), "--dry-run", "--json", "--quiet", "--sparsity"]
     refused = CliRunner().invoke(app, [*ask, "0.999"])
     assert refused.exit_code == 2
     found = re.search(
@@ -116,8 +117,8 @@ def test_analyze_needs_no_weights(pipeline_folder: Path, tmp_path: Path, gfprune
     assert "conv_in" in done.stdout
 
 
-def test_analyze_measures_sensitivity(pipeline_folder: Path, gfprune: Gfprune) -> None:
-    done = gfprune("analyze", "--model", pipeline_folder, "--sensitivity", "--json", "--quiet")
+def test_analyze_measures_sensitivity(smallest_folder: Path, gfprune: Gfprune) -> None:
+    done = gfprune("analyze", "--model", smallest_folder, "--sensitivity", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     rises = [group["sensitivity"] for group in json.loads(done.stdout)["groups"]]
     assert all(isinstance(rise, float) for rise in rises)
@@ -269,10 +270,10 @@ def test_the_ddpm_cifar10_network_is_planned_at_its_size(tmp_path: Path) -> None
     assert abs(found.plan[0].achieved - 0.44) <= 0.01
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.thorough  # the demo is pruned, a flat repository too
 @pytest.mark.parametrize("narrower", [4, 1])
 def test_the_ddpm_cifar10_architecture(tmp_path: Path, narrower: int) -> None:
-    """In a repository without a folder for each component; at its own widths with --thorough."""
+    """In a repository without a folder for each component, at its own widths too."""
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -311,7 +312,7 @@ def test_a_flat_repository_of_the_hub(tmp_path: Path, gfprune: Gfprune) -> None:
     from hub_server import COMMIT, hub_server
 
     folder = tmp_path / "repository"
-    flat(folder, UNet2DModel(**TINY), DDPMScheduler())
+    flat(folder, UNet2DModel(**SMALLEST), DDPMScheduler())
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     with hub_server({"google/ddpm-cifar10-32": folder}) as hub:
         done = gfprune(
@@ -329,13 +330,17 @@ def test_a_flat_repository_of_the_hub(tmp_path: Path, gfprune: Gfprune) -> None:
     assert "license: apache-2.0" in card
 
 
-def test_the_library_leaves_the_environment_alone() -> None:
+def test_the_library_leaves_the_environment_alone(server: Server) -> None:
     """Only the command line forbids remote code for its process; a user's own process may load the result."""
     script = (
-        "import os, gfprune_cli; gfprune_cli.load; assert 'DIFFUSERS_DISABLE_REMOTE_CODE' not in os.environ"
+        "import os, sys\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'gfprune_cli']:\n"
+        "    del sys.modules[name]\n"
+        "del os.environ['DIFFUSERS_DISABLE_REMOTE_CODE']\n"
+        "import gfprune_cli; gfprune_cli.load; assert 'DIFFUSERS_DISABLE_REMOTE_CODE' not in os.environ"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
+    done = server.run(script=script, environment={"DIFFUSERS_DISABLE_REMOTE_CODE": "1"})
+    assert done.code == 0, done.stderr
 
 
 def test_a_signal_within_a_long_operation_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:

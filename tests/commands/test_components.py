@@ -152,7 +152,7 @@ def test_a_component_that_is_not_pruned_is_refused_with_the_reason(
 
 def test_experts_pruned_one_after_the_other_are_both_on_record(dense: Path, tmp_path: Path) -> None:
     """At sparsities of their own; each is the teacher's pupil of its own record."""
-    brief = BRIEF | dict(recover=0)
+    brief = BRIEF | dict(recover=0, refit=False, fold=0)
     first, second = tmp_path / "first", tmp_path / "second"
     gfprune_cli.prune(str(dense), out=first, **brief | dict(component="transformer"))
     gfprune_cli.prune(str(first), out=second, **brief | dict(component="transformer_2", sparsity=0.2))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, quick_flags
+from conftest import ONE_SHOT, quick_flags
 from pipelines import FAMILIES, PNDMScheduler, conditional_unet, stable_diffusion
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -160,11 +160,11 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("no_weights")
 def test_the_dry_run_refuses_what_the_run_refuses(
-    pipeline_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, model = CASES[name], tmp_path / "model"
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(pipeline_folder, model)
+    shutil.copytree(smallest_folder, model)
     case.change(model)
     if (model / "bare").is_dir():
         model = model / "bare"
@@ -182,10 +182,10 @@ def test_the_dry_run_refuses_what_the_run_refuses(
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_model_in_a_folder_that_is_no_text(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(pipeline_folder, NOT_UTF8)
+    shutil.copytree(smallest_folder, NOT_UTF8)
     arguments = ("prune", "--model", NOT_UTF8, "--out", "out", *quick_flags())
     dry = line(*arguments, "--dry-run")
     assert "rename the folder" in dry[0]
@@ -194,19 +194,19 @@ def test_a_model_in_a_folder_that_is_no_text(
 
 @pytest.mark.usefixtures("no_weights")
 def test_memory_is_one_of_the_checks(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "available", lambda device: 1 << 20)
-    arguments = ("prune", "--model", pipeline_folder, "--out", tmp_path / "out")
+    arguments = ("prune", "--model", smallest_folder, "--out", tmp_path / "out")
     dry = line(*arguments, "--dry-run")
     assert "are free" in dry[0]
     assert dry == line(*arguments)
     assert dry[1] == 1
 
 
-def test_the_dry_run_of_finetune_refuses_what_the_run_refuses(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_the_dry_run_of_finetune_refuses_what_the_run_refuses(smallest_folder: Path, tmp_path: Path) -> None:
     pruned = tmp_path / "pruned"
-    gfprune_cli.prune(str(pipeline_folder), sparsity=0.3, out=pruned, **QUICK | dict(recover=0))
+    gfprune_cli.prune(str(smallest_folder), sparsity=0.3, out=pruned, **ONE_SHOT | dict(recover=0))
     brief = ("--steps", 1, "--images", 8, "--sample-steps", 2, "--batch", 2)
     whole = load_file(pruned / "unet" / WEIGHTS)
     more = whole | {"ema.decay": torch.zeros(1)}

@@ -116,6 +116,7 @@ def test_a_model_agrees_with_itself_exactly(pipeline_folder: Path) -> None:
     assert all(one == other for one, other in result.grid)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "settings", [{}, {"eta": 1.0, "timestep_spacing": "quad"}, {"sampler": "ddpm"}, {"sampler": "pipeline"}]
 )

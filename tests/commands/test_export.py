@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_SHOT, TINY, Gfprune, Shell, examples, fresh
+from conftest import ONE_SHOT, SMALLER_DEMO, TINY, Gfprune, Shell, examples, fresh
 from forked import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +87,24 @@ def pruned(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     modules = json.loads((out / "unet" / "config.json").read_text())["gfprune"]["modules"]
     assert any(len(set(shape["groups"])) > 1 for shape in modules.values() if "groups" in shape)
     return out
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of one level, which is traced in half of the time."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("short") / "short"
+    one = dict(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    DDPMPipeline(UNet2DModel(**TINY | one), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def smaller_demo(short: Path, thorough: bool) -> dict[str, str]:
+    """What `demo` is in the commands of the documents here."""
+    return {} if thorough else {SMALLER_DEMO: str(short)}
 
 
 @pytest.fixture(scope="module")
@@ -359,17 +377,13 @@ def test_onnx_repeats_byte_for_byte(pruned: Path, onnx_folder: Path, tmp_path: P
 
 @NEEDS_ONNX
 @pytest.mark.slow
-def test_large_onnx_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_onnx_weights_lie_beside_the_graph(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In another precision and of another operator set."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    short = dict(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
-    dense = tmp_path / "dense"
-    UNet2DModel(**TINY | short).save_pretrained(dense)
     monkeypatch.setattr(onnx_model, "EXTERNAL_BYTES", 1000)
-    planned = gfprune_cli.export(str(dense), format="onnx", dry_run=True)
-    result = gfprune_cli.export(str(dense), format="onnx", out=tmp_path / "apart", opset=18, dtype="fp16")
+    planned = gfprune_cli.export(str(short), format="onnx", dry_run=True)
+    result = gfprune_cli.export(str(short), format="onnx", out=tmp_path / "apart", opset=18, dtype="fp16")
     assert result.files.keys() == planned.files.keys() == {"model.onnx", "model.onnx.data"}
     assert result.opset == 18
     assert result.parity.max_rel is not None
@@ -390,7 +404,7 @@ def test_timesteps_are_what_the_network_was_trained_with(name: str) -> None:
 
 @NEEDS_ONNX
 @pytest.mark.slow
-@pytest.mark.matrix(3)
+@pytest.mark.thorough  # other tests know their inputs, and graphs with labels as programs
 @pytest.mark.parametrize("name", ["resnet-classes", "ncsnpp", "seams"])
 def test_other_architectures_in_onnx(name: str, tmp_path: Path) -> None:
     """Noise levels as floats, class labels, FIR resampling, resampling inside residual blocks."""
@@ -589,7 +603,7 @@ def test_bfloat16_is_refused_where_nothing_could_verify_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("when", ["before", "safetensors", "graph", "stopped"])
 def test_a_run_that_fails_leaves_nothing(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    pruned: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """A disk that is full from the start or gets full, and a signal."""
 
@@ -611,9 +625,9 @@ def test_a_run_that_fails_leaves_nothing(
     if when == "graph":
         monkeypatch.setattr(Path, "write_bytes", full_too)
     error, words = (Interrupted, "stopped") if when == "stopped" else (GfpruneError, "no space left")
-    form = "torch-export" if when == "graph" else "safetensors"
+    model, form = (short, "torch-export") if when == "graph" else (pruned, "safetensors")
     with pytest.raises(error, match=words):
-        gfprune_cli.export(str(pruned), format=form, out=tmp_path / "out", progress=stop)
+        gfprune_cli.export(str(model), format=form, out=tmp_path / "out", progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -207,6 +207,7 @@ def test_sd3_is_read_by_diffusers_single_file_loader(
     assert sorted(again) == list(dual)
 
 
+@pytest.mark.thorough  # uneven depths and the names of an SDXL have tests of their own
 def test_an_sdxl_without_some_blocks_comes_back_through_diffusers_loader(tmp_path: Path) -> None:
     """Blocks removed as the native layout removes them, to a depth that ComfyUI knows (KOALA's)."""
     folder = FAMILIES["sdxl"](tmp_path / "sdxl")

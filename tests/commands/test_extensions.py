@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from annotated_types import Ge
-from conftest import QUICK
+from conftest import ONE_SHOT
 from safetensors.torch import save
 from transformers_zoo import build_other
 
@@ -33,10 +33,8 @@ from gfprune_cli.structure.cost import COSTS, Cost
 
 
 @pytest.fixture
-def pruning(pipeline_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    return dict(model=str(pipeline_folder), out=tmp_path / "out", one_shot=True) | {
-        name: value for name, value in QUICK.items() if name != "iterations"
-    }
+def pruning(smallest_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return dict(model=str(smallest_folder), out=tmp_path / "out") | ONE_SHOT | dict(refit=False, recover=0)
 
 
 def test_a_criterion_is_a_function_and_a_row(

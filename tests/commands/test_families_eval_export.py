@@ -271,6 +271,7 @@ def test_denoisers_in_half_precision(family: str, folder_of: Callable[[str], Pat
     assert getattr(pipeline, COMPONENTS[family]).dtype == torch.bfloat16
 
 
+@pytest.mark.thorough  # pruned ones are exported in test_families.py
 @pytest.mark.parametrize("family", ["stable-diffusion", "dit", "stable-audio"])
 def test_denoisers_as_programs(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     result = exported(folder_of(family), "torch-export", tmp_path / "out")
@@ -279,6 +280,7 @@ def test_denoisers_as_programs(family: str, folder_of: Callable[[str], Path], tm
         assert result.inputs["rotary_embedding_0"]["shape"] == ["w+1", 4]
 
 
+@pytest.mark.thorough  # test_export.py has a network in OpenVINO
 @NEEDS_OPENVINO
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sana", "wan"])

@@ -6,8 +6,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +111,7 @@ def test_same_seed_same_bytes_and_another_seed_differs(pruned: Path, tuned: Path
     assert digest(tmp_path / "other") != digest(tuned)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("stop_at", range(1, 14, 3))
 def test_a_stopped_run_resumes_to_the_same_bytes(
     pruned: Path, tuned: Path, tmp_path: Path, stop_at: int
@@ -143,6 +142,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-logs"]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_resumes_to_the_same_bytes(
     pruned: Path, tuned: Path, tmp_path: Path, server: Server, number: signal.Signals
@@ -187,29 +187,13 @@ def test_logs_of_a_run_killed_before_its_first_state_are_its_own(pruned: Path, t
     assert steps == [1, 2]
 
 
-def test_two_processes_train_what_one_does(pruned: Path, tuned: Path, tmp_path: Path) -> None:
-    """`accelerate launch` with two CPU processes and the same effective batch, to float tolerance."""
+def test_two_processes_train_what_one_does(pruned: Path, tuned: Path, server: Server, tmp_path: Path) -> None:
+    """With the same effective batch, to float tolerance; test_eval_command.py has `accelerate launch`."""
     out = tmp_path / "out"
-    # the one launcher that starts several processes without MPI; the device is still the CPU
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    done = subprocess.run(
-        [
-            sys.executable, *launcher, "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", "-m", "gfprune_cli", "finetune", "--model", str(pruned),
-            "--out", str(out), "--device", "cpu", "--json", *flags(**BRIEF),
-        ],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["processes"] == 2
+    command = ["finetune", "--model", pruned, "--out", out, "--device", "cpu", "--json", *flags(**BRIEF)]
+    done = server.together(2, *command)
+    assert [one.code for one in done] == [0, 0], done[0].stderr[-2000:]
+    assert json.loads(done[0].stdout)["processes"] == 2
     start, one, two = (
         nn.utils.parameters_to_vector(gfprune_cli.load(folder).parameters()).detach()
         for folder in (pruned, tuned, out)
@@ -259,6 +243,7 @@ def test_compiled_networks_are_what_is_trained(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_other_predictions_and_native_layout(tmp_path: Path, prediction: str) -> None:
     from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel

@@ -68,14 +68,14 @@ def test_a_run_stopped_while_it_folds_and_while_it_trains_resumes_to_the_same_by
 ) -> None:
     settings: dict[str, Any] = dict(sparsity=0.3, budget="params", fold=0.05, **QUICK | {"iterations": 1})
     gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "whole", **settings)
-    left = ["fold", "refitted", "finetune"]
+    left = ["fold", "finetune"]
 
     def stop(event: Event) -> None:
         if left and event.phase == left[0]:
             left.pop(0)
             raise Interrupted("stop", signal.SIGTERM)
 
-    for number in range(3):
+    for number in range(2):
         with pytest.raises(Interrupted):
             gfprune_cli.prune(
                 str(pipeline_folder), out=tmp_path / "out", resume=number > 0, progress=stop, **settings
@@ -94,7 +94,7 @@ def test_folded_checkpoints_are_trained_exported_and_pruned_again(
     )
     network = gfprune_cli.load(str(result.output))
     assert any(isinstance(part, FactoredLinear) for part in network.modules())
-    form = "onnx" if thorough else "torch-export"  # its first half
+    form = "onnx" if thorough else "safetensors"  # two factors are traced as any two layers are
     assert gfprune_cli.export(str(folded_out), format=form, out=tmp_path / "graph").parity.inputs > 0
     again = gfprune_cli.prune(str(folded_out), sparsity=0.3, out=tmp_path / "again", **QUICK)
     assert again.params["after"] < 0.72 * again.params["before"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_SHOT, QUICK, TINY, Gfprune, quick_flags
+from conftest import ONE_SHOT, QUICK, SMALLEST, Gfprune, quick_flags
 from forked import Server
 from safetensors import SafetensorError, safe_open
 
@@ -41,8 +41,11 @@ LOAD_ELSEWHERE = """
 import sys
 sys.modules["gfprune_cli"] = None  # an environment without gfprune
 import torch
-from diffusers import AutoModel, DiffusionPipeline
-out, saved, half, results = sys.argv[1:]
+from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
+out, saved, half, results, native, parameters = sys.argv[1:]
+unet = DDPMPipeline.from_pretrained(native).unet
+assert type(unet) is UNet2DModel
+assert sum(p.numel() for p in unet.parameters()) == int(parameters)
 x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
 found = {"pipeline": pipeline.unet(x, 7).sample}
@@ -90,38 +93,33 @@ def run_elsewhere(script: str, *arguments: object) -> None:
     )
 
 
-def test_adaptive_output_loads_without_gfprune_and_survives_saving(pruned: Path, tmp_path: Path) -> None:
-    """Bit-identical through DiffusionPipeline, AutoModel, save_pretrained and an fp16 variant."""
-    results = tmp_path / "results.pt"
-    run_elsewhere(LOAD_ELSEWHERE, pruned, tmp_path / "saved", tmp_path / "half", results)
+def test_outputs_load_without_gfprune_and_survive_saving(
+    pruned: Path, smallest_folder: Path, tmp_path: Path
+) -> None:
+    """Bit-identical through DiffusionPipeline, AutoModel, save_pretrained and an fp16 variant; native outputs
+    in the stock class, without a flag."""
+    native, results = tmp_path / "native", tmp_path / "results.pt"
+    result = gfprune_cli.prune(
+        str(smallest_folder), sparsity=0.4, layout="native", out=native, **QUICK | {"refit": False}
+    )
+    run_elsewhere(
+        LOAD_ELSEWHERE, pruned, tmp_path / "saved", tmp_path / "half", results, native, result.params["after"]
+    )
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = gfprune_cli.load(pruned)(x, 7).sample
     for name, output in torch.load(results, weights_only=True).items():
         assert torch.equal(output, expected), name
-
-
-def test_native_output_loads_in_the_stock_class_without_a_flag(pipeline_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "native"
-    result = gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, layout="native", out=out, **QUICK)
-    script = (
-        "import sys; sys.modules['gfprune_cli'] = None\n"
-        "from diffusers import DDPMPipeline, UNet2DModel\n"
-        "unet = DDPMPipeline.from_pretrained(sys.argv[1]).unet\n"
-        "assert type(unet) is UNet2DModel\n"
-        "assert sum(p.numel() for p in unet.parameters()) == int(sys.argv[2])"
-    )
-    run_elsewhere(script, out, result.params["after"])
-    assert not list(out.rglob("*.py"))
+    assert not list(native.rglob("*.py"))
     assert result.class_name == "UNet2DModel"
 
 
 @pytest.mark.parametrize("layout", ["adaptive", "native"])
 def test_keys_that_the_class_does_not_know_are_carried_along(
-    pipeline_folder: Path, tmp_path: Path, layout: str
+    smallest_folder: Path, tmp_path: Path, layout: str
 ) -> None:
     """Training scripts and other versions of diffusers write them; diffusers itself ignores them."""
     model = tmp_path / "model"
-    shutil.copytree(pipeline_folder, model)
+    shutil.copytree(smallest_folder, model)
     config = model / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_with": "a script"}))
     settings = QUICK | dict(recover=0, refit=False)
@@ -209,7 +207,10 @@ EVENTS = [
 ]  # phase and step, in the order of a `QUICK` run
 
 
-@pytest.mark.parametrize(("layout", "stops"), [("adaptive", EVENTS), ("native", EVENTS[5:13:3])])
+@pytest.mark.parametrize(
+    ("layout", "stops"),
+    [("adaptive", EVENTS), pytest.param("native", EVENTS[5:13:3], marks=pytest.mark.thorough)],
+)
 def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
     pruned: Path, pipeline_folder: Path, tmp_path: Path, layout: str, stops: list[tuple[str, int]]
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_run_stopped_at_every_event_resumes_to_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.thorough  # reliability/ has signals in every phase, and SIGKILL at random moments
 @pytest.mark.parametrize(
     ("number", "phase", "nth"), [(signal.SIGKILL, "finetune", 0), (signal.SIGTERM, "refit", 30)]
 )
@@ -263,16 +265,16 @@ def test_a_killed_process_resumes_to_the_same_bytes(
     assert digest(out) == digest(pruned)
 
 
-def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_says_the_same_again(smallest_folder: Path, tmp_path: Path) -> None:
     """A job that is killed after the output appeared, and repeated, succeeds; only on its own output."""
     data, out = tmp_path / "data.npz", tmp_path / "out"
-    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+    np.savez(data, x=np.zeros((8, 8, 8, 3), np.uint8))
     settings: dict[str, Any] = dict(data=str(data), out=out, one_shot=True, draws=8, images=8, recover=1)
-    first = gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, **settings)
+    first = gfprune_cli.prune(str(smallest_folder), sparsity=0.5, **settings)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     phases = []
     again = gfprune_cli.prune(
-        str(pipeline_folder),
+        str(smallest_folder),
         sparsity=0.5,
         resume=True,
         progress=lambda event: phases.append(event.phase),
@@ -283,10 +285,10 @@ def test_resuming_a_finished_run_says_the_same_again(pipeline_folder: Path, tmp_
     assert not {"score", "refit", "remove", "finetune", "write"} & set(phases)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     with pytest.raises(UsageError, match="another run"):
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.4, resume=True, **settings)
-    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+        gfprune_cli.prune(str(smallest_folder), sparsity=0.4, resume=True, **settings)
+    np.savez(data, x=np.full((8, 8, 8, 3), 9, np.uint8))
     with pytest.raises(UsageError, match="another run"):
-        gfprune_cli.prune(str(pipeline_folder), sparsity=0.5, resume=True, **settings)
+        gfprune_cli.prune(str(smallest_folder), sparsity=0.5, resume=True, **settings)
 
 
 def test_a_pruned_checkpoint_can_be_pruned_again(pruned: Path, tmp_path: Path) -> None:
@@ -312,7 +314,8 @@ def test_other_layouts_and_schedulers(tmp_path: Path, layout: str) -> None:
         "v-prediction": DDIMScheduler(prediction_type="v_prediction"),
     }
     extra = {"time_embedding_type": "fourier"} if layout == "variance-exploding" else {}
-    UNet2DModel(**TINY | {"in_channels": channels, "out_channels": channels} | extra).save_pretrained(folder)
+    config = SMALLEST | {"in_channels": channels, "out_channels": channels} | extra
+    UNet2DModel(**config).save_pretrained(folder)
     if layout != "bare":
         schedulers.get(layout, DDPMScheduler()).save_pretrained(folder)
         name = type(schedulers.get(layout, DDPMScheduler())).__name__
@@ -329,11 +332,11 @@ def test_other_layouts_and_schedulers(tmp_path: Path, layout: str) -> None:
     assert (out / "config.json").exists() is (layout == "bare")
     assert (out / "unet" / "config.json").exists() is (layout != "bare")
     assert (out / "samples.png").exists() is (layout != "latent")
-    x = torch.randn(1, channels, 16, 16)
+    x = torch.randn(1, channels, 8, 8)
     assert bool(gfprune_cli.load(out)(x, 1).sample.isfinite().all())
 
 
-def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_data_of_another_size_is_resized_and_said(smallest_folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     data = tmp_path / "images"
@@ -346,7 +349,7 @@ def test_data_of_another_size_is_resized_and_said(pipeline_folder: Path, tmp_pat
         if event.phase == "notice":
             notices.append(event.text)
 
-    gfprune_cli.prune(str(pipeline_folder), data=str(data), out=tmp_path / "out", progress=listen, **ONE_SHOT)
+    gfprune_cli.prune(str(smallest_folder), data=str(data), out=tmp_path / "out", progress=listen, **ONE_SHOT)
     assert any("resized" in text for text in notices)
     assert (tmp_path / "out" / "samples.png").exists()
 
@@ -387,11 +390,11 @@ def test_without_refit_and_recovery_the_weights_that_stay_are_the_dense_ones(
         assert all(found.values()) is same
 
 
-def test_every_criterion_runs_and_they_choose_differently(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_every_criterion_runs_and_they_choose_differently(smallest_folder: Path, tmp_path: Path) -> None:
     chosen = {}
     for criterion in CRITERIA:
         result = gfprune_cli.prune(
-            str(pipeline_folder), criterion=criterion, out=tmp_path / criterion,
+            str(smallest_folder), criterion=criterion, out=tmp_path / criterion,
             **ONE_SHOT | {"refit": False, "recover": 0},
         )  # fmt: skip
         assert abs(result.sparsity["achieved"] - 0.5) <= 0.01
@@ -427,38 +430,38 @@ def test_force_replaces_only_what_gfprune_wrote(pruned: Path, pipeline_folder: P
 
 
 def test_a_full_disk_is_said_and_changes_nothing(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("gfprune_cli.outputs.durable.save_file", full)
     with pytest.raises(GfpruneError, match="no space left"):
-        gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **QUICK)
+        gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_data_that_changed_is_noticed_on_resume(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_data_that_changed_is_noticed_on_resume(smallest_folder: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data.npz", tmp_path / "out"
-    np.savez(data, x=np.zeros((8, 16, 16, 3), np.uint8))
+    np.savez(data, x=np.zeros((8, 8, 8, 3), np.uint8))
 
     def stop(event: Event) -> None:
         if event.phase == "refitted":
             raise Interrupted("stop", signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume"):
-        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, progress=stop, **QUICK)
-    np.savez(data, x=np.full((8, 16, 16, 3), 9, np.uint8))
+        gfprune_cli.prune(str(smallest_folder), data=str(data), out=out, progress=stop, **QUICK)
+    np.savez(data, x=np.full((8, 8, 8, 3), 9, np.uint8))
     with pytest.raises(UsageError, match="data contents"):
-        gfprune_cli.prune(str(pipeline_folder), data=str(data), out=out, resume=True, **QUICK)
+        gfprune_cli.prune(str(smallest_folder), data=str(data), out=out, resume=True, **QUICK)
 
 
-def test_half_precision_in_half_precision_out(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_half_precision_in_half_precision_out(smallest_folder: Path, tmp_path: Path) -> None:
     from diffusers import DDPMPipeline
 
     folder = tmp_path / "half"
-    DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(folder)
+    DDPMPipeline.from_pretrained(smallest_folder, torch_dtype=torch.float16).save_pretrained(folder)
     result = gfprune_cli.prune(str(folder), out=tmp_path / "out", **ONE_SHOT)
     with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118

@@ -126,6 +126,7 @@ FALLS = {  # network -> share of the distance that a refit takes away at least, 
 }
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", FALLS)
 def test_a_refit_brings_the_masked_network_near_the_dense_one(name: str) -> None:
     """Half of the units are gone; on samples that it has not seen the network is much nearer than before."""
@@ -225,6 +226,7 @@ def test_convolutions_stored_channels_last_are_fitted_alike() -> None:
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("at", [1, 2, 20, "last"])
 def test_a_stop_in_the_middle_leaves_every_weight(at: int | str) -> None:
     """Whatever was fitted before is taken back, bit by bit, and no hook stays behind."""

@@ -20,6 +20,7 @@ from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.flow.folding import Factors, Samples, break_even, factors, fold, output_basis, relative_error
 from gfprune_cli.progress import silent
+from gfprune_cli.pruning import fold as pruning_fold
 from gfprune_cli.pruning.fold import Folder, factored
 from gfprune_cli.pruning.plan import FOLD, tolerance_of
 from gfprune_cli.pruning.probes import Probes, pool_of
@@ -329,7 +330,7 @@ def test_samples_that_factors_are_fitted_to_span_the_widest_pooled_vector() -> N
     wide.tensors["pooled_projections"] = torch.randn(20, 1, 2048, generator=generator(0, "wide"))
     wide.tensors["guidance"] = torch.full((20, 1), 3.5)
     counts = [sd3_folder(model, given, 0.05)[0].fitted for given in (prompts(0), wide)]
-    assert counts[0] == {"fit": 768, "choose": 256}
+    assert counts[0] == {"fit": pruning_fold.FIT, "choose": pruning_fold.CHOOSE}
     assert counts[1]["fit"] / 2 > 2048
     drawn: Any = sd3_folder(model, wide, 0.05)[0].probes.conditions("fit", counts[1]["fit"])
     pooled = drawn.tensors["pooled_projections"][:, 0]

@@ -229,10 +229,10 @@ class Stop:
 
 @pytest.mark.slow
 def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
-    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss as low; record and notice say so; a run that stopped goes on so, whatever is free by then."""
-    DDPMPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    DDPMPipeline.from_pretrained(smallest_folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
     fits, written, records, said = MemoryPlan.fits, {}, {}, []
     settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
 

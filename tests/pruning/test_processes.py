@@ -49,10 +49,10 @@ def assert_same(several_made: Path, one_made: Path, bound: float = 2e-3) -> None
     ],
 )
 def test_three_processes_make_what_one_makes(
-    server: Server, pipeline_folder: Path, tmp_path: Path, model: str, settings: str
+    server: Server, smallest_folder: Path, tmp_path: Path, model: str, settings: str
 ) -> None:
     """Shares of 7 draws, 9 images and 16 samples are uneven; the transformer has more inputs than rows."""
-    folder = pipeline_folder if model == "unet" else pipelines.dit(tmp_path / "dit")
+    folder = smallest_folder if model == "unet" else pipelines.dit(tmp_path / "dit")
     given = ["prune", "--model", folder, *BRIEF, *settings.split()]
     one = server.run(*given, "--out", tmp_path / "one", constants=ONE_BY_ONE)
     assert one.code == 0, one.stderr
@@ -80,10 +80,10 @@ def test_three_processes_make_what_one_makes(
     [(signal.SIGTERM, "refit"), (signal.SIGTERM, "finetune"), (signal.SIGKILL, "refit")],
 )
 def test_what_is_stopped_goes_on_where_all_were(
-    server: Server, pipeline_folder: Path, tmp_path: Path, number: int, phase: str
+    server: Server, smallest_folder: Path, tmp_path: Path, number: int, phase: str
 ) -> None:
     """One process is told to stop, or dies, in the middle of a refit or of training: none waits for it."""
-    given = ["prune", "--model", pipeline_folder, *BRIEF, "--sparsity", "0.4", "--iterations", "2"]
+    given = ["prune", "--model", smallest_folder, *BRIEF, "--sparsity", "0.4", "--iterations", "2"]
     given += ["--recover", "14"]
     one, out = tmp_path / "one", tmp_path / "out"
     ended = server.together(2, *given, "--out", out, signals={1: number}, phase=phase, nth=11)

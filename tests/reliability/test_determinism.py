@@ -56,24 +56,24 @@ def run(model: Path, out: Path, *, seed: int = 0, **environment: str) -> dict[st
 
 
 def test_the_same_seed_gives_the_same_bytes_in_any_process(
-    pipeline_folder: Path, tmp_path: Path, thorough: bool
+    smallest_folder: Path, tmp_path: Path, thorough: bool
 ) -> None:
     """Every file of prune, finetune and export; sets and dictionaries are ordered by another hash seed."""
-    first = run(pipeline_folder, tmp_path / "a", PYTHONHASHSEED="1")
+    first = run(smallest_folder, tmp_path / "a", PYTHONHASHSEED="1")
     assert len(first) > 10
     for hash_seed in ("2", "3", "4", "5", "random") if thorough else ("2",):
-        assert run(pipeline_folder, tmp_path / hash_seed, PYTHONHASHSEED=hash_seed) == first
+        assert run(smallest_folder, tmp_path / hash_seed, PYTHONHASHSEED=hash_seed) == first
 
 
 @pytest.fixture(scope="module")
-def whole(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "whole"
-    gfprune_cli.prune(str(pipeline_folder), out=out, **BRIEF)
+    gfprune_cli.prune(str(smallest_folder), out=out, **BRIEF)
     return out
 
 
-def test_another_seed_gives_other_weights(whole: Path, pipeline_folder: Path, tmp_path: Path) -> None:
-    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "other", seed=1, **BRIEF)
+def test_another_seed_gives_other_weights(whole: Path, smallest_folder: Path, tmp_path: Path) -> None:
+    gfprune_cli.prune(str(smallest_folder), out=tmp_path / "other", seed=1, **BRIEF)
     weights = [out / "unet" / "diffusion_pytorch_model.safetensors" for out in (whole, tmp_path / "other")]
     assert weights[0].read_bytes() != weights[1].read_bytes()
 
@@ -127,7 +127,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize("size", [4, 1])
 def test_a_split_batch_changes_rounding_and_nothing_else(
-    whole: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    whole: Path, smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """Sums of floats depend on their order, so bytes may differ; the channels kept and the weights do not.
 
@@ -144,7 +144,7 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
     monkeypatch.setattr(
         MemoryPlan, "at_once", lambda plan, phase: size if phase in split else wanted(plan, phase)
     )
-    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "split", **BRIEF)
+    gfprune_cli.prune(str(smallest_folder), out=tmp_path / "split", **BRIEF)
     assert kept(tmp_path / "split") == kept(whole)
     tuned = tmp_path / "whole-tuned"
     for one, other, bound in ((whole, "split", 5e-4), (tuned, "split-tuned", 1e-5)):

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
     reason="faults.c knows the calls of Linux, and a C compiler has to build it",
 )
 
-PRUNE = "--sparsity 0.5 --images 8 --sample-steps 2 --draws 8 --iterations 2 --recover 2"
+PRUNE = "--sparsity 0.5 --images 4 --sample-steps 1 --draws 4 --iterations 2 --recover 2"
+BRIEF = "--sparsity 0.5 --images 4 --sample-steps 1 --draws 4 --one-shot --no-refit --recover 0"
 FINETUNE = "--steps 3 --batch 2 --images 4 --sample-steps 1 --save-every 1 --sample-every 2"
 EVAL = "--samples 4 --batch 2 --steps 2 --no-latency"
 
@@ -71,7 +72,7 @@ class Scene:
 
 SCENES = {
     "prune": Scene(f"prune --model BASE/dense --out PLACE/out {PRUNE}", "--resume"),
-    "replace": Scene(f"prune --model BASE/dense --out PLACE/out --force {PRUNE}", "--resume", old=True),
+    "replace": Scene(f"prune --model BASE/dense --out PLACE/out --force {BRIEF}", "--resume", old=True),
     "finetune": Scene(f"finetune --model BASE/pruned --out PLACE/out {FINETUNE}", "--resume"),
     "eval": Scene(
         f"eval --model BASE/pruned --out PLACE/out --html PLACE/page.html {EVAL}",

@@ -5,17 +5,21 @@ from importlib import import_module
 from inspect import unwrap
 from typing import Any
 
-FEW = {
+FEW: dict[str, Any] = {
+    "gfprune_cli.flow.loop:COMPARED_SAMPLES": 4,
     "gfprune_cli.flow.loop:REFIT_SAMPLES": 16,
     "gfprune_cli.pruning.flows:REFIT_SAMPLES": 16,
     "gfprune_cli.pruning.flows:JUDGE_DRAWS": 16,
     "gfprune_cli.pruning.record:JUDGE_DRAWS": 16,
     "gfprune_cli.pruning.analyze:PROBE_DRAWS": 16,
-    "gfprune_cli.recovery.job:REPORT_DRAWS": 64,
+    "gfprune_cli.pruning.fold:FIT": 192,
+    "gfprune_cli.pruning.fold:CHOOSE": 64,
+    "gfprune_cli.pruning.fold:CHECKED": {"check": 64},
+    "gfprune_cli.recovery.job:REPORT_DRAWS": 32,
     "gfprune_cli.evaluation.teacher:LOSS_DRAWS": 32,
     "gfprune_cli.evaluation.job:REPEATS": 5,
 }
-LOSS_DRAWS = (64,)  # behind each loss of a pruning run
+LOSS_DRAWS = (32,)  # behind each loss of a pruning run
 ALL: dict[str, Any] = {}  # the numbers that users get, once they were replaced
 
 

@@ -285,11 +285,14 @@ def child(trial: Trial, folder: Path) -> None:
 
 
 def play(trial: Trial, folder: Path) -> int:
+    import huggingface_hub.constants
+
     from gfprune_cli.cli.main import app
     from gfprune_cli.cli.session import Session
 
     os.environ.clear()
     os.environ.update(trial.environment)
+    importlib.reload(huggingface_hub.constants)  # which reads them
     redirect(trial, folder)
     os.chdir(trial.folder or os.curdir)
     # whoever runs the tests in the background, or with nohup, has these ignored, and children inherit that

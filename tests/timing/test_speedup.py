@@ -20,6 +20,8 @@ from gfprune_cli.timing.closed_loop import close
 from gfprune_cli.timing.runtimes import Bench
 from gfprune_cli.timing.stopwatch import Reading
 
+LEAST: dict[str, Any] = dict(refit=False, recover=0)  # which times know nothing of
+ONCE, TWICE = ONE_SHOT | LEAST, QUICK | LEAST
 SURPRISES = {
     "none": lambda seconds: 0.0,
     "fixed": lambda seconds: 4e-4,
@@ -52,7 +54,7 @@ def test_the_loop_closes_on_what_is_measured(
 ) -> None:
     """Whole networks take what no sum of layers tells."""
     Machine(surprise=SURPRISES[surprise]).install(monkeypatch)
-    done = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", speedup=speedup, **ONE_SHOT)
+    done = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", speedup=speedup, **ONCE)
     assert done.time is not None
     assert done.time["asked"] == {"speedup": speedup}
     assert done.time["measured"]["speedup"] == pytest.approx(speedup, rel=0.03)
@@ -68,7 +70,7 @@ def test_the_speed_of_a_network_is_that_of_the_network_written(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine().install(monkeypatch)
-    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", speedup=1.5, time_batch=4, **ONE_SHOT)
+    gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", speedup=1.5, time_batch=4, **ONCE)
     bench = Bench("eager", torch.device("cpu"), "fp32", 4, Sizes())
     dense, narrow = (
         machine.network_seconds(bench, gfprune_cli.load(folder))
@@ -85,7 +87,7 @@ def test_milliseconds_and_a_sparsity_beside_them(
     dense = gfprune_cli.analyze(model, speedup=[1.2]).time
     assert dense is not None
     latency = dense["ms"] / 1.4
-    done = gfprune_cli.prune(model, out=tmp_path / "out", latency=latency, sparsity=0.5, **ONE_SHOT)
+    done = gfprune_cli.prune(model, out=tmp_path / "out", latency=latency, sparsity=0.5, **ONCE)
     assert done.time is not None
     assert done.time["measured"]["ms"] <= latency * 1.03
     assert done.sparsity["target"] == 0.5
@@ -132,7 +134,7 @@ def test_a_file_of_times_makes_runs_repeatable_and_times_nothing(
             speedup=1.5,
             times=str(table),
             progress=lambda event: told.append(event.text),
-            **ONE_SHOT,
+            **ONCE,
         )
         for name in ("one", "two")
     ]
@@ -173,7 +175,7 @@ def test_a_run_that_goes_on_measures_nothing_again(
 ) -> None:
     """Not even where the cache is gone and the machine is another."""
     machine = Machine(surprise=SURPRISES["fixed"]).install(monkeypatch)
-    settings: dict[str, Any] = dict(model=str(pipeline_folder), speedup=1.5, **QUICK)
+    settings: dict[str, Any] = dict(model=str(pipeline_folder), speedup=1.5, **TWICE)
     whole = gfprune_cli.prune(out=tmp_path / "whole", **settings)
 
     def stop(event: Event) -> None:
@@ -206,7 +208,7 @@ def test_a_busy_machine_is_said(
         out=tmp_path / "out",
         speedup=1.5,
         progress=lambda event: told.append(event.text),
-        **ONE_SHOT,
+        **ONCE,
     )
     assert done.time is not None
     assert not done.time["measured"]["steady"]

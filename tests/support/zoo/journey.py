@@ -269,5 +269,5 @@ def few_draws() -> None:
 
     loop.COMPARED_SAMPLES = 4
     loop.REFIT_SAMPLES, flows.JUDGE_DRAWS, recovery.REPORT_DRAWS = 8, 8, 8
-    fold.FITTED, fold.CHECKED = {"fit": 96, "choose": 32}, {"check": 32}
+    fold.FIT, fold.CHOOSE, fold.CHECKED = 96, 32, {"check": 32}
     job.PruneJob.loss.__defaults__ = (8,)
