@@ -9,13 +9,13 @@ loss on images that no run has seen. Runs that are done are kept in --work.
 """
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from study import ALL_IMAGES, FULL
+from provenance import table
+from study import ALL_IMAGES, FULL, once
 from subjects import Place, places_of
 from yardstick import losses
 
@@ -46,13 +46,13 @@ def compared(place: Place, work: Path, steps: int, rank: int) -> dict[str, float
     }
     for settings in rows(rank):
         text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-        store = work / f"{steps} {text}.json"
-        if not store.exists():
-            out = work / "out"
+
+        def measured(settings: dict[str, Any] = settings) -> float:
             how: dict[str, Any] = dict(steps=steps, force=True, save_every=0, sample_every=0)
-            gfprune.finetune(pruned, out=out, **how, **data, **settings)
-            store.write_text(json.dumps(losses(target, gfprune.load(out))[0]))
-        found[f"`{text}`"] = json.loads(store.read_text())
+            gfprune.finetune(pruned, out=work / "out", **how, **data, **settings)
+            return losses(target, gfprune.load(work / "out"))[0]
+
+        found[f"`{text}`"] = once(work / f"{steps} {text}.json", measured)
     return found
 
 
@@ -71,11 +71,8 @@ def main() -> None:
         name: compared(places[name], options.work / name, options.steps, options.rank)
         for name in options.subjects
     }
-    print(
-        f"| held-out loss after {options.steps} steps | {' | '.join(found)} |\n|{'---|' * (1 + len(found))}"
-    )
-    for row in next(iter(found.values())):
-        print(f"| {row} | {' | '.join(f'{losses[row]:.4f}' for losses in found.values())} |")
+    lines = [[row, *(f"{one[row]:.4f}" for one in found.values())] for row in next(iter(found.values()))]
+    print(*table((f"held-out loss after {options.steps} steps", *found), lines), sep="\n")
 
 
 if __name__ == "__main__":

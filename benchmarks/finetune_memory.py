@@ -10,14 +10,13 @@ pixels. Reported losses are taken on fewer draws than usual.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from own_process import in_a_process
 from PIL import Image
 
 import gfprune_cli as gfprune
@@ -46,20 +45,16 @@ ROWS = (
 )
 BRIEF = "--steps 3 --batch 1 --save-every 0 --sample-every 0 --force"
 RUN = """
-import sys
 import torch, diffusers, accelerate, peft
 from gfprune_cli.cli.main import app
 from gfprune_cli.recovery import command, job
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 job.REPORT_DRAWS = 4
 imported = status("VmRSS")
 try:
     app(sys.argv[1:])
 except SystemExit as end:
     assert not end.code, end.code
-print(imported, status("VmHWM"), file=sys.stderr)
+print(json.dumps([imported, status("VmHWM")]))
 """
 
 
@@ -87,14 +82,8 @@ def make_pruned(work: Path, network: dict[str, Any]) -> Path:
 def peak(work: Path, data: Path, flags: str) -> tuple[int, int]:
     """Resident bytes after the imports, and at most, of one run."""
     given = ["finetune", "--model", work / "pruned", "--data", data, "--out", work / "out", *BRIEF.split()]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *map(str, given), *flags.split()],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{flags}: {done.stderr[-2000:]}")
-    imported, most = done.stderr.splitlines()[-1].split()
-    return int(imported), int(most)
+    imported, most = in_a_process(RUN, *given, *flags.split(), cache=work / "cache")
+    return imported, most
 
 
 def main() -> None:

@@ -11,15 +11,14 @@ equal budgets, and trained alike. `transformer`: the same of a small DiT that is
 in --work and not repeated. Writes docs/benchmarks/folding.md.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from chain import measure
 from folding_networks import FAMILIES, folded_numbers, small_dit_folder, small_dit_numbers
-from study import QUALITY_HEAD, Run, Study, cells, head, left, shares, write_study
+from study import QUALITY_HEAD, Run, Study, cells, head, left, once, shares, write_study
 from subjects import Place
 
 import gfprune_cli as gfprune
@@ -28,13 +27,6 @@ RECOVER, SHORT = 400, 100  # steps of 8 samples
 BUDGETS: dict[str, dict[str, Any]] = {"params, 0.75": dict(budget="params", sparsity=0.75)}
 FOLDS = (0.0, 0.01)
 NAMES = ("demo", *FAMILIES)
-
-
-def once(path: Path, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Numbers that are kept at `path`."""
-    if not path.exists():
-        path.write_text(json.dumps(measured()))
-    return dict(json.loads(path.read_text()))
 
 
 def budget_run(place: Place, settings: dict[str, Any], work: Path, seed: int) -> Run:

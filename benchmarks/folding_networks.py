@@ -6,10 +6,9 @@ random vectors stand in: a token is that of its word, the pooled vector their me
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from gpu_networks import CIFAR10
 from safetensors.torch import load_file, save_file
+from study import once
 from torch import nn
 
 import gfprune_cli as gfprune
@@ -245,14 +245,12 @@ def folded_numbers(name: str, work: Path) -> list[dict[str, Any]]:
     """What folding does to one network at each tolerance; kept in `work`."""
     torch.set_num_threads(1)
     family = DEMO_FAMILY if name == "demo" else FAMILIES[name]
-    kept = work / f"{name.replace(' ', '-').replace('/', '-')}.json"
-    known = {row["tolerance"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    missing = [tolerance for tolerance in family.tolerances if tolerance not in known]
-    if missing:
-        trial = Trial.of(name, family, work)
-        known |= {tolerance: trial.row(tolerance) for tolerance in missing}
-        kept.write_text(json.dumps(list(known.values())))
-    return [known[tolerance] for tolerance in family.tolerances]
+    trial = cache(partial(Trial.of, name, family, work))  # where a number is missing
+    kept = name.replace(" ", "-").replace("/", "-")
+    return [
+        once(work / f"{kept}-{tolerance:g}.json", lambda tolerance=tolerance: trial().row(tolerance))
+        for tolerance in family.tolerances
+    ]
 
 
 @dataclass(frozen=True)

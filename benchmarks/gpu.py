@@ -7,7 +7,7 @@ Trains a dense U-Net of google/ddpm-cifar10-32's architecture (35.7 M parameters
 Torch-Pruning leaves when a quarter or half of the channels of every layer go (44 % and 75 % of the
 parameters), finetunes, evaluates, and measures the cost of scoring, latency and memory. `--minutes` sizes
 every phase: dense training by the clock, the others by the speed that was measured. Both files are written
-anew after every number. Without CUDA and `--toy` the page is written with every number "not measured".
+anew after every number.
 """
 
 import argparse
@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from gpu_networks import CIFAR10
 from gpu_run import Clock, Form, Run
-from provenance import header
-from report_gpu import Board, is_measured
+from provenance import PAGES, header
+from report_gpu import Board
 from study import ALL_IMAGES
-
-HERE = Path(__file__).parent
 
 FULL = Form(
     network=CIFAR10,
@@ -41,7 +39,6 @@ FULL = Form(
     samples=512,
     sample_steps=20,
     batches=(1, 256),
-    compile=True,
 )
 TINY = dict(
     sample_size=16,
@@ -65,28 +62,7 @@ TOY = Form(
     samples=4,
     sample_steps=2,
     batches=(1, 2),
-    compile=False,
 )
-
-
-def unmeasured(folder: Path) -> int:
-    """The page without a number, unless there is one with numbers."""
-    command = "    python benchmarks/gpu.py"
-    board = Board(
-        folder,
-        FULL.tables(),
-        [
-            "Not measured: no CUDA device was at hand. This fills every number, in under 9 minutes:",
-            "",
-            command,
-        ],
-    )
-    if is_measured(board.page):
-        print(f"{board.page} holds measured numbers and there is no CUDA device: left alone", file=sys.stderr)
-        return 1
-    board.write()
-    print(board.page)
-    return 0
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -102,9 +78,9 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run, and return the exit code: 1 if something could not be measured for another reason than time."""
     options = arguments(given)
     clock = Clock(60 * options.minutes)
-    out = options.out or (Path("build/gpu-toy") if options.toy else HERE.parent / "docs" / "benchmarks")
+    out = options.out or (Path("build/gpu-toy") if options.toy else PAGES)
     if not options.toy and not torch.cuda.is_available():
-        return unmeasured(out)
+        sys.exit("error: there is no CUDA device here; --toy runs on the CPU")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     warnings.filterwarnings("ignore")
     form, device = (TOY, torch.device("cpu")) if options.toy else (FULL, torch.device("cuda"))

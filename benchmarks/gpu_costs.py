@@ -27,7 +27,6 @@ from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import Precision, deterministic
 
 REPEATS = 20  # timed calls of each network
-FIRST_COMPILATION = 40.0  # seconds that the first one may well take
 Cells = dict[str, float | None]
 
 
@@ -150,42 +149,17 @@ class Timing:
         self.device, self.precision = device, precision
         self.networks = {name: prepare(network, device) for name, network in networks.items()}
 
-    def measure(self, called: Mapping[str, Any], batch: int) -> dict[str, float]:
-        """Name -> median milliseconds of one evaluation.
-
-        Args:
-            called: name -> what is called in the place of the network.
-        """
+    def measure(self, batch: int) -> dict[str, float]:
+        """Name -> median milliseconds of one evaluation."""
         calls = [
-            partial(runner, **batch_inputs(self.networks[name], batch), return_dict=False)
-            for name, runner in called.items()
+            partial(network, **batch_inputs(network, batch), return_dict=False)
+            for network in self.networks.values()
         ]
         seconds = ROW_SECONDS * len(calls)
         stopwatch = Stopwatch(self.device, REPEATS, seconds, time.perf_counter, lambda: None)
         with default_kernels(), torch.inference_mode(), computing_in(self.precision, self.device):
             times = stopwatch.measure(calls)
-        return {name: 1000 * statistics.median(row) for name, row in zip(called, times, strict=True)}
-
-    def compiled(self, names: Sequence[str], batch: int, left: Callable[[], float]) -> dict[str, Any]:
-        """Compiled networks, called once, as many of `names` in this order as the time allows.
-
-        Args:
-            left: seconds that are left.
-        """
-        found: dict[str, Any] = {}
-        slowest = FIRST_COMPILATION / 1.5
-        for name in names:
-            if left() < 1.5 * slowest:
-                break
-            start = time.perf_counter()
-            runner = torch.compile(self.networks[name], dynamic=False)
-            # made outside of inference mode, as those that are timed: other tensors are compiled for anew
-            inputs = batch_inputs(self.networks[name], batch)
-            with default_kernels(), torch.inference_mode(), computing_in(self.precision, self.device):
-                runner(**inputs, return_dict=False)
-            synchronize(self.device)
-            found[name], slowest = runner, max(slowest, time.perf_counter() - start)
-        return found
+        return {name: 1000 * statistics.median(row) for name, row in zip(self.networks, times, strict=True)}
 
 
 def footprint(

@@ -78,7 +78,6 @@ class Form:
     samples: int
     sample_steps: int
     batches: tuple[int, ...]
-    compile: bool
 
     def tables(self) -> list[Table]:
         labels = list(self.ratios)
@@ -297,34 +296,17 @@ class Run:
         for name, network in networks.items():
             self.board.put_all("latency", name, {"macs share": self.shares(network)["macs share"]})
         timing = Timing(networks, self.device, precision)
-        with self.attempt("eager latency"), self.phase("latency, eager", peak=None):
+        with self.attempt("latency"), self.phase("latency", peak=None):
             for batch in self.form.batches:
-                self.put_times("eager", batch, timing.measure(timing.networks, batch))
+                self.put_times(batch, timing.measure(batch))
         with self.attempt("memory"), self.phase("memory", peak=None):
             for name, network in networks.items():
                 self.board.put_all(
                     "memory", name, footprint(network, self.form.batches, self.device, precision)
                 )
-        self.measure_compiled(timing)
 
-    def measure_compiled(self, timing: Timing) -> None:
-        """Largest batch first, and gfprune's networks: compilation takes what time is left."""
-        if not self.form.compile:
-            self.board.note("torch.compile is left out at toy size")
-            return
-        names = [name for name in timing.networks if UNIFORM not in name]
-        with self.attempt("compiled latency"), self.phase("latency, compile", peak=None):
-            for batch in sorted(self.form.batches, reverse=True):
-                compiled = timing.compiled(names, batch, self.clock.left)
-                if len(compiled) < len(names):
-                    missing = ", ".join(name for name in names if name not in compiled)
-                    self.board.note(f"compiled latency at batch {batch}: no time was left for {missing}")
-                if compiled:
-                    self.put_times("compile", batch, timing.measure(compiled, batch))
-                torch.compiler.reset()
-
-    def put_times(self, mode: str, batch: int, found: dict[str, float]) -> None:
+    def put_times(self, batch: int, found: dict[str, float]) -> None:
         for name, milliseconds in found.items():
             speed_up = found[DENSE] / milliseconds if name != DENSE and DENSE in found else None
-            cells = {f"{mode} {batch} ms": milliseconds, f"{mode} {batch} speed-up": speed_up}
+            cells = {f"{batch} ms": milliseconds, f"{batch} speed-up": speed_up}
             self.board.put_all("latency", name, cells)

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
-from provenance import PAGES, write_page
+from own_process import in_a_process
+from provenance import PAGES, table, write_page
 
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.pruning.memory import FLOAT, Phase, one_pass
@@ -44,8 +44,7 @@ import threading, time, torch
 def now():
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    with open("/proc/self/status") as file:  # pages of mapped files can go whenever others want the room
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    return status("RssAnon")  # pages of mapped files can go whenever others want the room
 most = [now()]
 def watch():
     while True:
@@ -56,7 +55,6 @@ def peak():
 threading.Thread(target=watch, daemon=True).start()
 """
 MEASURE = """
-import json, sys, time
 import diffusers
 import gfprune_cli, gfprune_cli.pruning.job as job
 asked, free = json.loads(sys.argv[1]), float(sys.argv[2])
@@ -80,7 +78,6 @@ seconds, params = result.seconds_by_phase, result.params["before"]
 print(json.dumps(dict(peak=peak() - start, planned=planned, seconds=seconds, params=params)))
 """
 MEASURE_FINETUNE = """
-import json, sys, time
 import diffusers, gfprune_cli
 begin, start = time.perf_counter(), now()
 gfprune_cli.finetune(**json.loads(sys.argv[1]))
@@ -135,10 +132,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def plan_table() -> str:
     """Least memory of real networks, by the plan: one sample at a time, the dense network elsewhere."""
-    lines = [
-        f"| network | parameters | activations of a sample, GB | stored in | {' | '.join(PLANS)} |",
-        "|---" * (4 + len(PLANS)) + "|",
-    ]
+    rows = []
     for name, (kind, config) in REAL.items():
         with torch.device("meta"):
             network = kind(**config)
@@ -154,8 +148,9 @@ def plan_table() -> str:
                 recipe = PruneRecipe(sparsity=0.5, **settings)
                 phases = phases_of(recipe, one, offload=True, narrow=narrow, stored=stored)
                 cells.append(worst_of(phases, params))
-            lines.append(f"| {name} | {params / 1e6:,.0f} M | {kept} | {words} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([name, f"{params / 1e6:,.0f} M", kept, words, *cells])
+    head = ("network", "parameters", "activations of a sample, GB", "stored in", *PLANS)
+    return "\n".join(table(head, rows))
 
 
 def worst_of(phases: Sequence[Sequence[Phase]], params: int) -> str:
@@ -204,22 +199,6 @@ def real(name: str, **changes: Any) -> Any:
     return kind(**config | changes)
 
 
-def in_a_process(script: str, root: Path, *given: Any) -> dict[str, Any]:
-    """What a script prints last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY + script, *map(str, given)],
-        stdout=subprocess.PIPE,  # what it says on the way is seen
-        text=True,
-        check=False,
-        env=os.environ
-        | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": str(root / "cache")},
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measured(subject: Subject, root: Path, seed: int, device: str) -> dict[str, Any]:
     """A prune run in a process of its own; on a card, a finetuning of what it wrote as well."""
     torch.manual_seed(seed)
@@ -229,53 +208,54 @@ def measured(subject: Subject, root: Path, seed: int, device: str) -> dict[str, 
     DDIMScheduler().save_pretrained(model / "scheduler")
     common = dict(seed=seed, device=device)
     asked = SETTINGS | common | dict(model=str(model / "denoiser"), out=str(out))
-    found = in_a_process(MEASURE, root, json.dumps(asked), subject.free * GB)
+    cache = root / "cache"
+    found: dict[str, Any] = in_a_process(MEMORY + MEASURE, json.dumps(asked), subject.free * GB, cache=cache)
     if device == "cuda":
         asked = (
             FINETUNE | common | dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
         )
-        found["finetune"] = in_a_process(MEASURE_FINETUNE, root, json.dumps(asked))
+        found["finetune"] = in_a_process(MEMORY + MEASURE_FINETUNE, json.dumps(asked), cache=cache)
     return found
 
 
 def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
-    lines = [
-        "| network | parameters | free, GB | planned peak, GB | measured, GB | planned for measured "
-        "| bytes per parameter | scoring, s | refit, s | all, s |",
-        "|---" * 10 + "|",
-    ]
+    head = (
+        *("network", "parameters", "free, GB", "planned peak, GB", "measured, GB", "planned for measured"),
+        *("bytes per parameter", "scoring, s", "refit, s", "all, s"),
+    )
+    cells = []
     for subject, found in rows:
         where, planned = max(found["planned"].items(), key=lambda item: item[1])
         seconds = found["seconds"]
         peak, params = found["peak"], found["params"]
-        cells = [
-            subject.words,
-            f"{params / 1e6:.0f} M",
-            f"{subject.free:g}",
-            f"{planned / GB:.2f} ({where})",
-            f"{peak / GB:.2f}",
-            f"{planned / peak:.2f}",
-            f"{peak / params:.1f}",
-            f"{seconds.get('scoring', 0):.0f}",
-            f"{seconds.get('refit', 0):.0f}",
-            f"{sum(seconds.values()):.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append(
+            [
+                subject.words,
+                f"{params / 1e6:.0f} M",
+                f"{subject.free:g}",
+                f"{planned / GB:.2f} ({where})",
+                f"{peak / GB:.2f}",
+                f"{planned / peak:.2f}",
+                f"{peak / params:.1f}",
+                f"{seconds.get('scoring', 0):.0f}",
+                f"{seconds.get('refit', 0):.0f}",
+                f"{sum(seconds.values()):.0f}",
+            ]
+        )
+    return "\n".join(table(head, cells))
 
 
 def finetune_text(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
     """What finetuning took, where it was run."""
-    tuned = [(subject.words, found["finetune"]) for subject, found in rows if "finetune" in found]
+    tuned = [
+        [subject.words, f"{found['finetune']['peak'] / GB:.2f}", f"{found['finetune']['seconds']:.0f}"]
+        for subject, found in rows
+        if "finetune" in found
+    ]
     if not tuned:
         return ""
-    lines = [
-        f"\n`gfprune finetune {flags(FINETUNE)}` of what that wrote, drawing its images included:\n",
-        "| network | peak, GB | seconds |",
-        "|---|---|---|",
-        *(f"| {words} | {found['peak'] / GB:.2f} | {found['seconds']:.0f} |" for words, found in tuned),
-    ]
-    return "\n".join(lines) + "\n"
+    said = f"\n`gfprune finetune {flags(FINETUNE)}` of what that wrote, drawing its images included:\n\n"
+    return said + "\n".join(table(("network", "peak, GB", "seconds"), tuned)) + "\n"
 
 
 def flags(settings: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ Diff-Pruning (arXiv 2305.10924) is that pruner with a Taylor importance whose gr
 where the loss falls below a share of the largest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,12 +77,8 @@ def importance_of(peer: str) -> tuple[Any, Scoring | None]:
     raise ValueError(f"no peer {peer!r}")
 
 
-def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float, *, keep_global: bool = False) -> None:
-    """Torch-Pruning's pruner, in place: `ratio` of the channels of every layer.
-
-    Args:
-        keep_global: rank the units of all layers together instead.
-    """
+def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float) -> None:
+    """Torch-Pruning's pruner, in place: `ratio` of the channels of every layer."""
     heads = {}
     for module in model.modules():
         if isinstance(module, Attention):
@@ -91,7 +87,6 @@ def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float, *, keep_g
         model,
         example_of(model),
         importance=importance,
-        global_pruning=keep_global,
         pruning_ratio=ratio,
         ignored_layers=[model.conv_out],
         num_heads=heads,
@@ -148,28 +143,16 @@ def pruned_by(
         taken = score(scored, process, draws, count)
     gradients = {name: parameter.grad for name, parameter in scored.named_parameters()}
     total, best, low, high = parameters(scored), scored, 0.0, 1.0
-    for ratio in bisection(low, high):
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
         model = dense().requires_grad_(True)
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
         torch.manual_seed(draws.seed)  # of the random importance
-        prune_uniformly(model, importance, ratio.value)
-        ratio.more = 1 - parameters(model) / total < sparsity
-        if abs(1 - parameters(model) / total - sparsity) < abs(1 - parameters(best) / total - sparsity):
+        prune_uniformly(model, importance, ratio)
+        gone = 1 - parameters(model) / total
+        if abs(gone - sparsity) < abs(1 - parameters(best) / total - sparsity):
             best = model
+        low, high = (ratio, high) if gone < sparsity else (low, ratio)
     best.zero_grad(set_to_none=True)
     return best, taken
-
-
-class Ratio:
-    """A ratio to try; whoever tries it says whether it has to grow."""
-
-    def __init__(self, value: float) -> None:
-        self.value, self.more = value, False
-
-
-def bisection(low: float, high: float) -> Iterator[Ratio]:
-    for _ in range(BISECTIONS):
-        ratio = Ratio((low + high) / 2)
-        yield ratio
-        low, high = (ratio.value, high) if ratio.more else (low, ratio.value)

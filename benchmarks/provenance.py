@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +62,12 @@ def commit() -> str:
         "status", "--porcelain", "--", "gfprune_cli", "benchmarks"
     )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown, line by line."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
 
 
 def write_page(path: Path, title: str, command: str, seed: int | str, body: str) -> Path:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from provenance import PAGES, write_page
-from study import ALL_IMAGES, QUALITY_HEAD, head
+from study import ALL_IMAGES, QUALITY_HEAD, head, once
 from yardstick import Subject, Yardstick, demo, subject
 
 import gfprune_cli as gfprune
@@ -58,7 +58,7 @@ class Bench:
 
     Args:
         seeds: how many runs stand behind each row.
-        store: a JSON line for every run that is done.
+        store: a folder for the numbers of runs that are done.
     """
 
     target: Subject
@@ -68,8 +68,6 @@ class Bench:
     store: Path
 
     def __post_init__(self) -> None:
-        lines = self.store.read_text().splitlines() if self.store.exists() else []
-        self.found: dict[str, Numbers] = dict(json.loads(line) for line in lines)
         record = (self.pruned / "gfprune.json").read_bytes()  # the dense weights, the recipe, what was kept
         self.digest = hashlib.sha256(self.target.fingerprint.encode() + record).hexdigest()
 
@@ -82,12 +80,8 @@ class Bench:
         recipe = FinetuneRecipe(model="m", seed=seed, **settings)
         chosen = settings | {"steps": gradients // recipe.batch, "seed": seed}
         key = json.dumps([self.digest, recipe.document() | chosen], sort_keys=True)
-        if key not in self.found:
-            self.found[key] = self.measure(chosen)
-            with self.store.open("a") as file:
-                file.write(json.dumps([key, self.found[key]]) + "\n")
-            print(gradients, settings, seed, {k: f"{v:.4g}" for k, v in self.found[key].items()}, flush=True)
-        return self.found[key]
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return dict(once(self.store / f"{name}.json", lambda: self.measure(chosen)))
 
     def measure(self, settings: Settings) -> Numbers:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +89,9 @@ class Bench:
             data: Settings = dict(data=str(self.target.data), images=ALL_IMAGES)
             gfprune.finetune(self.pruned, out=out, save_every=0, sample_every=0, **data, **settings)
             seconds = time.perf_counter() - start
-            found = self.yardstick.measure(gfprune.load(out))
-        return {**{name: found[name] for name in COLUMNS if name in found}, "seconds": seconds}
+            found = {**self.yardstick.measure(gfprune.load(out)), "seconds": seconds}
+        print(settings, *(f"{name} {found[name]:.4g}" for name in COLUMNS), flush=True)
+        return {name: found[name] for name in COLUMNS}
 
 
 def study(bench: Bench, gradients: int) -> list[str]:
@@ -163,7 +158,7 @@ def main() -> None:
     if not pruned.exists():
         gfprune.prune(target.model, out=pruned, data=str(target.data), images=ALL_IMAGES, **PRUNING)
     yardstick = Yardstick(target, SAMPLES, SAMPLE_STEPS)
-    bench = Bench(target, pruned, yardstick, options.seeds, options.work / f"runs-{target.name}.jsonl")
+    bench = Bench(target, pruned, yardstick, options.seeds, options.work)
     body = introduction(bench)
     seeds = f"0 to {options.seeds - 1}" if options.seeds > 1 else 0
     command = shlex.join(["python", "benchmarks/recovery.py", *sys.argv[1:]])

@@ -18,6 +18,7 @@ from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import select
+from gfprune_cli.structure.removal import remove
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     aware = run.loss(scored.draws, scored.masked)
     with plain_norms(scored.masked):
         plain = run.loss(scored.draws, scored.masked)
-    removed = run.loss(scored.draws, run.narrow(scored.masked.model, kept))
+    removed = run.loss(scored.draws, remove(run.load(), plan.groups, kept))
     print("| norms while masked | masked loss | removed loss | gap |")
     print("|---|---|---|---|")
     for name, masked in (("mask-aware", aware), ("plain", plain)):

@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from provenance import table
 
 NAME = "gpu"
 NOT_MEASURED = "not measured"
@@ -17,11 +19,19 @@ UNIFORM = "Torch-Pruning widths"  # what both peers leave, whatever their scores
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its heading, the name of its number, and how that is written."""
+    """One column of a table: its heading, the name of its number, and how that is written: in which unit."""
 
     head: str
     key: str
-    text: Callable[[float], str]
+    form: str
+    unit: float = 1.0
+    after: str = ""
+
+    def cell(self, found: Mapping[str, float | None]) -> str:
+        if self.key not in found:
+            return NOT_MEASURED
+        value = found[self.key]
+        return NO_FIGURE if value is None else f"{value / self.unit:{self.form}}{self.after}"
 
 
 @dataclass(frozen=True)
@@ -38,31 +48,8 @@ class Table:
     def lines(self, cells: Mapping[str, Mapping[str, float | None]]) -> list[str]:
         """Markdown; every number that is missing is said to be."""
         heads = [self.first, *(column.head for column in self.columns)]
-        lines = [f"## {self.title}", "", self.note, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row in self.rows:
-            found = cells.get(row, {})
-            texts = [cell(found, column) for column in self.columns]
-            lines.append(f"| {' | '.join([row, *texts])} |")
-        return lines
-
-
-def cell(found: Mapping[str, float | None], column: Column) -> str:
-    if column.key not in found:
-        return NOT_MEASURED
-    value = found[column.key]
-    return NO_FIGURE if value is None else column.text(value)
-
-
-def number(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{digits}f}"
-
-
-def scaled(divisor: float, digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value / divisor:.{digits}f}"
-
-
-def percent(value: float) -> str:
-    return f"{value:.1%}"
+        rows = [[row, *(column.cell(cells.get(row, {})) for column in self.columns)] for row in self.rows]
+        return [f"## {self.title}", "", self.note, "", *table(heads, rows)]
 
 
 def row(method: str, label: str) -> str:
@@ -73,14 +60,14 @@ def row(method: str, label: str) -> str:
 def quality_table(labels: Sequence[str]) -> Table:
     rows = [DENSE, *(row(method, label) for label in labels for method in METHODS)]
     columns = [
-        Column("parameters", "params share", percent),
-        Column("MACs", "macs share", percent),
-        Column("gradients", "gradients", number(0)),
-        Column("held-out loss", "loss", number(4)),
-        Column("SSIM to dense", "ssim", number(3)),
-        Column("fd_teacher", "fd_teacher", number(2)),
-        Column("pruning, s", "prune seconds", number(1)),
-        Column("finetuning, s", "finetune seconds", number(1)),
+        Column("parameters", "params share", ".1%"),
+        Column("MACs", "macs share", ".1%"),
+        Column("gradients", "gradients", ".0f"),
+        Column("held-out loss", "loss", ".4f"),
+        Column("SSIM to dense", "ssim", ".3f"),
+        Column("fd_teacher", "fd_teacher", ".2f"),
+        Column("pruning, s", "prune seconds", ".1f"),
+        Column("finetuning, s", "finetune seconds", ".1f"),
     ]
     note = (
         "gfprune keeps at most the parameters and the MACs that the peers keep, and all spend the same "
@@ -93,11 +80,11 @@ def quality_table(labels: Sequence[str]) -> Table:
 
 def scoring_table(rows: Sequence[str]) -> Table:
     columns = [
-        Column("seconds", "seconds", number(3)),
-        Column("of one gradient", "gradients", lambda value: f"{value:.2f}x"),
-        Column("memory above the weights, MiB", "rise", scaled(1 << 20, 0)),
-        Column("of one gradient's", "rises", lambda value: f"{value:.2f}x"),
-        Column("error of the product", "error", lambda value: f"{value:.0e}"),
+        Column("seconds", "seconds", ".3f"),
+        Column("of one gradient", "gradients", ".2f", after="x"),
+        Column("memory above the weights, MiB", "rise", ".0f", 1 << 20),
+        Column("of one gradient's", "rises", ".2f", after="x"),
+        Column("error of the product", "error", ".0e"),
     ]
     note = (
         "Scoring of the dense network as `gfprune prune` does it: float32, deterministic, in chunks. One "
@@ -112,25 +99,24 @@ def networks(labels: Sequence[str]) -> list[str]:
 
 
 def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
-    columns = [Column("MACs", "macs share", percent)]
-    for mode in ("eager", "compile"):
-        for batch in batches:
-            columns += [
-                Column(f"{mode}, batch {batch}, ms", f"{mode} {batch} ms", number(2)),
-                Column("speed-up", f"{mode} {batch} speed-up", lambda value: f"{value:.2f}x"),
-            ]
+    columns = [Column("MACs", "macs share", ".1%")]
+    for batch in batches:
+        columns += [
+            Column(f"batch {batch}, ms", f"{batch} ms", ".2f"),
+            Column("speed-up", f"{batch} speed-up", ".2f", after="x"),
+        ]
     note = (
-        "One evaluation of the network: medians of one interleaved run, the device synchronised around every "
-        "call; on CUDA bf16 by autocast and channels_last."
+        "One evaluation of the network in eager PyTorch: medians of one interleaved run, the device "
+        "synchronised around every call; on CUDA bf16 by autocast and channels_last."
     )
     return Table("latency", "Latency", note, "network", networks(labels), columns)
 
 
 def memory_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
     columns = [
-        Column("weights, fp32, MB", "weights fp32", scaled(1e6, 1)),
-        Column("weights, bf16, MB", "weights bf16", scaled(1e6, 1)),
-        *(Column(f"a pass of {batch}, MB", f"pass {batch}", scaled(1e6, 1)) for batch in batches),
+        Column("weights, fp32, MB", "weights fp32", ".1f", 1e6),
+        Column("weights, bf16, MB", "weights bf16", ".1f", 1e6),
+        *(Column(f"a pass of {batch}, MB", f"pass {batch}", ".1f", 1e6) for batch in batches),
     ]
     note = "A pass is the peak of one evaluation as `gfprune eval` measures it, weights included."
     return Table("memory", "Memory", note, "network", networks(labels), columns)
@@ -143,15 +129,13 @@ def phases_table(labels: Sequence[str]) -> Table:
             f"{part} {row(method, label)}" for method in METHODS for part in ("prune", "finetune", "eval")
         ]
     columns = [
-        Column("seconds", "seconds", number(1)),
-        Column("peak memory, MiB", "peak", scaled(1 << 20, 0)),
-        Column("training steps", "steps", number(0)),
-        Column("batch", "batch", number(0)),
+        Column("seconds", "seconds", ".1f"),
+        Column("peak memory, MiB", "peak", ".0f", 1 << 20),
+        Column("training steps", "steps", ".0f"),
+        Column("batch", "batch", ".0f"),
     ]
     note = "Peaks are of all that torch held on the device. Sampling is most of `eval`."
-    return Table(
-        "phases", "Phases", note, "phase", [*rows, "latency, eager", "memory", "latency, compile"], columns
-    )
+    return Table("phases", "Phases", note, "phase", [*rows, "latency", "memory"], columns)
 
 
 @dataclass
@@ -173,13 +157,13 @@ class Board:
     def page(self) -> Path:
         return self.folder / f"{NAME}.md"
 
-    def put(self, table: str, row: str, **found: float | None) -> None:
-        self.put_all(table, row, found)
+    def put(self, name: str, row: str, **found: float | None) -> None:
+        self.put_all(name, row, found)
 
-    def put_all(self, table: str, row: str, found: Mapping[str, float | None]) -> None:
-        known = next(entry for entry in self.tables if entry.key == table)
-        assert row in known.rows, f"{table} has no row {row!r}"
-        self.cells.setdefault(table, {}).setdefault(row, {}).update(found)
+    def put_all(self, name: str, row: str, found: Mapping[str, float | None]) -> None:
+        known = next(entry for entry in self.tables if entry.key == name)
+        assert row in known.rows, f"{name} has no row {row!r}"
+        self.cells.setdefault(name, {}).setdefault(row, {}).update(found)
         self.write()
 
     def note(self, text: str) -> None:
@@ -192,8 +176,8 @@ class Board:
         lines = ["# GPU", "", *self.head]
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
-        for table in self.tables:
-            lines += ["", *table.lines(self.cells.get(table.key, {}))]
+        for one in self.tables:
+            lines += ["", *one.lines(self.cells.get(one.key, {}))]
         return "\n".join(lines) + "\n"
 
     def write(self) -> None:
@@ -204,9 +188,3 @@ class Board:
             staged = path.with_name(f".{path.name}.part")
             staged.write_text(text, encoding="utf-8")
             os.replace(staged, path)
-
-
-def is_measured(page: Path) -> bool:
-    """Whether a page holds any number that a run has to repeat."""
-    numbers = page.with_suffix(".json")
-    return numbers.exists() and bool(json.loads(numbers.read_text())["tables"])

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compare import (
@@ -19,7 +19,7 @@ from compare import (
 )  # fmt: skip
 from grid import PUBLISHED, Cell, Entry, Form, Found, peer_of
 from plot_quality import plot
-from provenance import write_page
+from provenance import table, write_page
 
 LABELS = {
     "gfprune": "**gfprune, defaults**",
@@ -42,10 +42,6 @@ def with_range(mean: float, values: Sequence[float], digits: int) -> str:
     return shown if len(values) < 2 else f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def as_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
-
-
 def judged(found: Verdict | None) -> str:
     """A share with its spread over the seeds, and whether it meets the goal."""
     if found is None:
@@ -66,13 +62,13 @@ def verdicts(
                 rows = among(rows_of(entries, subject, sparsity, gradients))
                 found = [dense and verdict(rows, dense, metric, gradients) for metric in GAPS]
                 lines.append([subject, f"{sparsity:g}", f"{gradients:,}", *map(judged, found)])
-    return as_table(("network", "sparsity", "gradients", *NAMES.values()), lines)
+    return table(("network", "sparsity", "gradients", *NAMES.values()), lines)
 
 
 COLUMNS = ("method", "seeds", "parameters", "MACs", "gradients", "seconds", "MACs spent")
 
 
-def table(rows: Rows, dense: Entry) -> list[str]:
+def methods_table(rows: Rows, dense: Entry) -> list[str]:
     """All methods at one sparsity and length."""
     best = {
         metric: gap(rows[peer], dense, metric) for metric in GAPS if (peer := best_peer(rows, dense, metric))
@@ -98,7 +94,7 @@ def table(rows: Rows, dense: Entry) -> list[str]:
             line.append("" if ratio is None else f"{ratio:.2f}")
         lines.append(line)
     shown = [column for name in ("held-out loss", "SSIM", "fd_teacher") for column in (name, "gap")]
-    return as_table((*COLUMNS, *shown), lines)
+    return table((*COLUMNS, *shown), lines)
 
 
 def bins_table(rows: Rows, dense: Entry) -> list[str]:
@@ -111,7 +107,7 @@ def bins_table(rows: Rows, dense: Entry) -> list[str]:
         lines.append(
             [label(name), *(f"{mean / own:.2f}x" for mean, own in zip(means, dense["bins"], strict=True))]
         )
-    return as_table(("loss by noise, least first", *edges), lines)
+    return table(("loss by noise, least first", *edges), lines)
 
 
 def trials_table(tried: Sequence[Entry], form: Form) -> list[str]:
@@ -130,9 +126,7 @@ def trials_table(tried: Sequence[Entry], form: Form) -> list[str]:
             for tuning in form.tunings
         ]  # fmt: skip
         lines.append([*row, *cells])
-    return as_table(
-        ("network", "sparsity", "peer", *(f"{name} {rate:g}" for name, rate in form.tunings)), lines
-    )
+    return table(("network", "sparsity", "peer", *(f"{name} {rate:g}" for name, rate in form.tunings)), lines)
 
 
 def missing_lines(missing: Sequence[Cell]) -> list[str]:
@@ -193,7 +187,7 @@ def section(found: Found, form: Form, subject: str) -> list[str]:
                 "",
                 f"### {subject} at sparsity {sparsity:g}, {length:,} gradients",
                 "",
-                *table(rows, dense),
+                *methods_table(rows, dense),
             ]
         if done:
             lines += ["", *bins_table(done[max(done)], dense)]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from provenance import PAGES, write_page
+from provenance import PAGES, table, write_page
 from torch import nn
 from yardstick import Yardstick, demo, samples
 
@@ -58,6 +58,11 @@ def picture(rows: Sequence[torch.Tensor], path: Path) -> None:
     image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST).save(path)
 
 
+def sizes(result: Any, when: str) -> list[str]:
+    """Parameters, MACs and bytes as cells."""
+    return [f"{result.params[when]:,}", f"{result.macs[when]:,}", f"{result.bytes[when]:,} bytes"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page")
@@ -74,25 +79,18 @@ def main() -> None:
         [yardstick.images, *(samples(subject, run["network"], COLUMNS, SAMPLE_STEPS) for run in runs)],
         options.picture,
     )
-    lines = [
-        "| `gfprune prune --model demo` | parameters | MACs per image | weight file | time of a batch | SSIM "
-        "to the dense model | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    first = runs[0]["result"]
-    lines.append(
-        f"| dense | {first.params['before']:,} | {first.macs['before']:,} | {first.bytes['before']:,} bytes "
-        f"| {dense_time * 1e3:.1f} ms | 1 | |"
+    head = (
+        *("`gfprune prune --model demo`", "parameters", "MACs per image", "weight file", "time of a batch"),
+        *("SSIM to the dense model", "seconds"),
     )
+    rows = [["dense", *sizes(runs[0]["result"], "before"), f"{dense_time * 1e3:.1f} ms", "1", ""]]
     for sparsity, run, found, seconds in zip(SPARSITIES, runs, measured, pruned_times, strict=True):
+        took = f"{seconds * 1e3:.1f} ms ({dense_time / seconds:.2f}x)"
         result = run["result"]
-        lines.append(
-            f"| `--sparsity {sparsity}` | {result.params['after']:,} | {result.macs['after']:,} | "
-            f"{result.bytes['after']:,} bytes | {seconds * 1e3:.1f} ms ({dense_time / seconds:.2f}x) | "
-            f"{found['ssim']:.3f} | {result.seconds:.0f} |"
-        )
-    title = "What the one-line command gives"
-    write_page(options.out / "showcase.md", title, "python benchmarks/showcase.py", 0, "\n".join(lines))
+        quality = [took, f"{found['ssim']:.3f}", f"{result.seconds:.0f}"]
+        rows.append([f"`--sparsity {sparsity}`", *sizes(result, "after"), *quality])
+    title, command = "What the one-line command gives", "python benchmarks/showcase.py"
+    write_page(options.out / "showcase.md", title, command, 0, "\n".join(table(head, rows)))
 
 
 if __name__ == "__main__":

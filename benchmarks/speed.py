@@ -9,21 +9,21 @@ that other work on the machine counts little. Memory and phases come from a fres
 
 import argparse
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from provenance import PAGES, header
+from own_process import in_a_process
+from provenance import PAGES, header, table
 from torch.profiler import ProfilerActivity, profile
 
 import gfprune_cli
@@ -31,6 +31,8 @@ from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.deploy.onnx import run_onnx
+from gfprune_cli.deploy.openvino import run_openvino
+from gfprune_cli.deploy.torch_export import run_program
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.flow.criteria import Evidence, score
@@ -62,18 +64,20 @@ DISPATCH = {  # of each runtime, operators that compute nothing; ONNX Runtime's 
     "onnx": ("reshape", "unsqueeze", "squeeze", "shape", "identity", "flatten", "constant"),
 }
 MEASURE = """
-import json, resource, sys
 import gfprune_cli, gfprune_cli.pruning, diffusers
-with open("/proc/self/statm") as file:
-    start = int(file.read().split()[1]) * resource.getpagesize()
+start = status("VmRSS")
 result = gfprune_cli.prune(**json.loads(sys.argv[1]))
-with open("/proc/self/status") as file:  # not ru_maxrss: that one is inherited from the parent
-    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-found = {"peak": peak - start, "phases": result.seconds_by_phase, "params": result.params["before"]}
-print(json.dumps(found))
+peak = status("VmHWM") - start
+print(json.dumps({"peak": peak, "phases": result.seconds_by_phase, "params": result.params["before"]}))
 """
+TIMES = ("MAC gain", "dense, ms", "pruned, ms", "gain [quartiles]", "share")
 Call = Callable[[], object]
 Kinds = dict[str, float]  # kind of operator -> milliseconds of one evaluation
+EXPORTED: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "torch-export": ("model.pt2", run_program),
+    "onnx": ("model.onnx", lambda path: run_onnx(path, threads=torch.get_num_threads())),
+    "openvino": ("openvino_model.xml", lambda path: run_openvino(path, threads=torch.get_num_threads())),
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,13 @@ class Gain:
     def share(self) -> float:
         """Realised latency gain over MAC gain."""
         return self.speedup / self.mac_ratio
+
+    @property
+    def cells(self) -> list[str]:
+        """As in the columns `TIMES` of a table."""
+        gain = f"{self.speedup:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        numbers = [f"{number:.2f}" for number in (self.mac_ratio, self.dense, self.pruned)]
+        return [*numbers, gain, f"{self.share:.2f}"]
 
 
 @dataclass(frozen=True)
@@ -140,20 +151,19 @@ def prune_for_latency(model: str, root: Path, seed: int, settings: Sequence[tupl
 
 
 def caller(runtime: str, model: str, inputs: dict[str, torch.Tensor], root: Path) -> Call:
-    """One evaluation of a checkpoint in a runtime."""
+    """One evaluation of a checkpoint in a runtime; what is exported for it stays in `root`."""
     if runtime == "eager":
-        network = gfprune_cli.load(model).eval()
-        return lambda: network(**inputs)
-    session = run_onnx(program(model, root), threads=torch.get_num_threads())
-    return lambda: session(inputs)
+        return partial(gfprune_cli.load(model), **inputs)
+    file, load = EXPORTED[runtime]
+    return partial(load(exported(runtime, model, root) / file), inputs)
 
 
-def program(model: str, root: Path) -> Path:
-    """A checkpoint in ONNX, exported once."""
-    out = root / f"onnx-{Path(model).name}"
+def exported(runtime: str, model: str, root: Path) -> Path:
+    """A checkpoint exported for a runtime, once."""
+    out = root / f"{runtime}-{Path(model).name}"
     if not out.exists():
-        gfprune_cli.export(model, format="onnx", out=out)
-    return out / "model.onnx"
+        gfprune_cli.export(model, format=runtime, out=out)
+    return out
 
 
 def inputs_of(config: Any, batch: int) -> dict[str, torch.Tensor]:
@@ -199,19 +209,15 @@ def gain(runtime: str, batch: int, folder: Path, dense: Sequence[float], pruned:
 
 
 def gains_table(rows: Sequence[Gain], limits: Sequence[Limit]) -> str:
-    lines = [
-        "| runtime | batch | pruned with | MAC gain | dense, ms | pruned, ms | gain [quartiles] "
-        "| share | share at most | products |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r.runtime} | {r.batch} | `--budget {r.budget} --sparsity {r.sparsity:g}` "
-        f"| {r.mac_ratio:.2f} | {r.dense:.2f} | {r.pruned:.2f} "
-        f"| {r.speedup:.2f} [{r.low:.2f}, {r.high:.2f}] | {r.share:.2f} "
-        f"| {limit.share:.2f} | {limit.products:.2f}x |"
+    head = ("runtime", "batch", "pruned with", *TIMES, "share at most", "products")
+    cells = (
+        [
+            *(r.runtime, str(r.batch), f"`--budget {r.budget} --sparsity {r.sparsity:g}`", *r.cells),
+            *(f"{limit.share:.2f}", f"{limit.products:.2f}x"),
+        ]
         for r, limit in zip(rows, limits, strict=True)
-    ]
-    return "\n".join(lines)
+    )
+    return "\n".join(table(head, cells))
 
 
 def kind_of(runtime: str, operator: str) -> str:
@@ -247,13 +253,14 @@ def onnx_profiler(model: str, batch: int, root: Path) -> Callable[[], Kinds]:
     import onnxruntime
 
     config = gfprune_cli.load(model).config
+    file = exported("onnx", model, root) / EXPORTED["onnx"][0]
     feed = {name: tensor.numpy() for name, tensor in inputs_of(config, batch).items()}
 
     def once() -> Kinds:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.enable_profiling, options.profile_file_prefix = True, str(root / "profile")
-        session = onnxruntime.InferenceSession(program(model, root), options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
         for _ in range(2):  # the first allocates
             session.run(None, feed)
         path = Path(session.end_profiling())
@@ -294,21 +301,17 @@ def profile_tables(
     model: str, folders: Sequence[Path], rows: Sequence[Gain], rounds: int
 ) -> tuple[str, list[Limit]]:
     """Where the time goes, in the order of `rows`; and what a perfect runtime of products would gain."""
-    lines = [
-        "| runtime | batch | network | products, ms | elementwise, ms | dispatch, ms |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells: list[list[str]] = []
     limits = []
     for runtime, batch in dict.fromkeys((row.runtime, row.batch) for row in rows):
         dense, pruned = profiles(model, folders, runtime, batch, rounds)
-        for name, found in zip(
-            ["dense", *(folder.name for folder in folders)], [dense, *pruned], strict=True
-        ):
-            cells = " | ".join(f"{milliseconds:.2f}" for milliseconds in found.values())
-            lines.append(f"| {runtime} | {batch} | {name} | {cells} |")
+        names = ["dense", *(folder.name for folder in folders)]
+        for name, found in zip(names, [dense, *pruned], strict=True):
+            cells.append([runtime, str(batch), name, *(f"{ms:.2f}" for ms in found.values())])
         ratios = [row.mac_ratio for row in rows if (row.runtime, row.batch) == (runtime, batch)]
         limits += [limit_of(dense, found, ratio) for found, ratio in zip(pruned, ratios, strict=True)]
-    return "\n".join(lines), limits
+    head = ("runtime", "batch", "network", *(f"{kind}, ms" for kind in dense))
+    return "\n".join(table(head, cells)), limits
 
 
 def scoring_table(model: str, criteria: Sequence[str], draws: int, repeats: int, seed: int) -> str:
@@ -332,12 +335,12 @@ def scoring_table(model: str, criteria: Sequence[str], draws: int, repeats: int,
     calls: list[Call] = [lambda: gradient(losses, effective)]
     calls += [lambda criterion=name: once(criterion) for name in criteria]
     base, *times = interleaved(calls, repeats)
-    lines = ["| criterion | gradients, counted | time in gradients | seconds |", "|---|---|---|---|"]
+    rows = []
     for name, values in zip(criteria, times, strict=True):
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
         seconds = statistics.median(values) / 1000
-        lines.append(f"| `{name}` | {counted[name]:.2f} | {ratio:.2f} | {seconds:.2f} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", f"{counted[name]:.2f}", f"{ratio:.2f}", f"{seconds:.2f}"])
+    return "\n".join(table(("criterion", "gradients, counted", "time in gradients", "seconds"), rows))
 
 
 def random_pipeline(folder: Path, width: int, seed: int) -> Path:
@@ -360,34 +363,19 @@ def footprint(model: str, root: Path, seed: int, **settings: Any) -> Footprint:
     """Peak memory, above what imports take, and seconds by phase of one prune run with an empty cache."""
     cache = tempfile.mkdtemp(prefix="cache-", dir=root)
     asked = SMALL_RUN | settings | dict(model=model, out=str(root / "out"), seed=seed, force=True)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": cache},
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_a_process(MEASURE, json.dumps(asked), cache=Path(cache))
     return Footprint(found["params"], asked["images"], found["peak"], found["phases"])
 
 
 def footprint_table(rows: Sequence[Footprint]) -> str:
     phases = list(dict.fromkeys(name for row in rows for name in row.phases))
-    lines = [
-        "| parameters | images | peak memory, MB | "
-        + " | ".join(f"{name}, s" for name in phases)
-        + " | all, s |",
-        "|---" * (len(phases) + 4) + "|",
-    ]
+    head = ["parameters", "images", "peak memory, MB", *(f"{name}, s" for name in phases), "all, s"]
+    lines = []
     for row in rows:
-        seconds = [f"{row.phases.get(name, 0):.1f}" for name in phases]
-        total = sum(row.phases.values())
-        lines.append(
-            f"| {row.params / 1e6:.2f} M | {row.images} | {row.peak / 1e6:.0f} | "
-            + " | ".join(seconds)
-            + f" | {total:.1f} |"
-        )
-    return "\n".join(lines)
+        size = [f"{row.params / 1e6:.2f} M", str(row.images), f"{row.peak / 1e6:.0f}"]
+        seconds = [row.phases.get(name, 0) for name in phases]
+        lines.append([*size, *(f"{one:.1f}" for one in (*seconds, sum(seconds)))])
+    return "\n".join(table(head, lines))
 
 
 def plot_gains(rows: Sequence[Gain], path: Path) -> None:

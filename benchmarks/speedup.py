@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from large import stable_diffusion
-from provenance import PAGES, write_page
+from provenance import PAGES, table, write_page
 from speed import ONE_SHOT, random_pipeline
 
 import gfprune_cli
@@ -117,24 +117,29 @@ def network_folder(name: str, root: Path, seed: int) -> str:
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| network | runtime | batch | asked | first try: measured for predicted | measured "
-        "| written [quartiles] | off | MAC gain | share |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
-        head = f"| {row.network} | {row.runtime} | {row.batch} | {row.asked:g} "
+        asked = [row.network, row.runtime, str(row.batch), f"{row.asked:g}"]
         if row.time is None or row.written is None or row.mac_ratio is None:
-            lines.append(f"{head}| | | {row.why.partition(': try')[0]} | | | |")
+            cells.append([*asked, "", "", row.why.partition(": try")[0], "", "", ""])
             continue
         found, first = row.written, row.time["trials"][0]
-        lines.append(
-            f"{head}| {first['measured']:.2f} for {first['predicted']:.2f} "
-            f"| {row.time['measured']['speedup']:.2f} "
-            f"| {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] | {row.missed:+.1%} "
-            f"| {row.mac_ratio:.2f} | {found.value / row.mac_ratio:.2f} |"
+        cells.append(
+            [
+                *asked,
+                f"{first['measured']:.2f} for {first['predicted']:.2f}",
+                f"{row.time['measured']['speedup']:.2f}",
+                f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]",
+                f"{row.missed:+.1%}",
+                f"{row.mac_ratio:.2f}",
+                f"{found.value / row.mac_ratio:.2f}",
+            ]
         )
-    return "\n".join(lines)
+    head = (
+        *("network", "runtime", "batch", "asked", "first try: measured for predicted", "measured"),
+        *("written [quartiles]", "off", "MAC gain", "share"),
+    )
+    return "\n".join(table(head, cells))
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -1,6 +1,7 @@
 """What the studies of settings share: their flags, processes of one thread, means over seeds, and a page."""
 
 import argparse
+import json
 import os
 import shlex
 import statistics
@@ -87,6 +88,13 @@ def write_study(
     command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
     path = options.out / f"{script.stem}.md"
     print(write_page(path, title, command, f"0 to {options.seeds - 1}", "\n".join(found)))
+
+
+def once(path: Path, measured: Callable[[], Any]) -> Any:
+    """What is kept at `path`: numbers, by name or alone."""
+    if not path.exists():
+        path.write_text(json.dumps(measured()))
+    return json.loads(path.read_text())
 
 
 def head(*columns: str) -> list[str]:
