@@ -78,20 +78,6 @@ class Signature:
             for name, tensor in tensors.items()
         }
 
-    def describe(self, free: Mapping[str, frozenset[int]]) -> dict[str, dict[str, Any]]:
-        """Name -> type and shape, as the record and the model card say them.
-
-        Args:
-            free: name -> dimensions that are free.
-        """
-        described = {}
-        for name, tensor in self.inputs.items():
-            shape: list[int | str] = list(tensor.shape)
-            for axis in free[name]:
-                shape[axis] = self.axis_name(name, axis)
-            described[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
-        return described
-
     def axis_name(self, name: str, axis: int) -> str:
         """A free dimension in words: batch, 8*h, text, or tokens where it grows with several sizes."""
         labels = self.growth[name].get(axis, frozenset())
