@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 # ENODEV, of FUSE, mergerfs, Ceph and some network drives; safetensors gives the number in words alone
@@ -39,7 +39,7 @@ def opened(path: Path) -> Iterator[TensorReader]:
         OSError, SafetensorError: as safetensors.
     """
     try:
-        reader: Any = safe_open(path, framework="pt", device="cpu")
+        reader: Any = safetensors.safe_open(path, framework="pt", device="cpu")
     except OSError as error:
         if not cannot_map(error):
             raise
