@@ -24,7 +24,7 @@ import gfprune_cli as gfprune
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.recovery.teacher import Correspondence
 from gfprune_cli.recovery.trainer import Trainer
@@ -109,7 +109,7 @@ def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecip
     pair = None
     if recipe.feature_weight:
         pair = FeaturePair(model, target.dense, layers_of_peer(model, target.dense))
-    loss = RecoveryLoss(model, target.dense, target.process, Weights.of(recipe), pair, "fp32")
+    loss = RecoveryLoss(model, target.dense, target.process, recipe, pair, "fp32")
     processes = Processes(None, target.held_out.device)
     trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, processes)
     for step in range(recipe.steps):

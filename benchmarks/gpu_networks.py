@@ -21,7 +21,7 @@ from gfprune_cli.data.images import to_model_range
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recovery.losses import RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.trainer import Trainer
 from gfprune_cli.runtime.device import autocast, default_precision, deterministic
 from gfprune_cli.runtime.processes import Processes
@@ -188,7 +188,7 @@ def trainer_of(model: nn.Module, dense: nn.Module, draws: Draws, steps: int, bat
     teacher = nn.Module.to(copy.deepcopy(dense), device).requires_grad_(False)
     format = torch.channels_last if device.type == "cuda" else torch.preserve_format
     nn.Module.to(model, device, memory_format=format).requires_grad_(True)
-    loss = RecoveryLoss(model, teacher, process_of(), Weights.of(recipe), None, default_precision(device))
+    loss = RecoveryLoss(model, teacher, process_of(), recipe, None, default_precision(device))
     return Trainer(model, loss, draws, recipe, Processes(None, device))
 
 

@@ -19,6 +19,7 @@ class Carried:
         layers: of the adapter, those that were dropped included.
         narrowed, moved, dropped: of them, those that lost rows or columns, that have a new name, and that
             have no place left.
+        shapes: of them, as the pruned class's configuration has them.
         network: of an adapter that is one, with `tensors` as its weights.
     """
 
@@ -27,6 +28,7 @@ class Carried:
     narrowed: int = 0
     moved: int = 0
     dropped: list[str] = field(default_factory=list)
+    shapes: dict[str, dict[str, int]] = field(default_factory=dict)
     network: Any = None
 
 

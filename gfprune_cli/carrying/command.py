@@ -17,7 +17,7 @@ from gfprune_cli.carrying.t2i_adapter import CLASS, carry_t2i_adapter
 from gfprune_cli.carrying.target import Target, find_target
 from gfprune_cli.carrying.transformer_controlnet import NETWORKS, carry_transformer_controlnet
 from gfprune_cli.checkpoint.reader import sha256_of_weights
-from gfprune_cli.checkpoint.record import RECORD, SCHEMA_VERSION, installed_tools
+from gfprune_cli.checkpoint.record import RECORD, installed_tools
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
@@ -175,17 +175,13 @@ def make_result(
 
 def make_record(recipe: CarryRecipe, adapter: Adapter, target: Target, result: CarryResult) -> dict[str, Any]:
     """The document of `gfprune.json` beside a carried adapter."""
+    said = result.document()
+    kept = ("schema_version", "command", "kind", "component", "layers", "dropped", "bytes")
     return {
-        "schema_version": SCHEMA_VERSION,
-        "command": "carry",
+        **{key: said[key] for key in kept},
         "recipe": recipe.document(),
         "adapter": {"file": adapter.path.name, "sha256": adapter.sha256},
         "model": target.source.origin(sha256_of_weights(target.component)),
-        "kind": result.kind,
-        "component": result.component,
-        "layers": dict(result.layers),
-        "dropped": list(result.dropped),
-        "bytes": dict(result.bytes),
         "tools": installed_tools(),
     }
 

@@ -42,27 +42,41 @@ def carry_controlnet(adapter: Adapter, target: Target) -> Carried:
     (name, config), state = checked_config(folder, adapter.tensors), dict(adapter.tensors)
     if not hasattr(target.network, "down_blocks"):
         raise GfpruneError(f"{folder} is a {name}, and {target.component.class_name} is no U-Net")
-    carried, shapes = Carried(), {}
+    carried = Carried()
     for layer, stream in zip(outputs(state), streams(target), strict=False):
         stays = stream_stays(target, stream)
-        weight = state[f"{layer}.weight"]
         size = stays.size if stays is not None else target.network.get_submodule(stream[-1]).weight.shape[0]
-        if weight.shape[0] != size:
-            raise GfpruneError(
-                f"{folder}: {quoted(layer)} has {weight.shape[0]} outputs, its stream in the dense network "
-                f"{size}: the ControlNet is for another network, or for the pruned one already"
-            )
-        carried.layers += 1
-        if stays is not None:
-            carried.narrowed += 1
-            shapes[layer] = {"out": len(stays.indices), "in": weight.shape[1]}
-            for leaf in ("weight", "bias"):
-                state[f"{layer}.{leaf}"] = chosen(state[f"{layer}.{leaf}"], stays, 0)
+        narrow_output(carried, state, layer, stays, size, folder)
     if carried.layers != len(outputs(state)) or carried.layers != len(list(streams(target))):
         raise GfpruneError(f"{folder} has {len(outputs(state))} outputs: it is for another network")
-    config["gfprune"] = {"format": 1, "modules": shapes}
+    config["gfprune"] = {"format": 1, "modules": carried.shapes}
     carried.tensors, carried.network = state, rebuild(pruned_class(name), config, state)
     return carried
+
+
+def narrow_output(
+    carried: Carried, state: Tensors, layer: str, stays: Stays | None, size: int, folder: Path
+) -> None:
+    """Leave a layer, in `state`, the rows of the channels that its stream still has.
+
+    Args:
+        stays: what is left of the stream, which had `size` channels in the dense network.
+
+    Raises:
+        GfpruneError: the layer writes to another stream.
+    """
+    rows, columns = state[f"{layer}.weight"].shape[:2]
+    if rows != size:
+        raise GfpruneError(
+            f"{folder}: {quoted(layer)} has {rows} outputs, its stream in the dense network {size}: the "
+            "ControlNet is for another network, or for the pruned one already"
+        )
+    carried.layers += 1
+    if stays is not None:
+        carried.narrowed += 1
+        carried.shapes[layer] = {"out": len(stays.indices), "in": columns}
+        for leaf in ("weight", "bias"):
+            state[f"{layer}.{leaf}"] = chosen(state[f"{layer}.{leaf}"], stays, 0)
 
 
 def checked_config(folder: Path, tensors: Tensors) -> tuple[str, dict[str, Any]]:

@@ -55,7 +55,10 @@ def carry_image_prompts(tensors: Tensors, target: Target) -> Carried:
     before, after = receivers(target.dense_network), receivers(target.network)
     orders = {  # of layers that read the prompt, and of all that a LoRA of the adapter sits on
         "ip": (dict(before), {name: number for number, name in after}),
-        "lora": (dict(enumerate(processors(target.dense_network))), numbered(target.network)),
+        "lora": (
+            dict(enumerate(processors(target.dense_network))),
+            {name: number for number, name in enumerate(processors(target.network))},
+        ),
     }
     tensors = {diffusers_name(name): value for name, value in tensors.items()}
     carried = Carried({name: value for name, value in tensors.items() if name.startswith(PROJECTION)})
@@ -89,10 +92,6 @@ def carry_image_prompts(tensors: Tensors, target: Target) -> Carried:
 def processors(network: object) -> Iterator[str]:
     """All attention layers, in the order in which diffusers numbers them."""
     return (name.removesuffix(".processor") for name in network.attn_processors)  # type: ignore[attr-defined]
-
-
-def numbered(network: object) -> dict[str, int]:
-    return {name: index for index, name in enumerate(processors(network))}
 
 
 def count(carried: Carried, attention: str, target: Target) -> None:

@@ -1,8 +1,7 @@
 """The pruned network that an adapter is carried to, and what it says of the dense one."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,6 @@ from gfprune_cli.errors import GfpruneError, UsageError, named
 from gfprune_cli.progress import Progress
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
-from gfprune_cli.structure.blocks import LENGTHS
 from gfprune_cli.structure.correspondence import correspondence, kept_units
 
 
@@ -54,17 +52,9 @@ class Target:
         and their order alone are right."""
         own = ("gfprune", "auto_map", "quantization_config")
         config = {key: value for key, value in self.component.config.items() if key not in own}
-        for stack, count in Counter(block.rpartition(".")[0] for block in self.map.gone).items():
-            if stack in LENGTHS and not self.skips(stack):
-                config[LENGTHS[stack]] += count
-        config |= self.map.config  # which early records do not have
+        config |= self.map.config
         name = stock_name(self.component.class_name)
         return build_meta(replace(self.component, class_name=name, config={**config, "_class_name": name}))
-
-    def skips(self, stack: str) -> bool:
-        """Whether blocks of a stack stand where they stood, and hand on what they are given."""
-        modules = (self.component.config.get("gfprune") or {}).get("modules", {})
-        return any(name.startswith(f"{stack}.") and "identity" in shape for name, shape in modules.items())
 
     def is_factored(self, name: str) -> bool:
         """Whether a layer of the pruned network is two thin ones now."""
@@ -117,14 +107,12 @@ class Target:
             GfpruneError: it is not there, or has other weights than those that were pruned.
         """
         with named(model="dense", teacher="dense"):
-            source = resolve(
-                self.recipe.dense or self.record.dense_label(),
-                revision=None if self.recipe.dense else self.record.source.commit,
-                variant=self.record.variant,
-                config_from=None if self.recipe.dense else self.record.config_from,
-                offline=self.offline,
-                progress=self.progress,
+            found = (
+                self.record.dense_source
+                if self.recipe.dense is None
+                else partial(resolve, self.recipe.dense, variant=self.record.variant)
             )
+            source = found(offline=self.offline, progress=self.progress)
         return inspect(source, component=self.record.component or None, variant=self.record.variant)
 
 

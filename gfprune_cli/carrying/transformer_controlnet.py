@@ -8,11 +8,10 @@ after those behind it that are gone (after those before the first one that is le
 
 import math
 
-from gfprune_cli.carrying.carried import Carried, chosen
-from gfprune_cli.carrying.controlnet import checked_config
+from gfprune_cli.carrying.carried import Carried
+from gfprune_cli.carrying.controlnet import checked_config, narrow_output
 from gfprune_cli.carrying.files import Adapter
 from gfprune_cli.carrying.target import Target
-from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.errors import GfpruneError
@@ -50,26 +49,15 @@ def carry_transformer_controlnet(adapter: Adapter, target: Target) -> Carried:
             f"{folder} reads the stream of the dense network (use_pos_embed is false), which became "
             "narrower: prune without --prune-width"
         )
-    carried, shapes, samples = Carried(), {}, {}
+    carried, samples = Carried(), {}
     for stack, (blocks, called) in STACKS.items():
         layers = sorted({".".join(key.split(".")[:2]) for key in state if key.startswith(f"{stack}.")})
         sums = sums_of_samples(target, name, config, blocks, len(layers)) if layers else None
-        carried.layers += len(layers)
         if sums is not None:
             samples[called], carried.moved = sums, carried.moved + len(layers)
         for layer in layers:
-            rows, columns = state[f"{layer}.weight"].shape
-            if rows != size:
-                raise GfpruneError(
-                    f"{folder}: {quoted(layer)} has {rows} outputs, its stream in the dense network {size}: "
-                    "the ControlNet is for another network, or for the pruned one already"
-                )
-            if stays is not None:
-                carried.narrowed += 1
-                shapes[layer] = {"out": len(stays.indices), "in": columns}
-                for leaf in ("weight", "bias"):
-                    state[f"{layer}.{leaf}"] = chosen(state[f"{layer}.{leaf}"], stays, 0)
-    config["gfprune"] = {"format": 1, "modules": shapes, **({"samples": samples} if samples else {})}
+            narrow_output(carried, state, layer, stays, size, folder)
+    config["gfprune"] = {"format": 1, "modules": carried.shapes, **({"samples": samples} if samples else {})}
     carried.tensors, carried.network = state, rebuild(pruned_class(name), config, state)
     return carried
 

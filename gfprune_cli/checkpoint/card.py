@@ -133,20 +133,16 @@ def picture_lines(picture: Picture | None) -> list[str]:
     if picture is None:
         return []
     above = "the teacher of the finetuning" if picture.of_teacher else "the dense model"
+    # as a block of code: prompts may hold what Markdown would act on
+    asked = ["    " + shortened(" ".join(text.split())) for text in picture.asked]
     return [
         f"![Samples of {above} above, of this model below]({PICTURE})",
         "",
         f"Above {above}, below this one, from the same noise in {picture.steps} steps. "
         f"{picture.samples} seeds, none left out.",
         "",
-        *asked_lines(picture.asked),
+        *(["Columns, from the left:", "", *asked, ""] if asked else []),
     ]
-
-
-def asked_lines(asked: Iterable[str]) -> list[str]:
-    """What the columns were asked for, as a block of code: prompts may hold what Markdown would act on."""
-    lines = ["    " + shortened(" ".join(text.split())) for text in asked]
-    return ["Columns, from the left:", "", *lines, ""] if lines else []
 
 
 def licence_lines(source: Mapping[str, Any]) -> list[str]:
@@ -163,9 +159,10 @@ def licence_lines(source: Mapping[str, Any]) -> list[str]:
 def component_lines(record: Mapping[str, Any]) -> list[str]:
     """What became of one network."""
     recipe, params, macs, size = record["recipe"], record["params"], record["macs"], record["bytes"]
+    shares = [1 - pair["after"] / pair["before"] for pair in (params, macs)]
     return [
-        f"gfprune removed {removed_shares(params, macs)} (criterion {recipe['criterion']}, layout "
-        f"{recipe['layout']}).",
+        f"gfprune removed {shares[0]:.1%} of the parameters and {shares[1]:.1%} of the multiply-accumulates "
+        f"of the network (criterion {recipe['criterion']}, layout {recipe['layout']}).",
         "",
         "| | dense | pruned | left |",
         "|---|--:|--:|--:|",
@@ -188,25 +185,13 @@ def number_row(title: str, pair: Mapping[str, int]) -> str:
 
 def loss_row(record: Mapping[str, Any]) -> str:
     """The loss of the dense network and of the one that lies here: after its last finetuning."""
-    tuned = record.get("finetune")
+    tuned, loss = record.get("finetune"), record["loss"]
     if not tuned:
-        return f"| denoising loss | {record['loss']['before']:.4f} | {loss_left(record['loss']):.4f} | |"
+        left = loss["removed"] if loss.get("recovered") is None else loss["recovered"]
+        return f"| denoising loss | {loss['before']:.4f} | {left:.4f} | |"
     loss = tuned[-1]["loss"]
     dense = f"{loss['teacher']:.4f}" if has_own_teacher(tuned[-1], record) else ""
     return f"| denoising loss | {dense} | {loss['after']:.4f} | |"
-
-
-def removed_shares(params: Mapping[str, int], macs: Mapping[str, int]) -> str:
-    """Both shares that went, in words."""
-    shares = [1 - pair["after"] / pair["before"] for pair in (params, macs)]
-    return f"{shares[0]:.1%} of the parameters and {shares[1]:.1%} of the multiply-accumulates of the network"
-
-
-def loss_left(loss: Mapping[str, float | None]) -> float:
-    """Of the network that was written: after recovery, where there was one."""
-    left = loss["removed"] if loss.get("recovered") is None else loss["recovered"]
-    assert left is not None
-    return left
 
 
 def time_lines(record: Mapping[str, Any]) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gfprune_cli.checkpoint.files import quoted
-from gfprune_cli.checkpoint.layout import EARLIER, PRUNED_MODULE, pipeline_components
+from gfprune_cli.checkpoint.layout import PRUNED_MODULES, pipeline_components
 from gfprune_cli.errors import GfpruneError
 
-LIBRARIES = ("diffusers", "transformers", PRUNED_MODULE, *EARLIER)
+LIBRARIES = ("diffusers", "transformers", *PRUNED_MODULES)
 _CHOOSES = re.compile(
     r"Auto(?!encoder)"
 )  # AutoModel and the like load the class, or the code, a config names

@@ -141,7 +141,7 @@ def read_correspondence(document: Mapping[str, Any], where: str) -> Corresponden
     try:
         found = document[MAP]
         blocks, gone = dict(found["blocks"]), tuple(found["gone"])
-        config = dict(found.get("config", {}))  # absent in early records
+        config = dict(found["config"])
         names = [*blocks, *blocks.values(), *gone, *found["layers"]]
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a name is no text")

@@ -11,6 +11,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.hub_digests import verify
 from gfprune_cli.checkpoint.hub_errors import check_token, explained, host
@@ -49,12 +54,8 @@ def fetch(
         UsageError: the variant does not exist.
         GfpruneError: the repository, revision, files or network are not there.
     """
-    import huggingface_hub
-
     offline = offline or huggingface_hub.is_offline_mode()
-    with explained(repo_id, revision):
-        check_token(huggingface_hub.get_token())
-        commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
+    commit, sizes, declared = _listing(repo_id, revision, offline)
     progress(Event("load", text=f"{repo_id} at {commit[:12]}{' from the cache' if offline else ''}"))
     wanted = [name for name in sizes if _is_description(name)]
     fetched = partial(
@@ -84,12 +85,8 @@ def fetch_file(
     Raises:
         GfpruneError: the repository, revision, file or network are not there.
     """
-    import huggingface_hub
-
     offline = offline or huggingface_hub.is_offline_mode()
-    with explained(repo_id, revision):
-        check_token(huggingface_hub.get_token())
-        commit, sizes, declared = (_cached_listing if offline else _listing)(repo_id, revision)
+    commit, sizes, declared = _listing(repo_id, revision, offline)
     if sizes and name not in sizes:
         raise GfpruneError(f"{repo_id} has no file {quoted(name)} at {commit[:12]}: check its name")
     progress(Event("load", text=f"{repo_id}/{name} at {commit[:12]}{' from the cache' if offline else ''}"))
@@ -120,10 +117,14 @@ def _weights_in(prefix: str, names: dict[str, int], variant: str | None) -> list
     return [name for name, (stem, kind) in parsed.items() if stem in chosen and kind == chosen[stem]]
 
 
-def _listing(repo_id: str, revision: str | None) -> Listing:
-    """What the server says of a revision."""
-    from huggingface_hub import HfApi
+def _listing(repo_id: str, revision: str | None, offline: bool) -> Listing:
+    """What the server says of a revision, or the cache."""
+    with explained(repo_id, revision):
+        check_token(huggingface_hub.get_token())
+        return (_cached_listing if offline else _served_listing)(repo_id, revision)
 
+
+def _served_listing(repo_id: str, revision: str | None) -> Listing:
     api = HfApi(library_name="gfprune")
     # Also records the branch or tag in the cache, which is what makes a later offline run find it.
     commit = api.resolve_revision(repo_id, revision=revision).resolved
@@ -137,9 +138,6 @@ def _listing(repo_id: str, revision: str | None) -> Listing:
 
 def _cached_listing(repo_id: str, revision: str | None) -> Listing:
     """The same from the cache alone; no names if the cache was filled by something that kept no listing."""
-    from huggingface_hub import HfApi, get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
     commit = HfApi().resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
     _check_commit(commit)
     try:
@@ -165,8 +163,6 @@ def _download(
     progress: Progress,
 ) -> Path:
     """The snapshot's folder, with these files in it and verified."""
-    from huggingface_hub import snapshot_download
-
     with explained(repo_id, revision):
         folder = Path(
             snapshot_download(
@@ -184,8 +180,6 @@ def _download(
 
 def _reporting_bar(progress: Progress) -> type[Any]:
     """A tqdm that draws nothing and reports the downloaded bytes: only the command line prints."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     lock = threading.Lock()
 
     class ReportingBar(tqdm):

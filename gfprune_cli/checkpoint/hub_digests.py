@@ -6,7 +6,7 @@ content). huggingface_hub itself compares sizes only.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from gfprune_cli.errors import GfpruneError
@@ -57,16 +57,11 @@ def digest(path: Path, progress: Progress, *, git: bool) -> str:
     found = hashlib.sha1(usedforsecurity=False) if git else hashlib.sha256()
     if git:
         found.update(f"blob {path.stat().st_size}\0".encode())
-    for chunk in chunks(path):
-        progress(Event("load"))  # a place to stop: a large file takes a while
-        found.update(chunk)
-    return found.hexdigest()
-
-
-def chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            yield chunk
+            progress(Event("load"))  # a place to stop: a large file takes a while
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def discard_download(path: Path) -> None:

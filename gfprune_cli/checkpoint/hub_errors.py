@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from huggingface_hub import constants, errors, is_offline_mode
+
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.errors import GfpruneError, UsageError
 
@@ -27,8 +29,6 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> GfpruneError | None:
-    from huggingface_hub import errors
-
     at = f"{repo_id} (revision {quoted(revision)})" if revision else repo_id
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"--model {quoted(repo_id)} is not a Hub id: it looks like owner/name")
@@ -54,8 +54,6 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GfpruneErr
 
 
 def _explain_transport(error: Exception, at: str) -> GfpruneError | None:
-    from huggingface_hub import errors, is_offline_mode
-
     unreachable = GfpruneError(
         f"cannot reach the Hub ({host()}) for {at}: check the network, or HF_HUB_OFFLINE=1 for a cached copy"
     )
@@ -89,7 +87,5 @@ def check_token(token: str | None) -> None:
 
 def host() -> str:
     """The endpoint's host, without what else a URL may hold (user, password)."""
-    from huggingface_hub import constants
-
     parts = urlsplit(constants.ENDPOINT)
     return parts.netloc.rpartition("@")[2] or "unknown host"

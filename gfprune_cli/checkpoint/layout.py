@@ -18,9 +18,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 
 PRUNED_MODULE = "gfprune_models_v2"
 PRUNED = "Pruned"  # before the name of the stock class
-# module files of earlier versions, and their one class, or the same classes
-EARLIER = {"gfprune_unet2d_v1": "PrunedUNet2DModel", "gfprune_models_v1": None}
-PRUNED_MODULES = (PRUNED_MODULE, *(stem for stem, only in EARLIER.items() if only is None))
+PRUNED_MODULES = (PRUNED_MODULE, "gfprune_models_v1")  # and the file of earlier checkpoints
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderKLFlux2")
 # to the states of a denoiser, whose output tells what is lost
@@ -93,8 +91,6 @@ def predicts(class_name: str) -> bool:
 
 def is_denoiser(library: str, class_name: str) -> bool:
     """Whether model_index.json names a class that gfprune works on; nothing is imported to find out."""
-    if EARLIER.get(library) is not None:
-        return class_name == EARLIER[library]
     if class_name.startswith(PRUNED) != (library in PRUNED_MODULES):
         return False
     name = stock_name(class_name)
@@ -265,7 +261,7 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
         where: names the folder in messages.
 
     Raises:
-        GfpruneError: there are no weights, or only pickled ones.
+        NoWeights: there are none, or only pickled ones.
         UsageError: there are weights, but not this variant.
     """
     check_variant(variant)
@@ -287,11 +283,15 @@ def pick_weights(names: Collection[str], variant: str | None, where: str) -> str
     if variants and variant not in variants:
         raise UsageError(f"{where} has no {wanted[-1]}: pass --variant {_list(variants)}")
     if parsed:
-        raise GfpruneError(
+        raise NoWeights(
             f"{where} has shards but no {wanted[0]}: the checkpoint is incomplete, fetch it again"
         )
     hint = other_weights_hint(sorted(names), wanted[-1]) or pickle_hint(sorted(names))
-    raise GfpruneError(f"{where} has no {wanted[-1]}{hint}")
+    raise NoWeights(f"{where} has no {wanted[-1]}{hint}")
+
+
+class NoWeights(GfpruneError):
+    """There is no weights file to read (as opposed to a bad one)."""
 
 
 def check_variant(variant: str | None) -> None:

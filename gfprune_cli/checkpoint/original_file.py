@@ -4,26 +4,31 @@ The file is read by diffusers' own single-file loaders, after its header was che
 (schedule, tokenizers, sometimes text encoders and autoencoder) comes from a diffusers folder of its family.
 """
 
-import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import pipelines
+from diffusers.loaders.single_file import load_single_file_sub_model
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors.torch import load_file
 
 from gfprune_cli.checkpoint.advice import instead_of_file
 from gfprune_cli.checkpoint.components import check_entries
-from gfprune_cli.checkpoint.files import checked_file, first_line, quoted, read_json, trusted_roots
+from gfprune_cli.checkpoint.files import checked_file, first_line, quoted, trusted_roots
 from gfprune_cli.checkpoint.layout import Location, locate, pipeline_components
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, TensorInfo, read_header
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.cache import cache_room
-from gfprune_cli.outputs.digests import sha256_of
+from gfprune_cli.outputs.digests import sha256_of, sha256_of_document
 from gfprune_cli.outputs.durable import staging_folder
 from gfprune_cli.outputs.filesystem import sync_tree
 from gfprune_cli.progress import Event, Progress
-
-if TYPE_CHECKING:
-    import torch
 
 SUFFIX = ".safetensors"
 CONFIGURED = (".json", ".txt", ".model", ".jinja", SUFFIX)
@@ -54,7 +59,7 @@ def check_kind(path: Path) -> dict[str, TensorInfo]:
     real = path.resolve()
     header = read_header(checked_file(real, (real.parent,)))
     for name, info in header.items():
-        if any(name.endswith(mark) for mark in QUANTIZED) or (
+        if name.endswith(QUANTIZED) or (
             info.dtype not in FLOAT_TYPES and len(info.shape) > 1 and "position_ids" not in name
         ):
             raise GfpruneError(
@@ -74,21 +79,17 @@ def converted(path: Path, config_from: Path, progress: Progress) -> Path:
         UsageError: the file is no network, or `config_from` is none of its family.
         GfpruneError: the file is damaged, or a component is in neither.
     """
-    import diffusers
-
     header = check_kind(path)
     pipeline, place = family(config_from)
     key = {"file": sha256_of(path), "configs": digests(config_from), "diffusers": diffusers.__version__}
-    folder = cache_room("single-file") / sha256_of_key(key)
+    folder = cache_room("single-file") / sha256_of_document(key)
     if (folder / "model_index.json").is_file():
         return folder
     progress(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
-    held = {name for name in pipeline_components(pipeline) if holds(header, name)} | {place.name}
-    lacking = [
-        name
-        for name in pipeline_components(pipeline)
-        if name not in held and not has_weights(config_from / name)
-    ]
+    parts = pipeline_components(pipeline)
+    held = {part for part in parts if any(name.startswith(HOLDS.get(part, ("-",))) for name in header)}
+    held.add(place.name)
+    lacking = [name for name in parts if name not in held and not has_weights(config_from / name)]
     if lacking:
         raise GfpruneError(
             f"{path} does not hold {lacking[0]}, and neither does {config_from}: name a folder that has its "
@@ -97,8 +98,8 @@ def converted(path: Path, config_from: Path, progress: Progress) -> Path:
     size = sum(file.stat().st_size for file in (path, *config_from.rglob(f"*{SUFFIX}")))
     with staging_folder(folder, size) as staging:
         made = staging / "model"
-        copy_configuration(config_from, made, pipeline, without_weights=held)
-        convert(path, header, config_from, made, pipeline, held)
+        copy_configuration(config_from, made, parts, without_weights=held)
+        convert(path, header, config_from, made, {name: parts[name] for name in parts if name in held})
         sync_tree(staging)
         if not folder.exists():
             made.rename(folder)
@@ -130,30 +131,19 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def sha256_of_key(key: Mapping[str, Any]) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def holds(header: Mapping[str, TensorInfo], component: str) -> bool:
-    return any(name.startswith(HOLDS.get(component, ("-",))) for name in header)
-
-
 def has_weights(folder: Path) -> bool:
     """Whether a component has weights, or needs none."""
     return not (folder / "config.json").is_file() or any(folder.glob(f"*{SUFFIX}"))
 
 
 def copy_configuration(
-    source: Path, target: Path, pipeline: Mapping[str, Any], *, without_weights: set[str]
+    source: Path, target: Path, parts: Iterable[str], *, without_weights: set[str]
 ) -> None:
     """Everything but code, pickles, and the weights of components that the file holds."""
     roots = trusted_roots(source)
-    read_json(source / "model_index.json", roots)
     target.mkdir()
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
-    for name in pipeline_components(dict(pipeline)):
+    for name in parts:
         for file in sorted((source / name).rglob("*")) if (source / name).is_dir() else ():
             heavy = file.suffix == SUFFIX or file.name.endswith(".index.json")
             if file.is_file() and file.suffix in CONFIGURED and not (heavy and name in without_weights):
@@ -168,22 +158,18 @@ def convert(
     header: Mapping[str, TensorInfo],
     config_from: Path,
     target: Path,
-    pipeline: Mapping[str, Any],
-    held: set[str],
+    held: Mapping[str, tuple[str, str]],
 ) -> None:
     """Write the components that the file holds, as diffusers reads them.
+
+    Args:
+        held: name -> (library, class name).
 
     Raises:
         GfpruneError: diffusers cannot read one with this configuration.
     """
-    from diffusers import pipelines
-    from diffusers.loaders.single_file import load_single_file_sub_model
-    from safetensors.torch import load_file
-
     dtype = stored_type(header)
-    for name, (library, class_name) in pipeline_components(dict(pipeline)).items():
-        if name not in held:
-            continue
+    for name, (library, class_name) in held.items():
         try:
             part = load_single_file_sub_model(
                 library_name=library,
@@ -204,7 +190,7 @@ def convert(
         part.to(dtype).save_pretrained(target / name, safe_serialization=True)
 
 
-def checkpoint_for(class_name: str, tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def checkpoint_for(class_name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a file under names that diffusers' converter of a class takes."""
     if class_name not in ALIKE:
         return tensors
@@ -212,19 +198,13 @@ def checkpoint_for(class_name: str, tensors: "dict[str, torch.Tensor]") -> "dict
     return own or tensors
 
 
-def stored_type(header: Mapping[str, TensorInfo]) -> "torch.dtype":
+def stored_type(header: Mapping[str, TensorInfo]) -> torch.dtype:
     """The type that most numbers of the file have; bfloat16 for eight bits."""
-    import torch
-
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for info in header.values():
-        count = 1
-        for size in info.shape:
-            count *= size
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + count
-    most = max(sizes, key=lambda dtype: sizes[dtype])
+        sizes[info.dtype] += math.prod(info.shape)
     known = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
-    return known.get(most, torch.bfloat16)
+    return known.get(sizes.most_common(1)[0][0], torch.bfloat16)
 
 
 def default_configuration(path: Path) -> str:
@@ -233,9 +213,6 @@ def default_configuration(path: Path) -> str:
     Raises:
         UsageError: it does not know the file.
     """
-    import torch
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
     with torch.device("meta"):
         shapes = {name: torch.empty(info.shape) for name, info in check_kind(path).items()}
     try:

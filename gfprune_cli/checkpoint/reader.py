@@ -7,22 +7,27 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line, quoted, read_config, trusted_roots
-from gfprune_cli.checkpoint.layout import PRUNED, is_known, locate, stock_name
+from gfprune_cli.checkpoint.layout import PRUNED, NoWeights, is_known, locate, stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.tensor_names import stored_names, tied
-from gfprune_cli.checkpoint.weights import NoWeights, read_weights
+from gfprune_cli.checkpoint.weights import read_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.tensor_files import opened
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from gfprune_cli.runtime.half import as_half, is_half
 
 BUFFER_BYTES = 4 << 30  # position tables that a config may ask for beside its weights
 BEFORE_QUANTIZATION = (
@@ -66,27 +71,22 @@ def inspect(
     )
 
 
-def build_meta(component: Component) -> "nn.Module":
+def build_meta(component: Component) -> nn.Module:
     """The component's class, instantiated from its config on the meta device: shapes and no memory.
 
     Raises:
         GfpruneError: the config does not describe a network of that class.
     """
-    import torch
-
     return _build(component, torch.device("meta"))
 
 
 @contextmanager
-def empty_weights(dtype: "torch.dtype") -> Iterator[None]:
+def empty_weights(dtype: torch.dtype) -> Iterator[None]:
     """Build networks without memory for their weights, but with the tables that are computed, never saved.
 
     Args:
         dtype: the default type meanwhile, as when diffusers loads a model in that type.
     """
-    import torch
-    from accelerate import init_empty_weights
-
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -96,9 +96,7 @@ def empty_weights(dtype: "torch.dtype") -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _build(component: Component, context: AbstractContextManager[Any]) -> "nn.Module":
-    import torch
-
+def _build(component: Component, context: AbstractContextManager[Any]) -> nn.Module:
     built = model_class(component.class_name)
     # Initial values are overwritten, so drawing them must not move the caller's random state.
     with torch.random.fork_rng(devices=[]), context:
@@ -122,10 +120,6 @@ def model_class(class_name: str) -> Any:
     """
     if not is_known(class_name):
         raise GfpruneError(f"{quoted(class_name)} is not a class that gfprune loads")
-    import diffusers
-
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
-
     try:
         pruned = pruned_class(stock_name(class_name))
     except AttributeError:
@@ -136,7 +130,7 @@ def model_class(class_name: str) -> Any:
     return pruned if class_name.startswith(PRUNED) else pruned.stock_class
 
 
-def check_weights(component: Component, model: "nn.Module") -> None:
+def check_weights(component: Component, model: nn.Module) -> None:
     """Compare the headers of the weight files with the class, as `load_model` does before it reads any.
 
     Where there are no files, as for a Hub model of which only the configuration was fetched, there is nothing
@@ -159,19 +153,21 @@ def check_weights(component: Component, model: "nn.Module") -> None:
     if component.weights:
         stored = stored_names(model, component.tensors, component.weights)
         _check_tensors(model, component, stored)
-        _check_buffers(component, sum(buffer.nbytes for buffer in _unsaved(model, stored)))
+        size = sum(buffer.nbytes for buffer in _unsaved(model, stored))
+        if size > BUFFER_BYTES:
+            raise GfpruneError(
+                f"{component.folder / 'config.json'} asks for {size:,} bytes of tables beside the weights: "
+                "it is damaged, or belongs to no real network"
+            )
 
 
-def _unsaved(model: "nn.Module", stored: dict[str, str]) -> "list[torch.Tensor]":
+def _unsaved(model: nn.Module, stored: dict[str, str]) -> list[torch.Tensor]:
     """Tables that are computed and not read."""
     return [buffer for name, buffer in model.named_buffers() if name not in stored]
 
 
-def _has_tables(model: "nn.Module") -> bool:
+def _has_tables(model: nn.Module) -> bool:
     """Whether modules keep tensors that are neither parameters nor buffers, such as rotary angles."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
     plain = [vars(module) for module in model.modules()]
     registered = ("_parameters", "_buffers", "_modules")
     return any(
@@ -183,9 +179,7 @@ def _has_tables(model: "nn.Module") -> bool:
     )
 
 
-def load_model(
-    component: Component, *, dtype: "torch.dtype | None" = None, in_half: bool = False
-) -> "nn.Module":
+def load_model(component: Component, *, dtype: torch.dtype | None = None, in_half: bool = False) -> nn.Module:
     """Load the denoiser's weights, one tensor at a time.
 
     Args:
@@ -199,8 +193,6 @@ def load_model(
     Raises:
         GfpruneError: a tensor is missing, unknown, of the wrong shape, not floating point, or not finite.
     """
-    import torch
-
     dtype = dtype or torch.float32
     if not component.weights:
         raise GfpruneError(f"{component.folder} has no weights that gfprune can read")
@@ -213,32 +205,20 @@ def load_model(
     return model.eval()
 
 
-def load_empty(component: Component, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
+def load_empty(component: Component, *, dtype: torch.dtype | None = None) -> nn.Module:
     """What `load_model` returns, its weights left on the meta device: tables that are computed are there."""
-    import torch
-
     dtype = dtype or torch.float32
     return cast_model(_build(component, empty_weights(dtype)), dtype)
 
 
-def _check_buffers(component: Component, size: int) -> None:
-    if size > BUFFER_BYTES:
-        raise GfpruneError(
-            f"{component.folder / 'config.json'} asks for {size:,} bytes of tables beside the weights: "
-            "it is damaged, or belongs to no real network"
-        )
-
-
-def wanted_type(model: Any, name: str, dtype: "torch.dtype") -> "torch.dtype":
+def wanted_type(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of one floating-point tensor of a network of type `dtype`, as diffusers loads it."""
-    import torch
-
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     kept = [kept] if isinstance(kept, str) else kept
     return torch.promote_types(dtype, torch.float32) if set(kept) & set(name.split(".")) else dtype
 
 
-def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
+def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast what is saved of a network in place, as if it had been loaded in that type.
 
     Not diffusers' own `to`, which casts the layers that have to stay in float32, and tables too.
@@ -249,7 +229,7 @@ def cast_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
     return model
 
 
-def _check_tensors(model: "nn.Module", component: Component, stored: dict[str, str]) -> None:
+def _check_tensors(model: nn.Module, component: Component, stored: dict[str, str]) -> None:
     config = component.folder / "config.json"
     attached = next((name for name in stored if ".base_layer." in name or ".lora_A." in name), None)
     if attached is not None:
@@ -291,19 +271,14 @@ def _files(component: Component) -> str:
 
 
 def _read_tensors(
-    model: "nn.Module",
+    model: nn.Module,
     component: Component,
     stored: dict[str, str],
-    dtype: "torch.dtype",
+    dtype: torch.dtype,
     *,
     in_half: bool = False,
-) -> dict[str, "torch.Tensor"]:
+) -> dict[str, torch.Tensor]:
     """Model's tensor name -> a finite tensor of its type, file by file. Tied names share one parameter."""
-    from safetensors import SafetensorError
-    from torch import nn
-
-    from gfprune_cli.runtime.half import as_half, is_half
-
     expected = model.state_dict(keep_vars=True)
     doubles = {name: same[0] for same in tied(model) for name in same[1:]}
     result: dict[str, torch.Tensor] = {}
@@ -333,7 +308,7 @@ def _read_tensors(
     return result
 
 
-def _finite(tensor: "torch.Tensor", dtype: "torch.dtype", where: str) -> "torch.Tensor":
+def _finite(tensor: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     """A copy in the wanted type: tensors that map the file would change, or crash, with it."""
     tensor = tensor.to(dtype, copy=True)
     if dtype.is_floating_point and not tensor.isfinite().all():

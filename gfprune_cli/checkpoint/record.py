@@ -5,15 +5,19 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Lt
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from gfprune_cli.checkpoint.files import quoted, read_json, trusted_roots
+from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.progress import Progress
 
 RECORD = "gfprune.json"
 RECORD_BYTES = 64 << 20
@@ -26,8 +30,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 @dataclass(frozen=True)
 class Origin:
     """The dense checkpoint: how it was named, its Hub commit, and the SHA-256 of its weight files."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
     label: str
     kind: Literal["demo", "local", "hub"]
@@ -57,15 +59,13 @@ class Record:
     @property
     def variant(self) -> str | None:
         """Which weights of the dense model were pruned."""
-        settings = self.document.get("recipe")
-        variant = settings.get("variant") if isinstance(settings, dict) else None
-        return variant if isinstance(variant, str) else None
+        found = self.document["recipe"].get("variant")
+        return found if isinstance(found, str) else None
 
     @property
     def config_from(self) -> str | None:
         """Whose configuration a dense model in one file was read with."""
-        settings = self.document.get("recipe")
-        found = settings.get("config_from") if isinstance(settings, dict) else None
+        found = self.document["recipe"].get("config_from")
         return found if isinstance(found, str) else None
 
     def dense_label(self) -> str:
@@ -83,58 +83,65 @@ class Record:
             )
         return "demo" if self.source.kind == "demo" else label
 
+    def dense_source(self, *, offline: bool, progress: Progress) -> Source:
+        """The dense model, at the commit that was pruned.
 
-@dataclass(frozen=True)
-class _Recipe:
-    """The settings that a model card names."""
-
-    criterion: str
-    layout: str
-    recover: Annotated[int, Ge(0)] = 0
-
-
-@dataclass(frozen=True)
-class _Sparsity:
-    achieved: float
-    of: str
+        Raises:
+            GfpruneError: it is not there, or cannot be read.
+        """
+        return resolve(
+            self.dense_label(),
+            revision=self.source.commit,
+            variant=self.variant,
+            config_from=self.config_from,
+            offline=offline,
+            progress=progress,
+        )
 
 
-@dataclass(frozen=True)
-class _Change:
+# What a model card says of a record, or a later command reads; it holds more.
+class _Change(TypedDict):
     before: int
     after: int
 
 
-@dataclass(frozen=True)
-class _Loss:
-    before: float
-    removed: float
-
-
-@dataclass(frozen=True)
-class _Steps:
+class _Steps(TypedDict):
     steps: Annotated[int, Ge(0)]
 
 
-@dataclass(frozen=True)
-class _Recovery:
+class _Losses(TypedDict):
     before: float
     after: float
     teacher: float
 
 
-@dataclass(frozen=True)
-class _Finetuned:
+class _Finetuned(TypedDict):
     recipe: _Steps
-    loss: _Recovery
+    loss: _Losses
 
 
-@dataclass(frozen=True)
-class _Folded:
-    """What a model card says of factored layers."""
+class _Sparsity(TypedDict):
+    achieved: float
+    of: str
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
 
+class _Loss(TypedDict):
+    before: float
+    removed: float
+
+
+class _Predicted(TypedDict):
+    speedup: float
+    ms: float
+
+
+class _Recipe(TypedDict):
+    criterion: str
+    layout: str
+    recover: NotRequired[Annotated[int, Ge(0)]]
+
+
+class _Folded(TypedDict):
     tolerance: float
     layers: list[dict[str, Any]]
     params: _Change
@@ -142,16 +149,7 @@ class _Folded:
     output_error: float
 
 
-@dataclass(frozen=True)
-class _Predicted:
-    speedup: float
-    ms: float
-
-
-@dataclass(frozen=True)
-class _Measured:
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
-
+class _Measured(TypedDict):
     speedup: float
     low: float
     high: float
@@ -160,12 +158,7 @@ class _Measured:
     steady: bool
 
 
-@dataclass(frozen=True)
-class _Time:
-    """What a model card says of speed."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
-
+class _Time(TypedDict):
     runtime: str
     device: str
     precision: str
@@ -175,10 +168,7 @@ class _Time:
     measured: _Measured | None
 
 
-@dataclass(frozen=True)
-class _Document:
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore"}
-
+class _Document(TypedDict):
     source: Origin
     kept: dict[str, list[Annotated[int, Ge(0), Lt(1 << 24)]]]
     component: str
@@ -189,9 +179,9 @@ class _Document:
     macs: _Change
     bytes: _Change
     loss: _Loss
-    fold: _Folded | None = None
-    time: _Time | None = None
-    finetune: list[_Finetuned] = field(default_factory=list)
+    fold: NotRequired[_Folded | None]
+    time: NotRequired[_Time | None]
+    finetune: NotRequired[list[_Finetuned]]
 
 
 def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -229,8 +219,6 @@ def read_record(root: Path, component: str | None = None) -> Record | None:
     Raises:
         GfpruneError: it is there and damaged.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     path = root / RECORD
     if not path.exists():
         return None
@@ -245,14 +233,16 @@ def read_record(root: Path, component: str | None = None) -> Record | None:
         raise GfpruneError(
             f"{path} is damaged: {where}: {first['msg']}; prune again, or restore it"
         ) from None
-    for group, channels in known.kept.items():
+    for group, channels in known["kept"].items():
         if any(a >= b for a, b in itertools.pairwise(channels)):
             raise GfpruneError(f"{path} is damaged: the channels of {group[:80]!r} do not ascend; restore it")
-    for name, digest in known.source.weights.items():
+    for name, digest in known["source"].weights.items():
         if not _DIGEST.fullmatch(digest):
             raise GfpruneError(f"{path} is damaged: the hash of {name[:80]!r} is no SHA-256; restore it")
-    steps = known.recipe.recover + sum(run.recipe.steps for run in known.finetune)
-    return Record(document, known.source, known.kept, known.component, steps)
+    steps = known["recipe"].get("recover", 0) + sum(
+        run["recipe"]["steps"] for run in known.get("finetune", [])
+    )
+    return Record(document, known["source"], known["kept"], known["component"], steps)
 
 
 def finished_record(destination: Path, digest: str, component: str) -> dict[str, Any] | None:

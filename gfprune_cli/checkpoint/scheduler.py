@@ -1,29 +1,24 @@
 """The noise scheduler that a checkpoint comes with."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import diffusers
+from diffusers import SchedulerMixin
+
+from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import check_config, first_line, quoted, read_json
 from gfprune_cli.errors import GfpruneError
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
-    from gfprune_cli.checkpoint.component import Component
-
-
-def scheduler_config_path(component: "Component") -> Path | None:
+def scheduler_config_path(component: Component) -> Path | None:
     """Where the checkpoint's scheduler is described, or None if it has none."""
-    for path in (
-        component.root / component.scheduler_name / "scheduler_config.json",
-        component.root / "scheduler_config.json",
-    ):
-        if path.exists():
-            return path
-    return None
+    places = (component.root / component.scheduler_name, component.root)
+    paths = (place / "scheduler_config.json" for place in places)
+    return next((path for path in paths if path.exists()), None)
 
 
-def load_scheduler(component: "Component") -> "SchedulerMixin | None":
+def load_scheduler(component: Component) -> SchedulerMixin | None:
     """The checkpoint's noise scheduler.
 
     Returns:
@@ -33,8 +28,6 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
     Raises:
         GfpruneError: the file is missing or broken, or names something that is no diffusers scheduler.
     """
-    import diffusers
-
     path = scheduler_config_path(component)
     if path is None:
         if component.pipeline is None:
@@ -65,8 +58,6 @@ def load_scheduler(component: "Component") -> "SchedulerMixin | None":
 
 
 def _scheduler_class(path: Path, name: object) -> Any:
-    import diffusers
-
     # The name first: looking up anything in diffusers imports a module.
     known = isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")
     found = getattr(diffusers, str(name), None) if known else None

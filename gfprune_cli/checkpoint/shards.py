@@ -40,11 +40,6 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def index_name(variant: str | None) -> str:
-    middle = f".{variant}" if variant else ""
-    return f"{STEM}.safetensors.index{middle}.json"
-
-
 def write_weights(folder: Path, model: nn.Module, variant: str | None, limit: int | None) -> list[Path]:
     """Configuration, weights and index, and the file that defines the class of a non-uniform network.
 
@@ -59,7 +54,13 @@ def write_weights(folder: Path, model: nn.Module, variant: str | None, limit: in
         write_tensors(folder / name, {member: tensors[member] for member in members})
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
-        write_json(folder / index_name(variant), index)
+        middle = f".{variant}" if variant else ""
+        write_json(folder / f"{STEM}.safetensors.index{middle}.json", index)
     if isinstance(model, modeling.PrunedModel):
-        shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
+        copy_module(folder)
     return [folder / name for name in sorted(parts.filename_to_tensors)]
+
+
+def copy_module(folder: Path) -> None:
+    """The file of the pruned classes, which also loads a component of another class in its own."""
+    shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)

@@ -10,7 +10,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import check_config, checked_file, parse_json
@@ -22,15 +25,11 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import check_name, check_writable, staging_folder, write_tensors
 from gfprune_cli.outputs.filesystem import sync, sync_tree
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
 KEY = "gfprune"
 SUFFIX = ".safetensors"
 
 
-def write_single_file(path: Path, model: "nn.Module", record: Mapping[str, Any]) -> None:
+def write_single_file(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
     """Write a network and how to build it; equal inputs give equal bytes."""
     network: Any = model
     architecture = {
@@ -64,7 +63,7 @@ def inspect_single_file(path: Path) -> Component:
     return Component(path, "", str(class_name), config, (path,), read_header(path), None, path.parent)
 
 
-def load_single_file(path: Path, *, dtype: "torch.dtype | None" = None) -> "nn.Module":
+def load_single_file(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a network from one file.
 
     Args:

@@ -3,18 +3,17 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from gfprune_cli.checkpoint.safetensors_header import read_metadata
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # What wrappers put between the parts of a name: torch.compile, DistributedDataParallel, FSDP, checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def stored_names(model: "nn.Module", stored: Iterable[str], files: Iterable[Path]) -> dict[str, str]:
+def stored_names(model: nn.Module, stored: Iterable[str], files: Iterable[Path]) -> dict[str, str]:
     """The model's tensor name -> the name in the files, which may spell it differently.
 
     Args:
@@ -54,7 +53,7 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def tied(model: "nn.Module") -> list[list[str]]:
+def tied(model: nn.Module) -> list[list[str]]:
     """Names of tensors that are one and the same, together."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

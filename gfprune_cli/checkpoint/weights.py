@@ -5,26 +5,17 @@ from pathlib import Path
 from gfprune_cli.checkpoint.files import INDEX_BYTES, checked_file, quoted, read_json
 from gfprune_cli.checkpoint.layout import pick_weights
 from gfprune_cli.checkpoint.safetensors_header import TensorInfo, read_header
-from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.errors import GfpruneError
 
 MAX_SHARDS = 1024
 LONGEST_NAME = 255  # bytes that a file system takes
-
-
-class NoWeights(GfpruneError):
-    """There is no weights file to read (as opposed to a bad one)."""
 
 
 def read_weights(
     folder: Path, variant: str | None, roots: tuple[Path, ...]
 ) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     names = {entry.name for entry in folder.iterdir()}
-    try:
-        main = folder / pick_weights(names, variant, str(folder))
-    except UsageError:
-        raise
-    except GfpruneError as error:
-        raise NoWeights(str(error)) from None
+    main = folder / pick_weights(names, variant, str(folder))
     if main.suffix == ".safetensors":
         return (main,), read_header(checked_file(main, roots))
     return _read_shards(main, roots)

@@ -21,7 +21,7 @@ from gfprune_cli.checkpoint.reader import model_class
 from gfprune_cli.checkpoint.record import RECORD, joined, records_of
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES
 from gfprune_cli.checkpoint.scheduler import scheduler_config_path
-from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
+from gfprune_cli.checkpoint.shards import SHARD_BYTES, copy_module, write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.durable import staged, write_json
 from gfprune_cli.outputs.filesystem import give_default_mode
@@ -59,7 +59,7 @@ def write_checkpoint(
         folder.mkdir(exist_ok=True)
         files = write_weights(folder, model, None, SHARD_BYTES)
         if not bare:
-            copy_pipeline(staging, component, {name: library_entry(model)})
+            copy_pipeline(staging, component, {name: library_entry(type(model).__name__)})
         else:
             copy_scheduler(staging, component)
         size = sum(path.stat().st_size for path in files)
@@ -67,7 +67,7 @@ def write_checkpoint(
         earlier = {} if bare else records_of(component.root)  # of what was pruned before, and comes along
         beside = component.entries.keys() - {name}
         complete = joined([own, *(one for other, one in earlier.items() if other in beside)])
-        loading = loading_line(destination, type(model).__name__, bare=bare)
+        loading = loading_line(destination.name, type(model).__name__, bare=bare)
         write_description(staging, complete, component, loading, picture)
     return complete
 
@@ -98,12 +98,12 @@ def write_joined(
                 if path.is_file():
                     shutil.copyfile(path, staging / name / path.name)
             class_name = read_json(staging / name / "config.json", (staging.resolve(),))["_class_name"]
-            entries[name] = [modeling.STEM if class_name.startswith(PRUNED) else "diffusers", class_name]
+            entries[name] = library_entry(class_name)
         copy_pipeline(staging, component, entries)
         classes = sorted(
             (class_name for _, class_name in entries.values()), key=lambda name: not name.startswith(PRUNED)
         )
-        write_description(staging, record, component, loading_line(destination, classes[0], bare=False))
+        write_description(staging, record, component, loading_line(destination.name, classes[0], bare=False))
 
 
 def write_description(
@@ -183,11 +183,9 @@ def absent_parts(component: Component) -> list[str]:
     return [name for name in OPTIONAL if name in named and not (component.root / name).is_dir()]
 
 
-def library_entry(model: nn.Module) -> list[str]:
-    """What model_index.json says of the model: library or module file, and class."""
-    if isinstance(model, modeling.PrunedModel):
-        return [modeling.STEM, type(model).__name__]
-    return ["diffusers", type(model).__name__]
+def library_entry(class_name: str) -> list[str]:
+    """What model_index.json says of a network: library or module file, and class."""
+    return [modeling.STEM if class_name.startswith(PRUNED) else "diffusers", class_name]
 
 
 def copy_pipeline(staging: Path, component: Component, entries: Mapping[str, list[str]]) -> None:
@@ -232,11 +230,6 @@ def automatic(index: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in index.items() if key != "auto_map"}
     pruned = [entry for entry in pipeline_components(plain).values() if entry[0] == modeling.STEM]
     return {**plain, "auto_map": {"AutoModel": ".".join(pruned[0])}} if pruned else plain
-
-
-def copy_module(folder: Path) -> None:
-    """The file of the pruned classes, which also loads a component of another class in its own."""
-    shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
 
 
 def renew_component(folder: Path) -> None:
@@ -286,10 +279,9 @@ def copy_scheduler(staging: Path, component: Component) -> None:
         shutil.copyfile(schedule, target)
 
 
-def loading_line(destination: Path, class_name: str, *, bare: bool) -> str:
-    """The two lines of Python that load the result with nothing but diffusers."""
+def loading_line(name: str, class_name: str, *options: str, bare: bool) -> str:
+    """The two lines of Python that load a folder with nothing but diffusers."""
     pruned = class_name.startswith(PRUNED)
-    flag = ", trust_remote_code=True" if pruned else ""
     cls = ("AutoModel" if pruned else class_name) if bare else "DiffusionPipeline"
-    variable = "model" if bare else "pipeline"
-    return f'from diffusers import {cls}\n{variable} = {cls}.from_pretrained("{destination.name}"{flag})'
+    given = ", ".join([f'"{name}"', *options, *(["trust_remote_code=True"] if pruned else [])])
+    return f"from diffusers import {cls}\n{'model' if bare else 'pipeline'} = {cls}.from_pretrained({given})"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from gfprune_cli.cli.options import with_options
 from gfprune_cli.cli.pages import check_page, write_page
 from gfprune_cli.cli.session import Session
+from gfprune_cli.errors import GateMissed, UsageError
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.carry import CarryRecipe
 from gfprune_cli.recipes.evaluate import EvalRecipe
 from gfprune_cli.recipes.export import ExportRecipe
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recipes.options import option_names
+from gfprune_cli.recipes.options import ALL, option_names, resolve_recipe
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.launch import check_alone, check_launcher, main_process
@@ -34,8 +35,6 @@ def asked(
     """
     printing = {name: flags[name] for name in ("json", "quiet", "debug")}
     with Session(**printing, offline=bool(flags["offline"]), check=check) as session:
-        from gfprune_cli.recipes.options import resolve_recipe
-
         settings = {name: flags[name] for name in option_names(recipe)}
         run = {name: value for name, value in flags.items() if name in option_names(RunOptions)}
         yield session, resolve_recipe(recipe, flags.get("config"), settings), RunOptions.resolve(**run)
@@ -69,9 +68,6 @@ def run_analyze(**flags: Any) -> None:
 
 def check_one(component: str | None) -> None:
     """Refuse a page about every denoiser of a pipeline."""
-    from gfprune_cli.errors import UsageError
-    from gfprune_cli.recipes.options import ALL
-
     if component == ALL:
         raise UsageError("--html shows one component of a pipeline: name it with --component")
 
@@ -82,9 +78,6 @@ def refuse_several(recipe: PruneRecipe, options: RunOptions) -> None:
     Raises:
         UsageError: in the first; the others end in peace: launchers stop it when another one fails.
     """
-    from gfprune_cli.errors import UsageError
-    from gfprune_cli.recipes.options import ALL
-
     wanted = {
         "prune --speedup or --latency": recipe.timed,
         "prune --component all": recipe.component == ALL,
@@ -108,7 +101,6 @@ def run_prune(**flags: Any) -> None:
     with asked(PruneRecipe, flags, check_launcher) as (session, recipe, options):
         refuse_several(recipe, options)
         from gfprune_cli.cli.tables import networks_table, prune_table
-        from gfprune_cli.errors import UsageError
         from gfprune_cli.pruning.command import prune
         from gfprune_cli.pruning.result import PruneResult
 
@@ -174,7 +166,6 @@ def run_eval(**flags: Any) -> None:
     Prints a Markdown report, or one JSON document with --json. Exits with 3 if a gate is missed.
     """
     with asked(EvalRecipe, flags, check_launcher) as (session, recipe, options):
-        from gfprune_cli.errors import GateMissed
         from gfprune_cli.evaluation.command import continues, evaluate
 
         check_pages(options, own=options.resume and continues(recipe, options))
@@ -191,8 +182,6 @@ def check_pages(options: RunOptions, *, own: bool) -> None:
     Args:
         own: whether what stands there is of the run that is continued.
     """
-    from gfprune_cli.errors import UsageError
-
     pages = {"--html": options.html, "--markdown": options.markdown, "--save-stats": options.save_stats}
     for name, path in pages.items():
         if path is not None and main_process():

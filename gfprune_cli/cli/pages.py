@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from gfprune_cli.errors import GfpruneError, UsageError
+
 # How what each flag writes begins: `--force` replaces nothing else. The last is a zip file's first member.
 BEGINNINGS = {
     "--html": rb"\s*<!doctype html",
@@ -15,8 +17,6 @@ LONGEST_NAME = 200  # bytes; file systems take 255, and the staging file beside 
 
 def check_page(path: Path, *, force: bool, flag: str = "--html") -> None:
     """Refuse before the work, not after it; with `--force` too, a file that is no such page."""
-    from gfprune_cli.errors import GfpruneError, UsageError
-
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise UsageError(f"{flag}: the file name has more than {LONGEST_NAME} bytes: choose a shorter one")
     if path.is_dir() or not path.parent.is_dir():

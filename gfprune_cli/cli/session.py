@@ -170,28 +170,23 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Say what went wrong, and end the process with its code."""
         try:
-            self.end(kind, error, trace)
+            self.signals.close()
+            self.close_bar()
+            self.output.restore()
+            self.warnings.__exit__(kind, error, trace)
+            if error is None or isinstance(error, SystemExit):
+                return
+            if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
+                error = self.signals.interrupted(within_step=True)  # what a library made of it
+            if self.debug:
+                traceback.print_exception(error)
+            if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
+                say(f"error: {one_line(error)}")
+            raise SystemExit(exit_code(error)) from None
         finally:
             self.words.__exit__(None, None, None)
-
-    def end(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Say what went wrong, and end the process with its code."""
-        self.signals.close()
-        self.close_bar()
-        self.output.restore()
-        self.warnings.__exit__(kind, error, trace)
-        if error is None or isinstance(error, SystemExit):
-            return
-        if self.signals.lost_patience and (not isinstance(error, GfpruneError) or cut_short(error)):
-            error = self.signals.interrupted(within_step=True)  # what a library made of it
-        if self.debug:
-            traceback.print_exception(error)
-        if main_process() or not isinstance(error, (UsageError, Interrupted)):  # said once, not by each
-            say(f"error: {one_line(error)}")
-        raise SystemExit(exit_code(error)) from None
 
 
 def put(text: str) -> None:

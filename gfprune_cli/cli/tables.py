@@ -14,6 +14,12 @@ from gfprune_cli.recovery.result import FinetuneResult
 
 WORDS = ("", "component", "output")  # columns
 SLOWEST = 10  # layers of a timed network that are named
+SIZES = (
+    ("parameters", "params", ""),
+    ("MACs per image", "macs", ""),
+    ("weight file", "bytes", "B"),
+    ("peak memory", "memory", "B"),  # of an evaluation
+)
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -44,17 +50,9 @@ def prune_table(result: PruneResult) -> Table:
     )
     title = f"{result.model}: {shares} ({result.criterion}, {result.layout})"
     table = blank_table(title, "", "before", "after", "change")
-    for name, pair, unit in (
-        ("parameters", result.params, ""),
-        ("MACs per image", result.macs, ""),
-        ("weight file", result.bytes, "B"),
-    ):
-        table.add_row(
-            name,
-            short(pair["before"]) + unit,
-            short(pair["after"]) + unit,
-            change(pair["before"], pair["after"]),
-        )
+    for name, key, unit in SIZES[:3]:
+        before, after = getattr(result, key)["before"], getattr(result, key)["after"]
+        table.add_row(name, short(before) + unit, short(after) + unit, change(before, after))
     if result.fold:
         pair = result.fold["params"]
         table.add_row("  by folding", short(pair["before"]), short(pair["after"]), change(**pair))
@@ -163,12 +161,7 @@ def eval_table(document: Mapping[str, Any]) -> Table:
             figure_cell(other["value"]) if other else "",
             f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
         )
-    for name, key, unit in (
-        ("parameters", "params", ""),
-        ("MACs per image", "macs", ""),
-        ("weight file", "bytes", "B"),
-        ("peak memory", "memory", "B"),
-    ):
+    for name, key, unit in SIZES:
         pair = [document[key][role] for role in ("model", "reference")]
         if pair[0] is not None:
             table.add_row(name, *(short(value) + unit if value is not None else "" for value in pair), "")

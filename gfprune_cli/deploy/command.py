@@ -40,9 +40,9 @@ def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silen
         required = not options.dry_run or source.kind != "hub"
         job = ExportJob(recipe, source, destination, progress, weights_required=required)
         if options.dry_run:
-            return job.planned(time.monotonic() - start)
+            return job.result(None, time.monotonic() - start)
         output.refuse_inputs({"--model": source.folder})
         check_space(destination, job.needed)
         with deterministic():
             made = job.export(options.force)
-    return job.result(*made, time.monotonic() - start)
+    return job.result(made, time.monotonic() - start)

@@ -44,9 +44,8 @@ class Artefact:
     @classmethod
     def of_graph(cls, found: Exported, run: Runner, *files: Path) -> "Artefact":
         """A traced network that was written to these files."""
-        return cls(
-            run=run, files=files, inputs=found.describe(), signature=found.signature, free=found.labels
-        )
+        inputs = found.graph.described(found.signature.inputs.values())
+        return cls(run=run, files=files, inputs=inputs, signature=found.signature, free=found.labels)
 
     @classmethod
     def of_class(cls, signature: Signature, run: Runner, *files: Path) -> "Artefact":

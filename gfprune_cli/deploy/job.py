@@ -67,27 +67,18 @@ class ExportJob:
         """Bytes of disk that the export takes at its peak."""
         return self.format.copies * sum(self.plan.values())
 
-    def planned(self, seconds: float) -> ExportResult:
-        """The result of a dry run."""
-        parity = Parity(None, None, self.tolerance, 0, ())
-        return self.make_result(None, self.plan, None, parity, seconds)
-
-    def result(self, inputs: Any, files: dict[str, int], parity: Parity, seconds: float) -> ExportResult:
-        return self.make_result(str(self.destination), files, inputs, parity, seconds)
-
-    def make_result(
-        self, output: str | None, files: dict[str, int], inputs: Any, parity: Parity, seconds: float
-    ) -> ExportResult:
-        shards = None if self.format.is_graph else len(files)
+    def result(self, made: Made | None, seconds: float) -> ExportResult:
+        """What was done; what is planned, where nothing was made."""
+        inputs, files, parity = made or (None, self.plan, Parity(None, None, self.tolerance, 0, ()))
         return ExportResult(
             model=self.recipe.model,
-            output=output,
+            output=None if made is None else str(self.destination),
             component=self.component.name,
             class_name=self.component.class_name,
             format=self.recipe.format,
             dtype=self.recipe.dtype,
             opset=opset_of(self.recipe),
-            shards=shards,
+            shards=None if self.format.is_graph else len(files),
             bytes=sum(files.values()),
             files=files,
             inputs=inputs,
@@ -97,55 +88,48 @@ class ExportJob:
 
     def export(self, force: bool) -> Made:
         """Write, run what was written, and publish it if it computes what the source computes."""
+        job = Job(self.recipe, self.component, load_scheduler(self.component), self.progress)
         if is_file(self.recipe):
-            return self.single_file(force)
-        return self.pipeline(force) if self.whole else self.folder(force)
-
-    def pipeline(self, force: bool) -> Made:
-        """The whole pipeline, for optimum."""
-        scheduler = load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler, self.progress)
+            with staged_file(self.destination, force=force, needed=self.needed) as path:
+                return self.single_file(job, path)
         with staged(self.destination, force=force, needed=self.needed) as staging:
-            written = write_whole(job, self.format, staging, self.tolerance)
-            names = [name for part in written.parts for name in sorted((staging / part).iterdir())]
-            files = sizes_in(staging, [path for path in names if path.name != "config.json"])
-            loading = pipeline_loading(self.format, self.destination.name)
-            self.describe(staging, loading, written.inputs, files, written.parity)
+            return self.pipeline(job, staging) if self.whole else self.folder(job, staging)
+
+    def pipeline(self, job: Job, staging: Path) -> Made:
+        """The whole pipeline, for optimum."""
+        written = write_whole(job, self.format, staging, self.tolerance)
+        names = [name for part in written.parts for name in sorted((staging / part).iterdir())]
+        files = sizes_in(staging, [path for path in names if path.name != "config.json"])
+        loading = pipeline_loading(self.format, self.destination.name)
+        self.describe(staging, loading, written.inputs, files, written.parity)
         return written.inputs, files, written.parity
 
-    def folder(self, force: bool) -> Made:
-        """Write a folder, run what stands in it, and publish it if it computes what the source computes."""
-        model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler, self.progress)
-        with staged(self.destination, force=force, needed=self.needed) as staging:
-            self.progress(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
-            assert self.format.write is not None
-            artefact = self.format.write(job, staging)
-            known = job.known(model)
-            source = deployed(known) if self.format.is_graph else known
-            parity = self.verify(source, scheduler, artefact)
-            files = sizes_in(staging, artefact.files)
-            if self.format.is_graph:
-                self.add_sampling(staging, model)
-            loading = self.format.loading(job, self.destination.name)
-            self.describe(staging, loading, artefact.inputs, files, parity)
+    def folder(self, job: Job, staging: Path) -> Made:
+        """The network in a folder."""
+        model = load_model(self.component)
+        self.progress(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
+        assert self.format.write is not None
+        artefact = self.format.write(job, staging)
+        known = job.known(model)
+        parity = self.verify(deployed(known) if self.format.is_graph else known, job.scheduler, artefact)
+        files = sizes_in(staging, artefact.files)
+        if self.format.is_graph:
+            self.add_sampling(staging, model)
+        loading = self.format.loading(job, self.destination.name)
+        self.describe(staging, loading, artefact.inputs, files, parity)
         return artefact.inputs, files, parity
 
-    def single_file(self, force: bool) -> Made:
-        """Likewise, one file."""
-        model, scheduler = load_model(self.component), load_scheduler(self.component)
-        job = Job(self.recipe, self.component, scheduler, self.progress)
-        with staged_file(self.destination, force=force, needed=self.needed) as path:
-            self.progress(Event("export", text=f"writing {path.name}"))
-            assert self.format.file is not None
-            network = self.format.file(job, path, self.record({}))
-            known = job.known(model)
-            signature = workable(known, scheduler)
-            run = run_model(network, signature, job.dtype)
-            artefact = Artefact.of_class(signature, run, path)
-            parity = self.verify(known, scheduler, artefact)
-            files = {path.name: path.stat().st_size}
-        return None, files, parity
+    def single_file(self, job: Job, path: Path) -> Made:
+        """The network in one file."""
+        model = load_model(self.component)
+        self.progress(Event("export", text=f"writing {path.name}"))
+        assert self.format.file is not None
+        network = self.format.file(job, path, self.record({}))
+        known = job.known(model)
+        signature = workable(known, job.scheduler)
+        artefact = Artefact.of_class(signature, run_model(network, signature, job.dtype), path)
+        parity = self.verify(known, job.scheduler, artefact)
+        return None, {path.name: path.stat().st_size}, parity
 
     def verify(self, source: nn.Module, scheduler: Any, artefact: Artefact) -> Parity:
         """Compare what was written with the source, both on the same seeded inputs."""

@@ -212,10 +212,6 @@ class Exported:
         axes = {key: {axis: name(key, axis) for axis in sorted(free)} for key, free in self.free.items()}
         return Graph(self.program, axes, {OUTPUT: {}})
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Name -> type and shape of the inputs."""
-        return self.signature.describe(self.free)
-
 
 def traced(denoiser: Denoiser, scheduler: Any, *, one_time: bool = False) -> Exported:
     """The network as a graph of PyTorch operators: batch free, and every size that can be.

@@ -12,7 +12,7 @@ import torch
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.graph import Graph
-from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -148,7 +148,7 @@ def run_onnx(path: Path, threads: int | None = None) -> Runner:
 
     def run(inputs: Inputs) -> Outputs:
         feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return only_or_all([torch.from_numpy(found) for found in session.run(None, feed)])
+        return tuple(torch.from_numpy(found) for found in session.run(None, feed))
 
     return run
 
@@ -166,13 +166,9 @@ def write(job: Job, folder: Path) -> Artefact:
     return Artefact.of_graph(found, run, *sorted(folder.glob(f"{FILE}*")))
 
 
-def planned_file(weights: int) -> dict[str, int]:
-    return {FILE: 0, DATA: weights} if weights > EXTERNAL_BYTES else {FILE: weights}
-
-
 FORMAT = Format(
     write=write,
-    files=planned_file,
+    files=lambda weights: {FILE: 0, DATA: weights} if weights > EXTERNAL_BYTES else {FILE: weights},
     loading=lambda job, name: f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/{FILE}")',
     packages=PACKAGES,
     graph=write_onnx_graph,

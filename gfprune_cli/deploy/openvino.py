@@ -10,7 +10,7 @@ from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.deploy import onnx
 from gfprune_cli.deploy.format import Artefact, Format, Job
 from gfprune_cli.deploy.graph import Graph
-from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recipes.export import ExportRecipe
 
@@ -61,7 +61,7 @@ def run_openvino(path: Path, threads: int | None = None) -> Runner:
 
     def run(inputs: Inputs) -> Outputs:
         found = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
-        return only_or_all([torch.from_numpy(found[output].copy()) for output in compiled.outputs])
+        return tuple(torch.from_numpy(found[output].copy()) for output in compiled.outputs)
 
     return run
 

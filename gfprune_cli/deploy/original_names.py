@@ -206,16 +206,6 @@ def sd3_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {renamed_by(SD3, name): tensor for name, tensor in {**left, **joined}.items()}
 
 
-def wan_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Tensors of a `WanTransformer3DModel` under the names of its authors."""
-    return {renamed_by(WAN, name): tensor for name, tensor in tensors.items()}
-
-
-def same_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Of Qwen-Image, whose authors published it in diffusers' naming."""
-    return dict(tensors)
-
-
 # names that authors and diffusers share, by their beginning
 SHARED = {
     "SD3Transformer2DModel": ("context_embedder.",),
@@ -240,6 +230,6 @@ NAMES: dict[str, Callable[[Any, Tensors], dict[str, torch.Tensor]]] = {
     "UNet2DConditionModel": unet_names,
     "FluxTransformer2DModel": flux_names,
     "SD3Transformer2DModel": sd3_names,
-    "WanTransformer3DModel": wan_names,
-    "QwenImageTransformer2DModel": same_names,
+    "WanTransformer3DModel": lambda model, tensors: {renamed_by(WAN, key): tensors[key] for key in tensors},
+    "QwenImageTransformer2DModel": lambda model, tensors: dict(tensors),  # published in diffusers' naming
 }

@@ -16,7 +16,7 @@ from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 from gfprune_cli.progress import Event, Progress
 
 Inputs = dict[str, torch.Tensor]
-Outputs = torch.Tensor | tuple[torch.Tensor, ...]
+Outputs = tuple[torch.Tensor, ...]
 Runner = Callable[[Inputs], Outputs]
 
 POSITIONS = 64  # image ids and sizes are numbers below
@@ -147,7 +147,7 @@ def compare(
     done = 0
     for batch in batches:
         progress(Event("verify", done, count))
-        for expected, found in zip(all_of(source(batch)), all_of(artefact(batch)), strict=True):
+        for expected, found in zip(source(batch), artefact(batch), strict=True):
             distance = difference(expected.double(), found.double())
             absolute, relative = max(absolute, distance[0]), max(relative, distance[1])
         done += len(samples_of(batch))
@@ -174,16 +174,6 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, floa
     apart = (found - expected).flatten(1).abs().amax(1)
     peak = expected.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     return float(apart.max()), float((apart / peak).max())
-
-
-def all_of(found: Outputs) -> tuple[torch.Tensor, ...]:
-    """The outputs of a network, of which most have one."""
-    return (found,) if isinstance(found, torch.Tensor) else found
-
-
-def only_or_all(found: Sequence[torch.Tensor]) -> Outputs:
-    """The other way round."""
-    return found[0] if len(found) == 1 else tuple(found)
 
 
 def samples_of(batch: Inputs) -> torch.Tensor:

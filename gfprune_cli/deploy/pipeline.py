@@ -43,7 +43,8 @@ def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Writt
     found: dict[str, Parity] = {}
     for part in parts_of(job, form):
         job.progress(Event("export", text=f"writing {part.name}, {job.recipe.format}, {job.recipe.dtype}"))
-        inputs |= described_inputs(part)
+        described = part.graph.described(part.batches[0].values())
+        inputs |= {f"{part.name}/{name}": entry for name, entry in described.items()}
         found[part.name] = write_part(job, form, folder, part, tolerance)
         del part  # or its networks would lie beside the next one's
     copy_rest(folder, job.component)
@@ -51,16 +52,6 @@ def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Writt
     count = sum(parity.inputs for parity in found.values())
     sizes = found[job.component.name].sizes
     return Written(list(found), inputs, replace(worst, inputs=count, sizes=sizes))
-
-
-def described_inputs(part: Part) -> dict[str, Any]:
-    """ "folder/name" -> dtype and shape."""
-    described = {}
-    for (name, axes), tensor in zip(part.graph.inputs.items(), part.batches[0].values(), strict=True):
-        shape = [axes.get(axis, size) for axis, size in enumerate(tensor.shape)]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        described[f"{part.name}/{name}"] = {"dtype": dtype, "shape": shape}
-    return described
 
 
 def write_part(job: Job, form: Format, folder: Path, part: Part, tolerance: float) -> Parity:

@@ -13,9 +13,9 @@ from gfprune_cli.checkpoint.reader import inspect, load_model
 from gfprune_cli.checkpoint.shards import split, write_weights
 from gfprune_cli.checkpoint.single_file import load_single_file, write_single_file
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry
-from gfprune_cli.deploy.format import DTYPES, Artefact, Format, Job
-from gfprune_cli.deploy.parity import Inputs, Outputs, Runner, only_or_all
+from gfprune_cli.checkpoint.writer import copy_pipeline, library_entry, loading_line
+from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.parity import Inputs, Outputs, Runner
 from gfprune_cli.deploy.signature import Signature, workable
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.export import ExportRecipe
@@ -50,7 +50,7 @@ def write_pipeline(
     folder = staging / component.name
     folder.mkdir()
     files = write_weights(folder, model, variant, limit)
-    copy_pipeline(staging, component, {component.name: library_entry(model)})
+    copy_pipeline(staging, component, {component.name: library_entry(type(model).__name__)})
     return files
 
 
@@ -59,7 +59,7 @@ def run_model(model: nn.Module, signature: Signature, dtype: torch.dtype = torch
 
     def run(inputs: Inputs) -> Outputs:
         arguments = signature.keywords(signature.cast(inputs, dtype))
-        return only_or_all([output.float() for output in outputs_of(model, arguments)])
+        return tuple(output.float() for output in outputs_of(model, arguments))
 
     return run
 
@@ -105,21 +105,12 @@ def shard_sizes(
 
 
 def loading(job: Job, name: str) -> str:
-    """The loading line of diffusers, which needs a flag for the class that travels beside the weights."""
-    pruned = job.component.is_pruned
-    bare = job.component.pipeline is None
-    stock = ("AutoModel" if pruned else job.component.class_name) if bare else "DiffusionPipeline"
-    options = [f'"{name}"']
-    if job.recipe.dtype != "fp32":
-        options.append(f"torch_dtype={DTYPES[job.recipe.dtype]}")
-    if job.recipe.as_variant:
-        options.append(f'variant="{job.recipe.dtype}"')
-    if pruned:
-        options.append("trust_remote_code=True")
-    torch_line = "import torch\n" if job.recipe.dtype != "fp32" else ""
-    variable = "model" if bare else "pipeline"
-    loader = f"{stock}.from_pretrained({', '.join(options)})"
-    return f"{torch_line}from diffusers import {stock}\n{variable} = {loader}"
+    """The loading line of diffusers, for the type and the variant that were written."""
+    half = job.recipe.dtype != "fp32"
+    options = [f"torch_dtype={job.dtype}"] if half else []
+    options += [f'variant="{job.recipe.dtype}"'] if job.recipe.as_variant else []
+    line = loading_line(name, job.component.class_name, *options, bare=job.component.pipeline is None)
+    return f"import torch\n{line}" if half else line
 
 
 def write_alone(job: Job, path: Path, record: Mapping[str, Any]) -> nn.Module:

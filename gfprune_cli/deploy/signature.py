@@ -7,12 +7,13 @@ Nested arguments are taken apart: the entries of a dictionary keep their own nam
 tuple are numbered (`image_rotary_emb_0`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import SequenceKey, tree_flatten_with_path, tree_unflatten
 
 from gfprune_cli.deploy.halves import LatentDecoder, LatentEncoder
 from gfprune_cli.diffusion.conditions import NESTED
@@ -35,7 +36,7 @@ class Signature:
 
     Args:
         inputs: name -> a tensor for one sample, of the right shape and type.
-        arguments: keyword arguments of the network; in the place of a tensor stands its name as a `Slot`.
+        keywords: named tensors -> keyword arguments of the network.
         growth: name -> dimension -> the sizes (fields of `Sizes`) that it grows with.
         shared: the inputs that are the same for every sample, without a batch dimension.
         factor: heights and widths are multiples of it, where they are free.
@@ -44,7 +45,7 @@ class Signature:
     """
 
     inputs: dict[str, torch.Tensor]
-    arguments: Mapping[str, Any]
+    keywords: Callable[[Mapping[str, Any]], dict[str, Any]]
     growth: Mapping[str, Mapping[int, frozenset[str]]]
     shared: frozenset[str]
     factor: int
@@ -66,10 +67,6 @@ class Signature:
         """The sizes that an input grows with."""
         return frozenset().union(*(names for axes in self.growth.values() for names in axes.values()))
 
-    def keywords(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the network, put together from named tensors."""
-        return {name: filled(value, tensors) for name, value in self.arguments.items()}
-
     def cast(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What a network in `dtype` computes on: states and samples; timesteps, ids and angles stay."""
         return {
@@ -78,20 +75,6 @@ class Signature:
             else tensor
             for name, tensor in tensors.items()
         }
-
-    def describe(self, free: Mapping[str, frozenset[int]]) -> dict[str, dict[str, Any]]:
-        """Name -> type and shape, as the record and the model card say them.
-
-        Args:
-            free: name -> dimensions that are free.
-        """
-        described = {}
-        for name, tensor in self.inputs.items():
-            shape: list[int | str] = list(tensor.shape)
-            for axis in free[name]:
-                shape[axis] = self.axis_name(name, axis)
-            described[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
-        return described
 
     def axis_name(self, name: str, axis: int) -> str:
         """A free dimension in words: batch, 8*h, text, or tokens where it grows with several sizes."""
@@ -106,51 +89,35 @@ class Signature:
         return (f"{factor}*" if factor > 1 else "") + LETTERS[label] + (f"+{more}" if more else "")
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The place of a named tensor among the arguments."""
+def taken_apart(name: str, value: Any) -> tuple[Callable[[Mapping[str, Any]], Any], dict[str, torch.Tensor]]:
+    """What puts an argument together again from named tensors, and its tensors by name."""
+    leaves, spec = tree_flatten_with_path(value)
+    named = [(name_of(name, path), leaf) for path, leaf in leaves]
 
-    name: str
+    def together(tensors: Mapping[str, Any]) -> Any:
+        parts = [tensors[key] if isinstance(leaf, torch.Tensor) else leaf for key, leaf in named]
+        return tree_unflatten(parts, spec)
 
-
-def filled(value: Any, tensors: Mapping[str, Any]) -> Any:
-    """An argument with its tensors in their places."""
-    if isinstance(value, Slot):
-        return tensors[value.name]
-    if isinstance(value, Mapping):
-        return {key: filled(entry, tensors) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        entries = [filled(entry, tensors) for entry in value]
-        return entries if isinstance(value, list) else tuple(entries)
-    return value
+    return together, {key: leaf for key, leaf in named if isinstance(leaf, torch.Tensor)}
 
 
-def taken_apart(name: str, value: Any) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
-    """An argument with slots in the place of its tensors, and the tensors by name."""
-    if isinstance(value, torch.Tensor):
-        return Slot(name), iter([(name, value)])
-    if isinstance(value, Mapping):
-        entries = {key: taken_apart(str(key), entry) for key, entry in value.items()}
-        found = [pair for _, tensors in entries.values() for pair in tensors]
-        return {key: entry for key, (entry, _) in entries.items()}, iter(found)
-    if isinstance(value, tuple | list):
-        parts = [taken_apart(f"{name}_{number}", entry) for number, entry in enumerate(value)]
-        places = [part for part, _ in parts]  # networks may empty lists of features: a new one for each call
-        found = [pair for _, tensors in parts for pair in tensors]
-        return (places if isinstance(value, list) else tuple(places)), iter(found)
-    return value, iter(())
+def name_of(name: str, path: Iterable[Any]) -> str:
+    """Of what lies within an argument: its own key, or the number of its place."""
+    for key in path:
+        name = f"{name}_{key.idx}" if isinstance(key, SequenceKey) else str(key.key)
+    return name
 
 
 def common_slots(network: RecordedNetwork) -> frozenset[str]:
     """The tensors that a pipeline passes once for the whole batch, also where they look like those of one."""
-    found: list[tuple[str, torch.Tensor]] = []
+    found: set[str] = set()
     for keyword in network.shared:
         outer, _, inner = keyword.partition(NESTED)
         value = network.inputs[outer]
         name = f"{outer}_{inner}" if isinstance(value, list) and inner else inner or outer
         entry = value[int(inner)] if isinstance(value, list) and inner else value[inner] if inner else value
-        found += taken_apart(name, entry)[1]
-    return frozenset(name for name, _ in found)
+        found |= taken_apart(name, entry)[1].keys()
+    return frozenset(found)
 
 
 def example(network: nn.Module, sizes: Sizes) -> dict[str, Any]:
@@ -194,8 +161,8 @@ def signature_of(
         GfpruneError: the inputs of this class are not known.
     """
     sizes = sizes or Sizes()
-    arguments, tensors = taken_apart("", example(network, sizes))
-    inputs = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+    keywords, tensors = taken_apart("", example(network, sizes))
+    inputs = {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
     if TIMESTEP in inputs and one_time:
         inputs[TIMESTEP] = inputs[TIMESTEP].float().squeeze()
     elif TIMESTEP in inputs and counts_steps(network, scheduler):
@@ -204,7 +171,7 @@ def signature_of(
         inputs[TIMESTEP] = inputs[TIMESTEP].float()
     common = common_slots(network) if isinstance(network, RecordedNetwork) else frozenset[str]()
     shared = common | {name for name, tensor in inputs.items() if tensor.shape[:1] != (1,)}
-    return Signature(inputs, arguments, growth_of(network), shared, factor_of(network), sizes, one_time)
+    return Signature(inputs, keywords, growth_of(network), shared, factor_of(network), sizes, one_time)
 
 
 @torch.no_grad()
@@ -233,13 +200,11 @@ def growth_of(network: nn.Module) -> dict[str, dict[int, frozenset[str]]]:
     """Name -> dimension -> the sizes that it grows with, found by asking for inputs of other sizes."""
     base = compact(network, own=False)
     shapes = {
-        label: {
-            name: tensor.shape for name, tensor in taken_apart("", example(network, larger(base, label)))[1]
-        }
-        for label in LETTERS
+        label: {name: one.shape for name, one in taken_apart("", example(network, sizes))[1].items()}
+        for label, sizes in ((label, larger(base, label)) for label in LETTERS)
     }
     found: dict[str, dict[int, frozenset[str]]] = {}
-    for name, tensor in taken_apart("", example(network, base))[1]:
+    for name, tensor in taken_apart("", example(network, base))[1].items():
         grown = [
             (axis, frozenset(label for label in LETTERS if shapes[label][name][axis] != size))
             for axis, size in enumerate(tensor.shape)

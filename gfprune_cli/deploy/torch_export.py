@@ -6,36 +6,22 @@ from pathlib import Path
 import torch
 
 from gfprune_cli.deploy.format import Artefact, Format, Job
-from gfprune_cli.deploy.parity import Inputs, Runner
+from gfprune_cli.deploy.parity import Runner
 
 FILE = "model.pt2"
-
-
-def write_program(folder: Path, program: torch.export.ExportedProgram) -> None:
-    """Write model.pt2: a zip of the graph in JSON and the weights as plain bytes.
-
-    Through memory, because PyTorch's own writer ends the process when the disk is full.
-    """
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    (folder / FILE).write_bytes(buffer.getbuffer())
 
 
 def run_program(path: Path) -> Runner:
     """A .pt2 file in PyTorch."""
     module = torch.export.load(path).module()
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        output: torch.Tensor = module(**inputs)
-        return output
-
-    return run
+    return lambda inputs: (module(**inputs),)
 
 
 def write(job: Job, folder: Path) -> Artefact:
-    """Write the traced network, and run the file."""
-    found = job.traced(job.dtype)
-    write_program(folder, found.program)
+    """Write model.pt2, a zip of the graph in JSON and the weights as plain bytes, and run the file."""
+    found, buffer = job.traced(job.dtype), io.BytesIO()
+    torch.export.save(found.program, buffer)  # PyTorch's own writer ends the process when the disk is full
+    (folder / FILE).write_bytes(buffer.getbuffer())
     return Artefact.of_graph(found, run_program(folder / FILE), folder / FILE)
 
 

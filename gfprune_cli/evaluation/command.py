@@ -117,7 +117,9 @@ def checked_inputs(
         recipe, processes, save_stats=save_stats is not None, offline=options.offline, progress=progress
     )
     if out is not None:
-        refuse_overlaps(out, named_by_flags(inputs))
+        folders = {f"--{role}": subject.source.folder for role, subject in inputs.subjects.items()}
+        files = {"--data": recipe.data, "--prompts": recipe.prompts, "--inception": recipe.inception}
+        refuse_overlaps(out, {**folders, **files})
     if out is not None and inputs.model.latent:
         raise UsageError("--out is for pictures, and this pipeline works on latents: drop the flag")
     return inputs
@@ -137,15 +139,6 @@ def check_samples(out: Path) -> None:
     record = record_in(out)
     if record is not None and record.get("command") != "eval":
         raise UsageError(f"--out {out} is no folder of samples, but an output to keep: name another")
-
-
-def named_by_flags(inputs: Inputs) -> dict[str, Path | str | None]:
-    """What the flags name that must not be replaced."""
-    recipe = inputs.recipe
-    folders: dict[str, Path | str | None] = {
-        f"--{role}": subject.source.folder for role, subject in inputs.subjects.items()
-    }
-    return folders | {"--data": recipe.data, "--prompts": recipe.prompts, "--inception": recipe.inception}
 
 
 def record_in(out: Path) -> dict[str, Any] | None:

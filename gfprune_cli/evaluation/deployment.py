@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +10,8 @@ from torch import nn
 
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.inputs.examples import example_inputs
-from gfprune_cli.runtime.device import Precision
 
 NetworkInputs = Callable[[nn.Module, int], dict[str, Any]]
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(model: nn.Module, device: torch.device) -> Any:
@@ -38,11 +36,6 @@ def batch_inputs(model: nn.Module, batch: int) -> dict[str, Any]:
         else:
             inputs[name] = value.expand(batch, *value.shape[1:]).contiguous()
     return inputs
-
-
-def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    half = HALF.get(precision)
-    return nullcontext() if half is None else torch.autocast(device.type, half)
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from gfprune_cli.evaluation.deepcache import DeepCache
 from gfprune_cli.evaluation.deployment import (
     NetworkInputs,
     batch_inputs,
-    computing_in,
     prepare,
 )
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Progress, notice
-from gfprune_cli.runtime.device import Precision, out_of_memory
+from gfprune_cli.runtime.device import Precision, autocast, out_of_memory
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.trace import Trace, observe
 
@@ -60,9 +59,9 @@ def peak_memory(
     try:
         call = partial(network, **inputs(network, batch), **in_tuples(network))
         with torch.inference_mode():
-            with computing_in(precision, device):
+            with autocast(device, precision):
                 call()  # what is made once and kept is made before counting
-            with computing_in(precision, device):
+            with autocast(device, precision):
                 rise = rise_on_cuda(call, device) if device.type == "cuda" else rise_on_cpu(call)
     except (RuntimeError, TypeError, MemoryError) as error:
         if not (out_of_memory(error) or any(words in str(error).lower() for words in TOO_LARGE)):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from gfprune_cli.checkpoint.scheduler import scheduler_config_path
 from gfprune_cli.data.images import load_images, to_model_range
-from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.consistency import WINDOW
 from gfprune_cli.evaluation.inception import Extractor, Unavailable, find_extractor
@@ -66,19 +66,9 @@ class Inputs:
     remarks: Remarks
 
     @property
-    def process(self) -> NoisingProcess:
-        """The noise of the samples, without guidance."""
-        return self.task.plain
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
-        return self.task.shape
-
-    @property
     def pictures(self) -> bool:
         """Whether samples are images that can be looked at."""
-        return not self.model.latent and len(self.shape) == 3
+        return not self.model.latent and len(self.task.shape) == 3
 
     @property
     def subjects(self) -> dict[str, Subject]:
@@ -88,7 +78,7 @@ class Inputs:
 
     def in_network_range(self, images: torch.Tensor) -> torch.Tensor:
         """8-bit images as the network sees them."""
-        low, high = self.process.value_range
+        low, high = self.task.plain.value_range
         return (to_model_range(images) + 1) * ((high - low) / 2) + low
 
     def identity(self, device: torch.device) -> dict[str, Any]:
@@ -163,7 +153,7 @@ def gather(
 
 def remark_on_models(recipe: EvalRecipe, model: Subject, reference: Subject | None, remarks: Remarks) -> None:
     """What about these checkpoints bears on the numbers."""
-    if not model.has_scheduler:
+    if scheduler_config_path(model.component) is None:
         remarks.add("no scheduler beside the model: assuming the default DDPM schedule (linear, 1000 steps)")
     if model.latent:
         remarks.add(

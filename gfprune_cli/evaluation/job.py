@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.evaluation.footprint import macs, memory_measured, peak_memory
 from gfprune_cli.evaluation.inputs import Inputs
+from gfprune_cli.evaluation.latency import measure_latency
 from gfprune_cli.evaluation.measures import Measures
 from gfprune_cli.evaluation.metrics import all_metrics
 from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
@@ -39,15 +41,11 @@ def measured(measures: Measures, start: float) -> EvalResult:
         samples=described_samples(inputs),
         metrics=metrics,
         loss_by_timestep=measures.losses.by_timestep(),
-        latency=costs.latency,
-        params=costs.params,
-        macs=costs.macs,
         bytes={
             "model": inputs.model.component.bytes,
             "reference": inputs.reference.component.bytes if inputs.reference else None,
         },
-        memory=costs.memory,
-        gates=passed_gates(recipe, metrics, costs.latency),
+        gates=passed_gates(recipe, metrics, costs["latency"]),
         warnings=inputs.remarks.texts,
         fold=inputs.model.fold,
         device=str(measures.device),
@@ -55,6 +53,7 @@ def measured(measures: Measures, start: float) -> EvalResult:
         recipe=recipe.document(),
         seconds=round(time.monotonic() - start, 3),
         grid=measures.grid(),
+        **costs,
     )
 
 
@@ -125,16 +124,6 @@ def denoiser(network: nn.Module, condition: Condition, recipe: EvalRecipe, tick:
     return denoise
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Latency rows, and numbers of the model and the reference."""
-
-    latency: list[dict[str, Any]]
-    params: dict[str, int | None]
-    macs: dict[str, int | None]
-    memory: dict[str, Any]
-
-
 def latency_batches(recipe: EvalRecipe) -> list[int]:
     """The batch sizes to time, ascending.
 
@@ -152,51 +141,47 @@ def latency_batches(recipe: EvalRecipe) -> list[int]:
 
 def measure_costs(
     inputs: Inputs, networks: Mapping[str, nn.Module], device: torch.device, progress: Progress
-) -> Costs:
-    """How large, and unless `--no-latency` how fast: both networks in one interleaved run."""
-    from gfprune_cli.evaluation.latency import macs, measure_latency, memory_measured, peak_memory
+) -> dict[str, Any]:
+    """How large, and unless `--no-latency` how fast: both networks in one interleaved run.
 
-    recipe, roles = inputs.recipe, ("model", "reference")
-    both = {role: networks.get(role) for role in roles}
-    params = {
-        role: None if network is None else sum(parameter.numel() for parameter in network.parameters())
-        for role, network in both.items()
-    }
-    work = {
-        role: None if network is None else macs(network, inputs.task.sample_inputs)
-        for role, network in both.items()
-    }
-    ratio = work["reference"] / work["model"] if work["reference"] and work["model"] else None
+    Returns:
+        The fields `latency`, `params`, `macs` and `memory` of the result.
+    """
+    recipe, task = inputs.recipe, inputs.task
     batches = latency_batches(recipe)
-    what = memory_measured(batches[-1])
-    if recipe.no_latency:
-        return Costs([], params, work, {"model": None, "reference": None, "what": what})
-    memory: dict[str, Any] = {
-        role: None
-        if network is None
-        else peak_memory(
-            network,
-            batch=batches[-1],
+
+    def of_both(measure: Callable[[nn.Module], int | None]) -> dict[str, Any]:
+        found = {role: networks.get(role) for role in ("model", "reference")}
+        return {role: None if network is None else measure(network) for role, network in found.items()}
+
+    params = of_both(lambda network: sum(parameter.numel() for parameter in network.parameters()))
+    work = of_both(lambda network: macs(network, task.sample_inputs))
+    memory, rows = of_both(lambda network: None), []
+    if not recipe.no_latency:
+        memory = of_both(
+            lambda network: peak_memory(
+                network,
+                batch=batches[-1],
+                device=device,
+                precision=recipe.precision,
+                progress=progress,
+                inputs=task.network_inputs,
+            )
+        )
+        rows = measure_latency(
+            networks["model"],
+            networks.get("reference"),
+            batches=batches,
+            modes=["eager"] + ["compile"] * recipe.compile + ["deepcache"] * recipe.deepcache,
             device=device,
             precision=recipe.precision,
+            mac_ratio=work["reference"] / work["model"] if work["reference"] and work["model"] else None,
+            repeats=REPEATS,
             progress=progress,
-            inputs=inputs.task.network_inputs,
+            inputs=task.network_inputs,
         )
-        for role, network in both.items()
-    }
-    rows = measure_latency(
-        networks["model"],
-        networks.get("reference"),
-        batches=batches,
-        modes=["eager"] + ["compile"] * recipe.compile + ["deepcache"] * recipe.deepcache,
-        device=device,
-        precision=recipe.precision,
-        mac_ratio=ratio,
-        repeats=REPEATS,
-        progress=progress,
-        inputs=inputs.task.network_inputs,
-    )
-    return Costs([asdict(row) for row in rows], params, work, memory | {"what": what})
+    memory["what"] = memory_measured(batches[-1])
+    return {"latency": [asdict(row) for row in rows], "params": params, "macs": work, "memory": memory}
 
 
 def described_samples(inputs: Inputs) -> dict[str, Any]:

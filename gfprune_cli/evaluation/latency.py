@@ -19,14 +19,13 @@ from gfprune_cli.evaluation.deepcache import INTERVAL, DeepCache
 from gfprune_cli.evaluation.deployment import (
     NetworkInputs,
     batch_inputs,
-    computing_in,
     default_kernels,
     prepare,
 )
 from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.runtime.device import Precision, out_of_memory
+from gfprune_cli.runtime.device import Precision, autocast, out_of_memory
 
 __all__ = ["Latency", "macs", "measure_latency", "memory_measured", "peak_memory"]
 
@@ -218,7 +217,7 @@ def time_row(
         for runner, network in zip(runners, networks, strict=True)
     ]
     try:
-        with torch.inference_mode(), computing_in(precision, stopwatch.device):
+        with torch.inference_mode(), autocast(stopwatch.device, precision):
             times = stopwatch.measure(calls)
     finally:
         if mode == "compile":

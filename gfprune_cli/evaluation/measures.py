@@ -52,7 +52,7 @@ class Measures:
     def value_range(self) -> tuple[float, float]:
         """What is black and white: of the process, or for latents the range of the reference's samples."""
         if not self.inputs.model.latent:
-            return self.inputs.process.value_range
+            return self.inputs.task.plain.value_range
         role = "reference" if "reference" in self.networks else "model"
         edges = [(float(images.min()), float(images.max())) for images in self.store.images(role)]
         return min(low for low, _ in edges), max(high for _, high in edges)
@@ -69,7 +69,7 @@ class Measures:
         found = Consistency()
         for one, other in zip(self.shown("reference"), self.shown("model"), strict=True):
             found.add(one, other, eight_bit=self.inputs.pictures)
-        if len(self.inputs.shape) != 3:
+        if len(self.inputs.task.shape) != 3:
             images = self.store.images
             for one, other in zip(images("reference"), images("model"), strict=True):
                 found.add_relative(one, other)
@@ -86,8 +86,8 @@ class Measures:
             real = real_features(
                 str(inputs.recipe.data),
                 extractor,
-                size=(inputs.shape[1], inputs.shape[2]),
-                channels=inputs.shape[0],
+                size=(inputs.task.shape[1], inputs.task.shape[2]),
+                channels=inputs.task.shape[0],
                 progress=self.progress,
             )
         self.real = real.gaussian
@@ -132,7 +132,7 @@ class Measures:
             "against": "reference" if real is dense else "data",
             "n_real": real.count,
             "dimensions": len(own.mean),
-            "timestep": feature_index(inputs.process),
+            "timestep": feature_index(inputs.task.plain),
         }
         found = {"fd_teacher": {"value": frechet_distance(real, own)} | origin}
         if real is not dense:
@@ -156,8 +156,8 @@ class Measures:
         inputs = self.inputs
         batches = image_batches(
             str(inputs.recipe.data),
-            size=(inputs.shape[1], inputs.shape[2]),
-            channels=inputs.shape[0],
+            size=(inputs.task.shape[1], inputs.task.shape[2]),
+            channels=inputs.task.shape[0],
             limit=count,
             batch=FEATURE_BATCH,
             seed=inputs.recipe.seed,
@@ -171,7 +171,7 @@ class Measures:
         return gaussian(
             teacher_features(
                 teacher,
-                self.inputs.process,
+                self.inputs.task.plain,
                 images,
                 conditions=conditions,
                 seed=self.inputs.recipe.seed,
@@ -200,7 +200,7 @@ class Measures:
             conditions = inputs.task.conditions(len(images))
         draws = Draws(
             images.to(self.device),
-            inputs.process.steps,
+            inputs.task.plain.steps,
             inputs.recipe.seed,
             conditions,
         )

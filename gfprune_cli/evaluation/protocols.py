@@ -11,34 +11,6 @@ from gfprune_cli.diffusion.schedulers import (
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.evaluate import EvalRecipe, FidMode, Sampler, Spacing
 
-DIFF_PRUNING_SAMPLES = 50_000
-DIFF_PRUNING_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Settings of a published evaluation."""
-
-    samples: int
-    steps: int
-    sampler: Sampler
-    timestep_spacing: Spacing
-    eta: float
-    fid_mode: FidMode
-
-
-def diff_pruning_protocol(spacing: Spacing) -> Protocol:
-    """Fang et al., "Structural Pruning for Diffusion Models" (arXiv 2305.10924), section 4 and its code."""
-    return Protocol(DIFF_PRUNING_SAMPLES, DIFF_PRUNING_STEPS, "ddim", spacing, 0.0, "legacy_pytorch")
-
-
-PROTOCOLS = {
-    "ddpm-cifar10": diff_pruning_protocol("quad"),
-    "celeba64": diff_pruning_protocol("uniform"),
-    "lsun-church": diff_pruning_protocol("uniform"),
-    "lsun-bedroom": diff_pruning_protocol("uniform"),
-}
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,13 +24,26 @@ class Settings:
     fid_mode: FidMode
 
 
+def diff_pruning_protocol(spacing: Spacing) -> Settings:
+    """Fang et al., "Structural Pruning for Diffusion Models" (arXiv 2305.10924), section 4 and its code."""
+    return Settings(50_000, 100, "ddim", spacing, 0.0, "legacy_pytorch")
+
+
+PROTOCOLS = {
+    "ddpm-cifar10": diff_pruning_protocol("quad"),
+    "celeba64": diff_pruning_protocol("uniform"),
+    "lsun-church": diff_pruning_protocol("uniform"),
+    "lsun-bedroom": diff_pruning_protocol("uniform"),
+}
+
+
 def settings_of(recipe: EvalRecipe, process: NoisingProcess) -> Settings:
     """Flags, then the protocol, then the defaults.
 
     Raises:
         UsageError: a sampler that the noising process has no steps for, or an option that it ignores.
     """
-    usual = Protocol(256, 50, usual_sampler(process), "trailing", 0.0, "clean")
+    usual = Settings(256, 50, usual_sampler(process), "trailing", 0.0, "clean")
     base = PROTOCOLS[recipe.protocol] if recipe.protocol else usual
     sampler = recipe.sampler or base.sampler
     check_sampler(sampler, process)

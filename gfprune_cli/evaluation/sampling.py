@@ -160,8 +160,9 @@ def make_sampling(
         starts = own_scheduler(scheduler, settings, mu).timesteps
         if {int(level) for level in starts} & set(zero_levels(process)):
             refuse_zero_snr(process, LEADING)
-        return lambda denoise, noise, generators: own_loop(own_scheduler(scheduler, settings, mu))(
-            denoise, noise, generators
+        loop = predictor_corrector if hasattr(scheduler, "step_pred") else scheduled
+        return lambda denoise, noise, generators: loop(
+            own_scheduler(scheduler, settings, mu), denoise, noise, generators
         )
     assert spacing is not None
     assert isinstance(process, VariancePreserving)
@@ -176,11 +177,6 @@ def make_sampling(
     return lambda denoise, noise, generators: ddim(
         process, grid, settings.eta, final, denoise, noise, generators
     )
-
-
-def own_loop(scheduler: Any) -> Sampling:
-    loop = predictor_corrector if hasattr(scheduler, "step_pred") else scheduled
-    return lambda denoise, noise, generators: loop(scheduler, denoise, noise, generators)
 
 
 def ddpm_scheduler(scheduler: Any, grid: Sequence[int]) -> Any:

@@ -1,7 +1,6 @@
 """The networks of an evaluation: the model, and the dense one it is compared with."""
 
 import errno
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,8 +11,8 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.layout import is_autoencoder, stock_name
 from gfprune_cli.checkpoint.reader import inspect, load_model, sha256_of_weights
-from gfprune_cli.checkpoint.record import RECORD, read_record
-from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
+from gfprune_cli.checkpoint.record import RECORD, as_json, read_record
+from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.data.calibration import image_size, training_process
 from gfprune_cli.data.latents import decoder_name
@@ -74,10 +73,6 @@ class Subject:
     @cached_property
     def process(self) -> NoisingProcess:
         return training_process(self.component, self.scheduler)
-
-    @property
-    def has_scheduler(self) -> bool:
-        return scheduler_config_path(self.component) is not None
 
     @property
     def latent(self) -> bool:
@@ -165,14 +160,7 @@ def recorded_reference(model: Subject, *, offline: bool, progress: Progress) -> 
         if record is None:
             raise NoReference(f"{model.label} has no {RECORD} that names a dense model it was pruned from")
         with named(teacher="reference", model="reference"):
-            source = resolve(
-                record.dense_label(),
-                revision=record.source.commit,
-                variant=record.variant,
-                config_from=record.config_from,
-                offline=offline,
-                progress=progress,
-            )
+            source = record.dense_source(offline=offline, progress=progress)
         component = inspect(source, component=model.component.name or None, variant=record.variant)
         found = Subject(record.source.label, source, component)
     except Interrupted:
@@ -198,11 +186,7 @@ def failing_disk(error: BaseException | None) -> bool:
 def same_noise(one: Subject, other: Subject) -> bool:
     """Whether two checkpoints come with the same noise scheduler."""
     first, second = (
-        json.dumps(
-            {key: value for key, value in dict(s.scheduler.config).items() if not key.startswith("_")},
-            sort_keys=True,
-            default=str,
-        )
-        for s in (one, other)
+        {key: value for key, value in as_json(dict(part.scheduler.config)).items() if key[0] != "_"}
+        for part in (one, other)
     )
-    return first == second
+    return bool(first == second)

@@ -133,7 +133,9 @@ def conditioned_task(
     else:
         asked = asked_of(component, network.config, options, count, recipe.seed, shuffled=False)
         recording = recorded(network, component, subject.scheduler, asked, options, progress)
-        recording = replace(recording, conditions=in_turn(recording.conditions, asked.rows))
+        if recording.conditions.tensors:  # those of unconditional pipelines stay as they are
+            conditions = replace(recording.conditions, rows=tuple(asked.rows))
+            recording = replace(recording, conditions=conditions)
     for remark in recording.remarks:
         notice(progress, remark)
     process = with_guidance(noising_process(subject.scheduler, recording.mu), recording.conditions)
@@ -146,11 +148,6 @@ def conditioned_task(
         mu=recording.mu,
         given=encoded_data(recipe, settings, subject, device, progress),
     )
-
-
-def in_turn(conditions: Conditions, rows: list[int]) -> Conditions:
-    """Conditions of samples that ask for these rows; those of unconditional pipelines stay as they are."""
-    return replace(conditions, rows=tuple(rows)) if conditions.tensors else conditions
 
 
 def reconstruction_task(

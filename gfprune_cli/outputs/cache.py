@@ -1,6 +1,5 @@
 """What was drawn or recorded once, by the hash of everything that decides it."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gfprune_cli.outputs.digests import sha256_of_document
 from gfprune_cli.outputs.durable import replacing, write_tensors
 from gfprune_cli.outputs.locks import sweep_folder
 from gfprune_cli.outputs.tensor_files import read_whole
@@ -62,8 +62,7 @@ def cached(
         what: they are, in a message.
         processes: that make them together where one of them does not find them.
     """
-    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    path = cache_room(room) / f"{digest}.safetensors"
+    path = cache_room(room) / f"{sha256_of_document(key)}.safetensors"
     known: tuple[Tensors, Any] | None = None
     if path.exists():
         with suppress(Exception):  # truncated or foreign: make it again

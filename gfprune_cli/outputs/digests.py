@@ -1,8 +1,10 @@
 """Names by content: SHA-256 of files and of tensors."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gfprune_cli.errors import GfpruneError
 
@@ -21,6 +23,11 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise GfpruneError(f"{path} cannot be read: {error}") from error
+
+
+def sha256_of_document(document: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(dict(document), sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(images: "torch.Tensor") -> str:

@@ -58,9 +58,7 @@ def write_file(path: Path, content: bytes) -> None:
         with replacing(path) as staging:
             staging.write_bytes(content)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise free_space_error(path.parent, len(content), error) from error
-        raise GfpruneError(f"cannot write {path}: {error.strerror or error}") from error
+        raise not_written(error, str(path), path.parent, len(content)) from error
 
 
 @contextmanager
@@ -76,6 +74,13 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(staging)
         staging.replace(path)
         sync(path.parent)
+
+
+def not_written(error: OSError, what: str, folder: Path, needed: int, advice: str = "") -> GfpruneError:
+    """What to raise when the system refuses a write of `needed` bytes into a folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return free_space_error(folder, needed, error)
+    return GfpruneError(f"cannot write {what}: {error.strerror or error}{advice}")
 
 
 def free_space_error(folder: Path, needed: int, error: OSError) -> GfpruneError:
@@ -113,9 +118,7 @@ def staging_folder(destination: Path, needed: int) -> Iterator[Path]:
         with own_folder(destination) as staging:
             yield staging
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise free_space_error(destination.parent, needed, error) from error
-        raise GfpruneError(f"cannot write {destination}: {error.strerror or error}; check --out") from error
+        raise not_written(error, str(destination), destination.parent, needed, "; check --out") from error
 
 
 def check_space(destination: Path, needed: int) -> None:

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from gfprune_cli.errors import GfpruneError, UsageError
@@ -21,10 +22,6 @@ def hidden(destination: Path, suffix: str) -> Path:
 def state_folder(destination: Path) -> Path:
     """Where the state of a run lies: hidden beside its output."""
     return hidden(destination, "state")
-
-
-def glob_escape(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def lock_of(folder: Path) -> Path:
@@ -130,7 +127,7 @@ def restore_output(destination: Path) -> None:
 
     For the one that holds the lock: whatever is there has no owner any more, in this container or another.
     """
-    for old in destination.parent.glob(f".{glob_escape(destination.name)}.gfprune-old-*"):
+    for old in destination.parent.glob(f".{escape(destination.name)}.gfprune-old-*"):
         if destination.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -172,7 +169,7 @@ def locked_folder(destination: Path) -> tuple[Path, int]:
 
 def sweep(destination: Path) -> None:
     """Remove the staging folders beside `destination` whose processes are gone."""
-    sweep_folder(destination.parent, glob_escape(destination.name))
+    sweep_folder(destination.parent, escape(destination.name))
 
 
 def sweep_folder(folder: Path, name: str = "*") -> None:
@@ -207,11 +204,13 @@ def discard(folder: Path) -> None:
     """Remove a folder at once: a kill meanwhile leaves nothing that could pass for it.
 
     Raises:
-        OSError: it stays.
+        GfpruneError: it stays.
     """
     doomed = hidden(folder, f"staging-{secrets.token_hex(4)}")
     try:
         folder.rename(doomed)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise GfpruneError(f"cannot clear {folder}: {error.strerror}; remove it") from error
     shutil.rmtree(doomed, ignore_errors=True)

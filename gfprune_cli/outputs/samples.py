@@ -107,10 +107,7 @@ class SampleStore:
 
     def clear(self) -> None:
         """Remove the folder: at once, so that a kill leaves no samples without their identity."""
-        try:
-            discard(self.folder)
-        except OSError as error:
-            raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
+        discard(self.folder)
 
     def end(self) -> None:
         """Remove the samples, as the results stand; those that stay are no failure.

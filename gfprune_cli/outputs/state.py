@@ -1,7 +1,5 @@
 """The resumable state of one run, hidden beside its output, and how a finished output is known again."""
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -14,12 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.outputs.digests import sha256_of
-from gfprune_cli.outputs.durable import (
-    free_space_error,
-    write_json,
-    write_tensors,
-)
+from gfprune_cli.outputs.digests import sha256_of, sha256_of_document
+from gfprune_cli.outputs.durable import not_written, write_json, write_tensors
 from gfprune_cli.outputs.filesystem import sync, sync_tree
 from gfprune_cli.outputs.locks import discard, state_folder
 from gfprune_cli.outputs.tensor_files import load_tensors
@@ -27,6 +21,7 @@ from gfprune_cli.outputs.tensor_files import load_tensors
 KEPT_STATES = 2
 TENSORS, DOCUMENT = "state.safetensors", "state.json"
 T = TypeVar("T")
+run_digest = sha256_of_document  # of what decides the bytes of an output; its record holds it
 
 
 class StateFolder:
@@ -171,9 +166,7 @@ class StateFolder:
 
     def unwritable(self, error: OSError, needed: int) -> GfpruneError:
         """What to raise when the system refuses a write of `needed` bytes."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return free_space_error(self.folder.parent, needed, error)
-        return GfpruneError(f"cannot write the state in {self.folder}: {error.strerror or error}")
+        return not_written(error, f"the state in {self.folder}", self.folder.parent, needed)
 
     def end(self) -> None:
         """Forget the run: its output stands, so a state that cannot be removed is no failure."""
@@ -181,7 +174,7 @@ class StateFolder:
             return
         try:
             discard(self.folder)
-        except OSError:
+        except GfpruneError:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def foreign(self) -> bool:
@@ -198,12 +191,8 @@ class StateFolder:
         Raises:
             GfpruneError: the folder cannot be removed.
         """
-        if not self.writes:
-            return
-        try:
+        if self.writes:
             discard(self.folder)
-        except OSError as error:
-            raise GfpruneError(f"cannot clear {self.folder}: {error.strerror}; remove it") from error
 
 
 def whole_state(state: Path, digest: Any) -> dict[str, torch.Tensor] | None:
@@ -223,11 +212,6 @@ def by_family(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.
 def as_families(**families: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The other way round."""
     return {f"{family}/{name}": one for family, members in families.items() for name, one in members.items()}
-
-
-def run_digest(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides the bytes of an output; its record holds it."""
-    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
 
 def not_finished(destination: Path) -> UsageError:

@@ -5,10 +5,11 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import torch
+import safetensors
+import torch
+from safetensors.torch import load, load_file
 
 # ENODEV, of FUSE, mergerfs, Ceph and some network drives; safetensors gives the number in words alone
 _CANNOT_MAP = ("os error 19", "No such device")
@@ -17,16 +18,16 @@ _CANNOT_MAP = ("os error 19", "No such device")
 class TensorReader(Protocol):
     """An open file of tensors."""
 
-    def get_tensor(self, name: str) -> "torch.Tensor": ...
+    def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
 class _Read:
     """A file that was read as a whole."""
 
-    def __init__(self, tensors: "dict[str, torch.Tensor]") -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
 
-    def get_tensor(self, name: str) -> "torch.Tensor":
+    def get_tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
 
@@ -37,10 +38,8 @@ def opened(path: Path) -> Iterator[TensorReader]:
     Raises:
         OSError, SafetensorError: as safetensors.
     """
-    from safetensors import safe_open
-
     try:
-        reader: Any = safe_open(path, framework="pt", device="cpu")
+        reader: Any = safetensors.safe_open(path, framework="pt", device="cpu")
     except OSError as error:
         if not cannot_map(error):
             raise
@@ -50,14 +49,12 @@ def opened(path: Path) -> Iterator[TensorReader]:
         yield mapped
 
 
-def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file by name.
 
     Raises:
         OSError, SafetensorError: as safetensors.
     """
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except OSError as error:
@@ -66,7 +63,7 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
         return _whole(path)
 
 
-def read_whole(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a file by name, and its metadata.
 
     Raises:
@@ -78,9 +75,7 @@ def read_whole(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     return load_tensors(path), header.get("__metadata__", {})
 
 
-def _whole(path: Path) -> "dict[str, torch.Tensor]":
-    from safetensors.torch import load
-
+def _whole(path: Path) -> dict[str, torch.Tensor]:
     return load(path.read_bytes())
 
 

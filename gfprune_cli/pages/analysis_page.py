@@ -135,61 +135,62 @@ def where_plot(document: Mapping[str, Any], groups: Sequence[Group]) -> Markup:
     """Share of the parameters (up) and MACs (down) that each group accounts for, along the network."""
     params = [ratio(group["params"], document["params"]) for group in groups]
     macs = [ratio(group["macs"], document["macs"]) for group in groups]
-
-    def paint(axes: Any) -> Tips:
-        places, width = range(len(groups)), 0.8 if len(groups) <= 80 else 0.94
-        axes.bar(places, [100 * share for share in params], width, color=BLUE)
-        axes.bar(places, [-100 * share for share in macs], width, color=ORANGE)
-        axes.set_ylim(-120 * (max(macs) or 0.01), 120 * (max(params) or 0.01))
-        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-        axes.grid(axis="y")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
-        axes.text(0.006, 0.98, "parameters", color=BLUE, transform=axes.transAxes, va="top", weight="bold")
-        axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
-        along_network(axes, groups)
-        return [
-            f"{group['name']}\n{group['channels']:,} channels\n"
-            f"{group['params']:,} parameters ({percent(weights)})\n{group['macs']:,} MACs ({percent(work)})"
-            for group, weights, work in zip(groups, params, macs, strict=True)
-        ]
-
+    tips = [
+        f"{group['name']}\n{group['channels']:,} channels\n"
+        f"{group['params']:,} parameters ({percent(weights)})\n{group['macs']:,} MACs ({percent(work)})"
+        for group, weights, work in zip(groups, params, macs, strict=True)
+    ]
     largest = max(groups, key=lambda group: group["params"])
     label = (
         f"Bar chart of {len(groups)} channel groups in network order. The most parameters, "
         f"{human(largest['params'])}, are in {largest['name']}."
     )
-    bottom = below(groups)
-    return draw_svg("where", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
+    width = 0.8 if len(groups) <= 80 else 0.94
+    return mirrored_plot("where", label, groups, (params, "parameters", BLUE), macs, width, tips)
 
 
 def time_plot(document: Mapping[str, Any], layers: Sequence[Group]) -> Markup:
     """Share of the time (up) and of the MACs (down) of each layer, along the network."""
     times = [ratio(layer["ms"], document["time"]["ms"]) for layer in layers]
     macs = [ratio(layer["macs"], document["macs"]) for layer in layers]
-
-    def paint(axes: Any) -> Tips:
-        places = range(len(layers))
-        axes.bar(places, [100 * share for share in times], 0.9, color=PURPLE)
-        axes.bar(places, [-100 * share for share in macs], 0.9, color=ORANGE)
-        axes.set_ylim(-120 * (max(macs) or 0.01), 120 * (max(times) or 0.01))
-        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-        axes.grid(axis="y")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
-        axes.text(0.006, 0.98, "time", color=PURPLE, transform=axes.transAxes, va="top", weight="bold")
-        axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
-        along_network(axes, layers)
-        return [
-            f"{layer['name']}\n{layer['ms']:.3g} ms ({percent(share)})\n{layer['params']:,} parameters\n"
-            f"{layer['macs']:,} MACs ({percent(work)})"
-            for layer, share, work in zip(layers, times, macs, strict=True)
-        ]
-
+    tips = [
+        f"{layer['name']}\n{layer['ms']:.3g} ms ({percent(share)})\n{layer['params']:,} parameters\n"
+        f"{layer['macs']:,} MACs ({percent(work)})"
+        for layer, share, work in zip(layers, times, macs, strict=True)
+    ]
     slowest = max(layers, key=lambda layer: layer["ms"])
     label = (
         f"Bar chart of {len(layers)} layers in network order. The most time is spent in {slowest['name']}."
     )
-    bottom = below(layers)
-    return draw_svg("time", label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
+    return mirrored_plot("time", label, layers, (times, "time", PURPLE), macs, 0.9, tips)
+
+
+def mirrored_plot(
+    name: str,
+    label: str,
+    groups: Sequence[Group],
+    upper: tuple[Sequence[float], str, str],
+    macs: Sequence[float],
+    width: float,
+    tips: Tips,
+) -> Markup:
+    """Shares (`upper`, with their name and colour) above the axis, those of the MACs below it."""
+    shares, words, colour = upper
+
+    def paint(axes: Any) -> Tips:
+        axes.bar(range(len(groups)), [100 * share for share in shares], width, color=colour)
+        axes.bar(range(len(groups)), [-100 * share for share in macs], width, color=ORANGE)
+        axes.set_ylim(-120 * (max(macs) or 0.01), 120 * (max(shares) or 0.01))
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
+        axes.text(0.006, 0.98, words, color=colour, transform=axes.transAxes, va="top", weight="bold")
+        axes.text(0.006, 0.02, "MACs", color=ORANGE, transform=axes.transAxes, va="bottom", weight="bold")
+        along_network(axes, groups)
+        return tips
+
+    bottom = below(groups)
+    return draw_svg(name, label, (WIDE, 290 + bottom), (SIDE, bottom, 4, 4), paint)
 
 
 def widths_plot(groups: Sequence[Group], plans: Sequence[Plan]) -> Markup:

@@ -1,24 +1,29 @@
 """The options of `gfprune analyze`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Gt, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+from gfprune_cli.recipes.options import (
+    ConfigFrom,
+    Frames,
+    GuidanceScale,
+    Help,
+    ModelOrFile,
+    PromptsFile,
+    Recipe,
+    Size,
+)
 from gfprune_cli.recipes.prune import BudgetName
 from gfprune_cli.recipes.timing import Runtime, Speedup, TimeBatch, Times, TimeSize
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeRecipe:
+class AnalyzeRecipe(Recipe):
     """Everything that decides what an analysis shows."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
-
-    model: Annotated[
-        str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
-    ] = "demo"
+    model: ModelOrFile = "demo"
     sparsity: Annotated[
         tuple[Annotated[float, Gt(0), Lt(1)], ...], Help("Plan for this sparsity; may be repeated.")
     ] = ()
@@ -38,10 +43,7 @@ class AnalyzeRecipe:
     ] = False
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
-    config_from: Annotated[
-        str | None,
-        Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
-    ] = None
+    config_from: ConfigFrom = None
     component: Annotated[
         str | None,
         Help("Pipeline component to analyze, or all of its denoisers: all (default: the denoiser)."),

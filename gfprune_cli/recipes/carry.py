@@ -1,16 +1,14 @@
 """The options of `gfprune carry`."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
-from gfprune_cli.recipes.options import Help
+from gfprune_cli.recipes.options import Help, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class CarryRecipe:
+class CarryRecipe(Recipe):
     """Everything that decides the bytes of a carried adapter."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     adapter: Annotated[
         str,
@@ -29,7 +27,3 @@ class CarryRecipe:
         str | None,
         Help("The dense model, read for DoRA and for records without a map (default: the one it names)."),
     ] = None
-
-    def document(self) -> dict[str, Any]:
-        """The resolved recipe, as it is written and read."""
-        return asdict(self)

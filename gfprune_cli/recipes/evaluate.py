@@ -1,11 +1,11 @@
 """The options of `gfprune eval`."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size, refuse_idle
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Recipe, Size, refuse_idle
 
 Sampler = Literal["ddim", "ddpm", "euler", "pipeline"]
 Spacing = Literal["quad", "uniform", "leading", "trailing", "linspace"]
@@ -14,13 +14,11 @@ ProtocolName = Literal["ddpm-cifar10", "celeba64", "lsun-church", "lsun-bedroom"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRecipe:
+class EvalRecipe(Recipe):
     """Everything that decides the numbers of an evaluation.
 
     What is None here is set by the protocol, or else by `evaluation.protocols`.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit of the model.")] = None
@@ -81,7 +79,3 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         if self.no_latency:
             refuse_idle(self, "--no-latency", "compile", "deepcache", "latency_batches")
-
-    def document(self) -> dict[str, Any]:
-        """The recipe, as it is written and read."""
-        return asdict(self)

@@ -1,11 +1,11 @@
 """The options of `gfprune export`."""
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from gfprune_cli.recipes.options import Help, Names
+from gfprune_cli.recipes.options import Help, Names, Recipe
 
 FORMATS = ("safetensors", "onnx", "torch-export", "openvino", "comfyui")
 FormatName = Annotated[str, Names(FORMATS, "gfprune_cli.deploy.formats:FORMATS")]
@@ -13,10 +13,8 @@ DtypeName = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRecipe:
+class ExportRecipe(Recipe):
     """Everything that decides the bytes of an export."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     model: Annotated[str, Help("demo, a local diffusers folder, or a Hub id owner/name.")] = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
@@ -40,7 +38,3 @@ class ExportRecipe:
         Help("Largest error, relative to the source's largest output (default: by --dtype, docs/export.md)."),
     ] = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of the inputs that the export is verified on.")] = 0
-
-    def document(self) -> dict[str, Any]:
-        """The resolved recipe, as it is written and read."""
-        return asdict(self)

@@ -1,11 +1,11 @@
 """The options of `gfprune finetune`."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Size
+from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Recipe, Size
 
 # peak learning rates: of AdamW, of each optimiser of matrices, of adapters and Adafactor
 RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 3e-3, 1e-2
@@ -15,10 +15,8 @@ FEATURE_STEPS = 400  # within which it decays to 0: it helps at the start, and c
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
+class FinetuneRecipe(Recipe):
     """Everything that decides the bytes of a finetune run's output."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     model: Annotated[str, Help("A checkpoint that gfprune prune wrote: a local folder, or a Hub id.")]
     revision: Annotated[str | None, Help("Hub branch, tag or commit of the model.")] = None
@@ -128,7 +126,3 @@ class FinetuneRecipe:
         """The weight of features: the one given; or 0.3 in runs that are taught, and not short of memory."""
         without = self.checkpointing or self.lora is not None or self.by_block or not self.distill
         return self.features if self.features is not None else (0.0 if without else FEATURES)
-
-    def document(self) -> dict[str, Any]:
-        """The resolved recipe, as it is written and read."""
-        return asdict(self)

@@ -8,10 +8,10 @@ the output.
 import difflib
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Le
 
@@ -49,6 +49,24 @@ class Names:
         return tuple(dict.fromkeys((*self.known, *getattr(import_module(module), attribute))))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The options of a command that decide what it makes."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    def document(self) -> dict[str, Any]:
+        """The resolved recipe, as it is written and read."""
+        return asdict(self)
+
+
+ModelOrFile = Annotated[
+    str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
+]
+ConfigFrom = Annotated[
+    str | None,
+    Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
+]
 PromptsFile = Annotated[
     str | None, Help("Text file of prompts for drawn images, one per line (default: a built-in list).")
 ]
@@ -223,10 +241,14 @@ def refuse_idle(recipe: Any, because: str, *names: str) -> None:
     Raises:
         UsageError: one of them is not.
     """
+    if found := changed(recipe, *names):
+        raise UsageError(f"{flag(found[0])} has no effect with {because}: drop one of the two")
+
+
+def changed(recipe: Any, *names: str) -> list[str]:
+    """Those of some settings that are not at their defaults."""
     defaults = {field.name: field.default for field in fields(recipe)}
-    for name in names:
-        if getattr(recipe, name) != defaults[name]:
-            raise UsageError(f"{flag(name)} has no effect with {because}: drop one of the two")
+    return [name for name in names if getattr(recipe, name) != defaults[name]]
 
 
 def parsed_size(flag_name: str, text: str) -> tuple[int, int]:

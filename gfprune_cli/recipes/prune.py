@@ -1,18 +1,21 @@
 """The options of `gfprune prune`."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.options import (
     ALL,
+    ConfigFrom,
     Frames,
     GuidanceScale,
     Help,
+    ModelOrFile,
     Names,
     PromptsFile,
+    Recipe,
     Size,
     refuse_idle,
 )
@@ -34,20 +37,13 @@ BudgetName = Annotated[str, Names(("both", "params", "macs"), "gfprune_cli.struc
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneRecipe:
+class PruneRecipe(Recipe):
     """Everything that decides the bytes of a prune run's output."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
-
-    model: Annotated[
-        str, Help("demo, a local diffusers folder, one .safetensors file, or a Hub id owner/name.")
-    ] = "demo"
+    model: ModelOrFile = "demo"
     revision: Annotated[str | None, Help("Hub branch, tag or commit.")] = None
     variant: Annotated[str | None, Help("Weights variant to read, such as fp16.")] = None
-    config_from: Annotated[
-        str | None,
-        Help("For a model in one file: a diffusers folder, or Hub id, of its family (docs/clients.md)."),
-    ] = None
+    config_from: ConfigFrom = None
     component: Annotated[
         str | None, Help("Pipeline component to prune, or all of its denoisers: all (default: the denoiser).")
     ] = None
@@ -205,4 +201,4 @@ class PruneRecipe:
     def document(self) -> dict[str, Any]:
         """The resolved recipe, as it is written and read."""
         targets = self.targets
-        return asdict(self) | {"sparsity": list(targets) if len(targets) > 1 else targets[0]}
+        return super().document() | {"sparsity": list(targets) if len(targets) > 1 else targets[0]}

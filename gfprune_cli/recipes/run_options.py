@@ -11,14 +11,10 @@ from gfprune_cli.recipes.options import Help, flag, validated
 
 @dataclass(frozen=True)
 class Of:
-    """Which commands have an option; `only_cli`: they have it on the command line only."""
+    """Which commands have an option, as words; `only_cli`: they have it on the command line only."""
 
-    commands: tuple[str, ...]
+    commands: str
     only_cli: bool = False
-
-    @classmethod
-    def words(cls, names: str, *, only_cli: bool = False) -> "Of":
-        return cls(tuple(names.split()), only_cli)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +32,14 @@ class RunOptions:
             "Also write a self-contained page.",
             {"prune": "Also draw from each network, time it, and write a page that helps to choose."},
         ),
-        Of.words("analyze prune eval", only_cli=True),
+        Of("analyze prune eval", only_cli=True),
     ] = None
     times_out: Annotated[
         Path | None,
         Help("Also measure the network here and write its times to this file, for --times."),
-        Of.words("analyze"),
+        Of("analyze"),
     ] = None
-    markdown: Annotated[Path | None, Help("Also write Markdown."), Of.words("eval", only_cli=True)] = None
+    markdown: Annotated[Path | None, Help("Also write Markdown."), Of("eval", only_cli=True)] = None
     out: Annotated[
         Path | None,
         Help(
@@ -53,13 +49,13 @@ class RunOptions:
                 "eval": "Also write the samples as PNG files in this folder.",
             },
         ),
-        Of.words("prune finetune eval export carry"),
+        Of("prune finetune eval export carry"),
     ] = None
     save_stats: Annotated[
-        Path | None, Help("Also write the statistics of --data to this .npz."), Of.words("eval")
+        Path | None, Help("Also write the statistics of --data to this .npz."), Of("eval")
     ] = None
     resume: Annotated[
-        bool, Help("Continue an interrupted run, if there is one."), Of.words("prune finetune eval")
+        bool, Help("Continue an interrupted run, if there is one."), Of("prune finetune eval")
     ] = False
     force: Annotated[
         bool,
@@ -69,37 +65,37 @@ class RunOptions:
                 "analyze": "Replace the --html and --times-out files if they exist.",
             },
         ),
-        Of.words("analyze prune finetune eval export carry"),
+        Of("analyze prune finetune eval export carry"),
     ] = False
-    dry_run: Annotated[
-        bool, Help("Show the plan and write nothing."), Of.words("prune finetune export carry")
-    ] = False
+    dry_run: Annotated[bool, Help("Show the plan and write nothing."), Of("prune finetune export carry")] = (
+        False
+    )
     save_every: Annotated[
-        int, Ge(0), Help("Steps between saved states; 0: only when stopped."), Of.words("finetune")
+        int, Ge(0), Help("Steps between saved states; 0: only when stopped."), Of("finetune")
     ] = 100
-    sample_every: Annotated[
-        int, Ge(0), Help("Steps between grids of samples; 0: none."), Of.words("finetune")
-    ] = 100
+    sample_every: Annotated[int, Ge(0), Help("Steps between grids of samples; 0: none."), Of("finetune")] = (
+        100
+    )
     logs: Annotated[
-        Path | None, Help("Folder of metrics and samples (default: OUT-logs)."), Of.words("finetune")
+        Path | None, Help("Folder of metrics and samples (default: OUT-logs)."), Of("finetune")
     ] = None
     logger: Annotated[
         Literal["tensorboard", "trackio"] | None,
         Help("Also log to this, if installed."),
-        Of.words("finetune"),
+        Of("finetune"),
     ] = None
     offline: Annotated[
-        bool, Help("Never use the network."), Of.words("analyze prune finetune eval export carry")
+        bool, Help("Never use the network."), Of("analyze prune finetune eval export carry")
     ] = False
     device: Annotated[
         str | None,
         Help("Torch device (default: CUDA if there is one)."),
-        Of.words("analyze prune finetune eval"),
+        Of("analyze prune finetune eval"),
     ] = None
     offload_teacher: Annotated[
         bool,
         Help("Keep the dense model in main memory while the device trains."),
-        Of.words("prune finetune"),
+        Of("prune finetune"),
     ] = False
 
     @classmethod
@@ -113,7 +109,7 @@ class RunOptions:
         found = []
         for field in fields(cls):
             of = next(part for part in hints[field.name].__metadata__ if isinstance(part, Of))
-            if command in of.commands and (cli or not of.only_cli):
+            if command in of.commands.split() and (cli or not of.only_cli):
                 found.append(field.name)
         return found
 

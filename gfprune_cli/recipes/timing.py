@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 
 from gfprune_cli.errors import UsageError
-from gfprune_cli.recipes.options import Help, flag, refuse_idle
+from gfprune_cli.recipes.options import Help, changed, flag, refuse_idle
 
 Runtime = Annotated[
     Literal["eager", "compile", "onnx", "openvino"],
@@ -37,8 +37,5 @@ def check_time_options(recipe: Any, asked: bool, needs: str) -> None:
     """
     if recipe.times is not None:
         refuse_idle(recipe, "--times", *PLACE)
-    if not asked:
-        defaults = type(recipe).__dataclass_fields__
-        for name in (*PLACE, "times"):
-            if getattr(recipe, name) != defaults[name].default:
-                raise UsageError(f"{flag(name)} has no effect without {needs}: add one, or drop the flag")
+    if not asked and (found := changed(recipe, *PLACE, "times")):
+        raise UsageError(f"{flag(found[0])} has no effect without {needs}: add one, or drop the flag")

@@ -55,8 +55,8 @@ class BlockLoss(RecoveryLoss):
     """
 
     def __init__(self, loss: RecoveryLoss, layers: Correspondence) -> None:
-        none = replace(loss.weights, denoise=0.0, distill=0.0, features=1.0, jacobian=0.0)
-        super().__init__(loss.student, loss.teacher, loss.process, none, None, loss.precision)
+        alone = replace(loss.recipe, denoise=0.0, distill=0.0, features=1.0, jacobian=0.0)
+        super().__init__(loss.student, loss.teacher, loss.process, alone, None, loss.precision)
         self.layers = replace(layers, positions=layers.positions | layers.readers)
         self.hooks: list[Any] = []
 

@@ -177,7 +177,8 @@ class FinetuneJob:
         if adapters is not None:
             student = merge_adapters(adapters)
         round_weights(student, stored_dtype(self.component))
-        check_finite(student, self.processes)
+        if (name := first_not_finite(student.state_dict(), self.processes)) is not None:
+            raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
         losses["after"] = self.loss(held_out, student)
         shown = None
         if samples is not None:
@@ -309,12 +310,6 @@ class FinetuneJob:
 
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_finite(model: nn.Module, processes: Processes) -> None:
-    name = first_not_finite(model.state_dict(), processes)
-    if name is not None:
-        raise GfpruneError(f"tensor {name} is not finite after training: lower --learning-rate")
 
 
 def default_output(recipe: FinetuneRecipe) -> Path:

@@ -20,7 +20,6 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.outputs.durable import replacing
 from gfprune_cli.outputs.locks import sweep_folder
 
-LOGGERS = ("tensorboard", "trackio")
 METRICS = "metrics.jsonl"
 
 
@@ -48,12 +47,10 @@ def check_logger(logger: str | None) -> None:
     """Refuse before the work, not within it.
 
     Raises:
-        UsageError: unknown, or not installed.
+        UsageError: it is not installed.
     """
     if logger is None:
         return
-    if logger not in LOGGERS:
-        raise UsageError(f"--logger {logger!r}: use {' or '.join(LOGGERS)}")
     from accelerate.utils import is_tensorboard_available, is_trackio_available
 
     available = is_tensorboard_available() if logger == "tensorboard" else is_trackio_available()

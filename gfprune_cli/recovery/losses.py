@@ -16,7 +16,6 @@ weighting (arXiv 2303.09556) can take its place.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,35 +31,6 @@ from gfprune_cli.runtime.device import Precision, autocast
 
 JACOBIAN_STEP = 1e-2  # along a direction of unit variance; the difference is taken in float32
 SMALL = 1e-6  # of the denominators of relative differences
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weight of each term; `features` is the weight at the first step."""
-
-    denoise: float
-    distill: float
-    features: float
-    jacobian: float
-    min_snr: float | None
-    image_weight: float = 0.0  # 0 for the plain losses; not beside `min_snr`
-
-    @classmethod
-    def of(cls, recipe: FinetuneRecipe) -> "Weights":
-        return cls(
-            recipe.denoise,
-            recipe.distill,
-            recipe.feature_weight,
-            recipe.jacobian,
-            recipe.min_snr,
-            recipe.image_weight,
-        )
-
-    def of_levels(self, process: NoisingProcess, index: torch.Tensor) -> torch.Tensor:
-        """[N] weight of each sample's denoising and distillation loss, by its noise level."""
-        if self.min_snr is not None:
-            return process.min_snr(index, self.min_snr)
-        return process.image_weight(index, self.image_weight)
 
 
 class FeaturePair:
@@ -150,7 +120,7 @@ class RecoveryLoss:
         student: called with gradients; may be compiled.
         teacher: called without, in the type of its weights.
         process: noising process of both.
-        weights: of the terms.
+        recipe: weights of the terms; that of the features is the one at the first step.
         features: caught layers; None if their weight is 0.
         precision: of the passes; the Jacobian term is always taken in float32.
     """
@@ -160,12 +130,12 @@ class RecoveryLoss:
         student: nn.Module,
         teacher: nn.Module,
         process: NoisingProcess,
-        weights: Weights,
+        recipe: FinetuneRecipe,
         features: FeaturePair | None,
         precision: Precision,
     ) -> None:
         self.student, self.teacher, self.process = student, teacher, process
-        self.weights, self.features, self.precision = weights, features, precision
+        self.recipe, self.features, self.precision = recipe, features, precision
         self.teacher_type = getattr(teacher, "dtype", torch.float32)
 
     def terms(
@@ -179,28 +149,31 @@ class RecoveryLoss:
             progress: share of the steps that compare features that is done, in [0, 1]; their weight decays
                 with it.
         """
-        weights, process = self.weights, self.process
+        recipe, process = self.recipe, self.process
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         timesteps = process.timesteps(batch.index)
-        features = weights.features * (1 - progress)
+        features = recipe.feature_weight * (1 - progress)
         catch = self.features if features else None
         with catch.catching() if catch else nullcontext(), autocast(noisy.device, self.precision):
             output = call(self.student, noisy, timesteps, batch.condition).float()
             reference = output
-            if weights.distill or catch is not None:
+            if recipe.distill or catch is not None:
                 with torch.no_grad():
                     given = noisy.to(self.teacher_type)
                     reference = call(self.teacher, given, timesteps, batch.condition).float()
-        scale = weights.of_levels(process, batch.index)
+        if recipe.min_snr is not None:
+            scale = process.min_snr(batch.index, recipe.min_snr)
+        else:
+            scale = process.image_weight(batch.index, recipe.image_weight)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
-        terms = {"denoise": (weights.denoise, denoise)}
-        if weights.distill:
-            terms["distill"] = weights.distill, process.distance(output, reference, batch.index) * scale
+        terms = {"denoise": (recipe.denoise, denoise)}
+        if recipe.distill:
+            terms["distill"] = recipe.distill, process.distance(output, reference, batch.index) * scale
         if catch is not None:
             terms["features"] = features, catch.distance(len(batch))
-        if weights.jacobian:
+        if recipe.jacobian:
             assert probe is not None
-            terms["jacobian"] = weights.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)
+            terms["jacobian"] = recipe.jacobian, self.jacobian(noisy, timesteps, batch.condition, probe)
         return terms
 
     def not_finite(self, batch: Batch) -> torch.Tensor:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import UsageError
 from gfprune_cli.recipes.finetune import MUON_RATE, RATE, SOAP_RATE
 from gfprune_cli.recovery import soap
+from gfprune_cli.recovery.pieces import piece
 
 OptimizerName = Literal["soap", "muon", "adamw", "adamw8bit", "adafactor"]
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -91,8 +91,8 @@ def soap_numbers(network: nn.Module) -> int:
     return kept + 2 * others
 
 
-class WithAdamW(torch.optim.Optimizer):
-    """Another optimiser for matrices and torch.optim.AdamW for all else: one step, one state.
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for matrices and torch.optim.AdamW for all else: one step, one state.
 
     Matrices are views [out, in * kernel] of weights. Where a convolution is stored channels last, the view's
     columns are in that order, which means nothing to either: orthogonalisation and eigenbases commute with
@@ -102,13 +102,16 @@ class WithAdamW(torch.optim.Optimizer):
         groups: weights of linear layers and convolutions, whose storage must not be replaced; the others.
     """
 
-    share_of_others = 1.0  # of the learning rate, that AdamW has
+    share = share_of_others = 1.0  # of the learning rate, that Muon and AdamW have
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         matrices, others = (group["params"] for group in groups)
         self.views = {weight: nn.Parameter(as_matrix(weight.detach(), weight)) for weight in matrices}
-        assert all(storage(view) == storage(weight) for weight, view in self.views.items())
+        assert all(piece(view).data_ptr() == piece(weight).data_ptr() for weight, view in self.views.items())
+        self.muon = torch.optim.Muon(
+            self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
         self.adamw = FusedAdamW([{"params": others}], lr=lr, weight_decay=weight_decay)
         self.adamw.state = self.state
 
@@ -122,21 +125,6 @@ class WithAdamW(torch.optim.Optimizer):
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
         """One step of the matrices that have gradients."""
-        raise NotImplementedError
-
-
-class MuonWithAdamW(WithAdamW):
-    """torch.optim.Muon for the matrices."""
-
-    share = 1.0  # of the learning rate
-
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
-        self.muon = torch.optim.Muon(
-            self.views.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-
-    def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
         self.muon.param_groups[0]["lr"] = self.share * self.param_groups[0]["lr"]
         for weight, view in views.items():
             view.grad = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
@@ -214,12 +202,6 @@ class OfMatrices(torch.optim.Optimizer):
         for weight, view in self.views.items():
             if view is not weight:
                 view.grad = None
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """Where the numbers of a tensor lie, or those of its piece in this process."""
-    own: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.data_ptr()
 
 
 def as_matrix(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.by_block import BlockTrainer
 from gfprune_cli.recovery.logs import Watch
 from gfprune_cli.recovery.loop import Loop, State
-from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss
 from gfprune_cli.recovery.sharded_state import ShardedState
 from gfprune_cli.recovery.sharded_trainer import ShardedTrainer
 from gfprune_cli.recovery.trainer import Remedies, Trainer
@@ -70,7 +70,7 @@ def recover(
     if recipe.lora is None:
         student.requires_grad_(not recipe.by_block)
     called = [torch.compile(network) if recipe.compile else network for network in (student, teacher)]
-    loss = RecoveryLoss(called[0], called[1], process, Weights.of(recipe), pair, precision)  # type: ignore[arg-type]
+    loss = RecoveryLoss(called[0], called[1], process, recipe, pair, precision)  # type: ignore[arg-type]
     kind = BlockTrainer if recipe.by_block else ShardedTrainer if processes.sharded else Trainer
     trainer = kind(student, loss, draws, recipe, processes, remedies or Remedies())
     if isinstance(trainer, ShardedTrainer):

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.recovery.pieces import piece, whole
-from gfprune_cli.recovery.sharding import agreed_stop
 from gfprune_cli.recovery.trainer import Tensors, Trainer
 
 
@@ -39,7 +38,7 @@ class ShardedTrainer(Trainer):
             Stopped: some process was told to stop; the weights are those before the step.
             GfpruneError: the loss or the gradient is not finite, or memory ran out.
         """
-        return super().step(step, agreed_stop(stopping, self.processes))
+        return super().step(step, lambda: self.processes.any(stopping()))
 
     def halve(self, step: int) -> None:
         size = min(self.micro_batch, len(self.processes.share(self.recipe.batch)))

@@ -5,7 +5,6 @@ process computes is its share of each batch, as where every process holds a whol
 """
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -174,8 +173,3 @@ def agreed(progress: Progress, processes: Processes) -> Progress:
         together.agree()
 
     return report
-
-
-def agreed_stop(stopping: Callable[[], bool], processes: Processes) -> Callable[[], bool]:
-    """The same for a question."""
-    return lambda: processes.any(stopping())

@@ -9,14 +9,16 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import quoted
+from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.reader import build_meta, inspect, sha256_of_weights
-from gfprune_cli.checkpoint.record import Record
+from gfprune_cli.checkpoint.record import Record, as_json
 from gfprune_cli.checkpoint.scheduler import load_scheduler
 from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError, named
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.structure.blocks import block_groups, depth_of
+from gfprune_cli.structure.correspondence import kept_units
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.native import TEXT_TO_IMAGE, narrows_streams
@@ -103,15 +105,15 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
     Raises:
         UsageError: another class, resolution, structure or noise.
     """
-    if teacher.class_name.removeprefix("Pruned") != student.class_name.removeprefix("Pruned"):
+    if stock_name(teacher.class_name) != stock_name(student.class_name):
         raise UsageError(
             f"teacher {quoted(label)} is a {teacher.class_name}, and the student was pruned from a "
-            f"{student.class_name.removeprefix('Pruned')}: name the model it was pruned from"
+            f"{stock_name(student.class_name)}: name the model it was pruned from"
         )
-    mine, theirs = dict(build_config(student)), dict(build_config(teacher))
+    mine, theirs = (as_json(dict(build_meta(part).config)) for part in (student, teacher))  # type: ignore[arg-type]
     free = WIDTHS | OWN | (DEPTHS if student.class_name == TEXT_TO_IMAGE else set())
     for key in sorted((mine.keys() | theirs.keys()) - free):
-        if not key.startswith("_") and plain_network(mine.get(key)) != plain_network(theirs.get(key)):
+        if not key.startswith("_") and mine.get(key) != theirs.get(key):
             raise UsageError(
                 f"teacher {quoted(label)} has {key} {theirs.get(key)} and the student {mine.get(key)}: "
                 "name the model it was pruned from"
@@ -123,15 +125,6 @@ def check_fit(student: Component, teacher: Component, label: str) -> None:
                 f"teacher {quoted(label)} was trained with {key} {values[1]}, the student with {values[0]}: "
                 "name the model it was pruned from"
             )
-
-
-def build_config(component: Component) -> Any:
-    """The configuration with the class's defaults filled in."""
-    return build_meta(component).config
-
-
-def plain_network(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -172,17 +165,13 @@ def paired_layers(
         groups += block_groups(teacher, stock=layout == "native")
     if layout == "native":
         groups = tuple(group for group in groups if group.name in record.kept)
-    alive = {}
     for group in groups:
         kept = record.kept.get(group.name)
         if kept is None or not (kept or group.is_block) or (kept and kept[-1] >= group.channels):
             raise GfpruneError(
                 f"gfprune.json keeps no valid channels of {quoted(group.name)}: it belongs to another model"
             )
-        channels = torch.zeros(group.channels, dtype=torch.bool)
-        channels[kept] = True
-        alive[group.name] = channels.view(group.units, group.unit_size).all(1)
-    return layers_left(teacher, groups, alive)
+    return layers_left(teacher, groups, kept_units(groups, record.kept))
 
 
 def layers_left(

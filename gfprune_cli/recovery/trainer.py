@@ -165,9 +165,9 @@ class Trainer:
         return dict(zip(names, found, strict=False)), found[len(names) + 1 :]
 
     def term_names(self) -> list[str]:
-        weights = self.loss.weights
-        chosen = ("distill", "features", "jacobian")
-        return ["loss", "denoise", *(name for name in chosen if getattr(weights, name))]
+        recipe = self.loss.recipe
+        chosen = {"distill": recipe.distill, "features": recipe.feature_weight, "jacobian": recipe.jacobian}
+        return ["loss", "denoise", *(name for name, weight in chosen.items() if weight)]
 
     def backward(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
         """Gradients of `count` draws of the batch; their share in the mean of each term, and in `LEVELS`."""

@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,14 +302,6 @@ class TestModel:
         with pytest.raises(GfpruneError, match=f"{WEIGHTS} cannot be read"):
             sha256_of_weights(component)
 
-    def test_inspecting_imports_no_torch(self, saved: Path) -> None:
-        code = (
-            "import sys; from pathlib import Path; from gfprune_cli.checkpoint.reader import inspect;"
-            "from gfprune_cli.checkpoint.source import resolve; inspect(resolve(sys.argv[1]));"
-            "assert not {'torch', 'diffusers', 'huggingface_hub'} & sys.modules.keys()"
-        )
-        subprocess.run([sys.executable, "-c", code, str(saved)], check=True)
-
 
 class TestConditional:
     CONFIG = {  # noqa: RUF012
@@ -458,7 +448,7 @@ class TestHostileConfigs:
             ["transformers", "UNet2DModel"],
             ["diffusers", "PrunedUNet2DModel"],
             ["gfprune_models_v2", "UNet2DModel"],
-            ["gfprune_unet2d_v1", "PrunedAutoencoderKL"],
+            ["gfprune_models_v1", "PrunedControlNetModel"],
             ["diffusers", "ControlNetModel"],
             [None, None],
             "UNet2DModel",

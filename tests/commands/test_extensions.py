@@ -124,7 +124,7 @@ def test_a_family_is_a_file_and_a_row(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_run_flag_is_a_field() -> None:
     @dataclass(frozen=True, kw_only=True)
     class More(RunOptions):
-        patience: Annotated[int, Ge(0), Help("Seconds to wait."), Of.words("prune")] = 3
+        patience: Annotated[int, Ge(0), Help("Seconds to wait."), Of("prune")] = 3
 
     @with_options(PruneRecipe, More)
     def run_prune(**flags: Any) -> None:

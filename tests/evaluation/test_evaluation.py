@@ -553,8 +553,6 @@ def test_published_statistics_without_a_name_are_taken_with_a_warning(
     values = features(0, 50, 54)
     entry = distances(values, Real(found, None), extractor_of(network_file), seed=0)
     assert set(entry) == {"fd_pooled_colours"}  # no kernel distance without the features themselves
-    with pytest.raises(UsageError, match="dimensions"):
-        distances(features(0, 50, 5), Real(found, None), extractor_of(network_file), seed=0)
 
 
 def test_losses_by_timestep_add_up_to_the_loss(pipeline_folder: Path) -> None:

@@ -20,7 +20,7 @@ from gfprune_cli.progress import Event
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery import command
 from gfprune_cli.recovery.by_block import BlockTrainer, largest_part, trained_parts
-from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss
 from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.graph import discover
@@ -39,7 +39,7 @@ def trainer(steps: int = 14, **settings: Any) -> BlockTrainer:
     student = remove(dense, groups, kept)
     pair = FeaturePair(student, dense.requires_grad_(False), layers_left(dense, groups, kept))
     recipe = FinetuneRecipe(model="m", by_block=True, steps=steps, batch=2, **settings)
-    loss = RecoveryLoss(student, dense, PROCESS, Weights.of(recipe), pair, "fp32")
+    loss = RecoveryLoss(student, dense, PROCESS, recipe, pair, "fp32")
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     return BlockTrainer(student, loss, Draws(images, 1000, 0), recipe, Processes(None, torch.device("cpu")))
 

@@ -20,7 +20,7 @@ def tiny() -> Any:
 
 
 def record(**layers: dict[str, Any]) -> Record:
-    document = {"map": {"blocks": {}, "gone": [], "layers": layers}} if layers else {}
+    document = {"map": {"blocks": {}, "gone": [], "config": {}, "layers": layers}} if layers else {}
     return Record(document, Origin("dense", "local", None, {}), {}, "unet")
 
 

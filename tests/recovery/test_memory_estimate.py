@@ -11,7 +11,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import noising_process
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.lora import adapter_size, add_adapters
-from gfprune_cli.recovery.losses import RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.memory import held_bytes, memory_text
 from gfprune_cli.recovery.optimizers import soap_numbers
 from gfprune_cli.recovery.trainer import Trainer
@@ -48,7 +48,7 @@ def test_the_estimate_is_near_the_peak_of_a_training_step(settings: dict[str, An
             add_adapters(student, layers, 4, 0)
             assert training == sum(p.numel() for p in student.parameters() if p.requires_grad)
         process, images = noising_process(DDPMScheduler()), torch.zeros(2, 3, 8, 8)
-        loss = RecoveryLoss(student, teacher.requires_grad_(False), process, Weights.of(recipe), None, "fp32")
+        loss = RecoveryLoss(student, teacher.requires_grad_(False), process, recipe, None, "fp32")
         trainer = Trainer(student, loss, Draws(images, 1000, 0), recipe, Processes(None, images.device))
         trainer.step(0, lambda: False)
         settled, alive.most = alive.now, alive.now  # a network is made and cast before it is held

@@ -30,7 +30,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.job import FinetuneJob
 from gfprune_cli.recovery.logs import METRICS, Watch
 from gfprune_cli.recovery.lora import add_adapters, merge_adapters
-from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss, Weights
+from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss
 from gfprune_cli.recovery.optimizers import eight_bit_optimizers, hidden_matrices, make_optimizer
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import paired_layers
@@ -122,8 +122,9 @@ def test_a_record_of_another_network_is_refused() -> None:
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, pair: FeaturePair | None = None, **weights: Any) -> Any:
-    defaults = dict(denoise=0.0, distill=0.0, features=0.0, jacobian=0.0, min_snr=None)
-    return RecoveryLoss(student, teacher, PROCESS, Weights(**defaults | weights), pair, "fp32")
+    defaults = dict(denoise=0.0, distill=0.0, features=0.0, jacobian=0.0, image_weight=0.0)
+    recipe = FinetuneRecipe(model="m", **defaults | weights)
+    return RecoveryLoss(student, teacher, PROCESS, recipe, pair, "fp32")
 
 
 def test_features_compare_each_kept_channel_with_the_teachers() -> None:
@@ -248,10 +249,8 @@ def make_trainer(**recipe: Any) -> Trainer:
     defaults = dict(steps=10, batch=4, denoise=0.0, distill=1.0)
     chosen = FinetuneRecipe(model="m", **defaults | recipe)
     images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    made = RecoveryLoss(
-        network, Scale(1.0), PROCESS,
-        Weights(chosen.denoise, chosen.distill, 0.0, chosen.jacobian, None), None, chosen.precision or "fp32",
-    )  # fmt: skip
+    plain = replace(chosen, features=0.0, min_snr=None, image_weight=0.0)
+    made = RecoveryLoss(network, Scale(1.0), PROCESS, plain, None, chosen.precision or "fp32")
     return Trainer(network, made, Draws(images, 1000, 0), chosen, Processes(None, CPU))
 
 
@@ -269,7 +268,7 @@ def train(trainer: Trainer, steps: int) -> float:
 def test_losses_that_differ_by_level_keep_their_mean_over_the_schedule(timesteps: str) -> None:
     """Adaptive draws look at noise, where this loss is 20 times as large; what is minimised is the same."""
     trainer = make_trainer(timesteps=timesteps, learning_rate=1e-9, steps=150, batch=8)
-    trainer.loss.weights = replace(trainer.loss.weights, image_weight=20.0)
+    trainer.loss.recipe = replace(trainer.loss.recipe, image_weight=20.0)
     found = [trainer.step(step, never)["distill"] for step in range(150)]
     index = torch.arange(1000)
     factor = trainer.network.factor.detach() - 1
@@ -508,7 +507,7 @@ def unet_trainer(
         add_adapters(student, ["conv_in", "mid_block.resnets.0.conv1"], lora, 0)
     settings = dict(steps=4, batch=2, optimizer=optimizer, precision=precision, lora=lora)
     recipe = FinetuneRecipe(model="m", **settings | changes)  # type: ignore[arg-type]
-    loss = RecoveryLoss(student, teacher.requires_grad_(False), PROCESS, Weights.of(recipe), None, precision)  # type: ignore[arg-type]
+    loss = RecoveryLoss(student, teacher.requires_grad_(False), PROCESS, recipe, None, precision)  # type: ignore[arg-type]
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     return Trainer(student, loss, Draws(images, 1000, 0), recipe, Processes(None, CPU))
 
