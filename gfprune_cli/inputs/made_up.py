@@ -39,7 +39,7 @@ def made_up(model: nn.Module, count: int, seed: int, progress: Progress) -> Reco
     twins = tuple(name for name in TWINS if inputs.pop(name, None) is not None)
     lists = tuple(name for name, value in inputs.items() if is_list_of_samples(value))
     layers = [name for name, value in inputs.items() if isinstance(value, list) and is_of_samples(value[0])]
-    axis, joined = joined_to(tuple(given.shape), answer)
+    axis, joined = joined_part(tuple(given.shape), answer)
     own = given.narrow(axis, 0, given.shape[axis] - joined)
     if joined:
         inputs[AFTER] = given.narrow(axis, 0, joined)
@@ -64,7 +64,7 @@ def made_up(model: nn.Module, count: int, seed: int, progress: Progress) -> Reco
         shared,
         sample,
         timestep,
-        time_factor=factor_of(model, timestep, told),
+        time_factor=told_factor(model, timestep, told),
         rows=rows,
         axis=axis,
         lists=lists,
@@ -103,7 +103,7 @@ def observed(model: nn.Module, inputs: Inputs) -> tuple[tuple[int, ...], float]:
     return tuple(answer.shape), seen[0] if seen else float(config.get("t_scale") or 1)
 
 
-def joined_to(given: tuple[int, ...], answer: tuple[int, ...]) -> tuple[int, int]:
+def joined_part(given: tuple[int, ...], answer: tuple[int, ...]) -> tuple[int, int]:
     """The axis of the channels of a sample, and how many of them are no noise.
 
     A network that answers with less than it is given reads images or masks behind the noise.
@@ -112,7 +112,7 @@ def joined_to(given: tuple[int, ...], answer: tuple[int, ...]) -> tuple[int, int
     return (more[0], given[more[0]] - answer[more[0]]) if more else (1, 0)
 
 
-def factor_of(model: nn.Module, timestep: str, told: float) -> float:
+def told_factor(model: nn.Module, timestep: str, told: float) -> float:
     """What timesteps are multiplied by before a network is told: the inverse, where it does so itself.
 
     Args:

@@ -107,7 +107,7 @@ def layouts_of(request: Request, kind: str, width: int) -> Iterator[Sample]:
     frames = [config[key] for key in FRAME_KEYS if isinstance(config.get(key), int)]
     high, wide = request.area(edge if isinstance(edge, int) and edge <= LARGEST else EDGE)
     long = request.sizes.frames or (frames[0] if frames else FRAMES)
-    area, grid = (high, wide), patches(config, (long, high, wide))
+    area, grid = (high, wide), grid_of(config, (long, high, wide))
     if kind == "sound":
         for length in (edge if isinstance(edge, int) else LENGTH, request.sizes.text or TEXT):
             yield Sample((1, width, length), 1, (1, 1, length))
@@ -126,7 +126,7 @@ def layouts_of(request: Request, kind: str, width: int) -> Iterator[Sample]:
             yield Sample(tuple(shape), axis, grid, times, texts)
 
 
-def patches(config: Any, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+def grid_of(config: Any, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     """Frames, height and width in tokens."""
     patch = config.get("patch_size") or 1
     depth = config.get("patch_size_t") or 1
@@ -179,7 +179,7 @@ def asked_until_answered(filling: Filling, sample: str, given: list[str]) -> Inp
             with torch.no_grad(), marked_inputs(model, filling.asked) as filling.reached:
                 found = first_tensor(model(**inputs, **in_tuples(model)))
         except Exception as raised:
-            wanted = raised if isinstance(raised, Wanted) else joined_to(raised, filling.asked)
+            wanted = raised if isinstance(raised, Wanted) else joined_width(raised, filling.asked)
             if wanted is not None:
                 filling.widths[wanted.name] = wanted.width
                 continue
@@ -189,7 +189,7 @@ def asked_until_answered(filling: Filling, sample: str, given: list[str]) -> Inp
             given = given + ([name for name in lacking if is_named(name)] or lacking)
             continue
         unread = {name for name in filling.asked if name in given and has_default(parameters[name])}
-        if not filling.asked and fits(found.shape, shape):
+        if not filling.asked and has_form(found.shape, shape):
             return inputs
         if not unread:
             raise ValueError(f"it answers {list(found.shape)} to {list(shape)}")
@@ -197,7 +197,7 @@ def asked_until_answered(filling: Filling, sample: str, given: list[str]) -> Inp
     raise ValueError("it cannot be told what it takes")
 
 
-def joined_to(raised: Exception, asked: Mapping[str, int]) -> Wanted | None:
+def joined_width(raised: Exception, asked: Mapping[str, int]) -> Wanted | None:
     """The width of an argument that is joined to others before any layer has read it."""
     told = re.search(
         r"Expected size (\d+) but got size (\d+)|tensor a \((\d+)\) .* tensor b \((\d+)\)", str(raised)
@@ -220,7 +220,7 @@ def has_default(parameter: inspect.Parameter) -> bool:
     return parameter.default is not parameter.empty
 
 
-def fits(found: torch.Size, shape: tuple[int, ...]) -> bool:
+def has_form(found: torch.Size, shape: tuple[int, ...]) -> bool:
     """Whether an answer has the form of a sample of this shape, but for the width of one axis."""
     alike = [one == other for one, other in zip(found, shape, strict=False)]
     return len(found) == len(shape) and found[0] == 1 and sum(alike) >= len(shape) - 1
