@@ -197,10 +197,9 @@ def _load(
     """One component of a pipeline; what nothing is asked of comes without weights."""
     folder = component.root / name
     if class_name.startswith("Pruned"):
-        if decode:
-            return _usable(
-                load_model(inspect_component(local_source(component.root), component=name)), device
-            )
+        if decode or not _only_described(class_name):
+            own = inspect_component(local_source(component.root), component=name)
+            return _usable(load_model(own), device)
         library, class_name = "diffusers", class_name.removeprefix("Pruned")
     found: Any = _component_class(library, class_name)
     if found is None:

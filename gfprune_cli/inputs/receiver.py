@@ -97,4 +97,8 @@ def received(recording: Recording, network: Any, denoiser: Denoiser) -> Recordin
         plain="return_dict" not in inspection.signature(network.forward).parameters,
         receiver=Receiver(denoiser.network, added_arguments(network), given, denoiser.fingerprint),
     )
-    return replace(recording, conditions=own)
+    remark = (
+        f"{type(network).__name__} is shown plain pictures, of --data or drawn: the maps that it was trained "
+        "for (edges, depth, poses) are not made here"
+    )
+    return replace(recording, conditions=own, remarks=(*recording.remarks, remark))

@@ -111,6 +111,18 @@ def test_it_is_finetuned_evaluated_and_exported(
         gfprune_cli.export(out, component=name, format="onnx", out=tmp_path / "onnx", dry_run=True)
 
 
+def test_the_denoiser_is_pruned_beside_a_pruned_one(place: Path, tmp_path: Path) -> None:
+    """Its conditions are recorded from the pipeline with what was narrowed; the record of both is kept."""
+    _, dense, _ = pruned(place, "t2i-adapter")
+    brief = BRIEF | dict(recover=0, refit=False)
+    result = gfprune_cli.prune(dense, component="unet", out=tmp_path / "both", **brief)
+    assert isinstance(result, PruneResult)
+    record = json.loads((tmp_path / "both" / "gfprune.json").read_text())
+    assert (record["component"], list(record["others"])) == ("unet", ["adapter"])
+    index = json.loads((tmp_path / "both" / "model_index.json").read_text())
+    assert (index["unet"][1], index["adapter"][1]) == ("PrunedUNet2DConditionModel", "PrunedT2IAdapter")
+
+
 def test_what_it_hands_over_is_in_no_group(place: Path) -> None:
     dense, _, _ = pruned(place, "controlnet")
     shown: Any = gfprune_cli.analyze(dense, component="controlnet")
