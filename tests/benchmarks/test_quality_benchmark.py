@@ -74,6 +74,7 @@ def pruned(toy: yardstick.Subject, peer: str) -> Any:
 # --- runs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("method", PEERS)
 def test_every_peer_keeps_the_same_widths_within_the_gradients_allowed(
     toy: yardstick.Subject, uniform: Any, method: str

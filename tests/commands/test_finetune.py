@@ -229,7 +229,7 @@ def test_compiled_networks_are_what_is_trained(
         return compile_(network, backend="eager")  # traced as by the default one, which needs a C++ compiler
 
     monkeypatch.setattr(torch, "compile", record)
-    common: dict[str, Any] = dict(sample_every=0, features=0.1, **BRIEF)
+    common: dict[str, Any] = dict(sample_every=0, features=0.1, **BRIEF | dict(steps=2))
     gfprune_cli.finetune(pruned, out=tmp_path / "compiled", compile=True, **common)
     assert len(compiled) == 2
     gfprune_cli.finetune(pruned, out=tmp_path / "eager", **common)

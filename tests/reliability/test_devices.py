@@ -58,9 +58,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "several": dict(sparsity=[0.3, 0.5], recover=0),
     "a limit": dict(keep_loss=1.5, recover=0, refit=False),
 }
+LONGER = {"several": pytest.mark.thorough}  # a limit makes several networks, too
 
 
-@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(RUNS[name], id=name, marks=LONGER.get(name, ())) for name in RUNS],
+)
 def test_prune(settings: dict[str, Any], smallest_folder: Path, tmp_path: Path) -> None:
     with SecondDevice():
         gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **SMALL | settings)

@@ -95,7 +95,7 @@ def check_refusal(outcome: Outcome, code: int) -> None:
     assert outcome.growth < GROWTH
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", CORPUS)
 def test_refused(
     name: str, guarded: Guard, good: Good, world: Path, case_folder: Path, thorough: bool
