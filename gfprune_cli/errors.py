@@ -6,11 +6,13 @@ Messages are written with flags, `--sample-steps`, and made in the words of the 
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 # not within a path or a quoted name
 FLAG = re.compile(r"(?<![\w/'\"-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
+T = TypeVar("T")
 _flags: ContextVar[bool] = ContextVar("flags", default=False)
 _names: ContextVar[dict[str, str] | None] = ContextVar("names", default=None)
 
@@ -28,23 +30,22 @@ def in_words_of_the_caller(text: str) -> str:
 
 
 @contextmanager
-def flags() -> Iterator[None]:
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def flags() -> AbstractContextManager[None]:
     """In the block the caller is a command line."""
-    token = _flags.set(True)
-    try:
-        yield
-    finally:
-        _flags.reset(token)
+    return _set(_flags, True)
 
 
-@contextmanager
-def named(**names: str) -> Iterator[None]:
+def named(**names: str) -> AbstractContextManager[None]:
     """In the block options go by other names: `named(model="teacher")`."""
-    token = _names.set({**(_names.get() or {}), **names})
-    try:
-        yield
-    finally:
-        _names.reset(token)
+    return _set(_names, {**(_names.get() or {}), **names})
 
 
 class GfpruneError(Exception):

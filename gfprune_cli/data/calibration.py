@@ -16,8 +16,6 @@ from gfprune_cli.data.drawing import (
     SAMPLE_BATCH,
     draw_labels,
     image_size,
-    public,
-    refuse_latent_data,
     refuse_options,
     self_images,
     upscaling,
@@ -26,7 +24,7 @@ from gfprune_cli.data.image_source import ImageSource
 from gfprune_cli.data.images import open_images, to_model_range
 from gfprune_cli.data.latents import decoder_name, encode_images, pictures
 from gfprune_cli.data.stored import StoredImages, store_images
-from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of
+from gfprune_cli.diffusion.conditions import Condition, Conditions, inputs_of, some_of
 from gfprune_cli.diffusion.finite import refuse_zero_snr
 from gfprune_cli.diffusion.guidance import with_guidance
 from gfprune_cli.diffusion.schedulers import NoisingProcess, Reconstruction, noising_process
@@ -50,11 +48,11 @@ from gfprune_cli.inputs.recording import Recording, with_rows
 from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.progress import Progress, notice
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import ALONE, Processes
 
 __all__ = [
     "ImageRequest", "Images", "PipelineOptions", "cache_folder", "draw_labels", "image_size",
-    "refuse_latent_data", "training_process",
+    "training_process",
 ]  # fmt: skip
 
 
@@ -94,7 +92,7 @@ class ImageRequest:
         sample_steps: sampling steps of a drawn image.
         seed: of the run.
         options: what the pipeline is asked for, where there is one that conditions its network.
-        processes: that draw a share of the images each; None where one draws them all.
+        processes: that draw a share of the images each.
     """
 
     data: str | None
@@ -102,7 +100,7 @@ class ImageRequest:
     sample_steps: int
     seed: int
     options: PipelineOptions = field(default_factory=PipelineOptions)
-    processes: Processes | None = None
+    processes: Processes = ALONE
 
     def check(self, component: Component, config: Any, scheduler: Any) -> None:
         """Refuse what cannot be answered, as far as neither weights nor images have to be read for it.
@@ -203,7 +201,7 @@ class Work:
         """What the network is given for one sample, on the way to `see_inputs`."""
         if self.see_inputs is not None:
             noisy, times = torch.zeros(1, *shape), process.timesteps(torch.zeros(1, dtype=torch.long))
-            chosen = None if conditions is None else conditions[[0]]
+            chosen = some_of(conditions, slice(1))
             receiver = chosen.receiver if isinstance(chosen, Conditions) else None
             beside = None if receiver is None else inputs_of(noisy, times, receiver.conditions)
             self.see_inputs(inputs_of(noisy, times, chosen), beside)
@@ -373,43 +371,49 @@ class Work:
     ) -> torch.Tensor:
         """[count, *shape] samples of the model, from the cache where they were drawn before."""
         request = self.request
-        key = {
+        key: dict[str, Any] = {
             "weights": dict(self.hashes),
-            "config": public(self.config),
+            "config": {name: value for name, value in dict(self.config).items() if not name.startswith("_")},
             "scheduler": dict(self.scheduler.config),
-            "images": request.count,
-            "steps": request.sample_steps,
-            "seed": request.seed,
-            "device": self.device.type,
         }
-        if request.processes is not None:  # in other batches, which round otherwise
+        if request.processes.count > 1:  # in other batches, which round otherwise
             key["processes"] = request.processes.count
         if recording is not None:
             key["conditions"] = recording_fingerprint(recording)
             key["rows"] = conditions.rows if isinstance(conditions, Conditions) else None
-        tensors, _ = cached(
-            {name: repr(value) for name, value in key.items()},
-            lambda: (
-                {
-                    "images": self_images(
-                        self.model,
-                        process,
-                        count=request.count,
-                        steps=request.sample_steps,
-                        seed=request.seed,
-                        conditions=conditions,
-                        shape=shape,
-                        device=self.device,
-                        progress=self.progress,
-                        batch=batch,
-                        processes=request.processes,
-                    )
-                },
-                None,
-            ),
-            self.progress,
-            processes=request.processes,
-        )
+
+        def draw() -> torch.Tensor:
+            return self_images(
+                self.model,
+                process,
+                count=request.count,
+                steps=request.sample_steps,
+                seed=request.seed,
+                conditions=conditions,
+                shape=shape,
+                device=self.device,
+                progress=self.progress,
+                batch=batch,
+                processes=request.processes,
+            )
+
+        return self.kept(key, draw, request.processes)
+
+    def kept(
+        self, key: Mapping[str, Any], draw: Callable[[], torch.Tensor], processes: Processes = ALONE
+    ) -> torch.Tensor:
+        """Images from the cache, where they were drawn before.
+
+        Args:
+            key: what they depend on, beside what every drawing does.
+        """
+        request = self.request
+        every = {
+            **{"images": request.count, "steps": request.sample_steps, "seed": request.seed},
+            "device": self.device.type,
+        }
+        named = {name: repr(value) for name, value in {**every, **key}.items()}
+        tensors, _ = cached(named, lambda: ({"images": draw()}, None), self.progress, processes=processes)
         return tensors["images"]
 
     def pictures(self) -> torch.Tensor:
@@ -423,27 +427,17 @@ class Work:
             "files": sha256_of_files(files, component.root),
             "asked": (asks, asked.rows),
             "options": (request.options.size, request.options.frames, request.options.guidance),
-            "images": request.count,
-            "steps": request.sample_steps,
-            "seed": request.seed,
-            "device": self.device.type,
         }
-        tensors, _ = cached(
-            {name: repr(value) for name, value in key.items()},
-            lambda: (
-                {
-                    "images": pictures(
-                        open_pipeline(component, self.model, self.scheduler, decode=True),
-                        [asks[row] for row in asked.rows] if asks else [],
-                        request.options,
-                        count=request.count,
-                        steps=request.sample_steps,
-                        seed=request.seed,
-                        progress=self.progress,
-                    ).cpu()
-                },
-                None,
-            ),
-            self.progress,
-        )
-        return tensors["images"]
+
+        def draw() -> torch.Tensor:
+            return pictures(
+                open_pipeline(component, self.model, self.scheduler, decode=True),
+                [asks[row] for row in asked.rows] if asks else [],
+                request.options,
+                count=request.count,
+                steps=request.sample_steps,
+                seed=request.seed,
+                progress=self.progress,
+            ).cpu()
+
+        return self.kept(key, draw)

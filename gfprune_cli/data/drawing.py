@@ -1,6 +1,6 @@
 """Samples that a network draws of itself, and what they need to know of its configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.files import first_line, read_config
-from gfprune_cli.data.latents import decoder_name
 from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.finite import cause
@@ -18,7 +17,7 @@ from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import out_of_memory
-from gfprune_cli.runtime.processes import Processes, agree
+from gfprune_cli.runtime.processes import ALONE, Processes, agree
 
 SAMPLE_BATCH = 32
 
@@ -28,11 +27,6 @@ def draw_labels(classes: int | None, count: int, seed: int) -> torch.Tensor | No
     if classes is None:
         return None
     return torch.randint(classes, (count,), generator=generator(seed, "labels"))
-
-
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration, without what diffusers notes in it."""
-    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
 
 
 def refuse_options(options: PipelineOptions, component: Component) -> None:
@@ -73,16 +67,6 @@ def image_size(component: Component, config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def refuse_latent_data(data: str, component: Component) -> None:
-    """Pixels are no input for a network that works on latents."""
-    decoder = decoder_name(component)
-    if decoder is not None:
-        raise UsageError(
-            f"--data {data}: this pipeline works on latents of its {decoder}; "
-            "drop --data to calibrate on latents drawn from the model"
-        )
-
-
 def image_noise(shape: tuple[int, ...], seed: int, members: Sequence[int]) -> torch.Tensor:
     """[N, *shape] standard normal noise that images come from, by their numbers: each has its own seed."""
     return torch.stack([torch.randn(shape, generator=generator(seed, "image", index)) for index in members])
@@ -101,7 +85,7 @@ def self_images(
     device: torch.device,
     progress: Progress,
     batch: int = SAMPLE_BATCH,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """[count, *shape] samples of the model, from a few deterministic steps; every image has its own seed.
 
@@ -111,7 +95,7 @@ def self_images(
     Raises:
         GfpruneError: the model's samples are not finite.
     """
-    own = range(count) if processes is None else processes.share(count)
+    own = processes.share(count)
     images = [torch.empty(0, *shape)]
     for first in range(own.start, own.stop, batch):
         members = range(first, min(own.stop, first + batch))
@@ -136,8 +120,6 @@ def self_images(
             why = cause(partial(process.sample, noise=noise.to(device), steps=steps), denoise)
             raise GfpruneError(f"images drawn from the model are not finite: {why}")
     progress(Event("calibrate", count, count))
-    drawn = torch.cat(images)
-    if processes is not None:
+    if processes.count > 1:
         agree(progress)
-        drawn = processes.joined(drawn)
-    return drawn
+    return processes.joined(torch.cat(images))

@@ -19,7 +19,7 @@ from gfprune_cli.data.calibration import ImageRequest, Images
 from gfprune_cli.data.drawing import image_noise
 from gfprune_cli.data.latent_decoder import LatentDecoder, NotShown
 from gfprune_cli.data.latents import decoder_name
-from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.conditions import Condition, call, some_of
 from gfprune_cli.diffusion.finite import ZERO_SNR, zero_levels
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.inputs.conditioning import in_words
@@ -102,17 +102,6 @@ class Samples:
         return Picture(stream.getvalue(), len(drawn), self.steps, of_teacher, self.asked)
 
 
-def is_picture(component: Component, config: Any) -> bool:
-    """Whether samples of a network are pictures as they are: pixels, in grey or colour."""
-    pixels = component.class_name.removeprefix("Pruned") == "UNet2DModel"
-    return pixels and config.in_channels in (1, 3) and decoder_name(component) is None
-
-
-def has_start(process: NoisingProcess) -> bool:
-    """Whether a sampler has something to go by where there is noise alone."""
-    return process.steps - 1 not in zero_levels(process)
-
-
 def dense_samples(
     dense: nn.Module,
     component: Component,
@@ -139,10 +128,12 @@ def dense_samples(
     if is_autoencoder(component.class_name):
         return None
     network: Any = dense
-    pixels = is_picture(component, network.config)
+    # whether they are pictures as they are, in grey or colour
+    plain = component.class_name.removeprefix("Pruned") == "UNet2DModel" and decoder_name(component) is None
+    pixels = plain and network.config.in_channels in (1, 3)
     members = unseen[: SHOWN if request.data is None and pixels else SHOWN_OF_BOTH]
     images = found.images
-    condition = None if found.conditions is None else found.conditions[list(members)]
+    condition = some_of(found.conditions, list(members))
     noise = image_noise(tuple(images.shape[1:]), request.seed, members)
     device = next(dense.parameters()).device
     row = Samples(
@@ -152,7 +143,7 @@ def dense_samples(
         in_words(component, [found.asked[number] for number in members] if found.asked else []),
     )  # fmt: skip
     try:
-        if not has_start(found.process):
+        if found.process.steps - 1 in zero_levels(found.process):
             raise NotShown(ZERO_SNR)
         if request.data is None:
             return replace(row, dense=row.shown(images[torch.tensor(members)], poll))

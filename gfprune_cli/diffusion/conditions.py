@@ -129,9 +129,9 @@ class Receiver:
 Condition = torch.Tensor | Conditions | None
 
 
-def first_of(condition: Condition) -> Condition:
-    """Of the first sample alone."""
-    return None if condition is None else condition[:1]
+def some_of(condition: Condition, chosen: list[int] | slice) -> Condition:
+    """Those of some of the samples."""
+    return None if condition is None else condition[chosen]
 
 
 def call_with(

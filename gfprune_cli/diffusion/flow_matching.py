@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gfprune_cli.diffusion.process import Denoiser, mean_part, mean_square, per_sample
+from gfprune_cli.diffusion.process import Denoiser, NoisingProcess, mean_part, mean_square, per_sample
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(NoisingProcess):
     """x_s = (1 - s) x_0 + s noise, the network outputs noise - x_0 (arXiv 2209.03003, 2210.02747).
 
     Args:
@@ -20,10 +20,6 @@ class FlowMatching:
     sigmas: torch.Tensor
     scale: float
     inverted: bool = False
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        return -1.0, 1.0
 
     @property
     def steps(self) -> int:
@@ -46,17 +42,11 @@ class FlowMatching:
     ) -> torch.Tensor:
         return mean_square(mean_part(output, images) - self.sign * (noise - images))
 
-    def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return mean_square(output - reference)
-
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         """min(snr, gamma) s^2: the error of the predicted image is s times that of the output."""
         sigma = self.sigmas.to(index.device)[index]
         ratio = ((1 - sigma) / sigma.clamp_min(1e-12)).square()
         return ratio.clamp_max(gamma) * sigma.square()
-
-    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
-        return torch.ones(len(index), device=index.device)
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Euler steps along the flow, from pure noise to s = 0."""

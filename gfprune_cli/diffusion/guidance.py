@@ -11,7 +11,7 @@ from gfprune_cli.diffusion.schedulers import Denoiser, NoisingProcess
 
 
 @dataclass(frozen=True)
-class GuidedProcess:
+class GuidedProcess(NoisingProcess):
     """A noising process whose networks output two branches [N, 2, ...], unconditional first.
 
     Args:

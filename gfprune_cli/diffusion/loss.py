@@ -11,7 +11,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.progress import Event, Progress
-from gfprune_cli.runtime.processes import Processes, agree
+from gfprune_cli.runtime.processes import ALONE, Processes, agree
 
 REPORT_DRAWS = 512  # noisy samples behind each reported loss
 CHUNK = 32
@@ -33,10 +33,9 @@ def denoising_loss(
     draws: Draws,
     count: int,
     progress: Progress,
-    at_once: int = CHUNK,
 ) -> float:
     """Mean denoising loss over `count` draws; see `losses_of_draws`."""
-    return float(losses_of_draws(network, process, draws, count, progress, at_once).mean())
+    return float(losses_of_draws(network, process, draws, count, progress).mean())
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def losses_of_draws(
     count: int,
     progress: Progress,
     at_once: int = CHUNK,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """[count] float64 denoising losses of draws that are stratified over the whole noise schedule.
 
@@ -60,7 +59,7 @@ def losses_of_draws(
     Raises:
         GfpruneError: the loss is not finite; names the timesteps.
     """
-    own = range(count) if processes is None else processes.share(count)
+    own = processes.share(count)
     taken = [torch.zeros(0, device=draws.device or draws.images.device)]
     for first in range(own.start, own.stop, at_once):
         progress(Event("evaluate", first, count))
@@ -68,9 +67,8 @@ def losses_of_draws(
         noisy = process.add_noise(batch.images, batch.noise, batch.index)
         output = network(noisy, process.timesteps(batch.index), batch.condition)
         taken.append(process.losses(output.float(), batch.images, batch.noise, batch.index))
-    losses = torch.cat(taken).double()
-    if processes is not None:
-        losses = processes.joined(losses)
+    losses = processes.joined(torch.cat(taken).double())
+    if processes.count > 1:
         agree(progress)
     if not math.isfinite(float(losses.sum())):
         levels = process.timesteps(draws.batch("report", 0, count).index)

@@ -12,7 +12,7 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class NoisingProcess(Protocol):
-    """What training and sampling need to know about a scheduler."""
+    """What training and sampling need to know about a scheduler; what has a body here is what most answer."""
 
     @property
     def steps(self) -> int:
@@ -21,6 +21,7 @@ class NoisingProcess(Protocol):
     @property
     def value_range(self) -> tuple[float, float]:
         """What the darkest and the brightest pixel are to the network."""
+        return -1.0, 1.0
 
     def timesteps(self, index: torch.Tensor) -> torch.Tensor:
         """[N] what the network is told about the noise level."""
@@ -35,6 +36,7 @@ class NoisingProcess(Protocol):
 
     def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """[N] squared distance of two network outputs, in the units of the denoising loss."""
+        return mean_square(output - reference)
 
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         """[N] min-SNR weight of each sample's denoising loss (arXiv 2303.09556)."""
@@ -45,6 +47,7 @@ class NoisingProcess(Protocol):
         Errors e of the noise and e / snr of the image are two sides of one error. Where 1 / snr exceeds `cap`
         it counts as `cap`. Losses on a velocity hold both as they are.
         """
+        return torch.ones(len(index), device=index.device)
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """[N, ...] images from standard normal noise in a few deterministic steps."""

@@ -4,16 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gfprune_cli.diffusion.process import Denoiser, mean_square
+from gfprune_cli.diffusion.process import Denoiser, NoisingProcess, mean_square
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NoisingProcess):
     """The network gives its input back; nothing is added to it."""
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        return -1.0, 1.0
 
     @property
     def steps(self) -> int:
@@ -30,13 +26,7 @@ class Reconstruction:
     ) -> torch.Tensor:
         return mean_square(output - images)
 
-    def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return mean_square(output - reference)
-
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
-        return torch.ones(len(index), device=index.device)
-
-    def image_weight(self, index: torch.Tensor, cap: float) -> torch.Tensor:
         return torch.ones(len(index), device=index.device)
 
     def sample(self, denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gfprune_cli.diffusion.process import Denoiser, mean_part, mean_square, per_sample
+from gfprune_cli.diffusion.process import Denoiser, NoisingProcess, mean_part, mean_square, per_sample
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class VariancePreserving:
+class VariancePreserving(NoisingProcess):
     """DDPM and its relatives: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (arXiv 2006.11239).
 
     Args:
@@ -80,9 +80,6 @@ class VariancePreserving:
         self, output: torch.Tensor, images: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor:
         return mean_square(mean_part(output, images) - self.target(images, noise, index))
-
-    def distance(self, output: torch.Tensor, reference: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return mean_square(output - reference)
 
     def min_snr(self, index: torch.Tensor, gamma: float) -> torch.Tensor:
         """min(snr, gamma) over what the loss on this prediction already weighs: snr, snr + 1, or 1."""
@@ -134,7 +131,7 @@ class VariancePreserving:
 
 
 @dataclass(frozen=True)
-class VarianceExploding:
+class VarianceExploding(NoisingProcess):
     """Score-SDE: x = x_0 + sigma noise, the network outputs the score -noise / sigma (arXiv 2011.13456).
 
     Args:

@@ -34,7 +34,7 @@ from gfprune_cli.flow.layers import (
     rows_looked_at,
 )
 from gfprune_cli.flow.mask import MaskedModel, Masks
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import ALONE, Processes
 from gfprune_cli.structure.blocks import streams_of
 from gfprune_cli.structure.groups import ChannelGroup, Member
 from gfprune_cli.structure.trace import first_given
@@ -61,7 +61,7 @@ class Curves:
     order: Mapping[str, torch.Tensor]
     seed: int
     per_input: int = ROWS_PER_INPUT
-    processes: Processes | None = None
+    processes: Processes = ALONE
     energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
@@ -98,13 +98,13 @@ class Curves:
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
                 self.go_back((output * along[part].to(output)).sum())
         rises = {group.name: self.rises(group) for group in self.masked.groups}
-        return rises if self.processes is None else self.processes.totals(rises)
+        return self.processes.totals(rises)
 
     def mine(self, source: str) -> bool:
         """Whether a layer or block that is seen for the first time is this process's to look at."""
         number = len(self.seen)
         self.seen.add(source)
-        return self.processes is None or number % self.processes.count == self.processes.rank
+        return number % self.processes.count == self.processes.rank
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -121,17 +121,13 @@ class Curves:
         }
         with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
+                hook: Any = None
                 if name in blocks:
-                    hook: Any = module.register_forward_hook(
-                        self.block_hook(name, blocks[name]), with_kwargs=True
-                    )
+                    hook = self.block_hook(name, blocks[name])
                 elif name in readers and is_fittable(module):
-                    hook = module.register_forward_hook(
-                        self.reader_hook(name, readers[name]), with_kwargs=True
-                    )
-                else:
-                    continue
-                stack.callback(hook.remove)
+                    hook = self.reader_hook(name, readers[name])
+                if hook is not None:
+                    stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             yield
 
     def follow(self, source: str, output: torch.Tensor, axis: int) -> None:
@@ -279,7 +275,7 @@ def comparable(
     seed: int,
     piece: int | None = None,
     per_input: int = ROWS_PER_INPUT,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> Masks:
     """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
 

@@ -24,7 +24,7 @@ from gfprune_cli.flow.energy import (
 )
 from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.flow.unit_sums import UnitSums, shares, unit_sums
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import ALONE, Processes
 from gfprune_cli.structure.blocks import inside
 from gfprune_cli.structure.groups import ChannelGroup
 
@@ -50,17 +50,8 @@ class Evidence:
     seed: int
     way: Way | None = None
     turns: int = 1
-    processes: Processes | None = None
+    processes: Processes = ALONE
     gradients: float = field(default=0.0)
-
-    def total(self, part: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        return part if self.processes is None else self.processes.total(part)
-
-    def totals(self, sums: UnitSums) -> Masks:
-        """The same of sums over units."""
-        found = sums.total()
-        return found if self.processes is None else self.processes.totals(found)
 
     def energy_flow(self) -> Masks:
         """The sum of theta * (H g) over each unit, at the masked network: -dE/dm.
@@ -69,9 +60,9 @@ class Evidence:
         """
         weights = self.masked.passing()
         _, own = gradient(self.losses, weights)
-        first = {name: self.total(part) for name, part in own.items()}
+        first = {name: self.processes.total(part) for name, part in own.items()}
         if self.way is None:
-            self.way = choose_way(self.losses, weights, first, self.total)
+            self.way = choose_way(self.losses, weights, first, self.processes.total)
         flow = UnitSums(self.masked, self.weighted)
         if self.way == "finite-difference":
             take_differences(self.losses, weights, first, flow.add)
@@ -79,7 +70,7 @@ class Evidence:
             for name, part in exact_product(self.losses, weights, first).items():
                 flow.add(name, part)
         self.gradients += 3 if self.way == "finite-difference" else 4.5
-        return self.totals(flow)
+        return self.processes.totals(flow.total())
 
     def weighted(self, name: str, part: torch.Tensor) -> torch.Tensor:
         return self.masked.weights[name].detach() * part
@@ -90,10 +81,10 @@ class Evidence:
         for names in shares(sums.names(), self.masked.weights, self.turns):
             first = Sum()
             take_gradient(losses, self.masked.passing(), first.add, names=names)
-            for name in names if self.processes is not None else first.parts:
+            for name in names if self.processes.count > 1 else first.parts:
                 weight = self.masked.weights[name]
                 part = first.parts[name] if name in first.parts else torch.zeros_like(weight)
-                sums.add(name, self.total(part))
+                sums.add(name, self.processes.total(part))
             self.gradients += len(losses) / len(self.losses)
         return sums.total()
 
@@ -119,7 +110,7 @@ def fisher(evidence: Evidence) -> Masks:
     for loss in evidence.losses:
         sums = UnitSums(evidence.masked, evidence.weighted)
         take_gradient([loss], evidence.masked.passing(), sums.add, names=sums.names())
-        found = evidence.totals(sums)
+        found = evidence.processes.totals(sums.total())
         squares = {name: squares.get(name, 0) + value.square() for name, value in found.items()}
     evidence.gradients += 1
     return squares
@@ -131,7 +122,7 @@ def diff_pruning(evidence: Evidence) -> Masks:
     used, largest = 0, 0.0
     with torch.no_grad():
         for loss in evidence.losses:
-            value = evidence.total(loss(weights)).item()
+            value = evidence.processes.total(loss(weights)).item()
             largest = max(largest, value)
             if value < TIMESTEP_THRESHOLD * largest:
                 break

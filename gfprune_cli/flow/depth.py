@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from gfprune_cli.diffusion.conditions import Condition
+from gfprune_cli.diffusion.conditions import Condition, some_of
 from gfprune_cli.flow.mask import MaskedModel
 
 LEAST_RISE = 1e-4  # of the mean rise: what is smaller cannot be told from nothing
@@ -213,14 +213,7 @@ class Distance:
         masked.gates = {name: torch.full_like(gate, name not in gone) for name, gate in gates.items()}
         try:
             parts = [slice(first, first + self.piece) for first in range(0, len(self.x), self.piece)]
-            return [
-                masked.forward(
-                    masked.passing(),
-                    self.x[part],
-                    self.timesteps[part],
-                    None if self.condition is None else self.condition[part],
-                )
-                for part in parts
-            ]
+            given = ((self.x[part], self.timesteps[part], some_of(self.condition, part)) for part in parts)
+            return [masked.forward(masked.passing(), *one) for one in given]
         finally:
             masked.gates = gates

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.runtime.processes import Processes
+from gfprune_cli.runtime.processes import ALONE, Processes
 
 RIDGE = 1e-2  # of the mean square of an input, towards the weights that are there
 OFFSET_RIDGE = 1e-6  # of a bias: nothing holds it where it is
@@ -36,21 +36,13 @@ class Problem:
     y: torch.Tensor
     soft: torch.Tensor | None
     known: int
-    processes: Processes | None = None
+    processes: Processes = ALONE
     all_known: int | None = None
 
     @property
     def fitted(self) -> int:
         """Rows that are fitted to, by all processes together."""
         return self.known if self.all_known is None else self.all_known
-
-    def total(self, part: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        return part if self.processes is None else self.processes.total(part)
-
-    def joined(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes."""
-        return rows if self.processes is None else self.processes.joined(rows)
 
     def pieces(self, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows first ... end - 1 in order: inputs and outputs wanted."""
@@ -101,12 +93,12 @@ class Problem:
         With D the diagonal of what holds the weights, D^-1 X^T (X D^-1 X^T + 1)^-1 is (X^T X + D)^-1 X^T.
         """
         own = list(self.pieces(0, self.known)) or [(weight.new_zeros(0, weight.shape[1]), self.y[:0])]
-        x, y = (self.joined(torch.cat(parts)) for parts in zip(*own, strict=True))
+        x, y = (self.processes.joined(torch.cat(parts)) for parts in zip(*own, strict=True))
         error = y - nn.functional.linear(x, weight, bias)
         judging = weight.new_zeros(())
         for judged, wanted in self.pieces(self.known, len(self.y)):
             judging += (wanted - nn.functional.linear(judged, weight, bias)).square().sum()
-        judging, squares = self.total(torch.stack([judging, self.y.square().sum()]))
+        judging, squares = self.processes.total(torch.stack([judging, self.y.square().sum()]))
         missed = error.square().sum() + judging
         power = x.square().sum(0)
         if not self.is_wrong(missed, squares) or not bool(power.any()):
@@ -143,8 +135,8 @@ class Problem:
         for x, y in self.pieces(self.known, len(self.y)):
             missed += (y - nn.functional.linear(x, weight, bias)).square().sum()
         small = torch.cat([sums, wanted, missed.view(1), self.y.square().sum().view(1)])
-        sums, wanted, missed, power = self.total(small).split([inputs, outputs, 1, 1])
-        return Moments(self.total(gram), self.total(right), sums, wanted, missed, power)
+        sums, wanted, missed, power = self.processes.total(small).split([inputs, outputs, 1, 1])
+        return Moments(self.processes.total(gram), self.processes.total(right), sums, wanted, missed, power)
 
     def is_better(
         self,
@@ -166,7 +158,7 @@ class Problem:
             for x, y in self.pieces(self.known, len(self.y))
         ]
         gain = torch.stack(gains).sum() if gains else weight.new_zeros(())
-        return bool(self.total(gain) > 0)
+        return bool(self.processes.total(gain) > 0)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import as_families, by_family
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.half import as_stored
-from gfprune_cli.runtime.processes import Processes, agree
+from gfprune_cli.runtime.processes import ALONE, Processes, agree
 from gfprune_cli.structure.groups import select
 
 FORWARD = 1 / 3  # of the cost of a gradient
@@ -128,7 +128,7 @@ class PruningLoop:
     store: Store
     progress: Progress
     fixed: bool = False
-    processes: Processes | None = None
+    processes: Processes = ALONE
     depth: Choice | None = None
     piece: int = SCORE_CHUNK
     turns: int = 1
@@ -202,23 +202,12 @@ class PruningLoop:
         state = self.state
         number = self.drawn + state.iteration
         losses = scoring_losses(
-            self.masked,
-            self.process,
-            self.draws,
-            number,
-            self.scoring_draws,
-            self.chunk,
-            self.progress,
-            piece=self.piece,
-            processes=self.processes,
-        )
+            self.masked, self.process, self.draws, number, self.scoring_draws, self.chunk, self.progress,
+            piece=self.piece, processes=self.processes,
+        )  # fmt: skip
         evidence = Evidence(self.masked, losses, self.draws.seed, state.way, self.turns, self.processes)
-        try:
-            scores = score(self.criterion, evidence)
-        except NotFinite:
-            total, piece = self.scoring_draws, self.piece
-            look_for_timesteps(self.masked, self.process, self.draws, number, total, piece)
-            raise
+        drawn = self.draws, number, self.scoring_draws, self.piece
+        scores = checked_scores(self.criterion, evidence, self.process, *drawn)
         for name, units in self.gone.items():
             scores[name] = scores[name].masked_fill(units.to(scores[name].device).bool(), -math.inf)
         agree(self.progress)
@@ -261,8 +250,7 @@ class PruningLoop:
         state = self.state
         dense = state.refits[-1].dense if state.refits else self.judge(True)
         before = self.judge(False)
-        count = 1 if self.processes is None else self.processes.count
-        x, timesteps, batch = self.noisy("refit", min(REFIT_SAMPLES, self.refitted * count))
+        x, timesteps, batch = self.noisy("refit", min(REFIT_SAMPLES, self.refitted * self.processes.count))
 
         def poll() -> None:
             self.progress(Event("refit", state.iteration, self.schedule.iterations))
@@ -278,7 +266,7 @@ class PruningLoop:
         if not after < before:  # true for NaN as well
             refit.restore(changed)
             after, layers = before, 0
-        elif self.processes is not None:
+        else:
             self.processes.align(as_stored(self.masked.weights[name].detach()) for name in changed)
         judged = 2 + (not state.refits)
         state.gradients += FORWARD * (2 * len(batch) + judged * self.judging)
@@ -313,20 +301,19 @@ class PruningLoop:
             return
         tensors, numbers = state
         families = by_family(tensors)
-        if numbers.get("half") != self.masked.half:
-            self.masked.keep_in(numbers.get("half"))
+        if numbers["half"] != self.masked.half:
+            self.masked.keep_in(numbers["half"])
         with torch.no_grad():
             for name, weight in self.masked.weights.items():
                 weight.copy_(families["weight"][name])
         self.masked.set_masks(families["mask"])
         # other memory may be free by now, and sums of other pieces round otherwise
         self.piece, self.refitted, self.compared = numbers["at once"]
-        if "short of memory" in numbers:
-            self.turns, self.looks, per_input, recomputes = numbers["short of memory"]
-            if self.refit is not None and per_input is not None:
-                self.refit.per_input = per_input
-            if recomputes:
-                self.masked.recompute_blocks()
+        self.turns, self.looks, per_input, recomputes = numbers["short of memory"]
+        if self.refit is not None and per_input is not None:
+            self.refit.per_input = per_input
+        if recomputes:
+            self.masked.recompute_blocks()
         self.gone = families.get("gone", {})
         self.state = LoopState(
             numbers["iteration"],
@@ -348,7 +335,7 @@ def scoring_losses(
     progress: Progress,
     *,
     piece: int | None = None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> list[Loss]:
     """The denoising loss over the draws of one iteration, in chunks of ascending noise.
 
@@ -363,7 +350,7 @@ def scoring_losses(
     edges = [total * number // chunks for number in range(chunks + 1)]
 
     def chunk_loss(first: int, end: int) -> Loss:
-        own = range(end - first) if processes is None else processes.share(end - first)
+        own = processes.share(end - first)
         starts, stop = range(first + own.start, first + own.stop, size), first + own.stop
         return Pieced(tuple(piece_loss(start, min(stop, start + size)) for start in starts))
 
@@ -389,14 +376,30 @@ def drawn_losses(
     return process.losses(output, batch.images, batch.noise, batch.index)
 
 
+def checked_scores(
+    criterion: str,
+    evidence: Evidence,
+    process: NoisingProcess,
+    draws: Draws,
+    iteration: int,
+    total: int,
+    chunk: int,
+) -> Masks:
+    """Scores by group name [units]; where some are not finite, the losses behind them are looked at.
+
+    Raises:
+        GfpruneError: they are not finite; names the timesteps of losses that are not either.
+    """
+    try:
+        return score(criterion, evidence)
+    except NotFinite:
+        look_for_timesteps(evidence.masked, process, draws, iteration, total, chunk)
+        raise
+
+
 def look_for_timesteps(
     masked: MaskedModel, process: NoisingProcess, draws: Draws, iteration: int, total: int, chunk: int
 ) -> None:
-    """The losses behind scores that are not finite, one by one.
-
-    Raises:
-        GfpruneError: some of them are not finite either; names their timesteps.
-    """
     weights = masked.passing()
     levels, losses = [], []
     with torch.no_grad():

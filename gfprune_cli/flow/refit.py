@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gfprune_cli.diffusion.conditions import Condition, call, first_of
+from gfprune_cli.diffusion.conditions import Condition, call, some_of
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.flow.layers import (
     fan_in,
@@ -40,8 +40,8 @@ from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.flow.relay import Hand, relayed
 from gfprune_cli.flow.residuals import Carrier, as_rows
 from gfprune_cli.runtime.half import wide
-from gfprune_cli.runtime.processes import Processes
-from gfprune_cli.structure.trace import first_given
+from gfprune_cli.runtime.processes import ALONE, Processes
+from gfprune_cli.structure.trace import first_given, hooked
 
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
@@ -70,7 +70,7 @@ class Refit:
     residuals: Mapping[str, Carrier]
     seed: int
     per_input: int = ROWS_PER_INPUT
-    processes: Processes | None = None
+    processes: Processes = ALONE
     aside: Callable[[], Weights] = dict
     repeated: frozenset[str] | None = None  # layers that run more than once: no weights serve all their calls
 
@@ -95,15 +95,22 @@ class Refit:
         """
         before = self.aside()
         if self.repeated is None:
-            calls = layer_calls(self.dense, x[:1], timesteps[:1], first_of(condition))
+            calls = layer_calls(self.dense, x[:1], timesteps[:1], some_of(condition, slice(1)))
             self.repeated = frozenset(name for name, shapes in calls.items() if len(shapes) > 1)
-            count = 1 if self.processes is None else self.processes.count
+            count = self.processes.count
             if len(x) < count or (count > 1 and self.routes(calls, x, timesteps, condition)):
-                self.processes = None
-        share = Share.of(self.processes, len(x))
-        own = share.samples
+                self.processes = ALONE
+        part, total = self.processes.share(len(x)), len(x)
+        own = slice(part.start, part.stop)
+
+        def positions(name: str, layer: Any, shape: Sequence[int]) -> tuple[torch.Tensor, int, int]:
+            source = generator(self.seed, "refit rows", number, name)
+            return shared_rows(
+                part, total, places(layer, shape), rows_looked_at(layer, self.per_input), source
+            )
+
         x, timesteps = x[own], timesteps[own]
-        condition = None if condition is None else condition[own]
+        condition = some_of(condition, own)
         weights = self.masked.passing()
         inside = {name: mask for (name, _), mask in self.masked.member_masks("in").items()}
         written = {name: mask for (name, _), mask in self.masked.member_masks("out").items()}
@@ -113,7 +120,7 @@ class Refit:
 
         def dense_pass(hand: Hand) -> None:
             def aim(name: str, layer: Any, _inputs: torch.Tensor, output: torch.Tensor) -> None:
-                index, *_ = self.positions(name, layer, output.shape, number, share)
+                index, *_ = positions(name, layer, output.shape)
                 rows = rows_of(output, layer, index)
                 hand(name, self.with_stream(name, aims, rows, output.shape, index, 1))
 
@@ -126,7 +133,7 @@ class Refit:
             if target is None:
                 return
             shape = output_shape(layer, inputs)
-            index, known, all_known = self.positions(name, layer, shape, number, share)
+            index, known, all_known = positions(name, layer, shape)
             if len(index) != len(target):  # an expert, which is given other tokens now
                 return
             problem = Problem(
@@ -177,24 +184,14 @@ class Refit:
                 hooks.append(hook(name, module, visit_and_let_go, after=after))
                 if name in self.residuals:
                     waiting.setdefault(self.residuals[name].key, set()).add(name)
-        try:
+        with hooked(hooks):
             yield
-        finally:
-            for handle in hooks:
-                handle.remove()
 
     def routes(self, calls: Calls, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> bool:
         """Whether another sample goes to other layers than the first, or gives them other shapes."""
         second = slice(1, 2)
-        given = None if condition is None else condition[second]
-        return len(x) > 1 and layer_calls(self.dense, x[second], timesteps[second], given) != calls
-
-    def positions(
-        self, name: str, layer: Any, shape: Sequence[int], number: int, share: "Share"
-    ) -> tuple[torch.Tensor, int, int]:
-        """The same positions of a layer's outputs in both networks; see `Share.rows`."""
-        source = generator(self.seed, "refit rows", number, name)
-        return share.rows(places(layer, shape), rows_looked_at(layer, self.per_input), source)
+        given = x[second], timesteps[second], some_of(condition, second)
+        return len(x) > 1 and layer_calls(self.dense, *given) != calls
 
     def with_stream(
         self,
@@ -252,42 +249,25 @@ def hook(name: str, module: nn.Module, visit: Any, *, after: bool) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Share:
-    """The samples of a refit that one process looks at.
+def shared_rows(
+    own: range, total: int, shape: Sequence[int], wanted: int, source: torch.Generator
+) -> tuple[torch.Tensor, int, int]:
+    """The same positions of a layer's outputs in both networks, for the samples that one process looks at.
 
     Args:
-        samples: of all.
-        total: how many there are.
+        own: numbers of these samples, of `total`.
+        shape: from `places`, of these samples; wanted: positions in all of them.
+
+    Returns:
+        (positions, ascending; how many of them do not lie in the last samples, which only judge; the same of
+        all samples).
     """
-
-    samples: slice
-    total: int
-
-    @classmethod
-    def of(cls, processes: Processes | None, total: int) -> "Share":
-        own = range(total) if processes is None else processes.share(total)
-        return cls(slice(own.start, own.stop), total)
-
-    def rows(
-        self, shape: Sequence[int], wanted: int, source: torch.Generator
-    ) -> tuple[torch.Tensor, int, int]:
-        """Positions of a layer's outputs for these samples, of those drawn for all of them.
-
-        Args:
-            shape: from `places`, of these samples; wanted: positions in all of them.
-
-        Returns:
-            (positions, ascending; how many of them do not lie in the last samples, which only judge; the
-            same of all samples).
-        """
-        count = max(1, self.samples.stop - self.samples.start)
-        first, *rest = shape
-        whole = (first * self.total // count, *rest)
-        index = rows_drawn(whole, wanted, source)
-        start = torch.Size(whole).numel() * self.samples.start // self.total
-        here = index[(index >= start) & (index < start + torch.Size(shape).numel())]
-        return here - start, judged_from(here, whole), judged_from(index, whole)
+    first, *rest = shape
+    whole = (first * total // max(1, len(own)), *rest)
+    index = rows_drawn(whole, wanted, source)
+    start = torch.Size(whole).numel() * own.start // total
+    here = index[(index >= start) & (index < start + torch.Size(shape).numel())]
+    return here - start, judged_from(here, whole), judged_from(index, whole)
 
 
 def layer_calls(model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> Calls:
@@ -297,14 +277,9 @@ def layer_calls(model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, cond
     def note(name: str, _layer: Any, given: torch.Tensor) -> None:
         calls.setdefault(name, []).append(given.shape)
 
-    hooks = [
-        hook(name, module, note, after=False) for name, module in model.named_modules() if is_fittable(module)
-    ]
-    try:
+    layers = ((name, module) for name, module in model.named_modules() if is_fittable(module))
+    with hooked(hook(name, module, note, after=False) for name, module in layers):
         call(model, x, timesteps, condition)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return calls
 
 

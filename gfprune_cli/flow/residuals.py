@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gfprune_cli.structure.removal import skeleton
+from gfprune_cli.structure.trace import hooked
 
 KEEPS = {  # the same numbers in another shape
     *("reshape", "view", "permute", "transpose", "contiguous", "flatten", "unflatten", "dropout", "to"),
@@ -138,12 +139,8 @@ def seen_residuals(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Car
             continue
         hooks.append(module.register_forward_pre_hook(given(name), with_kwargs=True))
         hooks.append(module.register_forward_hook(returned(name, hasattr(module, "weight"))))
-    try:
-        with torch.no_grad(), additions:
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), torch.no_grad(), additions:
+        model(**inputs)
     return additions.found
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from gfprune_cli.checkpoint.layout import denoiser_names, stock_name
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
-from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.families.table import is_known_class
 from gfprune_cli.flow.sensitivity import measured_rises
@@ -15,7 +14,7 @@ from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import Plan, uniform_scores
-from gfprune_cli.pruning.units import find_units
+from gfprune_cli.pruning.units import find_units, source_of
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.options import ALL
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -26,7 +25,7 @@ from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import BOTH, CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.timing.budget import time_budget
-from gfprune_cli.timing.report import SpeedupReport, speedup_report, time_report
+from gfprune_cli.timing.report import SpeedupReport, left_by, speedup_report, time_report
 from gfprune_cli.timing.table import check_table_file, write_table
 
 PARAMETER_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -101,22 +100,9 @@ def analyze(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress = sil
         return analyze_one(recipe, options, progress)
     if recipe.times is not None or options.times_out is not None:
         raise UsageError("--times and --times-out hold the layers of one network: name its --component")
-    source = checkpoint_of(recipe, options, progress)
+    source = source_of(recipe, options, progress, config_only=not recipe.sensitivity)
     each = [replace(recipe, component=name) for name in denoiser_names(source.folder)]
     return Analyses(networks=tuple(analyze_one(one, options, progress) for one in each))
-
-
-def checkpoint_of(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) -> Source:
-    """The checkpoint that a recipe names."""
-    return resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        config_from=recipe.config_from,
-        offline=options.offline,
-        config_only=not recipe.sensitivity,
-        progress=progress,
-    )
 
 
 def analyze_one(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) -> Analysis:
@@ -134,7 +120,7 @@ def analyze_one(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) 
             raise UsageError("--times-out has no effect with --times: drop one of the two")
         check_table_file(options.times_out, force=options.force)
     drawing = {name: getattr(recipe, name) for name in ("prompts", "size", "frames", "guidance")}
-    source = checkpoint_of(recipe, options, progress)
+    source = source_of(recipe, options, progress, config_only=not recipe.sensitivity)
     found = inspect(
         source, component=recipe.component, variant=recipe.variant, weights_required=recipe.sensitivity
     )
@@ -215,16 +201,10 @@ def plan_for(
 ) -> PlanReport:
     """Widths for one target in the adaptive layout, with uniform scores."""
     allocation = allocate(cost, uniform_scores(groups), target, budget=budget)
-    params, macs = cost.params(allocation.kept), cost.macs(allocation.kept)
-    removed = {"params": 1 - params / cost.params({}), "macs": 1 - macs / cost.macs({})}
     return PlanReport(
         sparsity=target,
         achieved=allocation.sparsity,
-        removed=removed,
-        params=params,
-        macs=macs,
-        bytes=params * width,
-        kept=dict(allocation.kept),
+        **left_by(cost, allocation.kept, width),
     )
 
 

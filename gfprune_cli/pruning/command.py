@@ -8,7 +8,6 @@ from typing import Any
 
 from gfprune_cli.checkpoint.layout import denoiser_names
 from gfprune_cli.checkpoint.record import joined
-from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.checkpoint.writer import write_joined
 from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.claim import Claim, claim
@@ -17,6 +16,7 @@ from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.pruning.result import PruneResult, PruneResults
+from gfprune_cli.pruning.units import source_of
 from gfprune_cli.pruning.writing import finished_run, make_networks, planned, result_of
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import ALL
@@ -75,7 +75,7 @@ def prune(
     device = processes.device
     with ExitStack() as claims:
         outputs = [claims.enter_context(claim(folder, options, main=processes.main)) for folder in folders]
-        source = source_of(recipe, options, progress)
+        source = source_of(recipe, options, progress, config_only=options.dry_run)
         plan = make_plan(
             source,
             recipe,
@@ -94,7 +94,7 @@ def prune(
             device,
             progress,
             offload_teacher=options.offload_teacher,
-            processes=processes if processes.count > 1 else None,
+            processes=processes,
         )
         if options.dry_run:
             for output in outputs:
@@ -125,19 +125,6 @@ def started(recipe: PruneRecipe, options: RunOptions) -> Processes:
     return processes
 
 
-def source_of(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> Source:
-    """The checkpoint that a recipe names."""
-    return resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        config_from=recipe.config_from,
-        offline=options.offline,
-        config_only=options.dry_run,
-        progress=progress,
-    )
-
-
 def prune_all(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> PruneResults:
     """Prune every denoiser of a pipeline to the same budget, each beside the dense others.
 
@@ -152,7 +139,7 @@ def prune_all(recipe: PruneRecipe, options: RunOptions, progress: Progress) -> P
     progress = clock = PhaseClock(progress)
     folder, device = destinations(recipe, options.out)[0], choose_device(options.device)
     with claim(folder, options) as output:
-        source = source_of(recipe, options, progress)
+        source = source_of(recipe, options, progress, config_only=options.dry_run)
         output.refuse_inputs({"--model": source.folder, "--data": recipe.data, "--prompts": recipe.prompts})
         required = not options.dry_run or source.kind != "hub"
         jobs = []

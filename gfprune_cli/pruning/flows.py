@@ -130,7 +130,7 @@ class Flow:
         loop = PruningLoop(
             masked=masked,
             refit=refit,
-            judge=self.judged,
+            judge=lambda of_dense: self.quick_loss(self.dense if of_dense else masked),
             judging=JUDGE_DRAWS,
             process=job.process,
             schedule=schedule_of(recipe),
@@ -203,12 +203,8 @@ class Flow:
         folded = None if self.job.folding is None else skeleton(self.dense)
         return time.closed(self.job.plan.cost, propose, self.job.progress, folded)
 
-    def judged(self, of_dense: bool) -> float:
-        """The loss that judges a refit, of the masked network or of the dense one."""
-        return self.quick_loss(self.dense if of_dense else self.masked)
-
     def quick_loss(self, network: nn.Module | MaskedModel) -> float:
-        """The same of any network."""
+        """The loss that judges a refit."""
         return self.job.loss(self.held_out, network, JUDGE_DRAWS)
 
     @property

@@ -15,7 +15,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import stock_name
-from gfprune_cli.diffusion.conditions import call, inputs_of
+from gfprune_cli.diffusion.conditions import call, inputs_of, some_of
 from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.process import NoisingProcess
 from gfprune_cli.errors import GfpruneError, Interrupted
@@ -215,7 +215,7 @@ class Folder:
         for first in range(0, OUTPUT_DRAWS, OUTPUT_CHUNK):
             batch = held_out.batch("fold", 0, OUTPUT_CHUNK, first=first, of=OUTPUT_DRAWS)
             noisy = process.add_noise(batch.images, batch.noise, batch.index)
-            given = None if conditions is None else conditions[first : first + OUTPUT_CHUNK]
+            given = some_of(conditions, slice(first, first + OUTPUT_CHUNK))
             times = process.timesteps(batch.index)
             dense, narrow = (call(one, noisy, times, given).double() for one in (self.network, folded))
             missed += float((narrow - dense).square().sum())

@@ -18,15 +18,14 @@ from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype, stored_share
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.stored import StoredImages
-from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.conditions import Condition, call, some_of
 from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.diffusion.finite import NotFinite
 from gfprune_cli.diffusion.loss import Network, losses_of_draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
-from gfprune_cli.flow.criteria import Evidence, score
-from gfprune_cli.flow.loop import SCORE_CHUNK, look_for_timesteps, scoring_losses
+from gfprune_cli.flow.criteria import Evidence
+from gfprune_cli.flow.loop import SCORE_CHUNK, checked_scores, scoring_losses
 from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.receiver import receiving
@@ -89,14 +88,9 @@ class PruneJob:
         offload_teacher: bool = False,
         processes: Processes | None = None,
     ) -> None:
-        self.recipe, self.source, self.plan, self.device, self.progress = (
-            recipe,
-            source,
-            plan,
-            device,
-            progress,
-        )
-        self.processes = processes  # that share the work; None where there is one
+        self.recipe, self.source, self.plan = recipe, source, plan
+        self.device, self.progress = device, progress
+        self.processes = processes or Processes(None, device)  # that share the work
         self.asked_to_offload = offload_teacher and device.type != "cpu"
         self.new_folder: Callable[[], Path] | None = None  # for weights that main memory has no room for
         scheduler = load_scheduler(plan.component)
@@ -113,7 +107,7 @@ class PruneJob:
         self.process: NoisingProcess = training_process(plan.component, scheduler)
         options = PipelineOptions.of(recipe)
         self.request = ImageRequest(
-            recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options, processes
+            recipe.data, recipe.images, recipe.sample_steps, recipe.seed, options, self.processes
         )
         network: Any = build_meta(plan.component)
         self.request.check(plan.component, network.config, scheduler)
@@ -122,9 +116,8 @@ class PruneJob:
         self.folding: Folding | None = None
         self.given = plan  # that of the network as it was given; `plan` is for what it was folded to
         self.precision = recipe.precision or default_precision(device)
-        self.free = available(device)
-        if processes is not None:  # all take the same way, the one that there is memory for everywhere
-            self.free = processes.least(self.free)
+        # all take the same way, the one that there is memory for everywhere
+        self.free = self.processes.least(available(device))
         self.receiver = receiving(plan.component)
         if self.receiver is not None:
             self.free -= FLOAT * sum(math.prod(info.shape) for info in self.receiver.tensors.values())
@@ -157,7 +150,7 @@ class PruneJob:
             "weights": self.hashes,
             "commit": self.source.commit,
             "device": self.device.type,
-            **({} if self.processes is None else {"processes": self.processes.count}),
+            **({"processes": self.processes.count} if self.processes.count > 1 else {}),
             **{name: as_json(value) for name, value in inputs.items()},
             **self.given_times(),
             "tools": installed_tools(),
@@ -250,7 +243,7 @@ class PruneJob:
                 images[part],
                 self.process.steps,
                 self.recipe.seed,
-                None if conditions is None else conditions[part],
+                some_of(conditions, part),
                 self.device,
             )
             for part in (slice(split), slice(split, None))
@@ -267,11 +260,8 @@ class PruneJob:
         losses = scoring_losses(
             masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
         )
-        try:
-            scores = score("taylor", Evidence(masked, losses, self.recipe.seed))
-        except NotFinite:
-            look_for_timesteps(masked, self.process, draws, 1, count, piece)
-            raise
+        evidence = Evidence(masked, losses, self.recipe.seed)
+        scores = checked_scores("taylor", evidence, self.process, draws, 1, count, piece)
         return Scored(masked, held_out, scores)
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor | StoredImages, Condition]:

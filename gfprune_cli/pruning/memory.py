@@ -24,6 +24,7 @@ from gfprune_cli.flow.recompute import can_recompute
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.norms import plain_stand_ins
+from gfprune_cli.structure.trace import hooked
 
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
@@ -111,14 +112,11 @@ def measured_pass(model: nn.Module, call: Callable[[nn.Module], Any]) -> Pass:
     """What one call of a network takes, nearly; runs on the meta device too."""
     kept = Kept()
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(kept.count) for module in leaves]
+    counting = hooked(module.register_forward_hook(kept.count) for module in leaves)
     alive = Alive([*model.parameters(), *model.buffers()])
-    try:
-        with plain_stand_ins(model), block_calls(model, kept) as recomputes, AttentionMaps() as maps, alive:
-            call(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    blocks, maps = block_calls(model, kept), AttentionMaps()
+    with counting, plain_stand_ins(model), blocks as recomputes, maps, alive:
+        call(model)
     recomputed = kept.recomputed if recomputes else None
     return Pass(kept.numbers, recomputed, maps.counted, alive.most // FLOAT, tuple(kept.layers))
 

@@ -34,7 +34,6 @@ from gfprune_cli.recovery.teacher import layers_left
 from gfprune_cli.recovery.trainer import Remedies
 from gfprune_cli.runtime.device import is_elsewhere
 from gfprune_cli.runtime.half import widen, without_reading
-from gfprune_cli.runtime.processes import Processes
 from gfprune_cli.structure.removal import carry_over, remove, remove_native, skeleton
 
 Made = tuple[int, nn.Module, Outcome, Picture | None]  # number, network, what was measured, samples
@@ -125,7 +124,7 @@ class Networks:
             flow.sparsity = recipe.targets[number - 1] if number else 0.0
             flow.drawn = number * flow.iterations
             kept = flow.run(flow.loop(target, state), target)
-        judged = flow.refits[-1].after if flow.refits else flow.judged(False)
+        judged = flow.refits[-1].after if flow.refits else flow.quick_loss(flow.masked)
         losses = {"before": before, "judged": judged, "masked": judged}
         return Outcome(kept, losses, flow.refits, flow.gradients, limit)
 
@@ -150,7 +149,7 @@ class Networks:
     def samples(self, dense: nn.Module) -> Samples | None:
         """The dense row of the model card's picture; None where samples are no pictures."""
         job = self.job
-        if job.processes is not None and not job.processes.main:
+        if not job.processes.main:
             return None
         unseen, at_once = range(job.split, len(job.found.images)), job.memory.at_once(LOSSES)
         return dense_samples(
@@ -198,7 +197,7 @@ class Networks:
             job.process,
             draws,
             recipe,
-            processes=job.processes or Processes(None, job.device),
+            processes=job.processes,
             precision=job.precision,
             state=state,
             progress=job.progress,

@@ -111,7 +111,7 @@ def stacks_of(groups: tuple[ChannelGroup, ...]) -> dict[str, list[str]]:
 def sparsity_of(cost: CostModel, kept: Mapping[str, int], recipe: PruneRecipe) -> dict[str, Any]:
     """What was asked for, and the shares that went: the smallest that the budget counts, and each."""
     names = dict.fromkeys((*BOTH, *counted(recipe.budget)))
-    shares: dict[str, float] = {key: 1 - cost.total(kept, key) / cost.before(key) for key in names}
+    shares = cost.gone(kept, names)
     achieved = min(shares[key] for key in counted(recipe.budget))
     return {"target": recipe.goal, "achieved": achieved, "of": recipe.budget, **shares}
 

@@ -34,7 +34,7 @@ def make_record(job: PruneJob, number: int, model: nn.Module, outcome: Outcome) 
         "resolved": {
             "precision": job.precision,
             "device": job.device.type,
-            "processes": 1 if job.processes is None else job.processes.count,
+            "processes": job.processes.count,
             "fold": plan.fold,
             "short_of_memory": job.memory.gave(),
         },

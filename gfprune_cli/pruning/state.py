@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 
 from gfprune_cli.flow.loop import RefitResult
-from gfprune_cli.outputs.state import StateFolder
+from gfprune_cli.outputs.state import StateFolder, as_families, by_family
 
 PHASE = "recovery"
 
@@ -52,7 +52,7 @@ class RecoveryState:
         saved = self.state.load()
         assert saved is not None
         tensors, numbers = saved
-        kept = {key.partition("/")[2]: units for key, units in tensors.items() if key.startswith("kept/")}
+        kept = by_family(tensors)["kept"]
         refits = [RefitResult(**refit) for refit in numbers["refits"]]
         return Outcome(kept, numbers["losses"], refits, numbers["gradients"], numbers["limit"])
 
@@ -77,14 +77,12 @@ class RecoveryState:
         saved = self.state.load()
         assert saved is not None
         tensors, numbers = saved
-        own = {key: tensor for key, tensor in tensors.items() if not key.startswith("kept/")}
-        return own, numbers["recovery"]
+        return by_family(tensors).get("own", {}), numbers["recovery"]
 
     def save(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         assert self.found is not None
-        kept = {f"kept/{name}": units for name, units in self.found.kept.items()}
         self.state.save(
-            {**tensors, **kept},
+            as_families(own=tensors, kept=self.found.kept),
             {
                 "phase": PHASE,
                 "recovery": dict(numbers),

@@ -22,6 +22,7 @@ from gfprune_cli.flow.passing import given_weights
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.removal import cuts_of, remove
+from gfprune_cli.structure.trace import hooked
 from gfprune_cli.structure.tracing import hooks_as_before, outputs_of, running_modules
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
@@ -60,38 +61,37 @@ def removal_gap(
 ) -> float:
     """As `check_removal`, in float64 or float32."""
     kept = random_part(groups, PART if doubles else SMALL_PART)
-    with comparable_inputs(model, doubles=doubles) as network:
-        dtype = next(network.parameters()).dtype
-        given = noisy(inputs, dtype)
-        narrow = narrow_network(network, groups, kept)
-        found = outcome(narrow, given, type(model).__name__)
-        with masked_by(network, groups, kept) as masked:
-            expected = checked_outcome(masked, given)
-            gap = relative_gap(found, expected)
-            if gap <= TOLERANCE.get(dtype, TOLERANCE[torch.float32]):  # false for NaN
-                return gap
-            first = first_difference(masked, narrow, groups, kept, given)
+    network = model
+    if doubles or next(model.parameters()).dtype not in TOLERANCE:  # where rounding looks like a difference
+        wide = torch.float64 if doubles else torch.float32
+        network = nn.Module.to(copy.deepcopy(model), wide).requires_grad_(False).eval()
+    dtype = next(network.parameters()).dtype
+    given = noisy(inputs, dtype)
+    with as_removal(f"channels of {type(model).__name__} cannot be removed"):
+        narrow = remove(network, groups, kept)
+    found = outcome(narrow, given, type(model).__name__)
+    with masked_by(network, groups, kept) as masked:
+        with as_removal(f"{type(model).__name__} does not run behind masks"):
+            expected = masked_outcome(masked, given)
+        gap = relative_gap(found, expected)
+        if gap <= TOLERANCE[dtype]:  # false for NaN
+            return gap
+        first = first_difference(masked, narrow, groups, kept, given)
     raise GfpruneError(
         f"channels of {type(model).__name__} cannot be removed exactly: outputs differ by {gap:.1g}, "
         f"first in {quoted(first)}"
     )
 
 
-def narrow_network(
-    model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Mapping[str, torch.Tensor]
-) -> nn.Module:
-    """The narrow network.
-
-    Raises:
-        GfpruneError: its class cannot be made at these widths.
-    """
+@contextmanager
+def as_removal(what: str) -> Iterator[None]:
+    """What a network's own code raises at widths or norms that it does not expect, in one line."""
     try:
-        return remove(model, groups, kept)
+        yield
     except GfpruneError:
         raise
-    except Exception as error:  # as when it is called
-        name = type(model).__name__
-        raise GfpruneError(f"channels of {name} cannot be removed: {first_line(error)}") from error
+    except Exception as error:
+        raise GfpruneError(f"{what}: {first_line(error)}") from error
 
 
 def random_part(
@@ -116,18 +116,6 @@ def small_share(groups: tuple[ChannelGroup, ...], cost: CostModel) -> float:
     kept = random_part(groups, SMALL_PART)
     widths = {group.name: int(kept[group.name].sum()) * group.unit_size for group in groups}
     return cost.params(widths) / cost.params({})
-
-
-@contextmanager
-def comparable_inputs(model: nn.Module, *, doubles: bool = True) -> Iterator[nn.Module]:
-    """The network in a type in which rounding is told from a real difference."""
-    parameter = next(model.parameters())
-    wider = doubles and parameter.device.type != "mps"
-    if wider or parameter.dtype not in TOLERANCE:
-        wide = torch.float64 if wider else torch.float32
-        yield nn.Module.to(copy.deepcopy(model), wide).requires_grad_(False).eval()
-    else:
-        yield model
 
 
 def noisy(value: Any, dtype: torch.dtype) -> Any:
@@ -158,19 +146,6 @@ def masked_by(
         for name, module in before.items():
             if name and model.get_submodule(name) is not module:
                 model.set_submodule(name, module)
-
-
-def checked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Output of the masked network.
-
-    Raises:
-        GfpruneError: its own code does not expect norms that know of masks.
-    """
-    try:
-        return masked_outcome(masked, inputs)
-    except Exception as error:  # as for the narrow one
-        name = type(masked.model).__name__
-        raise GfpruneError(f"{name} does not run behind masks: {first_line(error)}") from error
 
 
 def masked_outcome(masked: MaskedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -238,13 +213,9 @@ def layer_outputs(model: nn.Module) -> Iterator[Outputs]:
         if isinstance(output, torch.Tensor):
             outputs.setdefault(name, output.detach())
 
-    hooks = [
+    with hooked(
         module.register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
         for name, module in model.named_modules()
         if next(module.children(), None) is None
-    ]
-    try:
+    ):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

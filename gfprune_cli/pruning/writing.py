@@ -40,7 +40,7 @@ def make_networks(job: PruneJob, outputs: Sequence[Claim], component: Component)
     states = [output.state(job.identity(number)) for number, output in enumerate(outputs)]
     records: list[dict[str, Any] | None] = [None] * len(outputs)
     for number, (output, state) in enumerate(zip(outputs, states, strict=True)):
-        if output.finished if job.processes is None else job.processes.told(output.finished):
+        if job.processes.told(output.finished):
             records[number] = finished_run(job, number, output.destination)
             if not state.foreign():  # killed after the output was published
                 state.end()
@@ -59,7 +59,7 @@ def make_networks(job: PruneJob, outputs: Sequence[Claim], component: Component)
                     record = write_checkpoint(
                         output.destination, model, component, record, force=output.force, picture=picture
                     )
-                records[number] = record if job.processes is None else job.processes.said(record)
+                records[number] = job.processes.said(record)
                 states[number].end()
     return [record for record in records if record is not None]
 

@@ -165,6 +165,9 @@ class Processes:
             self.wait()
 
 
+ALONE = Processes(None, torch.device("cpu"))  # of what no other process shares
+
+
 def parcels(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
     """Names in order, of about `PARCEL` numbers together, or of one tensor that has more."""
     names: list[str] = []

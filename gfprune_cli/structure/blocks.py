@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from gfprune_cli.families.table import carriers, pairs
-from gfprune_cli.structure.groups import ChannelGroup, Member
-from gfprune_cli.structure.unet_depth import stock_groups, without_blocks
+from gfprune_cli.structure.groups import ChannelGroup
+from gfprune_cli.structure.unet_depth import stock_groups, unit, without_blocks
 
 # stack of blocks -> the key of the stock configuration that says how many there are
 LENGTHS = {
@@ -72,12 +72,7 @@ def block_groups(model: nn.Module, *, stock: bool = False) -> tuple[ChannelGroup
     if stock:
         shorter = {stack: key for stack, key in LENGTHS.items() if has_length(model, stack, key)}
         return stock_groups(model) + tuple(g for g in block_groups(model) if g.stack in shorter)
-    whole = torch.zeros(1, dtype=torch.long)
-    groups = []
-    for name, stack in residual_blocks(model):
-        member = Member(name, "out", "gate", whole, whole)
-        groups.append(ChannelGroup(name, 1, 1, whole.view(1, 1), (member,), stack))
-    return tuple(groups)
+    return tuple(unit([name], stack) for name, stack in residual_blocks(model))
 
 
 def inside(group: ChannelGroup, block: ChannelGroup) -> bool:

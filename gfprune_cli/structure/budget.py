@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -54,22 +55,18 @@ def allocate(
     """
     if time:
         return timed(cost, scores, sparsity, time, budget, align, start, before, strict=strict)
-    found, nearest = attempt(
-        cost, scores, dict.fromkeys(counted(budget), sparsity), align, start, before, strict=strict
-    )
+    keys = counted(budget)
+    tried = partial(attempt, cost, scores, align=align, start=start, before=before)
+    found, nearest = tried(dict.fromkeys(keys, sparsity), strict=strict)
+    if found is not None:
+        return found
     for _ in range(ADVICES):
-        if found is not None:
-            break
         advised = rounded_down(nearest.sparsity)  # what an error names has to be accepted
-        accepted, other = attempt(
-            cost, scores, dict.fromkeys(counted(budget), advised), align, start, before, strict=True
-        )
+        accepted, other = tried(dict.fromkeys(keys, advised), strict=True)
         if accepted is not None:
             break
         nearest = other
-    if found is None:
-        raise UsageError(unreachable(sparsity, budget, nearest))
-    return found
+    raise UsageError(unreachable(sparsity, budget, nearest))
 
 
 def timed(
@@ -94,7 +91,8 @@ def timed(
     assert cost.times is not None
     filled = strict and cost.times.paddings.max() > PADDED
     blocks = [block for block in reversed(BLOCKS) if filled and block > align and block % align == 0]
-    tries = [attempt(cost, scores, asked, one, start, before, strict=strict) for one in (*blocks, align)]
+    tried = partial(attempt, cost, scores, asked, start=start, before=before, strict=strict)
+    tries = [tried(align=one) for one in (*blocks, align)]
     met = [found or nearest for found, nearest in tries if excess(nearest, asked) >= -SLACK or not strict]
     if not met:
         nearest = max((nearest for _, nearest in tries), key=lambda one: excess(one, asked))
@@ -129,10 +127,10 @@ def attempt(
     cost: CostModel,
     scores: Mapping[str, torch.Tensor],
     asked: Mapping[str, float],
+    *,
     align: int,
     start: Mapping[str, int] | None,
     before: Mapping[str, str] | None,
-    *,
     strict: bool,
 ) -> tuple[Allocation | None, Allocation]:
     """(widths that meet a budget, None if there are none; the nearest to it).
@@ -148,7 +146,9 @@ def attempt(
             search = Search(cost, scores, left, tuple(asked), align, depth, start, before)
             found = search.cheapest(strict=strict)
             distance = excess(found, asked)
-            if not strict or 0 <= distance <= TOLERANCE or spared(cost, found, distance):
+            # what was saved before may be enough, so that every channel stays
+            spared = distance >= 0 and not any(cost.removed(found.kept).values())
+            if not strict or 0 <= distance <= TOLERANCE or spared:
                 return found, found
             if best is None or farness(distance, asked) < farness(excess(best, asked), asked):
                 best = found
@@ -156,11 +156,6 @@ def attempt(
         if align == 1:
             return None, best
         align //= 2
-
-
-def spared(cost: CostModel, found: Allocation, distance: float) -> bool:
-    """Whether what was saved before is enough, and every channel stays."""
-    return distance >= 0 and not any(cost.removed(found.kept).values())
 
 
 def rounded_down(sparsity: float) -> float:

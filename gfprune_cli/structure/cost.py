@@ -169,6 +169,10 @@ class CostModel:
         fixed = self.fixed_params if name in COSTS and COSTS[name].counts_the_rest else 0
         return fixed + self.of_layers(range(len(self.layers)), self.removed(kept), name)
 
+    def gone(self, kept: Mapping[str, int], names: Iterable[str]) -> dict[str, float]:
+        """Share of each of some costs that goes."""
+        return {name: 1 - self.total(kept, name) / self.before(name) for name in names}
+
     def of_group(self, group: str, removed: Mapping[str, int], name: str) -> Any:
         """One cost of the layers that a group touches."""
         return self.of_layers(self.layers_of[group], removed, name)

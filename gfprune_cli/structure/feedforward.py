@@ -86,12 +86,12 @@ def gated_units(module: Any) -> Units | None:
 
 def unit_group(name: str, block: nn.Module, units: Units) -> ChannelGroup | None:
     """The group of one block's hidden units; None when its layers do not agree on their number."""
-    reader = block.get_submodule(units.reader)
-    count = size(reader, "in") - units.start
+    reader: Any = block.get_submodule(units.reader)
+    count = reader.weight.shape[1] - units.start
     members = []
     for leaf in units.producers:
-        layer = block.get_submodule(leaf)
-        width = size(layer, "out")
+        layer: Any = block.get_submodule(leaf)
+        width = len(layer.weight)
         if count < 2 or width % count or width // count > 2:
             return None
         positions = torch.arange(width)
@@ -100,13 +100,6 @@ def unit_group(name: str, block: nn.Module, units: Units) -> ChannelGroup | None
     path = f"{name}.{units.reader}"
     members.append(Member(path, "in", kind_of(reader), channels + units.start, channels))
     return ChannelGroup(members[0].module, count, 1, channels.view(1, -1), tuple(members))
-
-
-def size(layer: Any, side: str) -> int:
-    """Features or channels of a layer on one side."""
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.out_channels if side == "out" else layer.in_channels
-    return int(layer.out_features if side == "out" else layer.in_features)
 
 
 def kind_of(layer: nn.Module) -> Kind:

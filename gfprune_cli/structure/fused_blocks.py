@@ -34,9 +34,7 @@ def groups_of_block(name: str, block: Any, rotary: Rotary) -> Iterator[ChannelGr
         and block.to_out.in_features == inner + units
     )
     layout = Layout(block.heads, block.heads, inner // block.heads)
-    plain = (
-        across_heads(name, block, layout) == [] == rotary_member(name, rotary.shapes.get(name, {}), layout)
-    )
+    plain = across_heads(name, block, layout) == [] == rotary_member(name, rotary.get(name, {}), layout)
     if unknown or not fits or not plain:
         return
     if block.heads > 1:

@@ -17,6 +17,7 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
+from gfprune_cli.structure.removal import dimension_size
 from gfprune_cli.structure.trace import CONVOLUTIONS, Trace
 from gfprune_cli.structure.tracing import dependency_graph, whole_groups
 from gfprune_cli.structure.transformer import discover_transformer, is_transformer
@@ -176,7 +177,7 @@ def read_group(
     count = int(channel_of_root.max()) + 1
     for member in members:
         uneven = len(set(torch.bincount(member.channels, minlength=count).tolist())) > 1
-        if uneven or int(member.positions.max()) >= dimension_of(model, member):
+        if uneven or int(member.positions.max()) >= dimension_size(model, member.module, member.side):
             return member.module  # it sees some channels only, or other things than channels
     unit_size = head_size(model, members)
     cells = selection_cells(model, members, count, unit_size)
@@ -187,15 +188,6 @@ def whole_layer(model: nn.Module, name: str) -> str:
     """The name of a layer; that of the layer in whose place two factors stand, for one of them."""
     parent = name.rpartition(".")[0]
     return parent if isinstance(model.get_submodule(parent), FactoredLinear) else name
-
-
-def dimension_of(model: nn.Module, member: Member) -> int:
-    """Size of the dimension that a member is about."""
-    layer: Any = model.get_submodule(member.module)
-    if isinstance(layer, nn.LayerNorm):
-        return int(layer.normalized_shape[0])
-    second = member.side == "in" or member.kind == "embedding"
-    return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.weight.shape[int(second)])
 
 
 def distinct(pairs: np.ndarray) -> np.ndarray:

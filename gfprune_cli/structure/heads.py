@@ -6,7 +6,7 @@ they are; norms across heads lose the channels of the head.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,14 +23,9 @@ KEY_NORMS = ("norm_k", "norm_added_k")
 INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross")  # they see what the projections read
 OUTPUTS = ("to_out", "to_add_out")
 POSITIONAL = "positional:"  # before the name of an argument that came without it
+# shapes of the rotary embeddings that attention modules received: module -> argument -> shapes
+Rotary = dict[str, dict[str, list[tuple[int, ...]]]]
 KNOWN = {*QUERY_LAYERS, *KEY_LAYERS, *QUERY_NORMS, *KEY_NORMS, *INPUT_NORMS, *OUTPUTS}
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Shapes of the rotary embeddings that attention modules received: module -> argument -> shapes."""
-
-    shapes: dict[str, dict[str, list[tuple[int, ...]]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def head_group(model: nn.Module, name: str, attention: Any, rotary: Rotary) -> C
         return None
     norms = across_heads(name, attention, layout)
     readers = result_readers(model, name, attention, layout)
-    turned = rotary_member(name, rotary.shapes.get(name, {}), layout)
+    turned = rotary_member(name, rotary.get(name, {}), layout)
     if norms is None or not readers or turned is None:
         return None
     members = [*projections(name, attention, layout), *norms, *readers, *turned]

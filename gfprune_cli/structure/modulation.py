@@ -10,7 +10,7 @@ path.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.trace import first_given, is_attention
+from gfprune_cli.structure.trace import first_given, hooked, is_attention
 
 Hide = Callable[[torch.Tensor], torch.Tensor]
 Run = Callable[[Hide], Any]  # calls a network, hiding what it is not to depend on
@@ -74,17 +74,10 @@ def modulation_layers(network: nn.Module, run: Run, rows: int) -> Modulation:
         if args and isinstance(args[0], torch.Tensor) and not isinstance(args[0], FakeTensor):
             found.tables.append(Table(module.num_embeddings, args[0].detach().flatten()))
 
-    hooks = [
-        module.register_forward_pre_hook(look_up)
-        for module in network.modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    try:
-        with visited(network, candidates(network), note):
-            hidden_run(run)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    tables = (module for module in network.modules() if isinstance(module, nn.Embedding))
+    looking = hooked(module.register_forward_pre_hook(look_up) for module in tables)
+    with looking, visited(network, candidates(network), note):
+        hidden_run(run)
     for name, calls in seen.items():
         first, *others = calls
         if first is not None and all(other is not None and torch.equal(first, other) for other in others):
@@ -137,10 +130,9 @@ class Limited(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> Iterator[None]:
+def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> AbstractContextManager[None]:
     """Call `visit(name, layer, input, output)` after each of these layers; what it returns is the output."""
-    hooks = [
+    return hooked(
         network.get_submodule(name).register_forward_hook(
             lambda layer, args, named, output, name=name: visit(
                 name, layer, first_given(args, named), output
@@ -148,12 +140,7 @@ def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> Iterator[
             with_kwargs=True,
         )
         for name in names
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
 
 
 def feeders(network: nn.Module, run: Run, names: Sequence[str]) -> set[str]:

@@ -42,9 +42,6 @@ class Stage:
     heads: int
     step: int
 
-    def heads_at(self, width: int) -> int:
-        return max(1, width * self.heads // self.width)
-
 
 def native_allocation(
     model: Any, cost: CostModel, sparsity: float, budget: str
@@ -65,13 +62,15 @@ def native_allocation(
         config, kept = next(((config, kept) for config, kept in tried if kept is not None), ({}, None))
         if kept is None:
             continue
-        shares: dict[str, float] = {
-            key: 1 - cost.total(kept, key) / cost.total({}, key) for key in counted(budget)
-        }
-        achieved = min(shares.values())
-        if not best.sparsities or abs(achieved - sparsity) < abs(best.sparsity - sparsity):
-            best, found = Allocation(kept, achieved, shares), config
+        reached = allocation_of(cost, kept, budget)
+        if not best.sparsities or abs(reached.sparsity - sparsity) < abs(best.sparsity - sparsity):
+            best, found = reached, config
     return best, found
+
+
+def allocation_of(cost: CostModel, kept: Mapping[str, int], budget: str) -> Allocation:
+    shares = cost.gone(kept, counted(budget))
+    return Allocation(kept, min(shares.values()), shares)
 
 
 def feed_forward_groups(model: Any, groups: tuple[ChannelGroup, ...]) -> tuple[ChannelGroup, ...]:
@@ -99,17 +98,13 @@ def feed_forward_allocation(
     width = next(iter(cost.groups.values())).channels
     step = math.gcd(width, KERNEL)
 
-    def at(kept: int) -> Allocation:
-        channels = dict.fromkeys(cost.groups, kept)
-        shares = {key: 1 - cost.total(channels, key) / cost.total({}, key) for key in counted(budget)}
-        return Allocation(channels, min(shares.values()), shares)
-
     narrower = range(step, width, step)
     if not narrower:
         raise UsageError(
             f"--layout native: feed-forward layers of {width} cannot shrink by steps of {step}: use adaptive"
         )
-    found = min(map(at, narrower), key=lambda one: abs(one.sparsity - sparsity))
+    reached = [allocation_of(cost, dict.fromkeys(cost.groups, kept), budget) for kept in narrower]
+    found = min(reached, key=lambda one: abs(one.sparsity - sparsity))
     return found, {FEED_FORWARD: next(iter(found.kept.values()))}
 
 
@@ -164,7 +159,8 @@ def narrower(model: Any, stages: list[Stage], widths: tuple[int, ...]) -> Iterat
     """
     config = {**model.config, "block_out_channels": widths}
     if any(stage.heads for stage in stages):
-        heads = [stage.heads_at(width) for stage, width in zip(stages, widths, strict=True)]
+        pairs = zip(stages, widths, strict=True)
+        heads = [max(1, width * stage.heads // stage.width) for stage, width in pairs]
         yield {**config, "attention_head_dim": tuple(heads)}
     yield config
 

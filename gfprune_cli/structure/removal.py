@@ -6,6 +6,7 @@ here is what users load.
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,15 +257,15 @@ def rebuild(cls: Any, config: Mapping[str, Any], state: Mapping[str, torch.Tenso
     return found
 
 
-def empty(cls: Any, config: Mapping[str, Any]) -> Any:
-    """A network without weights.
+def empty(cls: Any, config: Mapping[str, Any], within: AbstractContextManager[Any] | None = None) -> Any:
+    """A network without weights, made in a context: by default all of it is on the meta device.
 
     Keys that the class does not know, of other versions or of training scripts, are ignored as diffusers
     ignores them when it loads, and stay in the configuration.
     """
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     known = cls._get_init_keys(cls)
-    with torch.device("meta"):
+    with within or torch.device("meta"):
         model = cls(**{key: value for key, value in given.items() if key in known})
     model.register_to_config(**{key: value for key, value in given.items() if key not in known})
     return model

@@ -1,15 +1,21 @@
 """What one forward pass of one sample shows: how often every weight is applied."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+
+from gfprune_cli.structure.norms import is_feature_norm
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FUSED = "to_qkv_mlp_proj"
 QUERIES = ("to_q", "add_q_proj", FUSED)
 KEYS = ("to_k", "add_k_proj", FUSED)
+Shapes = dict[str, torch.Size]
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,15 @@ class Trace:
 
     positions: dict[str, int] = field(default_factory=dict)
     attention: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """In the block these hooks are there; they are made when it begins."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
 
 
 def first_given(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
@@ -59,45 +74,52 @@ def is_linear_attention(attention: Any) -> bool:
     return "LinearAttn" in type(getattr(attention, "processor", None)).__name__
 
 
-def observe(model: nn.Module, trace: Trace) -> Iterable[Any]:
-    """Forward hooks that fill a trace; remove them after the pass. What runs twice counts twice."""
+def observe(model: nn.Module, trace: Trace) -> Iterator[Any]:
+    """Forward hooks that fill a trace. What runs twice counts twice."""
 
     def count(name: str, positions: int) -> None:
         trace.positions[name] = trace.positions.get(name, 0) + positions
 
+    def meet(name: str, attention: Any, seen: Shapes) -> None:
+        queries, keys = (
+            sum(seen[leaf][:-1].numel() for leaf in leaves if leaf in seen) for leaves in (QUERIES, KEYS)
+        )
+        cost = product_cost(attention, queries, keys)
+        trace.attention[name] = trace.attention.get(name, 0) + cost
+
     for name, module in model.named_modules():
-        if isinstance(module, CONVOLUTIONS):
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             yield module.register_forward_hook(
-                lambda _m, _i, output, name=name: count(name, output.numel() // output.shape[1])
-            )
-        elif isinstance(module, nn.Linear):
-            yield module.register_forward_hook(
-                lambda _m, _i, output, name=name: count(name, output.shape[:-1].numel())
+                lambda layer, _i, output, name=name: count(name, positions_of(layer, output))
             )
         if is_attention(module) or is_fused(module):
-            yield from observe_attention(name, module, trace)
+            yield from observe_attention(module, partial(meet, name, module))
 
 
-def observe_attention(name: str, attention: Any, trace: Trace) -> Iterable[Any]:
-    """Hooks that count the queries and keys which meet in one attention module.
+def observe_attention(attention: Any, meet: Callable[[Shapes], None]) -> Iterator[Any]:
+    """Hooks that tell which queries and keys meet in one attention module: their shapes, by projection.
 
     Joint attention has two projections of each, and every query meets every key.
     """
-    seen: dict[str, int] = {}
+    seen: Shapes = {}
 
     def finish(_module: Any, _inputs: Any, _output: Any) -> None:
-        queries, keys = (sum(seen.get(leaf, 0) for leaf in leaves) for leaves in (QUERIES, KEYS))
-        cost = product_cost(attention, queries, keys)
-        trace.attention[name] = trace.attention.get(name, 0) + cost
+        meet(dict(seen))
         seen.clear()
 
     for leaf in dict.fromkeys((*QUERIES, *KEYS)):
         projection = getattr(attention, leaf, None)
         if isinstance(projection, nn.Linear):
             yield projection.register_forward_hook(
-                lambda _m, _i, output, leaf=leaf: seen.update({leaf: output.shape[:-1].numel()})
+                lambda _m, _i, output, leaf=leaf: seen.update({leaf: output.shape})
             )
     yield attention.register_forward_hook(finish)
+
+
+def positions_of(layer: nn.Module, output: torch.Tensor) -> int:
+    """Positions of what a layer or norm puts out: pixels, or tokens."""
+    tokens = isinstance(layer, nn.Linear) or is_feature_norm(layer)
+    return output.numel() // output.shape[-1 if tokens else 1]
 
 
 def product_cost(attention: Any, queries: int, keys: int) -> int:

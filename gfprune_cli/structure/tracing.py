@@ -17,7 +17,7 @@ from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import added_arguments
-from gfprune_cli.structure.trace import Trace, observe
+from gfprune_cli.structure.trace import Trace, hooked, observe
 
 
 def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> Any:
@@ -114,15 +114,13 @@ def running_modules(model: nn.Module) -> Iterator[list[str]]:
     def leave(_module: Any, _inputs: Any, _output: Any) -> None:
         running.pop()
 
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(leave))
-    try:
+    def hooks() -> Iterator[Any]:
+        for name, module in model.named_modules():
+            yield module.register_forward_pre_hook(lambda _m, _i, name=name: running.append(name))
+            yield module.register_forward_hook(leave)
+
+    with hooked(hooks()):
         yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ is asked for (`structure.width`).
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.feedforward import feedforward_groups, units_of
 from gfprune_cli.structure.fused_blocks import fused_groups
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.heads import POSITIONAL, Rotary, head_groups
-from gfprune_cli.structure.trace import Trace, is_attention, is_fused, observe
+from gfprune_cli.structure.trace import Trace, hooked, is_attention, is_fused, observe
 from gfprune_cli.structure.tracing import tables_as_before
 from gfprune_cli.structure.width import width_group
 
@@ -70,30 +72,23 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Trace, R
     def to_meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-    state = {name: to_meta(tensor) for name, tensor in tensors_of(model)}
+    parts = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    state = {name: to_meta(tensor) for name, tensor in chain(*parts)}
     attempts: list[tuple[dict[str, Any], dict[str, Any]]] = [(state, tree_map(to_meta, dict(inputs)))]
     if not any(parameter.is_meta for parameter in model.parameters()):
         attempts.append(({}, dict(inputs)))
     error: Exception | None = None
     for held, arguments in attempts:
         trace, rotary = Trace(), Rotary()
-        hooks = [*observe(model, trace), *observe_rotary(model, rotary)]
+        watching = hooked(chain(observe(model, trace), observe_rotary(model, rotary)))
         try:
-            with torch.no_grad(), tables_as_before(model):
+            with watching, torch.no_grad(), tables_as_before(model):
                 functional_call(model, dict(held), (), {**arguments, "return_dict": False})
             return trace, rotary
         except Exception as raised:  # whatever a model's forward may raise
             error = raised
-        finally:
-            for hook in hooks:
-                hook.remove()
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise GfpruneError(f"cannot trace {type(model).__name__}: {line}") from error
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    assert error is not None
+    raise GfpruneError(f"cannot trace {type(model).__name__}: {first_line(error)}") from error
 
 
 def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
@@ -111,6 +106,6 @@ def observe_rotary(model: nn.Module, rotary: Rotary) -> Iterable[Any]:
             for key, value in given.items():
                 if any(part in key for part in ROTARY_NAMES):
                     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-                    rotary.shapes.setdefault(name, {})[key] = [tuple(tensor.shape) for tensor in tensors]
+                    rotary.setdefault(name, {})[key] = [tuple(tensor.shape) for tensor in tensors]
 
         yield module.register_forward_pre_hook(note, with_kwargs=True)

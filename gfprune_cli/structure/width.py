@@ -33,11 +33,11 @@ class Stream:
     period: int
     members: list[Member] = field(default_factory=list)
 
-    def add(self, name: str, side: Side, kind: Kind, size: int, start: int = 0) -> None:
-        if (size - start) % self.width:
+    def add(self, name: str, side: Side, kind: Kind, size: int) -> None:
+        if size % self.width:
             raise in_the_way(name, self.model.get_submodule(name))
-        positions = torch.arange(start, size)
-        self.members.append(Member(name, side, kind, positions, (positions - start) % self.period))
+        positions = torch.arange(size)
+        self.members.append(Member(name, side, kind, positions, positions % self.period))
 
     def layer(self, name: str, role: str) -> None:
         """A linear layer or convolution, or the last one of a sequence, that reads or writes the stream."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,39 +13,26 @@ from torch import nn
 from gfprune_cli.errors import UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.progress import Progress, notice
+from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.options import parsed_size
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime.device import Precision, default_precision
 from gfprune_cli.structure.budget import OutOfTime, allocate
 from gfprune_cli.structure.cost import TIME, CostModel
 from gfprune_cli.structure.search import Allocation
-from gfprune_cli.timing.closed_loop import CORRECTIONS, Trial, close
+from gfprune_cli.timing.closed_loop import Trial, close
 from gfprune_cli.timing.kinds import layers_run
 from gfprune_cli.timing.measure import network_digest, time_table
 from gfprune_cli.timing.runtimes import Bench
 from gfprune_cli.timing.stopwatch import Reading, times_as_fast
 from gfprune_cli.timing.table import TimeTable, read_table, table_of
-from gfprune_cli.timing.whole import Build, WholeNetworks
+from gfprune_cli.timing.whole import whole_networks
 
 MISSED = 0.03  # of the target: a run that ends so far from it says so
 Scores = Mapping[str, torch.Tensor]
 
 
-class TimeOptions(Protocol):
-    """The options of a recipe that say where a network will run."""
-
-    @property
-    def runtime(self) -> str: ...
-    @property
-    def time_batch(self) -> int: ...
-    @property
-    def time_size(self) -> str | None: ...
-    @property
-    def times(self) -> str | None: ...
-    @property
-    def precision(self) -> Any: ...
-
-
-def bench_of(options: TimeOptions, device: torch.device) -> Bench:
+def bench_of(options: AnalyzeRecipe | PruneRecipe, device: torch.device) -> Bench:
     """Where the options ask to time.
 
     Raises:
@@ -122,18 +109,13 @@ class TimeBudget:
         scores: Scores,
         sparsity: float,
         *,
-        budget: str,
-        align: int = 1,
-        strict: bool = True,
         share: float = 1.0,
         left: float | None = None,
-        start: Mapping[str, int] | None = None,
-        before: Mapping[str, str] | None = None,
+        **how: Any,
     ) -> Allocation:
-        """`allocate` for a share of this budget, and of the sparsity.
+        """`allocate` for a share of this budget, and of the sparsity; `how` as there.
 
         Args:
-            start, before: see `allocate`.
             left: share of the time to ask for in the place of the budget's.
 
         Raises:
@@ -141,17 +123,7 @@ class TimeBudget:
         """
         gone = self.gone if left is None else 1 - left
         try:
-            return allocate(
-                cost,
-                scores,
-                sparsity * share,
-                budget=budget,
-                align=align,
-                strict=strict,
-                start=start,
-                before=before,
-                time=gone * share,
-            )
+            return allocate(cost, scores, sparsity * share, time=gone * share, **how)
         except OutOfTime as error:
             reached = error.nearest.sparsities[TIME] >= gone * share
             raise (error if reached else self.out_of_reach(cost, scores)) from None
@@ -182,34 +154,30 @@ class TimeBudget:
         propose: Any,
         progress: Progress,
         network: nn.Module | None = None,
-        build: Build | None = None,
-        corrections: int = CORRECTIONS,
     ) -> Mapping[str, int]:
         """Widths that are as fast as was asked, measured; `trials` and `chosen` say how fast.
 
         Args:
             propose: share of the dense time that may stay -> widths; None where there are none.
-            network, build: see `WholeNetworks`.
+            network: see `whole_networks`.
         """
         assert self.bench is not None
         if self.chosen is not None:  # a run that goes on: it was measured then
             kept: Mapping[str, int] = propose(self.chosen.asked)
             return kept
-        whole = WholeNetworks(cost, self.bench, progress, self.network, network, build)
 
         def proposal(left: float) -> tuple[Mapping[str, int], float] | None:
             found = propose(left)
             return None if found is None else (found, cost.total(found, TIME) / cost.before(TIME))
 
-        def timed(found: Mapping[str, int]) -> tuple[Reading, tuple[float, float]]:
-            dense, narrow = whole.seconds([found])
-            both = Reading.of(dense).in_milliseconds(), Reading.of(narrow).in_milliseconds()
-            return times_as_fast(dense, narrow), (both[0].value, both[1].value)
+        with whole_networks(cost, self.bench, progress, self.network, network) as seconds:
 
-        try:
-            kept, self.trials, self.chosen = close(self.left, proposal, timed, corrections)
-        finally:
-            whole.end()
+            def timed(found: Mapping[str, int]) -> tuple[Reading, tuple[float, float]]:
+                dense, narrow = seconds([found])
+                both = Reading.of(dense).in_milliseconds(), Reading.of(narrow).in_milliseconds()
+                return times_as_fast(dense, narrow), (both[0].value, both[1].value)
+
+            kept, self.trials, self.chosen = close(self.left, proposal, timed)
         missed = self.chosen.measured / self.left - 1
         if abs(missed) > MISSED:
             notice(
@@ -274,7 +242,7 @@ def bench_at(table: TimeTable) -> Bench:
 
 
 def time_budget(
-    options: TimeOptions,
+    options: AnalyzeRecipe | PruneRecipe,
     network: nn.Module,
     cost: CostModel,
     device: torch.device,

@@ -13,10 +13,14 @@ from gfprune_cli.structure.trace import (
     CONVOLUTIONS,
     KEYS,
     QUERIES,
+    Shapes,
+    hooked,
     is_attention,
     is_depthwise,
     is_fused,
     is_linear_attention,
+    observe_attention,
+    positions_of,
 )
 
 ATTENTION = "attention"
@@ -100,12 +104,9 @@ def layers_run(network: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Run]:
         inputs: keyword arguments of one pass.
     """
     found: dict[str, Run] = {}
-    handles = [handle for name, module in network.named_modules() for handle in watch(name, module, found)]
-    try:
+    modules = network.named_modules()
+    with hooked(handle for name, module in modules for handle in watch(name, module, found)):
         network(**inputs, **in_tuples(network))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -116,26 +117,26 @@ def watch(name: str, module: Any, found: dict[str, Run]) -> Iterator[Any]:
         run = found.setdefault(name, Run(kind))
         run.calls, run.places = run.calls + 1, run.places + places
 
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, nn.Linear, *NORMS)) or is_feature_norm(module):
         yield module.register_forward_hook(
-            lambda _m, args, out: note(convolution(module, args[0]), out.numel() // out.shape[1])
+            lambda layer, args, out: note(layer_kind(layer, args), positions_of(layer, out))
         )
-    elif isinstance(module, nn.Linear):
-        yield module.register_forward_hook(
-            lambda _m, args, out: note(
-                Kind("linear", (args[0].shape[:-1].numel(),)), out.numel() // out.shape[-1]
-            )
-        )
-    elif isinstance(module, NORMS):
-        yield module.register_forward_hook(lambda _m, _i, out: note(None, out.numel() // out.shape[1]))
-    elif is_feature_norm(module):
-        yield module.register_forward_hook(lambda _m, _i, out: note(None, out.numel() // out.shape[-1]))
     if is_attention(module) or is_fused(module):
-        yield from watch_attention(module, note)
+
+        def meet(seen: Shapes) -> None:
+            if seen and len(next(iter(seen.values()))) == 3:
+                note(product(module, seen), 0)
+
+        yield from observe_attention(module, meet)
 
 
-def convolution(layer: Any, given: torch.Tensor) -> Kind:
-    batch, _, *size = given.shape
+def layer_kind(layer: Any, given: tuple[torch.Tensor, ...]) -> Kind | None:
+    """None of a norm."""
+    if isinstance(layer, nn.Linear):
+        return Kind("linear", (given[0].shape[:-1].numel(),))
+    if not isinstance(layer, CONVOLUTIONS):
+        return None
+    batch, _, *size = given[0].shape
     padding = layer.padding if isinstance(layer.padding, tuple) else (0,) * len(size)
     return Kind(
         "depthwise" if is_depthwise(layer) else "conv",
@@ -148,25 +149,11 @@ def convolution(layer: Any, given: torch.Tensor) -> Kind:
     )
 
 
-def watch_attention(attention: Any, note: Any) -> Iterator[Any]:
-    """Hooks that note the queries and keys which meet; joint attention has two projections of each."""
-    seen: dict[str, torch.Size] = {}
-
-    def finish(_module: Any, _inputs: Any, _output: Any) -> None:
-        shapes = list(seen.values())
-        queries, keys = (sum(seen[leaf][1] for leaf in leaves if leaf in seen) for leaves in (QUERIES, KEYS))
-        seen.clear()
-        if not shapes or len(shapes[0]) != 3:
-            return
-        width = attention.inner_dim if is_fused(attention) else attention.to_q.out_features
-        head = width // attention.heads if attention.heads > 1 else 0
-        linear = is_linear_attention(attention)
-        note(None if linear else Kind(ATTENTION, (shapes[0][0], queries), head=head, keys=keys), 0)
-
-    for leaf in dict.fromkeys((*QUERIES, *KEYS)):
-        projection = getattr(attention, leaf, None)
-        if isinstance(projection, nn.Linear):
-            yield projection.register_forward_hook(
-                lambda _m, _i, output, leaf=leaf: seen.update({leaf: output.shape})
-            )
-    yield attention.register_forward_hook(finish)
+def product(attention: Any, seen: Shapes) -> Kind | None:
+    """What meets in an attention; None where that is linear in the tokens."""
+    first = next(iter(seen.values()))
+    queries, keys = (sum(seen[leaf][1] for leaf in leaves if leaf in seen) for leaves in (QUERIES, KEYS))
+    width = attention.inner_dim if is_fused(attention) else attention.to_q.out_features
+    head = width // attention.heads if attention.heads > 1 else 0
+    linear = is_linear_attention(attention)
+    return None if linear else Kind(ATTENTION, (first[0], queries), head=head, keys=keys)

@@ -25,7 +25,7 @@ from gfprune_cli.timing.kinds import ATTENTION, Kind, Run, layers_run
 from gfprune_cli.timing.runtimes import RUNTIMES, Bench
 from gfprune_cli.timing.stopwatch import Reading, layer_seconds, times_as_fast
 from gfprune_cli.timing.table import Points, TimeTable, table_of
-from gfprune_cli.timing.whole import WholeNetworks
+from gfprune_cli.timing.whole import whole_networks
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the widest layer of a kind
 NARROW = (0.5, 0.25)  # width ratios of the whole networks
@@ -84,11 +84,8 @@ def measured_table(network: nn.Module, cost: CostModel, bench: Bench, progress: 
     kinds = measured_kinds(cost, runs, bench, progress)
     table = TimeTable(where(bench), network_digest(network), kinds, 1.0, 0.0, 0.0, (1.0, 0.0, 0.0), True)
     widths = [narrow_widths(cost.groups.values(), share) for share in (1.0, *NARROW)]
-    whole = WholeNetworks(cost, bench, progress, network)
-    try:
-        seconds = whole.seconds(widths[1:])
-    finally:
-        whole.end()
+    with whole_networks(cost, bench, progress, network) as timed:
+        seconds = timed(widths[1:])
     dense = Reading.of(seconds[0]).in_milliseconds()
     table.attach(cost, runs)
     alone = np.array([cost.total(kept, TIME) for kept in widths])

@@ -6,18 +6,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from gfprune_cli.structure.removal import carry_over, is_empty, stock_config
+from gfprune_cli.structure.removal import carry_over, empty, is_empty, stock_config
 
 DEVIATION = 0.02
 
 
 def with_random_weights(network: Any) -> Any:
     """A network of the same structure on the CPU, with the tables that its class computes."""
-    config = stock_config(network)
-    known = type(network)._get_init_keys(type(network))
-    with init_empty_weights(include_buffers=False):
-        found = type(network)(**{key: value for key, value in config.items() if key in known})
-    found.register_to_config(**{key: value for key, value in config.items() if key not in known})
+    found = empty(type(network), stock_config(network), init_empty_weights(include_buffers=False))
     for name, parameter in list(found.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         weight = torch.randn(parameter.shape) * DEVIATION

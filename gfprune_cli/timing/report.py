@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gfprune_cli.structure.cost import COSTS, TIME, CostModel
+from gfprune_cli.structure.cost import BOTH, COSTS, TIME, CostModel
 from gfprune_cli.timing.budget import Scores, TimeBudget
 
 
@@ -36,19 +36,24 @@ def speedup_report(
         UsageError: it is out of reach.
     """
     asked = budget.asking(speedup=target, latency=None)
-    kept = asked.widths(cost, scores, 0.0, budget="both").kept
+    kept = asked.widths(cost, scores, 0.0).kept
     predicted = cost.before(TIME) / cost.total(kept, TIME)
-    params, macs = cost.params(kept), cost.macs(kept)
     return SpeedupReport(
         speedup=target,
         achieved=predicted,
         ms=budget.table.ms[0] / predicted,
-        removed={"params": 1 - params / cost.params({}), "macs": 1 - macs / cost.macs({})},
-        params=params,
-        macs=macs,
-        bytes=params * width,
-        kept=dict(kept),
+        **left_by(cost, kept, width),
     )
+
+
+def left_by(cost: CostModel, kept: Mapping[str, int], width: int) -> dict[str, Any]:
+    """What some widths leave, as an analysis says it.
+
+    Args:
+        width: bytes of a stored parameter.
+    """
+    params, removed = cost.params(kept), cost.gone(kept, BOTH)
+    return dict(removed=removed, params=params, macs=cost.macs(kept), bytes=params * width, kept=dict(kept))
 
 
 def time_report(budget: TimeBudget, cost: CostModel) -> dict[str, Any]:

@@ -80,10 +80,6 @@ class Bench:
         RUNTIMES[self.runtime].end()
 
 
-def nothing() -> None:
-    """What runtimes give back that keep nothing."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """One runtime.
@@ -100,7 +96,7 @@ class Runtime:
     network: Callable[[Bench, nn.Module], Call]
     packages: tuple[str, ...] = ()
     cpu_only: bool = False
-    end: Callable[[], object] = nothing
+    end: Callable[[], object] = lambda: None
 
     def require(self, bench: Bench) -> None:
         """Refuse what cannot be timed here.
@@ -147,49 +143,44 @@ def placed(bench: Bench, network: nn.Module) -> Any:
     return found.to(memory_format=torch.channels_last) if bench.device.type == "cuda" else found
 
 
-def eager_network(bench: Bench, network: nn.Module) -> Call:
+def torch_network(bench: Bench, network: nn.Module, *, compiled: bool = False) -> Call:
+    """Compiled with one graph per shape, as on a server."""
     found = placed(bench, network)
-    return partial(found, **bench.inputs(found), **in_tuples(found))
+    called = torch.compile(found, dynamic=False) if compiled else found
+    return partial(called, **bench.inputs(found), **in_tuples(found))
 
 
-def compiled_network(bench: Bench, network: nn.Module) -> Call:
-    """One graph per shape, as on a server."""
-    found = placed(bench, network)
-    return partial(torch.compile(found, dynamic=False), **bench.inputs(found), **in_tuples(found))
-
-
-def in_folder(bench: Bench, network: nn.Module, load: Callable[[Path], Runner]) -> Call:
-    """Export to ONNX and load the file; it is gone afterwards."""
+def exported_network(load: Callable[[Path, int], Runner], bench: Bench, network: nn.Module) -> Call:
+    """Export to ONNX and load the file, for so many threads; it is gone afterwards."""
     denoiser = Denoiser(copy.deepcopy(network), torch.float32, bench.signature(network))
     graph = trace(denoiser, frozenset()).graph
     with tempfile.TemporaryDirectory(prefix="gfprune-") as folder:
         onnx.write_onnx(Path(folder), graph, onnx.DEFAULT_OPSET)
-        run = load(Path(folder) / onnx.FILE)
+        run = load(Path(folder) / onnx.FILE, torch.get_num_threads())
     return partial(run, bench.tensors(network))
 
 
-def onnx_network(bench: Bench, network: nn.Module) -> Call:
-    return in_folder(bench, network, partial(onnx.run_onnx, threads=torch.get_num_threads()))
-
-
-def openvino_network(bench: Bench, network: nn.Module) -> Call:
-    return in_folder(bench, network, partial(openvino.run_openvino, threads=torch.get_num_threads()))
-
-
-def onnx_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
-    return graphs.in_onnx_runtime(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
-
-
-def openvino_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
-    return graphs.in_openvino(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
+def exported_layer(load: Callable[..., Call], _bench: Bench, kind: Kind, out: int, into: int) -> Call:
+    """The same of one layer as a graph."""
+    return load(*graphs.layer_graph(kind, out, into), torch.get_num_threads())
 
 
 RUNTIMES: Mapping[str, Runtime] = {
-    "eager": Runtime(layer=eager_layer, network=eager_network),
+    "eager": Runtime(layer=eager_layer, network=torch_network),
     # the products of a compiled network are those of an eager one; what it fuses lies between them
-    "compile": Runtime(layer=eager_layer, network=compiled_network, end=torch.compiler.reset),
-    "onnx": Runtime(layer=onnx_layer, network=onnx_network, packages=onnx.PACKAGES, cpu_only=True),
+    "compile": Runtime(
+        layer=eager_layer, network=partial(torch_network, compiled=True), end=torch.compiler.reset
+    ),
+    "onnx": Runtime(
+        layer=partial(exported_layer, graphs.in_onnx_runtime),
+        network=partial(exported_network, onnx.run_onnx),
+        packages=onnx.PACKAGES,
+        cpu_only=True,
+    ),
     "openvino": Runtime(
-        layer=openvino_layer, network=openvino_network, packages=openvino.FORMAT.packages, cpu_only=True
+        layer=partial(exported_layer, graphs.in_openvino),
+        network=partial(exported_network, openvino.run_openvino),
+        packages=openvino.FORMAT.packages,
+        cpu_only=True,
     ),
 }
