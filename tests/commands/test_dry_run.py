@@ -111,7 +111,7 @@ CASES = {
     "whole numbers": Case(
         "floating-point",
         1,
-        retensored(lambda found: found | {"conv_in.bias": torch.zeros(16, dtype=torch.int8)}),
+        retensored(lambda found: found | {"conv_in.bias": torch.zeros(8, dtype=torch.int8)}),
     ),
     "budget": Case("cannot be reached", 2, flags=("--sparsity", "0.999")),
     "native": Case("widths are tied", 2, of_family(tied), flags=("--layout", "native")),
