@@ -395,21 +395,21 @@ def test_new_files_in_the_package_make_a_commit_dirty(
 def test_a_grid_runs_to_a_page_and_a_second_time_from_what_is_kept(
     place: subjects.Place, tmp_path: Path
 ) -> None:
-    form = replace(TOY, lengths=(160, 320), seeds=(1, 1), once=(), prune={"draws": 4})
+    form = replace(TOY, lengths=(240, 480), seeds=(1, 1), once=(), prune={"draws": 4})
 
     def made() -> grid.Found:
-        run = quality.Grid(form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 160, "abc", 1)
+        run = quality.Grid(form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 240, "abc", 1)
         run.run()
         return grid.collect(form, ["toy"], run.store)
 
     found = made()
     lines = (tmp_path / "results.jsonl").read_text()
-    assert {cell.gradients for cell in found.missing} == {320}
+    assert {cell.gradients for cell in found.missing} == {480}
     assert len(found.entries) == 1 + 3
     assert len(found.tried) == len(TOY.tunings)
     dense = found.entries[0]
     for entry in found.entries[1:]:
-        assert 160 - 32 < entry["gradients_spent"] <= 160
+        assert 240 - 32 < entry["gradients_spent"] <= 240
         assert entry["commit"] == "abc"
     shares = {e["method"]: (e["params"] / dense["params"], e["macs"] / dense["macs"]) for e in found.entries}
     for method in ("gfprune", "magnitude, tuned"):
