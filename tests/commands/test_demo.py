@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Gfprune, Shell, examples
+from conftest import SMALLER_DEMO, Gfprune, Shell, examples
 from forked import Server
 from PIL import Image
 
@@ -111,10 +111,11 @@ def test_the_pipeline_of_the_readme_runs_as_written(tmp_path: Path, shell: Shell
 
 @pytest.mark.slow
 def test_the_python_example_of_the_readme_runs_as_written(
-    server: Server, smaller_demo: dict[str, str], tmp_path: Path
+    server: Server, pipeline_folder: Path, thorough: bool, tmp_path: Path
 ) -> None:
+    smaller = {} if thorough else {SMALLER_DEMO: str(pipeline_folder)}  # large enough for SSIM
     example = next(block for block in examples(ROOT / "README.md", "python") if "gfprune.analyze(" in block)
-    done = server.run(script=example, folder=str(tmp_path), constants=smaller_demo)
+    done = server.run(script=example, folder=str(tmp_path), constants=smaller)
     assert done.code == 0, done.stderr
     assert "channel groups" in done.stdout
 
