@@ -22,6 +22,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.errors import GfpruneError, UsageError
+from gfprune_cli.inputs.receiver import receiving
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.outputs.state import StateFolder, run_digest
 from gfprune_cli.progress import Event, Progress, notice
@@ -84,6 +85,7 @@ class FinetuneJob:
         training = largest_part(student) if self.recipe.by_block else total
         training = adapter_size(student, adapted_layers(student, self.record), rank) if rank else training
         whole = training == total
+        receiver = receiving(self.teacher.component)
         self.settled = self.recipe.settled(training, sharded=self.sharded, trained=self.record.steps)
         self.held = held_bytes(
             self.settled,
@@ -93,6 +95,7 @@ class FinetuneJob:
             teacher=0
             if self.offload_teacher and self.processes.device.type != "cpu"
             else parameter_count(teacher),
+            denoiser=0 if receiver is None else parameter_count(build_meta(receiver)),
         )
         if self.sharded:
             self.held = {kind: size / self.processes.count for kind, size in self.held.items()}

@@ -10,7 +10,13 @@ TEACHER = {"fp32": 4, "bf16": 2}
 
 
 def held_bytes(
-    recipe: FinetuneRecipe, *, student: float, training: float, teacher: float, moments: float | None = None
+    recipe: FinetuneRecipe,
+    *,
+    student: float,
+    training: float,
+    teacher: float,
+    denoiser: float = 0,
+    moments: float | None = None,
 ) -> dict[str, float]:
     """Bytes of what a run holds from its first step to its last, by kind.
 
@@ -19,17 +25,19 @@ def held_bytes(
         student: parameters of the pruned network.
         training: those that train: all of them, or its adapters'.
         teacher: parameters of the dense network.
+        denoiser: of that which takes what both return, if they predict nothing themselves.
         moments: numbers that the optimiser keeps, if they have been counted.
     """
     assert recipe.optimizer is not None
     adapters = training if recipe.lora else 0
-    return {
+    held = {
         "weights": FLOAT * (student + adapters),
         "gradients": FLOAT * training,
         "moments": FLOAT * (MOMENTS[recipe.optimizer] * training if moments is None else moments),
         "average": FLOAT * training * (recipe.ema > 0),
         "teacher": TEACHER[recipe.teacher_precision] * teacher,
     }
+    return held | ({"denoiser": FLOAT * denoiser} if denoiser else {})
 
 
 def memory_text(held: dict[str, float]) -> str:

@@ -100,7 +100,11 @@ def test_it_is_finetuned_evaluated_and_exported(
 ) -> None:
     """Graphs have one output, and what adds has several: weights are what is exported."""
     name, _, out, result = case
-    tuned = gfprune_cli.finetune(out, component=name, out=tmp_path / "tuned", data="self", steps=1, **SMALL)
+    said: list[Any] = []
+    asked = dict(component=name, out=tmp_path / "tuned", data="self", steps=1, **SMALL)
+    gfprune_cli.finetune(out, dry_run=True, progress=said.append, **asked)
+    assert any("denoiser 0." in str(event.text) for event in said)  # it is held beside both
+    tuned = gfprune_cli.finetune(out, **asked)
     assert tuned.loss["after"] is not None
     found = gfprune_cli.evaluate(out, component=name, samples=4, steps=1, batch=2, no_latency=True)
     assert found is not None
