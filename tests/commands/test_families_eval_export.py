@@ -12,7 +12,6 @@ import torch
 from pipelines import CALLS, COMPONENTS, FAMILIES, FREE, image_vae, saved
 from safetensors.torch import load_file, save_file
 from text_encoders import t5
-from transformers_zoo import build_other
 
 import gfprune_cli
 from gfprune_cli.checkpoint.reader import inspect
@@ -373,8 +372,11 @@ def test_the_inputs_of_an_unknown_class_are_seen_in_its_pipeline(tmp_path: Path)
 
 
 def test_an_unknown_class_is_one_line(tmp_path: Path) -> None:
-    build_other("QwenImageTransformer2DModel")[0].save_pretrained(tmp_path / "bare")
-    with pytest.raises(GfpruneError, match="QwenImageTransformer2DModel") as caught:
+    diffusers.LuminaNextDiT2DModel(
+        sample_size=8, hidden_size=24, num_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=16,
+        cross_attention_dim=32,
+    ).save_pretrained(tmp_path / "bare")  # fmt: skip
+    with pytest.raises(GfpruneError, match=r"LuminaNextDiT2DModel.*its pipeline is needed") as caught:
         exported(tmp_path / "bare", "torch-export", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
