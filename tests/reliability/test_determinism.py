@@ -131,7 +131,7 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
 ) -> None:
     """Sums of floats depend on their order, so bytes may differ; the channels kept and the weights do not.
 
-    Muon orthogonalises in bfloat16: the rounding of a gradient may show as a two-hundredth of an update.
+    SOAP divides by what gradients were: the rounding of one near zero may show as a tenth of an update.
     """
     from gfprune_cli.pruning.memory import MemoryPlan
     from gfprune_cli.pruning.phases import LOSSES, RECOVERING, SCORING
@@ -147,7 +147,7 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
     gfprune_cli.prune(str(smallest_folder), out=tmp_path / "split", **BRIEF)
     assert kept(tmp_path / "split") == kept(whole)
     tuned = tmp_path / "whole-tuned"
-    for one, other, bound in ((whole, "split", 5e-4), (tuned, "split-tuned", 1e-5)):
+    for one, other, bound in ((whole, "split", 2e-3), (tuned, "split-tuned", 1e-5)):
         left, right = weights(one), weights(tmp_path / other)
         apart = sum(float((left[name] - right[name]).double().square().sum()) for name in left)
         size_of = sum(float(left[name].double().square().sum()) for name in left)
