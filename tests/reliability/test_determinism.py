@@ -147,7 +147,7 @@ def test_a_split_batch_changes_rounding_and_nothing_else(
     gfprune_cli.prune(str(smallest_folder), out=tmp_path / "split", **BRIEF)
     assert kept(tmp_path / "split") == kept(whole)
     tuned = tmp_path / "whole-tuned"
-    for one, other, bound in ((whole, "split", 2e-3), (tuned, "split-tuned", 1e-5)):
+    for one, other, bound in ((whole, "split", 2e-3), (tuned, "split-tuned", 2e-4)):
         left, right = weights(one), weights(tmp_path / other)
         apart = sum(float((left[name] - right[name]).double().square().sum()) for name in left)
         size_of = sum(float(left[name].double().square().sum()) for name in left)
