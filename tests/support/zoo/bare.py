@@ -94,6 +94,8 @@ def build(made: Callable[[], Any] | None, name: str, pipelines: Path, folder: Pa
     if made is not None:
         torch.manual_seed(0)
         network = made()
+        for parameter in network.parameters():  # not a number where diffusers leaves it to a checkpoint
+            parameter.data.nan_to_num_()
         cases.vary(network)
         network.save_pretrained(folder, safe_serialization=True)
         return
