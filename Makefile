@@ -65,8 +65,9 @@ benchmark-full: $(STAMP) ## The full comparison and the studies behind the defau
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/speed.py
 
-support: $(STAMP) ## Run gfprune over the tiny pipelines of diffusers' tests (DIFFUSERS=checkout), into docs/support.md
+support: $(STAMP) ## Run gfprune over the tiny pipelines and networks of diffusers' tests (DIFFUSERS=checkout), into docs/support.md
 	$(BIN)/python tests/support/zoo $(DIFFUSERS) --write
+	$(BIN)/python tests/support/zoo $(DIFFUSERS) --write --bare
 
 audit: $(STAMP) ## Look the pinned dependencies up in a database of known vulnerabilities (needs a network)
 	@test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && \

@@ -130,7 +130,9 @@ def locate_all(root: Path) -> list[Location]:
     refuse_export(root, roots)
     class_name = read_config(root / "config.json", roots).get("_class_name")
     if not is_known(class_name):
-        raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}: gfprune supports {FAMILIES}")
+        why = why_not(str(class_name))
+        told = f", which {why}" if why else f": gfprune supports {FAMILIES}"
+        raise GfpruneError(f"{root / 'config.json'} is for {quoted(class_name)}{told}")
     if is_adding(str(class_name)):
         raise GfpruneError(
             f"{root} is a {class_name} alone, and its denoiser tells what it is worth: give their pipeline"

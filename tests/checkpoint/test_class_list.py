@@ -64,6 +64,13 @@ def test_what_adds_to_a_denoiser_is_pruned_or_sent_to_carry_where_carry_takes_it
     assert sent | set(ADDING) == NAMED.keys()
 
 
+def test_every_denoiser_has_a_row_of_what_ran() -> None:
+    """In a pipeline or alone, or of why not; `make support DIFFUSERS=CHECKOUT` adds what a release brings."""
+    seen = set(re.findall(r"\| `(\w+)` \|", PAGE.read_text(encoding="utf-8").partition(START)[0]))
+    denoisers = {name for name in networks() if is_denoiser("diffusers", name) and not is_autoencoder(name)}
+    assert denoisers - seen == set()
+
+
 def test_the_support_page_lists_them() -> None:
     rows = [
         f"| {how} | {', '.join(f'`{name}`' for name in names)} |\n"

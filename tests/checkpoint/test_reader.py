@@ -327,10 +327,7 @@ class TestConditional:
         "name",
         [
             "CLIPTextModel",
-            "ControlNetUnionModel",
-            "UNetControlNetXSModel",
             "StableDiffusionSafetyChecker",
-            "MotionAdapter",
             "T5EncoderModel",
             "PrunedPrunedUNet2DModel",
             "os.UNet2DModel",
@@ -340,6 +337,20 @@ class TestConditional:
     def test_other_networks_are_refused(self, tmp_path: Path, name: object) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**self.CONFIG, "_class_name": name}))
         with pytest.raises(GfpruneError, match="gfprune supports U-Nets and diffusion transformers"):
+            look(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("ControlNetUnionModel", "is given several pictures at once: prune the denoiser"),
+            ("UNetControlNetXSModel", "adds to the states of the denoiser at places that are not known here"),
+            ("MotionAdapter", "adds to the states of the denoiser at places that are not known here"),
+            ("AutoencoderDC", "averages groups of channels beside its layers"),
+        ],
+    )
+    def test_networks_that_are_not_pruned_say_why(self, tmp_path: Path, name: str, why: str) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**self.CONFIG, "_class_name": name}))
+        with pytest.raises(GfpruneError, match=f"config.json is for '{name}', which {why}"):
             look(tmp_path)
 
     @pytest.mark.parametrize("name", ["NoSuchTransformer2DModel", "TransformerModel", "PrunedNoUNet"])

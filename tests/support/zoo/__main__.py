@@ -5,7 +5,7 @@
 
 Each component runs in a process of its own that is forked from this one. Rows are kept in WORK/rows.json:
 what passed is not run again, unless `--again` is given. One pipeline of each class goes the whole way, the
-others are pruned.
+others are pruned. `--bare` runs each network class alone in their place, with rows in WORK/bare.json.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import bare
 import cases
 import diffusers
 import journey
@@ -41,7 +42,8 @@ def main() -> None:
     """Build what is missing, run what has not passed, say how many did."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="a checkout of diffusers, for its tests")
-    parser.add_argument("names", nargs="*", help="patterns of pipelines; all by default")
+    parser.add_argument("names", nargs="*", help="patterns of pipelines, or of classes; all by default")
+    parser.add_argument("--bare", action="store_true", help="folders of one network, without a pipeline")
     parser.add_argument("--work", type=Path, default=Path("build/zoo"), help="checkpoints and rows")
     parser.add_argument("--limit", type=int, default=120, help="seconds of a processor for each component")
     parser.add_argument("--again", action="store_true", help="also what passed before")
@@ -54,12 +56,17 @@ def main() -> None:
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    rows = Rows(work / "rows.json")
+    rows = Rows(work / ("bare.json" if asked.bare else "rows.json"))
     if not asked.count:
-        run(asked, work, rows)
-    print(page.counts(rows.found))
+        work.mkdir(parents=True, exist_ok=True)
+        stand_ins.provide_packages()
+        stand_ins.provide(work / "hub")
+        import gfprune_cli.api  # noqa: F401, before the forks
+
+        (run_bare if asked.bare else run)(asked, work, rows)
+    print((page.bare_counts if asked.bare else page.counts)(rows.found))
     if asked.write:
-        page.write(rows.found, asked.checkout)
+        page.write(rows.found, asked.checkout, bare=asked.bare)
 
 
 class Rows:
@@ -81,15 +88,7 @@ class Rows:
 
 
 def run(asked: argparse.Namespace, work: Path, rows: Rows) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    stand_ins.provide_packages()
-    stand_ins.provide(work / "hub")
-    built = build_all(asked.checkout, work / "models", rows)
-    matches = (name for pattern in asked.names or [""] for name in built if re.search(pattern, name))
-    chosen = list(dict.fromkeys(matches))
-    import gfprune_cli.api  # noqa: F401, before the forks
-
-    for name in chosen:
+    for name in chosen(asked, build_all(asked.checkout, work / "models", rows)):
         for component, class_name in networks_of(work / "models" / name).items():
             key = f"{name}/{component}"
             passed = rows.found.get(key, {}).get("status") == "passed"
@@ -109,15 +108,38 @@ def run(asked: argparse.Namespace, work: Path, rows: Rows) -> None:
                     "broke": f"{row.get('stage', '')}: {row['error']}".removeprefix(": ")
                 }
             rows.add(key, row)
-            print(
-                key,
-                class_name,
-                row["status"],
-                row.get("prune", ""),
-                row["seconds"],
-                row.get("error", "")[:300],
-                flush=True,
-            )
+            say(key, row, class_name)
+
+
+def run_bare(asked: argparse.Namespace, work: Path, rows: Rows) -> None:
+    """Those first that no other table has."""
+    names, folder = page.unseen_first(chosen(asked, bare.class_names())), work / "bare"
+    missing = [name for name in names if not (folder / name / bare.CONFIG).exists()]
+    built = forked(600, bare.build_all, asked.checkout, missing, work / "models", folder) if missing else {}
+    if built.get("error"):
+        sys.exit(f"the networks could not be built: {built['error']}")
+    for name in names:
+        if rows.found.get(name, {}).get("status") == "passed" and not asked.again:
+            continue
+        start = time.monotonic()
+        if name in built.get("unbuilt", {}):
+            row = {"status": "unbuilt", "error": built["unbuilt"][name]}
+        else:
+            row = forked(asked.limit, bare.walk, folder / name, work / "runs" / name)
+        row["seconds"] = round(time.monotonic() - start, 1)
+        rows.add(name, row)
+        say(name, row)
+
+
+def chosen(asked: argparse.Namespace, names: list[str]) -> list[str]:
+    """The names that one of the patterns fits, by pattern."""
+    fitting = (name for pattern in asked.names or [""] for name in names if re.search(pattern, name))
+    return list(dict.fromkeys(fitting))
+
+
+def say(name: str, row: dict[str, Any], class_name: str = "") -> None:
+    told = (row["status"], row.get("prune", ""), row["seconds"], row.get("error", "")[:300])
+    print(name, *filter(None, [class_name]), *told, flush=True)
 
 
 def visit(work: Path, name: str, component: str, whole: bool) -> dict[str, Any]:

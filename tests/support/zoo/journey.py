@@ -28,6 +28,11 @@ def walk(model: Path, component: str, options: dict[str, Any], folder: Path, *, 
         options: size and frames that the pipeline is asked for.
         whole: also another size, finetuning, loading without gfprune, and export.
     """
+    return walk_through(lambda row: steps(row, str(model), component, options, folder, whole=whole), folder)
+
+
+def walk_through(taken: Callable[[Row], Iterator[str]], folder: Path) -> Row:
+    """The row of steps that fill it in, in a folder of their own."""
     from gfprune_cli.errors import GfpruneError
 
     few_draws()
@@ -36,7 +41,7 @@ def walk(model: Path, component: str, options: dict[str, Any], folder: Path, *, 
     folder.mkdir(parents=True)
     try:
         with suppressed(GfpruneError) as refused:
-            for stage in steps(row, str(model), component, options, folder, whole=whole):
+            for stage in taken(row):
                 row["stage"] = stage
         row["status"] = "passed" if refused.error is None else "refused"
         if refused.error is not None:
@@ -84,10 +89,8 @@ def steps(
     yield "prune"
     found, row["prune"] = prune_nearest(model, component, options, folder / "pruned", whole=whole)
     row["class"] = found.class_name.removeprefix("Pruned")
-    row["gap"] = max(gaps.values(), default=0.0)
-    row["exact"], row["unseen"] = sorted(gaps), unseen
-    if row["gap"] > EXACT:
-        raise AssertionError(f"removal is exact to {row['gap']:.1g} only, of {gaps}")
+    row["unseen"] = unseen
+    check_gaps(row, gaps)
     if not whole:
         return
     yield "finetune"
@@ -102,8 +105,15 @@ def steps(
     row["export"] = exported(folder, component)
 
 
+def check_gaps(row: Row, gaps: dict[str, float]) -> None:
+    """Keep how exact removal was, of each kind of inputs."""
+    row["gap"], row["exact"] = max(gaps.values(), default=0.0), sorted(gaps)
+    if row["gap"] > EXACT:
+        raise AssertionError(f"removal is exact to {row['gap']:.1g} only, of {gaps}")
+
+
 def prune_nearest(
-    model: str, component: str, options: dict[str, Any], out: Path, *, whole: bool
+    model: str, component: str | None, options: dict[str, Any], out: Path, *, whole: bool
 ) -> tuple[Any, float]:
     """Prune to a fifth, or to the nearest that the refusal names."""
     import gfprune_cli

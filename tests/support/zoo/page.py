@@ -1,4 +1,4 @@
-"""The table of docs/support.md about the pipelines of diffusers' tests."""
+"""The tables of docs/support.md about the pipelines of diffusers' tests, and about networks without one."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,10 +8,10 @@ from typing import Any
 import diffusers
 
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
-START, END = "<!-- pipelines -->\n", "<!-- end of pipelines -->\n"
 Found = dict[str, dict[str, Any]]
 COLUMNS = ("class", "pipeline", "groups", "prune", "exact at another", "finetune", "diffusers", "export")
 KINDS = ("size", "frames", "text")
+ADDING = re.compile(r"ControlNet|Adapter$")
 
 
 def counts(found: Found) -> str:
@@ -30,11 +30,19 @@ def counts(found: Found) -> str:
     )
 
 
-def write(found: Found, checkout: Path) -> None:
+def write(found: Found, checkout: Path, *, bare: bool = False) -> None:
     """Put the tables in their place, with the version of the tests that they are about."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}{versions(checkout)}: {table(found)}{END}{after}", encoding="utf-8")
+    part, made = ("bare folders", bare_table) if bare else ("pipelines", table)
+    start, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->\n"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{start}{versions(checkout)}: {made(found)}{end}{after}", encoding="utf-8")
+
+
+def unseen_first(names: list[str]) -> list[str]:
+    """In order, but what has a row of its own on the page comes last."""
+    text = PAGE.read_text(encoding="utf-8")
+    return sorted(names, key=lambda name: f"| `{name}` |" in text)
 
 
 def versions(checkout: Path) -> str:
@@ -68,6 +76,27 @@ def table(found: Found) -> str:
     unbuilt = [(name, row) for name, row in sorted(found.items()) if row["status"] == "unbuilt"]
     lines += ["", "| pipeline, or tests | why it could not be built |", "|---|---|"] if unbuilt else []
     lines += [f"| {name} | {reason(row)} |" for name, row in unbuilt]
+    return "\n".join(lines) + "\n"
+
+
+def bare_counts(found: Found) -> str:
+    """How many denoisers passed, apart from what adds to one."""
+    kinds = Counter("beside" if ADDING.search(name) else row["status"] for name, row in found.items())
+    beside = kinds.pop("beside", 0)
+    told = [f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "passed"]
+    told.append(f"{beside} classes add to a denoiser")
+    return f"{kinds['passed']} of {kinds.total()} denoiser classes pass; {', '.join(told)}"
+
+
+def bare_table(found: Found) -> str:
+    """One row for each class that passed, then the others, with the reasons."""
+    rows = sorted(found.items())
+    lines = [f"{bare_counts(found)}.", "", "| class | groups | prune | diffusers |", "|---|---|---|---|"]
+    for name, row in rows:
+        if row["status"] == "passed":
+            lines.append(f"| `{name}` | {row['groups']} | {row['prune']:.1%} | {row['diffusers']} |")
+    lines += ["", "| class | why it is not pruned alone |", "|---|---|"]
+    lines += [f"| `{name}` | {reason(row)} |" for name, row in rows if row["status"] != "passed"]
     return "\n".join(lines) + "\n"
 
 
