@@ -139,7 +139,7 @@ def picture_lines(picture: Picture | None) -> list[str]:
         f"![Samples of {above} above, of this model below]({PICTURE})",
         "",
         f"Above {above}, below this one, from the same noise in {picture.steps} steps. "
-        f"{picture.samples} seeds, none left out.",
+        f"{picture.samples} {'seed' if picture.samples == 1 else 'seeds'}, none left out.",
         "",
         *(["Columns, from the left:", "", *asked, ""] if asked else []),
     ]
