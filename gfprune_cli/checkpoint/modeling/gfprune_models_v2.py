@@ -975,7 +975,7 @@ def pruned_class(name: str) -> Any:
         isinstance(stock, type)
         and issubclass(stock, ModelMixin)
         and issubclass(stock, ConfigMixin)
-        and stock.__module__.startswith("diffusers.models.")
+        and stock.__module__.startswith("diffusers.")
     ):
         raise AttributeError(f"diffusers has no model {name!r}")
     # diffusers names the module in model_index.json by `__module__`: it must be the stem of this file.
