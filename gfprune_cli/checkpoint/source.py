@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfprune_cli.checkpoint.files import quoted
-from gfprune_cli.checkpoint.hub import fetch, fetch_file
 from gfprune_cli.checkpoint.layout import check_variant
-from gfprune_cli.checkpoint.original_file import check_kind, converted, default_configuration
 from gfprune_cli.errors import GfpruneError, UsageError, named
 from gfprune_cli.progress import Event, Progress, silent
 
@@ -83,6 +81,8 @@ def resolve(
     check_variant(variant)
     file, commit = (None, None) if model == "demo" else (_original_file(model), None)
     if file is None and (match := _HUB_FILE.fullmatch(model)) is not None and not os.path.exists(model):
+        from gfprune_cli.checkpoint.hub import fetch_file
+
         file, commit = fetch_file(match[1], match[2], revision=revision, offline=offline, progress=progress)
     if config_from is not None and file is None:
         raise UsageError(
@@ -96,6 +96,8 @@ def resolve(
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
         source = _local(model, folder, "local")
     elif looks_like_hub_id(model):
+        from gfprune_cli.checkpoint.hub import fetch
+
         folder, commit = fetch(
             model,
             revision=revision,
@@ -151,6 +153,8 @@ def _original_file(model: str) -> Path | None:
 
 def _converted(file: Path, config_from: str | None, offline: bool, progress: Progress) -> Path:
     """The diffusers folder of a file."""
+    from gfprune_cli.checkpoint.original_file import check_kind, converted, default_configuration
+
     check_kind(file)
     family = config_from or default_configuration(file)
     try:
