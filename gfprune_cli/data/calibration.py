@@ -44,7 +44,7 @@ from gfprune_cli.inputs.pictures import EDGE, Pictures, takes_pictures
 from gfprune_cli.inputs.pipeline import open_pipeline, pipeline_class
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.prompts import prompts_fingerprint
-from gfprune_cli.inputs.recording import Recording, with_rows
+from gfprune_cli.inputs.recording import Recording
 from gfprune_cli.inputs.refusals import check_pipeline_class
 from gfprune_cli.outputs.cache import cache_folder, cached
 from gfprune_cli.progress import Progress, notice
@@ -257,15 +257,15 @@ class Work:
             notice(self.progress, remark)
         process = with_guidance(noising_process(self.scheduler, recording.mu), recording.conditions)
         named = prompts_fingerprint(request.options.prompts)
-        self.show_inputs(recording.shape, process, with_rows(recording, asked.rows))
+        self.show_inputs(recording.shape, process, recording.conditions.of_rows(asked.rows))
         if source is None:
-            conditions = with_rows(recording, asked.rows)
+            conditions = recording.conditions.of_rows(asked.rows)
             images = self.drawn(process, conditions, recording.shape, batch_size(recording.shape), recording)
             return Images(images, conditions, named, process, asked.each_of(asked.rows), recording.image)
         encoded, name = self.encoded(source, recording.shape, recording.image[:2])
         rows = asked.rows if source.said else asked.at_random(len(encoded), request.seed)
         named = with_annotations(name, source.said) if named is None else hashed(name, named)
-        conditions = with_rows(recording, rows)
+        conditions = recording.conditions.of_rows(rows)
         return Images(encoded, conditions, named, process, asked.each_of(rows), recording.image)
 
     def asked(self, source: ImageSource | None) -> Asked:

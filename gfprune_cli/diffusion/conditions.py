@@ -71,6 +71,11 @@ class Conditions:
         receiver = None if self.receiver is None else self.receiver[chosen]
         return replace(self, rows=tuple(picked), receiver=receiver)
 
+    def of_rows(self, rows: Sequence[int]) -> "Conditions":
+        """Those of samples that have these rows, of what the network and its receiver are given."""
+        receiver = None if self.receiver is None else self.receiver.of_rows(rows)
+        return replace(self, rows=tuple(rows), receiver=receiver)
+
     def to(self, device: torch.device | str) -> "Conditions":
         """On a device; only the rows in use go there."""
         rows = self.rows
@@ -105,7 +110,7 @@ class Receiver:
 
     def of_rows(self, rows: Sequence[int]) -> "Receiver":
         """Of samples that have these rows of the conditions."""
-        return replace(self, conditions=replace(self.conditions, rows=tuple(rows)))
+        return replace(self, conditions=self.conditions.of_rows(rows))
 
     def to(self, device: torch.device | str) -> "Receiver":
         """Its conditions on a device; the network stays where it is."""

@@ -134,8 +134,7 @@ def conditioned_task(
         asked = asked_of(component, network.config, options, count, recipe.seed, shuffled=False)
         recording = recorded(network, component, subject.scheduler, asked, options, progress)
         if recording.conditions.tensors:  # those of unconditional pipelines stay as they are
-            conditions = replace(recording.conditions, rows=tuple(asked.rows))
-            recording = replace(recording, conditions=conditions)
+            recording = replace(recording, conditions=recording.conditions.of_rows(asked.rows))
     for remark in recording.remarks:
         notice(progress, remark)
     process = with_guidance(noising_process(subject.scheduler, recording.mu), recording.conditions)

@@ -11,7 +11,7 @@ and what the network is told about the noise level.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,8 +148,3 @@ def conventions(
     ]
     time = fit_time(pairs, observer.scheduler.config.get("num_train_timesteps") or 1000)
     return guidance, time, joined
-
-
-def with_rows(recording: Recording, rows: Sequence[int]) -> Conditions:
-    """Conditions of samples, sample i asked for with number `rows[i]`."""
-    return replace(recording.conditions, rows=tuple(rows))

@@ -35,6 +35,7 @@ USUAL = ("encoder_hidden_states", "context", "cap_feats", "timestep", "img_ids",
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # with None for a default, and filled where the network answers then: what pipelines give
 BESIDE = re.compile(r"(encoder_)?attention_mask|encoder_hidden_states_mask|image_rotary_emb")
+# what PyTorch says of sizes that do not go together
 MISMATCH = re.compile(r"Expected size (\d+) but got size (\d+)|tensor a \((\d+)\) .* tensor b \((\d+)\)")
 ATTEMPTS = 32  # calls with one layout, each of which may say one thing more
 KINDS: Mapping[type[nn.Module], str] = {
@@ -199,9 +200,7 @@ def asked_until_answered(filling: Filling, sample: str, given: list[str]) -> Inp
 
 def joined_width(raised: Exception, asked: Mapping[str, int]) -> Wanted | None:
     """The width of an argument that is joined to others before any layer has read it."""
-    told = re.search(
-        r"Expected size (\d+) but got size (\d+)|tensor a \((\d+)\) .* tensor b \((\d+)\)", str(raised)
-    )
+    told = MISMATCH.search(str(raised))
     sizes = [int(size) for size in told.groups() if size] if told else []
     found = [(name, size) for name, mark in asked.items() for size in sizes if mark in sizes and size != mark]
     return Wanted(*found[0]) if found and found[0][1] not in asked.values() else None

@@ -30,11 +30,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("adding")
 
 
+def two(place: Path) -> str:
+    """Prompts, fewer than samples: several ask for the same."""
+    (place / "prompts.txt").write_text("a red fox\na house\n")
+    return str(place / "prompts.txt")
+
+
 @functools.cache
 def pruned(place: Path, family: str) -> tuple[Path, Path, PruneResult]:
     """The dense pipeline, the pruned one and the numbers; made once for all tests of this module."""
     dense, out = PIPELINES[family](place / family), place / f"{family}-out"
-    result = gfprune_cli.prune(dense, component=NAMES[family], out=out, **BRIEF)
+    result = gfprune_cli.prune(dense, component=NAMES[family], out=out, prompts=two(place), **BRIEF)
     assert isinstance(result, PruneResult)
     return dense, out, result
 
@@ -96,7 +102,7 @@ def test_plain_diffusers_loads_and_runs_it(case: tuple[str, Path, Path, PruneRes
 
 
 def test_it_is_finetuned_evaluated_and_exported(
-    case: tuple[str, Path, Path, PruneResult], tmp_path: Path
+    case: tuple[str, Path, Path, PruneResult], place: Path, tmp_path: Path
 ) -> None:
     """Graphs have one output, and what adds has several: weights are what is exported."""
     name, _, out, result = case
@@ -106,7 +112,9 @@ def test_it_is_finetuned_evaluated_and_exported(
     assert any("denoiser 0." in str(event.text) for event in said)  # it is held beside both
     tuned = gfprune_cli.finetune(out, **asked)
     assert tuned.loss["after"] is not None
-    found = gfprune_cli.evaluate(out, component=name, samples=4, steps=1, batch=2, no_latency=True)
+    found = gfprune_cli.evaluate(
+        out, component=name, samples=4, steps=1, batch=2, no_latency=True, prompts=two(place)
+    )
     assert found is not None
     assert {"loss", "loss_reference", "psnr"} <= found.metrics.keys()
     written = gfprune_cli.export(out, component=name, out=tmp_path / "half", dtype="fp16")

@@ -16,7 +16,6 @@ from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.inputs.conditioning import Asked, recorded, recording_fingerprint
 from gfprune_cli.inputs.pictures import Pictures
 from gfprune_cli.inputs.pipeline_run import PipelineOptions
-from gfprune_cli.inputs.recording import with_rows
 from gfprune_cli.progress import silent
 
 PROMPTS = ["a red fox", "a house"]
@@ -51,7 +50,8 @@ def seen(folder: Path, number: int, latents: torch.Tensor, **picture: Any) -> tu
 def test_a_pass_is_that_of_the_pipeline(
     family: str, name: str, picture: str, factor: float, tmp_path: Path
 ) -> None:
-    """Of the second of two samples: each has its own text and picture, and both branches of guidance."""
+    """Of the last of three samples that ask for two things: both networks are given the text and the picture
+    that it asks for, and both branches of guidance."""
     folder = PIPELINES[family](tmp_path / family)
     component = inspect(resolve(str(folder)), component=name)
     network, scheduler = load_model(component).requires_grad_(False), load_scheduler(component)
@@ -64,7 +64,7 @@ def test_a_pass_is_that_of_the_pipeline(
     latents = torch.randn(1, *found.shape, generator=source)
     shown = {picture: pictures.image(None, 1, (16, 16))}
     expected, time = seen(folder, 1, latents, **shown)
-    conditions = with_rows(found, [0, 1])[[1]]
+    conditions = found.conditions.of_rows([0, 0, 1])[[2]]
     with torch.no_grad():
         output = call(network, latents, time.view(1) * factor, conditions)
     assert torch.allclose(output.flatten(0, 1) if conditions.branches > 1 else output, expected, atol=1e-5)
