@@ -16,8 +16,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def plan_table() -> str:
     """Least memory of real networks, by the plan: one sample at a time, the dense network elsewhere."""
     rows = []
@@ -187,7 +189,7 @@ SUBJECTS = {
     "sdxl": Subject(
         "SDXL, 128 x 128 latents, stored in bf16",
         lambda: real("Stable Diffusion XL, 1024 px"),
-        16,
+        24,
         torch.bfloat16,
     ),
 }
@@ -199,23 +201,23 @@ def real(name: str, **changes: Any) -> Any:
     return kind(**config | changes)
 
 
-def measured(subject: Subject, root: Path, seed: int, device: str) -> dict[str, Any]:
-    """A prune run in a process of its own; on a card, a finetuning of what it wrote as well."""
+def measured(subject: Subject, root: Path, seed: int, device: str) -> Iterator[dict[str, Any]]:
+    """A prune run in a process of its own; then, on a card, with a finetuning of what it wrote."""
     torch.manual_seed(seed)
-    model, out = root / "dense", root / "out"
+    model, out, kept = root / "dense", root / "out", root / "cache"
     with torch.device(device):
         subject.make().to(subject.dtype).save_pretrained(model / "denoiser")
     DDIMScheduler().save_pretrained(model / "scheduler")
     common = dict(seed=seed, device=device)
     asked = SETTINGS | common | dict(model=str(model / "denoiser"), out=str(out))
-    cache = root / "cache"
-    found: dict[str, Any] = in_a_process(MEMORY + MEASURE, json.dumps(asked), subject.free * GB, cache=cache)
+    found: dict[str, Any] = in_a_process(MEMORY + MEASURE, json.dumps(asked), subject.free * GB, cache=kept)
+    yield found
     if device == "cuda":
         asked = (
             FINETUNE | common | dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
         )
-        found["finetune"] = in_a_process(MEMORY + MEASURE_FINETUNE, json.dumps(asked), cache=cache)
-    return found
+        tuned = in_a_process(MEMORY + MEASURE_FINETUNE, json.dumps(asked), cache=kept)
+        yield found | {"finetune": tuned}
 
 
 def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
@@ -272,23 +274,34 @@ def main(given: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     command = shlex.join(["python", "benchmarks/large.py", *(sys.argv[1:] if given is None else given)])
-    rows = []
+    page = partial(written, options.out, options.device, command, options.seed)
+    rows: dict[str, tuple[Subject, dict[str, Any]]] = {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as root:
-            rows.append((SUBJECTS[name], measured(SUBJECTS[name], Path(root), options.seed, options.device)))
-        print(rows_table(rows), finetune_text(rows), flush=True)
-    body = (
-        "Least by the plan, one sample at a time, the dense network on disk; beside samples and what the "
-        f"matrices of one layer take, the bytes of weights for each parameter:\n\n{plan_table()}\n"
-    )
+            for found in measured(SUBJECTS[name], Path(root), options.seed, options.device):
+                rows[name] = SUBJECTS[name], found
+                print(page([*rows.values()]), flush=True)
+    return page([*rows.values()])
+
+
+def written(
+    out: Path, device: str, command: str, seed: int, rows: Sequence[tuple[Subject, dict[str, Any]]]
+) -> Path:
+    """The page: plans, unless it is about a card, and runs."""
+    body = ""
+    if device == "cpu":
+        body += (
+            "Least by the plan, one sample at a time, the dense network on disk; beside samples and what the "
+            f"matrices of one layer take, the bytes of weights for each parameter:\n\n{plan_table()}\n\n"
+        )
     if rows:
         body += (
-            f"\nRuns: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, "
+            f"Runs: `gfprune prune {flags(SETTINGS)}`. Peaks are above what the imports take, "
             "without mapped files; reported losses are of 16 draws instead of 128.\n\n"
             f"{rows_table(rows)}\n{finetune_text(rows)}"
         )
-    page = "large.md" if options.device == "cpu" else "large-cuda.md"
-    return write_page(options.out / page, "Memory of large networks", command, options.seed, body)
+    page = "large.md" if device == "cpu" else "large-cuda.md"
+    return write_page(out / page, "Memory of large networks", command, seed, body)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ K those that stay, the best fit from K alone misses output o of the layer by
 (optimal brain surgery for a set of inputs, arXiv 1705.07565), and the loss rises by sum_o F_o E_o, with F_o
 its curvature along output o: the mean square of J^T u for random u, J the derivative of the network's output;
 the loss is a square, so J^T J is its Gauss-Newton matrix. One Cholesky factor gives the whole curve, from the
-weakest unit to all of them, and one pass forward and back over a few samples serves all groups.
+weakest unit to all of them, and one pass forward and back over a few samples, and one forward, serve all
+groups: F comes first, so that of a layer no more than its curve is kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,20 +64,17 @@ class Curves:
     seed: int
     per_input: int = ROWS_PER_INPUT
     processes: Processes = ALONE
-    energies: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    found: Masks = field(default_factory=dict)  # group -> the rise of the loss after each step
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)  # of the channels of an output
     followed: set[str] = field(default_factory=set)  # layers and blocks whose slopes are counted
     powers: dict[str, torch.Tensor] = field(default_factory=dict)  # [channels] squares of the slopes, summed
-    seen: set[str] = field(default_factory=set)  # layers and blocks whose energies are known
+    seen: set[str] = field(default_factory=set)  # layers and blocks that were looked at
 
     def take(
         self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition, piece: int | None = None
     ) -> Masks:
         """Group name -> [steps] rise of the loss after each step, up to one factor for all.
-
-        Where the way back does not fit for all samples at once, all go forward first, and then one piece
-        after the other there and back.
 
         Args:
             x: [N, ...] noisy samples, timesteps: [N].
@@ -83,32 +82,39 @@ class Curves:
         """
         weights = self.masked.passing()
         whole = piece is None or piece >= len(x)
-        if not whole:
-            with self.hooked(), torch.no_grad():
-                self.masked.forward(weights, x, timesteps, condition)
         size = len(x) if piece is None else piece
         for first in range(0, len(x), size):
             part = slice(first, min(len(x), first + size))
-            self.outputs.clear()
-            self.followed.clear()
-            with self.hooked(), torch.enable_grad():
+            with self.hooked(self.follow_layer, self.follow_block), torch.enable_grad():
                 chosen = condition if whole or condition is None else condition[part]
                 watched = weights.watched(lambda *_: None)  # else no output has slopes
                 output = self.masked.forward(watched, x[part], timesteps[part], chosen)
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
                 self.go_back((output * along[part].to(output)).sum())
-        rises = {group.name: self.rises(group) for group in self.masked.groups}
-        return self.processes.totals(rises)
+            self.outputs.clear()
+            self.followed.clear()
+        for group in self.masked.groups:
+            self.found[group.name] = torch.zeros(len(self.order[group.name]), dtype=torch.float64)
+        with self.hooked(self.read_layer, self.read_block), torch.no_grad():
+            self.masked.forward(weights, x, timesteps, condition)
+        return self.processes.totals(self.found)
 
-    def mine(self, source: str) -> bool:
-        """Whether a layer or block that is seen for the first time is this process's to look at."""
+    def is_due(self, source: str) -> bool:
+        """Whether a layer or block with slopes runs for the first time, and is this process's to look at."""
+        if source in self.seen or source not in self.powers:
+            return False
         number = len(self.seen)
         self.seen.add(source)
         return number % self.processes.count == self.processes.rank
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Look at layers that read groups, and at blocks, while the network runs."""
+    def hooked(self, layer: Callable[..., None], block: Callable[..., None]) -> Iterator[None]:
+        """Visit layers that read groups, and blocks, while the network runs.
+
+        Args:
+            layer: (name, what it reads, layer, inputs, named inputs, output); block: (name, group, module,
+                inputs, named inputs, output).
+        """
         readers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
         for group in self.masked.groups:
             for member in () if group.is_block else group.members:
@@ -121,13 +127,13 @@ class Curves:
         }
         with ExitStack() as stack:
             for name, module in self.masked.model.named_modules():
-                hook: Any = None
+                visit: Any = None
                 if name in blocks:
-                    hook = self.block_hook(name, blocks[name])
+                    visit = partial(block, name, blocks[name])
                 elif name in readers and is_fittable(module):
-                    hook = self.reader_hook(name, readers[name])
-                if hook is not None:
-                    stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                    visit = partial(layer, name, readers[name])
+                if visit is not None:
+                    stack.enter_context(module.register_forward_hook(visit, with_kwargs=True))
             yield
 
     def follow(self, source: str, output: torch.Tensor, axis: int) -> None:
@@ -160,35 +166,29 @@ class Curves:
         power = channel_rows(slope, axis).square().sum(0)
         self.powers[source] = self.powers[source] + power if source in self.powers else power
 
-    def rises(self, group: ChannelGroup) -> torch.Tensor:
-        total = torch.zeros(len(self.order[group.name]), dtype=torch.float64)
-        for (source, name), energy in self.energies.items():
-            if name == group.name and source in self.powers:
-                total += (energy @ self.powers[source]).cpu()
-        return total
+    def follow_layer(
+        self, name: str, _read: Any, layer: Any, _inputs: Any, _named: Any, output: torch.Tensor
+    ) -> None:
+        self.follow(name, output, 1 if isinstance(layer, CONVOLUTIONS) else -1)
 
-    def reader_hook(self, name: str, read: list[tuple[ChannelGroup, Member]]) -> Callable[..., None]:
-        def hook(layer: Any, inputs: Any, named: Any, output: torch.Tensor) -> None:
-            self.follow(name, output, 1 if isinstance(layer, CONVOLUTIONS) else -1)
-            if name not in self.seen and self.mine(name):
-                with torch.no_grad():
-                    self.read(name, layer, first_given(inputs, named).detach(), read)
-
-        return hook
-
-    def read(self, name: str, layer: Any, x: torch.Tensor, read: list[tuple[ChannelGroup, Member]]) -> None:
-        """E_o after each step of every group that a layer reads."""
+    def read_layer(
+        self, name: str, read: list[tuple[ChannelGroup, Member]], layer: Any, inputs: Any, named: Any, _: Any
+    ) -> None:
+        """Add F_o E_o after each step of every group that a layer reads."""
+        if not self.is_due(name):
+            return
+        x = first_given(inputs, named)
         shape = places(layer, output_shape(layer, x))
         source = generator(self.seed, "curve rows", name)
         rows = input_rows(x, layer, rows_drawn(shape, rows_looked_at(layer, self.per_input), source))
-        weight = layer.weight.detach().flatten(1).double()
+        scale = self.powers.pop(name).sqrt().unsqueeze(1)
         for group, member in read:
-            going = self.step_of_inputs(group, member, rows.shape[1])
-            order = torch.argsort(going, descending=True, stable=True).to(weight.device)
-            missed = missed_by_input(rows[:, order], weight[:, order])
-            gone = torch.stack([(going <= step).sum() for step in range(len(self.order[group.name]))])
+            going, steps = self.step_of_inputs(group, member, rows.shape[1]), len(self.order[group.name])
+            order = torch.argsort(going, descending=True, stable=True).to(rows.device)
+            missed = missed_by_input(rows[:, order], layer.weight.flatten(1)[:, order], scale)
+            gone = torch.bincount(going, minlength=steps)[:steps].cumsum(0)
             if missed is not None:  # the weakest inputs leave first
-                self.energies[name, group.name] = missed.flip(1).cumsum(1)[:, (gone - 1).clamp_min(0)].T
+                self.found[group.name] += missed.cpu().flip(0).cumsum(0)[(gone - 1).clamp_min(0)]
 
     def step_of_inputs(self, group: ChannelGroup, member: Member, inputs: int) -> torch.Tensor:
         """[inputs] the step at which each input of a layer goes; beyond the last for those that stay."""
@@ -201,57 +201,65 @@ class Curves:
         going[member.positions] = step.repeat_interleave(group.unit_size)[member.channels]
         return going.repeat_interleave(inputs // width)
 
-    def block_hook(self, name: str, group: str) -> Callable[..., None]:
+    def streams(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
+        """Of each stream through a block: its key, what it was and is, the axis of its channels."""
+        outputs = (output,) if isinstance(output, torch.Tensor) else output
+        pairs = zip(streams_of(module, args, kwargs), outputs, strict=True)
+        for number, (before, after) in enumerate(pairs):
+            yield f"{name} {number}", before, after, 1 if after.ndim > 3 else -1
+
+    def follow_block(self, name: str, _group: str, *seen: Any) -> None:
+        for key, _, after, axis in self.streams(name, *seen):
+            self.follow(key, after, axis)
+
+    def read_block(self, name: str, group: str, *seen: Any) -> None:
         """A block that goes leaves its streams as they were: they miss what it adds."""
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            outputs = (output,) if isinstance(output, torch.Tensor) else output
-            pairs = zip(streams_of(module, args, kwargs), outputs, strict=True)
-            for number, (before, after) in enumerate(pairs):
-                key = f"{name} {number}"
-                axis = 1 if after.ndim > 3 else -1
-                self.follow(key, after, axis)
-                if key not in self.seen and self.mine(key):
-                    added = channel_rows((after - before).detach(), axis)
-                    self.energies[key, group] = added.square().mean(0, keepdim=True)
-
-        return hook
+        for key, before, after, axis in self.streams(name, *seen):
+            if self.is_due(key):
+                added = channel_rows(after - before, axis).square().mean(0)
+                self.found[group] += (added @ self.powers.pop(key)).cpu()
 
 
-def missed_by_input(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """[o, n] float64: (W L)^2, what each input adds to the error when it and those after it go.
+def missed_by_input(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """[n] float64: (W L)^2 over all outputs, what each input adds to the error when it and those after it go.
 
     L is the Cholesky factor of the second moments and a ridge. Where rows are fewer than inputs the moments
     are of low rank behind the ridge; what is left of them once some inputs are known is then followed through
     a matrix that is as wide as there are rows (Woodbury), a block of inputs at a time.
 
     Args:
-        x: [R, n] inputs, those that go first last; weight: [o, n].
+        x: [R, n] inputs, those that go first last; weight: [o, n], in any precision; scale: [o, 1] float64 of
+            the errors of the outputs.
     """
     rows, inputs = x.shape
-    ridge = RIDGE * (x.square().sum(0).double() / rows).mean() + torch.finfo(torch.float32).tiny
+    squares = torch.linalg.vector_norm(x, dim=0).double().square()
+    ridge = RIDGE * (squares / rows).mean() + torch.finfo(torch.float32).tiny
     if rows >= inputs:
         moments = (x.T @ x).double().div_(rows)
         moments.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
-        return None if int(failed) else (weight @ factor).square()
-    x = x.double()
-    unknown = torch.eye(rows, dtype=x.dtype, device=x.device)
-    left = weight @ x.T
+        return None if int(failed) else ((weight.double() * scale) @ factor).square().sum(0)
+    parts = [slice(first, first + BLOCK) for first in range(0, inputs, BLOCK)]
+    unknown = torch.eye(rows, dtype=torch.float64, device=x.device)
+    left = unknown.new_zeros(len(weight), rows)
+    for part in parts:
+        left += (weight[:, part].double() * scale) @ x[:, part].double().T
     found = []
-    for first in range(0, inputs, BLOCK):
-        part = slice(first, first + BLOCK)
-        left -= weight[:, part] @ x[:, part].T
-        seen = unknown @ x[:, part]
-        moments = (x[:, part].T @ seen).div_(rows)
+    for part in parts:
+        own, given = weight[:, part].double() * scale, x[:, part].double()
+        left -= own @ given.T
+        seen = unknown @ given
+        moments = (given.T @ seen).div_(rows)
         moments.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if int(failed):
             return None
         half = torch.linalg.solve_triangular(factor, seen.T, upper=False)
-        found.append(weight[:, part] @ factor + (left @ half.T).div_(rows))
+        found.append((own @ factor + (left @ half.T).div_(rows)).square().sum(0))
         unknown -= (half.T @ half).div_(rows)
-    return torch.cat(found, 1).square()
+    return torch.cat(found)
 
 
 def channel_rows(values: torch.Tensor, axis: int) -> torch.Tensor:

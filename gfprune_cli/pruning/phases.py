@@ -17,7 +17,9 @@ from gfprune_cli.recovery.memory import held_bytes
 
 LEAST_COMPARED, LEAST_REFITTED = 4, 8  # samples, where there is no memory for more; half if it is short
 COMPARING_MATRICES = 3  # moments in both precisions, their factor
+COMPARING_ROWS = 2  # as they were read, and in the order in which they go
 REFITTING_MATRICES = 2  # a system and its factor
+REFITTING_SIDES = 6  # floats of each weight: as it was, the right side in both precisions, the solution
 FEW_COPIES = 3  # of few rows: inputs, centred, scaled
 DOUBLE = 8  # bytes
 MOST_NARROW = 0.6  # of the parameters, where it is not worked out
@@ -167,12 +169,12 @@ def comparing(one: Pass, looks: int, made: int, samples: int) -> int:
         made: bytes of the weights that are made at once.
     """
     sizes = [0]
-    for places, inputs, _ in one.layers:
+    for places, inputs, outputs in one.layers:
         rows = min(places * samples, max(LEAST_ROWS, looks * inputs))
         few = rows < inputs
-        sizes.append(
-            rows * inputs * (FLOAT + DOUBLE) + COMPARING_MATRICES * DOUBLE * (rows if few else inputs) ** 2
-        )
+        read = FLOAT * COMPARING_ROWS * rows * inputs
+        weights = outputs * (FLOAT * inputs + DOUBLE * (rows if few else 2 * inputs))
+        sizes.append(read + weights + COMPARING_MATRICES * DOUBLE * (rows if few else inputs) ** 2)
     return max(sizes) + made
 
 
@@ -184,7 +186,7 @@ def refitting(one: Pass, looks: int, made: int, samples: int) -> int:
         few = rows < inputs
         held = FEW_COPIES * rows * inputs if few else PIECE * inputs
         square = DOUBLE * REFITTING_MATRICES * (rows if few else inputs) ** 2
-        sizes.append(FLOAT * (held + rows * outputs) + square)
+        sizes.append(FLOAT * (held + rows * outputs + REFITTING_SIDES * inputs * outputs) + square)
     return max(sizes) + made
 
 

@@ -348,11 +348,12 @@ def test_moments_of_few_rows_are_followed_through_the_rows(
     source = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, inputs, generator=source, dtype=torch.float64)
     weight = torch.randn(3, inputs, generator=source, dtype=torch.float64)
+    scale = torch.rand(3, 1, generator=source, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "BLOCK", block)
-        found = missed_by_input(x, weight)
+        found = missed_by_input(x, weight, scale)
     moments = x.T @ x / rows
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())
-    expected = (weight @ torch.linalg.cholesky(moments)).square()
+    expected = (weight * scale @ torch.linalg.cholesky(moments)).square().sum(0)
     assert found is not None
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
