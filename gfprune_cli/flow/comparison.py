@@ -10,9 +10,10 @@ K those that stay, the best fit from K alone misses output o of the layer by
 
 (optimal brain surgery for a set of inputs, arXiv 1705.07565), and the loss rises by sum_o F_o E_o, with F_o
 its curvature along output o: the mean square of J^T u for random u, J the derivative of the network's output;
-the loss is a square, so J^T J is its Gauss-Newton matrix. One Cholesky factor gives the whole curve, from the
-weakest unit to all of them, and one pass forward and back over a few samples, and one forward, serve all
-groups: F comes first, so that of a layer no more than its curve is kept.
+the loss is a square, so J^T J is its Gauss-Newton matrix. Samples count as they do in recovery: an error of
+the noise is small where there is much of it, however wrong the image is that it stands for. One Cholesky
+factor gives the whole curve, from the weakest unit to all of them. One pass forward and back over a few
+samples and one forward serve all groups: F comes first, so that of a layer no more than its curve is kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,13 +73,19 @@ class Curves:
     seen: set[str] = field(default_factory=set)  # layers and blocks that were looked at
 
     def take(
-        self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition, piece: int | None = None
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        piece: int | None = None,
+        importance: torch.Tensor | None = None,
     ) -> Masks:
         """Group name -> [steps] rise of the loss after each step, up to one factor for all.
 
         Args:
             x: [N, ...] noisy samples, timesteps: [N].
             piece: samples that go there and back at once; None for all.
+            importance: [N] weights of the samples in the loss; None for 1.
         """
         weights = self.masked.passing()
         whole = piece is None or piece >= len(x)
@@ -90,6 +97,8 @@ class Curves:
                 watched = weights.watched(lambda *_: None)  # else no output has slopes
                 output = self.masked.forward(watched, x[part], timesteps[part], chosen)
                 along = torch.randn((len(x), *output.shape[1:]), generator=generator(self.seed, "curves"))
+                if importance is not None:
+                    along *= importance.cpu().sqrt().view(-1, *[1] * (along.ndim - 1))
                 self.go_back((output * along[part].to(output)).sum())
             self.outputs.clear()
             self.followed.clear()
@@ -284,6 +293,7 @@ def comparable(
     piece: int | None = None,
     per_input: int = ROWS_PER_INPUT,
     processes: Processes = ALONE,
+    importance: torch.Tensor | None = None,
 ) -> Masks:
     """Scores in units of the loss: what each unit adds to the rise when it goes in its turn.
 
@@ -293,12 +303,14 @@ def comparable(
         piece: samples that go through the network and back at once; None for all.
         per_input: positions looked at, for each input of a layer; see `rows_looked_at`.
         processes: that share the work.
+        importance: see `Curves.take`.
 
     Returns:
         group name -> [units] float64; within a group the order of the units is that of the scores.
     """
     order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
-    rises = Curves(masked, order, seed, per_input, processes).take(x, timesteps, condition, piece)
+    curves = Curves(masked, order, seed, per_input, processes)
+    rises = curves.take(x, timesteps, condition, piece, importance)
     # a greedy search walks up convex curves: what a step adds never falls
     steps = {
         name: rise.diff(prepend=rise.new_zeros(1)).clamp_min(0).sort().values for name, rise in rises.items()

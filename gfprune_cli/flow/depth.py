@@ -182,6 +182,7 @@ class Distance:
         gone: blocks that have left: what is measured starts without them.
         piece: samples that go through the network at once.
         seen: what to call before every pass.
+        importance: [N] weights of the samples; None for 1.
 
     Attributes:
         passes: of all samples through the network.
@@ -194,15 +195,17 @@ class Distance:
     gone: Gone
     piece: int
     seen: Callable[[], None]
+    importance: torch.Tensor | None = None
     passes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.with_all = self.outputs(self.gone)
 
     def __call__(self, gone: Gone) -> float:
-        without = self.outputs(gone)
-        pairs = zip(without, self.with_all, strict=True)
-        return sum(float((here - there).double().square().sum()) for here, there in pairs)
+        pairs = zip(self.outputs(gone), self.with_all, strict=True)
+        moved = [(here - there).double().square().flatten(1).sum(1) for here, there in pairs]
+        squares = torch.cat(moved)
+        return float((squares if self.importance is None else squares * self.importance.to(squares)).sum())
 
     @torch.no_grad()
     def outputs(self, gone: Gone) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from gfprune_cli.flow.refit import Refit
 from gfprune_cli.flow.schedule import Schedule
 from gfprune_cli.outputs.state import as_families, by_family
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.runtime.half import as_stored
 from gfprune_cli.runtime.processes import ALONE, Processes, agree
 from gfprune_cli.structure.groups import select
@@ -216,27 +217,33 @@ class PruningLoop:
         before: Mapping[str, str] = {}
         if not self.fixed:
             x, timesteps, batch = self.noisy("compare", min(COMPARED_SAMPLES, self.compared, self.chunk))
+            importance = self.process.image_weight(batch.index, FinetuneRecipe.image_weight)
             compared = comparable(
                 self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece, self.looks,
-                self.processes,
+                self.processes, importance,
             )  # fmt: skip
             cost += len(batch)
             if self.depth is not None:
-                order, passes = self.blocks_in_order(self.depth, x, timesteps, batch.condition)
+                order, passes = self.blocks_in_order(self.depth, x, timesteps, batch.condition, importance)
                 rises = {name: torch.tensor([rise]).double() for name, rise in order.rises.items()}
                 compared, before = {**compared, **rises}, order.before
                 cost += FORWARD * passes * len(batch)
         return Scoring(scores, compared, evidence.way, cost, before)
 
     def blocks_in_order(
-        self, choice: Choice, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+        self,
+        choice: Choice,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        importance: torch.Tensor,
     ) -> tuple[Order, int]:
         """Blocks as they go, each in view of those that have gone; and the passes that it took."""
         blocks = {block for stack in choice.stacks.values() for block in stack}
         gone = frozenset(name for name, units in self.gone.items() if name in blocks and bool(units.all()))
         seen = lambda: self.progress(Event("score", values={"iteration": self.state.iteration}))  # noqa: E731
         piece = min(len(x), self.compared)
-        distance = Distance(self.masked, x, timesteps, condition, gone, piece, seen)
+        distance = Distance(self.masked, x, timesteps, condition, gone, piece, seen, importance)
         return Greedy(choice, distance, gone).order(), distance.passes
 
     def noisy(self, purpose: str, count: int) -> tuple[torch.Tensor, torch.Tensor, Batch]:

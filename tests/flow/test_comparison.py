@@ -249,6 +249,22 @@ def test_pieces_change_rounding_alone(piece: int) -> None:
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
 
 
+def test_samples_count_by_their_importance() -> None:
+    """Rises are sums over the samples, each as often as it is told."""
+    masked, images, wanted = masked_model(), toy_images(), torch.tensor([0.0, 1, 2, 0, 0.5, 21])
+    scores = random_scores(masked.groups)
+    order = {group.name: weakest_first(group, scores[group.name]) for group in masked.groups}
+
+    def rises(importance: torch.Tensor | None) -> Masks:
+        return Curves(masked, order, 0).take(images, torch.arange(len(images)), None, 4, importance)
+
+    alone = [rises(nn.functional.one_hot(torch.tensor(number), len(images)).float()) for number in range(6)]
+    for found, counts in ((rises(wanted), wanted), (rises(None), torch.ones(6))):
+        for name, values in found.items():
+            expected = sum(float(count) * one[name] for count, one in zip(counts, alone, strict=True))
+            torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-9)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), ties=st.booleans())
 def test_within_a_group_units_keep_their_order(seed: int, ties: bool) -> None:

@@ -54,6 +54,17 @@ def measured(network: nn.Module) -> Distance:
     return Distance(masked, torch.randn(8, WIDTH), torch.zeros(8), None, frozenset(), 3, lambda: None)
 
 
+def test_samples_count_by_their_importance() -> None:
+    distance, gone = measured(Network()), frozenset(["blocks.1"])
+    whole, parts = distance(gone), []
+    for number in range(8):
+        distance.importance = nn.functional.one_hot(torch.tensor(number), 8).float()
+        parts.append(distance(gone))
+    distance.importance = torch.arange(8.0)
+    assert distance(gone) == pytest.approx(sum(number * part for number, part in enumerate(parts)))
+    assert whole == pytest.approx(sum(parts))
+
+
 def choice(names: Collection[str], due: float, *, contiguous: bool = False, most: int = 99) -> Choice:
     """Blocks of one stack that cost the same."""
     names = list(names)
