@@ -1,6 +1,6 @@
 """What a prune run of a large network takes: planned and measured memory, bytes per parameter, seconds.
 
-    python benchmarks/large.py                       # about 25 minutes; needs 12 GB
+    python benchmarks/large.py                       # about 25 minutes; needs 10 GB
     python benchmarks/large.py --networks dit        # one of them
     python benchmarks/large.py --networks            # plans alone, seconds
     python benchmarks/large.py --networks sdxl --device cuda    # large-cuda.md: on a card, and finetune
@@ -179,7 +179,7 @@ SUBJECTS = {
     "dit-half": Subject(
         "DiT-XL/2, 16 x 16 latents, stored in bf16", lambda: dit(28, 16), 4.2, torch.bfloat16
     ),
-    "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 12),
+    "sd15": Subject("SD 1.5, 16 x 16 latents", lambda: stable_diffusion(320, 16), 10),
     "sdxl-16": Subject(
         "SDXL, 16 x 16 latents, stored in bf16",
         lambda: real("Stable Diffusion XL, 1024 px", sample_size=16),
