@@ -222,7 +222,7 @@ class PruningLoop:
                 self.masked, scores, x, timesteps, batch.condition, self.draws.seed, self.piece, self.looks,
                 self.processes, importance,
             )  # fmt: skip
-            cost += len(batch)
+            cost += (1 + FORWARD) * len(batch)  # there and back, and there again
             if self.depth is not None:
                 order, passes = self.blocks_in_order(self.depth, x, timesteps, batch.condition, importance)
                 rises = {name: torch.tensor([rise]).double() for name, rise in order.rises.items()}

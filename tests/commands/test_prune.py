@@ -366,8 +366,8 @@ def test_a_refit_mends_what_one_shot_removal_breaks(pipeline_folder: Path, tmp_p
     assert mended is not None
     assert mended < plain - 0.01
     assert results[False].refit == {"draws": flows.JUDGE_DRAWS, "iterations": []}
-    scored = QUICK["draws"] + loop.COMPARED_SAMPLES
-    assert results[False].scoring_gradients == scored
+    scored = QUICK["draws"] + 4 / 3 * loop.COMPARED_SAMPLES
+    assert results[False].scoring_gradients == pytest.approx(scored, abs=0.01)
     passes = 2 * loop.REFIT_SAMPLES + 3 * flows.JUDGE_DRAWS  # both networks; before, after, and the dense one
     assert results[True].scoring_gradients == pytest.approx(scored + passes / 3, abs=0.01)
 

@@ -23,6 +23,7 @@ from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.diffusion.schedulers import VariancePreserving
 from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow import loop as flow_loop
+from gfprune_cli.flow.comparison import comparable
 from gfprune_cli.flow.criteria import CRITERIA, Evidence, score
 from gfprune_cli.flow.energy import (
     Loss,
@@ -1010,12 +1011,33 @@ def test_a_judge_that_fails_leaves_the_weights() -> None:
     assert torch.equal(snapshot(loop.masked), before)
 
 
+def test_groups_are_compared_by_noise_level_as_recovery_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(*given: Any) -> dict[str, torch.Tensor]:
+        seen.append((given[3], given[-1]))
+        return comparable(*given)
+
+    monkeypatch.setattr(flow_loop, "comparable", spy)
+    loop = toy_loop(MemoryStore(), silent)
+    loop.chunk = 6
+    loop.run()
+    assert len(seen) == 2
+    for timesteps, importance in seen:
+        levels = loop.process.timesteps(torch.arange(20)).tolist()
+        index = torch.tensor([levels.index(time) for time in timesteps.tolist()])
+        assert torch.equal(importance, loop.process.image_weight(index, 20.0))
+        assert float(importance.max()) > 2 * float(importance.min())
+
+
 @pytest.mark.parametrize(("fixed", "refit"), [(False, True), (True, True), (False, False)])
 def test_the_cost_of_a_run_is_counted_in_gradients_of_one_sample(fixed: bool, refit: bool) -> None:
     """Scorings, comparisons of groups, and the passes forward of refits and of what judges them."""
     loop = toy_loop(MemoryStore(), silent, fixed=fixed, refit=refit)
     loop.run()
-    scored = 2 * (2 + (not fixed) * min(flow_loop.COMPARED_SAMPLES, loop.chunk))
+    scored = 2 * (2 + (not fixed) * 4 / 3 * min(flow_loop.COMPARED_SAMPLES, loop.chunk))
     fitted = 1 / 3 * (3 * 2 * flow_loop.REFIT_SAMPLES + 7 * loop.judging) if refit else 0
     assert loop.state.gradients == pytest.approx(scored + fitted)
 
