@@ -50,14 +50,21 @@ class Folder:
         probes: timesteps and conditions to record.
         tolerance: see `Folding`.
         dtype: in which factors are stored.
-        report: progress.
+        progress: events.
+        at_once: samples that go through a network together.
     """
 
     def __init__(
-        self, network: nn.Module, probes: Probes, tolerance: float, dtype: torch.dtype, progress: Progress
+        self,
+        network: nn.Module,
+        probes: Probes,
+        tolerance: float,
+        dtype: torch.dtype,
+        progress: Progress,
+        at_once: int = OUTPUT_CHUNK,
     ) -> None:
         self.network, self.probes, self.tolerance, self.progress = network, probes, tolerance, progress
-        self.dtype = dtype
+        self.dtype, self.at_once = dtype, at_once
 
     def fold(self, process: NoisingProcess, held_out: Draws) -> tuple[nn.Module, Folding] | None:
         """The folded network and what was measured; None where there is nothing to fold.
@@ -212,10 +219,10 @@ class Folder:
         """
         missed = wanted = 0.0
         conditions = self.probes.conditions("check", OUTPUT_DRAWS)
-        for first in range(0, OUTPUT_DRAWS, OUTPUT_CHUNK):
-            batch = held_out.batch("fold", 0, OUTPUT_CHUNK, first=first, of=OUTPUT_DRAWS)
+        for first in range(0, OUTPUT_DRAWS, self.at_once):
+            batch = held_out.batch("fold", 0, self.at_once, first=first, of=OUTPUT_DRAWS)
             noisy = process.add_noise(batch.images, batch.noise, batch.index)
-            given = some_of(conditions, slice(first, first + OUTPUT_CHUNK))
+            given = some_of(conditions, slice(first, first + self.at_once))
             times = process.timesteps(batch.index)
             dense, narrow = (call(one, noisy, times, given).double() for one in (self.network, folded))
             missed += float((narrow - dense).square().sum())
@@ -242,13 +249,16 @@ def folding_attempt(
 
 
 def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
-    """The network with these layers as two: a `Pruned<class>` whose configuration says so."""
+    """The network with these layers as two: a `Pruned<class>` whose configuration says so.
+
+    All other weights are those of the dense network itself, which is on its way out.
+    """
     from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 
     config = stock_config(network)
     earlier = config.get("gfprune") or {}
     modules = dict(earlier.get("modules", {}))
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = dict(network.state_dict())
     for name, found in chosen.items():
         if name in modules:  # narrowed before
             modules[f"{name}.0"] = {"out": found.rank, "in": found.first.shape[1]}

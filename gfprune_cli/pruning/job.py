@@ -33,7 +33,7 @@ from gfprune_cli.outputs.state import run_digest
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.fold import Folder, folding_attempt
 from gfprune_cli.pruning.memory import FLOAT, MemoryPlan, Pass, one_pass
-from gfprune_cli.pruning.phases import LOSSES, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.phases import FOLDING, LOSSES, SCORING, alternatives, phases_of
 from gfprune_cli.pruning.plan import Plan, folded_plan
 from gfprune_cli.pruning.probes import Probes
 from gfprune_cli.pruning.result import Folding
@@ -175,8 +175,9 @@ class PruneJob:
         weights = self.plan.cost.params({}) * FLOAT
         recipe, narrow = self.recipe, small_share(self.plan.groups, self.plan.cost)
         stored = stored_share(self.plan.component)
-        forms = partial(phases_of, recipe, one, narrow=narrow)
-        advice = alternatives(recipe, one, narrow, stored)
+        folds = self.plan.fold > 0
+        forms = partial(phases_of, recipe, one, narrow=narrow, folds=folds)
+        advice = alternatives(recipe, one, narrow, stored, folds)
         empty = MemoryPlan(self.device, self.free, weights, (), advice)
         here, there = (empty.of(forms(offload=offload)) for offload in (False, True))
         self.offload_teacher = self.asked_to_offload or not here.fits(here.phases)
@@ -201,7 +202,8 @@ class PruneJob:
         shape = tuple(draws.images.shape[1:])
         probes = Probes(self.process, self.conditions, shape, self.device, self.recipe.seed)
         dtype = stored_dtype(self.plan.component)
-        folder = Folder(dense, probes, self.plan.fold, dtype, self.progress)
+        at_once = self.memory.at_once(FOLDING)
+        folder = Folder(dense, probes, self.plan.fold, dtype, self.progress, at_once)
         asked = self.recipe.fold is not None or not self.recipe.removes
         found = folding_attempt(folder, self.process, held_out, asked=asked)
         if found is None:

@@ -10,6 +10,7 @@ from gfprune_cli.flow.criteria import CRITERIA
 from gfprune_cli.flow.layers import LEAST_ROWS
 from gfprune_cli.flow.least_squares import PIECE
 from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES, SCORE_CHUNK
+from gfprune_cli.pruning.fold import CHOOSE, FIT, OUTPUT_CHUNK
 from gfprune_cli.pruning.memory import FLOAT, Pass, Phase
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.prune import PruneRecipe
@@ -20,6 +21,8 @@ COMPARING_MATRICES = 3  # moments in both precisions, their factor
 COMPARING_ROWS = 2  # as they were read, and in the order in which they go
 REFITTING_MATRICES = 2  # a system and its factor
 REFITTING_SIDES = 6  # floats of each weight: as it was, the right side in both precisions, the solution
+FOLDING_FACTORS = 0.5  # of the layers that may be folded: what is chosen, and what is tried
+FOLDING_SIDES = 4  # of one layer's outputs, and of its weights
 FEW_COPIES = 3  # of few rows: inputs, centred, scaled
 DOUBLE = 8  # bytes
 MOST_NARROW = 0.6  # of the parameters, where it is not worked out
@@ -36,13 +39,19 @@ THRIFT: tuple[dict[str, Any], ...] = (
     {"checkpointing": True, "features": 0.0, "optimizer": "adafactor", "ema": 0.0},
 )
 Forms = list[Phase]  # of one phase, the best first
-LOSSES, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
-    "taking losses", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
+LOSSES, FOLDING, CHECKING, SCORING, COMPARING, REFITTING, RECOVERING = (
+    "taking losses", "folding", "checking removal", "scoring", "comparing groups", "refitting", "recovering"
 )  # fmt: skip
 
 
 def phases_of(
-    recipe: PruneRecipe, one: Pass, *, offload: bool, narrow: float = MOST_NARROW, stored: float = 1
+    recipe: PruneRecipe,
+    one: Pass,
+    *,
+    offload: bool,
+    narrow: float = MOST_NARROW,
+    stored: float = 1,
+    folds: bool = False,
 ) -> list[Forms]:
     """What a run does with its memory; bytes of a sample are 0 where `one` is not known.
 
@@ -53,6 +62,7 @@ def phases_of(
         narrow: see `checks`.
         stored: bytes that the weights take, as a share of those in float32: less than 1 where they are kept
             in half precision, and made float32 layer by layer.
+        folds: modulation layers are folded first.
     """
     several = len(recipe.targets) > 1
     copied = recipe.refit or recipe.recover > 0 or several or recipe.keep_loss is not None
@@ -62,6 +72,9 @@ def phases_of(
     made = MADE * FLOAT * max((inputs * outputs for _, inputs, outputs in one.layers), default=0)
     made *= stored < 1  # else a layer that has no mask is not made at all, and none is made twice
     phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK, rest=lambda _: made)]]
+    if folds:
+        rest = folding(one, made)
+        phases.append([Phase(FOLDING, stored, FLOAT * one.forward, OUTPUT_CHUNK, rest=lambda _: rest)])
     phases.append(checks(one, narrow, stored, made))
     if not recipe.removes:  # folding alone
         return phases
@@ -100,6 +113,20 @@ def looked_at(per_input: int, least: int, *, thrifty: bool) -> list[tuple[int, i
     """Positions for each input of a layer, and the fewest samples: as usual, and where memory is short."""
     usual: list[tuple[int, int, dict[str, Any]]] = [(per_input, least, {})]
     return [*usual, (0, least // 2, {"per_input": 0})] if thrifty else usual
+
+
+def folding(one: Pass, made: int) -> int:
+    """Bytes of what layers with one row for each sample receive, of their factors, and of the fit of one.
+
+    Args:
+        made: bytes of the weights that are made at once.
+    """
+    rows = FIT + CHOOSE
+    layers = [(inputs, outputs) for places, inputs, outputs in one.layers if places == 1]
+    received = sum(rows * inputs for inputs, _ in layers)
+    factors = FOLDING_FACTORS * sum(inputs * outputs for inputs, outputs in layers)
+    fit = FOLDING_SIDES * max(((rows + inputs) * outputs for inputs, outputs in layers), default=0)
+    return int(FLOAT * (received + factors + fit)) + made
 
 
 def checks(one: Pass, narrow: float, stored: float, made: int) -> Forms:
@@ -191,18 +218,21 @@ def refitting(one: Pass, looks: int, made: int, samples: int) -> int:
 
 
 def alternatives(
-    recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW, stored: float = 1
+    recipe: PruneRecipe, one: Pass, narrow: float = MOST_NARROW, stored: float = 1, folds: bool = False
 ) -> dict[str, list[Forms]]:
     """Flags that were not given and take memory away -> the phases with them, the dense network elsewhere."""
     found: dict[str, list[Forms]] = {}
+    if not recipe.removes:  # folding alone does none of that
+        return found
     without: dict[str, dict[str, Any]] = {
         "--no-refit": dict(refit=False),
         "--recover 0": dict(recover=0),
         "--no-refit --recover 0": dict(refit=False, recover=0),
         "--criterion taylor": dict(criterion="taylor"),
+        **({"--fold 0": dict(fold=0.0)} if folds else {}),
     }
-    for flags, changes in without.items() if recipe.removes else ():  # folding alone does none of that
+    for flags, changes in without.items():
         if all(getattr(recipe, name) != value for name, value in changes.items()):
-            changed = replace(recipe, **changes)
-            found[flags] = phases_of(changed, one, offload=True, narrow=narrow, stored=stored)
+            changed, still = replace(recipe, **changes), folds and "fold" not in changes
+            found[flags] = phases_of(changed, one, offload=True, narrow=narrow, stored=stored, folds=still)
     return found

@@ -146,17 +146,23 @@ def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> AbstractC
 def feeders(network: nn.Module, run: Run, names: Sequence[str]) -> set[str]:
     """Those of some layers whose outputs others of them read, directly or through anything between.
 
-    Read off autograd's tape: the weights in which the input of a layer has a derivative.
+    Read off autograd's tape: the weights in which the input of a layer has a derivative. It is never wound
+    back, so it keeps no tensors: of weights held in half precision they would be copies in float32.
     """
     weights = {id(network.get_submodule(name).weight): name for name in names}
     found: set[str] = set()
+    forgetting = torch.autograd.graph.saved_tensors_hooks(forget, forget)
 
     def trace(name: str, _layer: Any, x: torch.Tensor, _output: torch.Tensor) -> None:
         found.update(weights[key] for key in leaves_of(x.grad_fn) & weights.keys())
 
-    with learning(network, names), visited(network, names, trace):
+    with learning(network, names), visited(network, names, trace), forgetting:
         hidden_run(run, taped=True)
     return found
+
+
+def forget(_tensor: Any) -> Any:
+    """Nothing, in the place of what a tape would keep."""
 
 
 def leaves_of(node: Any) -> set[int]:

@@ -26,6 +26,8 @@ from gfprune_cli.pruning.plan import FOLD, tolerance_of
 from gfprune_cli.pruning.probes import Probes, pool_of
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.half import as_stored, keep_in_half
+from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure import modulation
 from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.cost import CostModel
@@ -135,6 +137,23 @@ def test_what_makes_the_embedding_is_told_from_what_reads_it() -> None:
     feeding = feeders(model, lambda hide: model(hide(given["sample"]), given["timestep"]), names)
     assert feeding == {"time_embedding.linear_1", "time_embedding.linear_2"}
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_finding_what_feeds_others_keeps_nothing_for_a_way_back() -> None:
+    """Of a network held in half precision it would be all weights in float32."""
+    model = keep_in_half(networks.build("ddpm").bfloat16().float(), torch.bfloat16)
+    given = networks.inputs(model)
+    names = found_in(model, given)
+
+    def run(hide: Any) -> None:
+        model(hide(given["sample"]), given["timestep"])
+
+    held = [as_stored(weight) for weight in model.parameters()]
+    with Alive(held) as once:
+        modulation.hidden_run(run)
+    with Alive(held) as taped:
+        assert feeders(model, run, names)
+    assert taped.most <= 1.1 * once.most
 
 
 def curve(count: int, inputs: int, dimensions: int, seed: int = 0) -> torch.Tensor:

@@ -20,8 +20,17 @@ from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
 from gfprune_cli.pruning import job
+from gfprune_cli.pruning.fold import CHOOSE, FIT
 from gfprune_cli.pruning.memory import FLOAT, GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
-from gfprune_cli.pruning.phases import CHECKING, RECOVERING, REFITTING, SCORING, alternatives, phases_of
+from gfprune_cli.pruning.phases import (
+    CHECKING,
+    FOLDING,
+    RECOVERING,
+    REFITTING,
+    SCORING,
+    alternatives,
+    phases_of,
+)
 from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.runtime import memory
 from gfprune_cli.runtime.device import offload, weights_of
@@ -264,8 +273,30 @@ def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
 def test_folding_alone_checks_removal_in_what_memory_there_is() -> None:
     one = Pass(kept=100, forward=10)
     for free, doubles in ((8, True), (3, False)):
-        chosen = plan(free).of(phases_of(PruneRecipe(sparsity=0.0, fold=0.01), one, offload=False))
+        chosen = plan(free).of(
+            phases_of(PruneRecipe(sparsity=0.0, fold=0.01), one, offload=False, folds=True)
+        )
         assert chosen.settings(CHECKING) == {"doubles": doubles}
+
+
+def test_folding_counts_the_factors_and_what_they_are_fitted_to() -> None:
+    one = Pass(forward=10, layers=((1, 100, 600), (64, 1000, 1000)))
+    forms = phases_of(PruneRecipe(), one, offload=True, stored=0.5, folds=True)
+    (folding,) = next(phases for phases in forms if phases[0].name == FOLDING)
+    rows = FIT + CHOOSE
+    made = 2 * FLOAT * 1000 * 1000  # a layer that is kept in half, in float32
+    held = FLOAT * (rows * 100 + 100 * 600 // 2)
+    assert (folding.copies, folding.sample) == (0.5, FLOAT * 10)
+    assert held + made < folding.need(0, 0) < held + made + 10 * FLOAT * rows * 600
+    assert FOLDING not in {phases[0].name for phases in phases_of(PruneRecipe(), one, offload=True)}
+
+
+def test_without_folding_is_advised_where_that_is_what_does_not_fit() -> None:
+    one = Pass(kept=8, recomputed=4, forward=2, layers=((1, 100, 60_000), (64, 1000, 10)))
+    assert "--fold 0" in alternatives(PruneRecipe(), one, folds=True)
+    assert "--fold 0" not in alternatives(PruneRecipe(), one)
+    forms = alternatives(PruneRecipe(), one, folds=True)["--fold 0"]
+    assert FOLDING not in {phases[0].name for phases in forms}
 
 
 def test_what_gave_is_what_the_record_says() -> None:
