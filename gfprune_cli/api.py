@@ -7,7 +7,7 @@ it raises stops the run. All raise `UsageError` for wrong settings and `GfpruneE
 one line.
 """
 
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,11 +48,14 @@ RecipeT = TypeVar("RecipeT")
 def asked(
     command: str, recipe: type[RecipeT], model: Name, config: Name, settings: dict[str, Any]
 ) -> tuple[RecipeT, RunOptions]:
-    """What the arguments of a function say: what to do, and how to run."""
+    """What the arguments of a function say: what to do, and how to run. Recipes have paths as text."""
     names = RunOptions.names(command, cli=False)
-    given = {name: value for name, value in settings.items() if name not in names}
-    path = Path(config) if config is not None else None
-    chosen = resolve_recipe(recipe, path, {"model": None if model is None else str(model), **given})
+    given = {
+        name: fspath(value) if isinstance(value, PathLike) else value
+        for name, value in {"model": model, **settings}.items()
+        if name not in names
+    }
+    chosen = resolve_recipe(recipe, Path(config) if config is not None else None, given)
     return chosen, RunOptions.resolve(**{name: settings[name] for name in names if name in settings})
 
 
@@ -176,7 +179,7 @@ def carry(
         >>> carry("style.safetensors", "sd-half", out="style-half").layers
         {'total': 128, 'narrowed': 96, 'moved': 0, 'dropped': 0}
     """
-    named = {} if adapter is None else {"adapter": str(adapter)}
+    named = {} if adapter is None else {"adapter": adapter}
     return carrying.carry(*asked("carry", CarryRecipe, model, config, {**settings, **named}), progress)
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import provenance
 import speed
 
-LIMIT = speed.Limit(share=0.8, products=1.2)
+LIMIT = speed.Limit(share=0.8, products=1.2, profiled=0.75)
 TOY = dict(one_shot=True, refit=False, recover=0, images=4, sample_steps=2, draws=4)
 
 
@@ -84,7 +84,9 @@ def test_where_the_time_goes_is_profiled_in_every_runtime(pipeline_folder: Path,
 
 def test_a_limit_is_what_is_left_when_products_follow_the_macs() -> None:
     dense, pruned = dict(products=8.0, elementwise=2.0), dict(products=6.0, elementwise=1.0)
-    assert speed.limit_of(dense, pruned, 2.0) == speed.Limit(share=10 / (4 + 1) / 2, products=6 / 4)
+    assert speed.limit_of(dense, pruned, 2.0) == speed.Limit(
+        10 / (4 + 1) / 2, products=6 / 4, profiled=10 / 7 / 2
+    )
 
 
 def test_scoring_is_counted_in_gradients(pipeline_folder: Path) -> None:

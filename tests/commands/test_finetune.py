@@ -187,11 +187,17 @@ def test_logs_of_a_run_killed_before_its_first_state_are_its_own(pruned: Path, t
     assert steps == [1, 2]
 
 
-def test_two_processes_train_what_one_does(pruned: Path, tuned: Path, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--lora", "2"], ["--by-block", "--features", "0"]])
+def test_two_processes_train_what_one_does(
+    pruned: Path, tuned: Path, server: Server, tmp_path: Path, more: list[str]
+) -> None:
     """With the same effective batch, to float tolerance; test_eval_command.py has `accelerate launch`."""
     out = tmp_path / "out"
-    command = ["finetune", "--model", pruned, "--out", out, "--device", "cpu", "--json", *flags(**BRIEF)]
-    done = server.together(2, *command)
+    command = ["finetune", "--model", pruned, "--device", "cpu", "--json", *flags(**BRIEF), *more]
+    if more:
+        tuned = tmp_path / "one"
+        assert server.run(*command, "--out", tuned).code == 0
+    done = server.together(2, *command, "--out", out)
     assert [one.code for one in done] == [0, 0], done[0].stderr[-2000:]
     assert json.loads(done[0].stdout)["processes"] == 2
     start, one, two = (

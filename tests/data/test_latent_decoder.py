@@ -113,7 +113,7 @@ def test_cards_of_a_text_to_image_pipeline_show_dense_above_pruned(tmp_path: Pat
     """The dense row is the same for every sparsity; the prompts of the columns stand beside it."""
     dense, prompts = FAMILIES["stable-diffusion"](tmp_path / "dense"), tmp_path / "prompts.txt"
     prompts.write_text("".join(f"thing number {number}\n" for number in range(8)))
-    gfprune_cli.prune(str(dense), sparsity=[0.1, 0.3], out=tmp_path / "out", prompts=str(prompts), **BRIEF)
+    gfprune_cli.prune(str(dense), sparsity=[0.1, 0.3], out=tmp_path / "out", prompts=prompts, **BRIEF)
     (dense_one, one), (dense_two, two) = (rows(tmp_path / f"out-{share}") for share in (0.1, 0.3))
     assert one.shape == (64, 2 * 64, 3), "a quarter of the images is kept aside"
     assert np.array_equal(dense_one, dense_two)
@@ -125,7 +125,7 @@ def test_cards_of_a_text_to_image_pipeline_show_dense_above_pruned(tmp_path: Pat
     tuned = tmp_path / "tuned"
     gfprune_cli.finetune(
         tmp_path / "out-0.3", out=tuned, steps=1, images=8, batch=2, sample_steps=2, sample_every=1,
-        prompts=str(prompts),
+        prompts=prompts,
     )  # fmt: skip
     grid = tmp_path / "tuned-logs" / "samples" / "step-000001.png"
     assert (tuned / "samples.png").read_bytes() == grid.read_bytes()
