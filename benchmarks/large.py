@@ -5,27 +5,26 @@
     python benchmarks/large.py --networks            # plans alone, seconds
     python benchmarks/large.py --networks sdxl --device cuda    # large-cuda.md: on a card, and finetune
 
-Writes `large.md` into docs/benchmarks: what the memory plan asks for on real networks, and what runs took.
-Of the latter weights are random, architectures real, samples small, since what is asked is how memory follows
-the weights. Every run is told how much is free, and takes pieces that fit in it.
+Writes `large.md` into docs/benchmarks: what the memory plan asks for on real networks, and what runs took;
+parts add up, in --work. Of the latter weights are random, architectures real, samples small, since what is
+asked is how memory follows the weights. Every run is told how much is free, and takes pieces that fit in it.
 """
 
 import argparse
 import json
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from own_process import in_a_process
-from provenance import PAGES, table, write_page
+from provenance import PAGES, commit, table, write_page
 
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.pruning.memory import FLOAT, Phase, one_pass
@@ -124,6 +123,7 @@ REAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "DiT-XL/2, 256 px": (DiTTransformer2DModel, dict(num_layers=28, sample_size=32)),
     "FLUX.1-dev, 1024 px": (FluxTransformer2DModel, dict(guidance_embeds=True)),
 }  # fmt: skip
+FOLDED = (DiTTransformer2DModel, FluxTransformer2DModel)  # by default, as transformers are
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
     "`--recover 0`": dict(recover=0),
@@ -148,7 +148,8 @@ def plan_table() -> str:
             cells = []
             for settings in PLANS.values():
                 recipe = PruneRecipe(sparsity=0.5, **settings)
-                phases = phases_of(recipe, one, offload=True, narrow=narrow, stored=stored)
+                folds = kind in FOLDED
+                phases = phases_of(recipe, one, offload=True, narrow=narrow, stored=stored, folds=folds)
                 cells.append(worst_of(phases, params))
             rows.append([name, f"{params / 1e6:,.0f} M", kept, words, *cells])
     head = ("network", "parameters", "activations of a sample, GB", "stored in", *PLANS)
@@ -223,7 +224,7 @@ def measured(subject: Subject, root: Path, seed: int, device: str) -> Iterator[d
 def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
     head = (
         *("network", "parameters", "free, GB", "planned peak, GB", "measured, GB", "planned for measured"),
-        *("bytes per parameter", "scoring, s", "refit, s", "all, s"),
+        *("bytes per parameter", "scoring, s", "refit, s", "all, s", "commit"),
     )
     cells = []
     for subject, found in rows:
@@ -242,6 +243,7 @@ def rows_table(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
                 f"{seconds.get('scoring', 0):.0f}",
                 f"{seconds.get('refit', 0):.0f}",
                 f"{sum(seconds.values()):.0f}",
+                found["commit"],
             ]
         )
     return "\n".join(table(head, cells))
@@ -270,24 +272,28 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="of what is kept of runs")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/large.py", *(sys.argv[1:] if given is None else given)])
-    page = partial(written, options.out, options.device, command, options.seed)
-    rows: dict[str, tuple[Subject, dict[str, Any]]] = {}
+    made_at = commit()
+    options.work.mkdir(parents=True, exist_ok=True)
+    kept = options.work / f"large-{options.device}.json"
+    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as root:
             for found in measured(SUBJECTS[name], Path(root), options.seed, options.device):
-                rows[name] = SUBJECTS[name], found
-                print(page([*rows.values()]), flush=True)
-    return page([*rows.values()])
+                rows[name] = found | {"commit": made_at}
+                kept.write_text(json.dumps(rows))
+                written(options, rows)
+    return written(options, rows)
 
 
-def written(
-    out: Path, device: str, command: str, seed: int, rows: Sequence[tuple[Subject, dict[str, Any]]]
-) -> Path:
+def written(options: argparse.Namespace, kept: dict[str, dict[str, Any]]) -> Path:
     """The page: plans, unless it is about a card, and runs."""
+    device = options.device
+    rows = [(subject, kept[name]) for name, subject in SUBJECTS.items() if name in kept]
+    command = shlex.join(["python", "benchmarks/large.py", "--networks", *kept, "--device", device])
     body = ""
     if device == "cpu":
         body += (
@@ -301,7 +307,7 @@ def written(
             f"{rows_table(rows)}\n{finetune_text(rows)}"
         )
     page = "large.md" if device == "cpu" else "large-cuda.md"
-    return write_page(out / page, "Memory of large networks", command, seed, body)
+    return write_page(options.out / page, "Memory of large networks", command, options.seed, body)
 
 
 if __name__ == "__main__":
