@@ -4,31 +4,32 @@
     python benchmarks/speedup.py --networks demo random   # 10 minutes
     python benchmarks/speedup.py --device cuda --precision bf16 --runtimes eager --batches 64 1
 
-Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card. Networks are pruned in one shot,
-without refit and recovery, since time does not depend on weights. What the run measured itself stands beside
-a second measurement, made when all is written, of the checkpoint as it is on disk, in turns with the dense
-one.
+Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card; parts add up, in --work. Networks are
+pruned in one shot, without refit and recovery, since time does not depend on weights. What the run measured
+itself stands beside a second measurement, made when all is written, of the checkpoint as it is on disk, in
+turns with the dense one.
 """
 
 import argparse
+import json
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from large import stable_diffusion
-from provenance import PAGES, table, write_page
+from provenance import PAGES, commit, table, write_page
 from speed import ONE_SHOT, random_pipeline
 
 import gfprune_cli
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import silent
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.device import device_name
 from gfprune_cli.timing.budget import bench_of
 from gfprune_cli.timing.stopwatch import Reading, network_seconds, times_as_fast
 
@@ -62,7 +63,10 @@ U-Net; -26 %).
 
 @dataclass(frozen=True)
 class Row:
-    """One prune run; `time` and `mac_ratio` are None where the speed-up is out of reach."""
+    """One prune run; `time` and `mac_ratio` are None where the speed-up is out of reach.
+
+    `made` is the commit and the machine.
+    """
 
     network: str
     runtime: str
@@ -72,6 +76,12 @@ class Row:
     mac_ratio: float | None = None
     written: Reading | None = None
     why: str = ""
+    made: str = ""
+
+    @property
+    def place(self) -> tuple[int, str, int, float]:
+        """Where it stands in the table: no two rows have one."""
+        return NETWORKS.index(self.network), self.runtime, self.batch, self.asked
 
     @property
     def missed(self) -> float | None:
@@ -170,17 +180,18 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and ONNX Runtime")
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="of what is kept of runs")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/speedup.py", *(sys.argv[1:] if given is None else given)])
-    options.out.mkdir(parents=True, exist_ok=True)
+    made = f"{commit()} on {device_name(torch.device(options.device))}"
+    for folder in (options.out, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
     place = {"device": options.device, "seed": options.seed}
     place |= {"precision": options.precision} if options.precision else {}
-    name_of_page = "speedup.md" if options.device == "cpu" else "speedup-cuda.md"
-    rows: list[Row] = []
+    kept = options.work / f"speedup-{options.device}.json"
+    rows = read_rows(kept)
     sizes = SIZES[options.device]
-    text = TEXT.format(width=sizes.width, widest=2 * sizes.width, latents=sizes.latents)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in options.networks:
@@ -190,13 +201,34 @@ def main(given: Sequence[str] | None = None) -> Path:
             asked = place | (LARGE if name == "sd15" else {})
             for runtime in options.runtimes:
                 for batch in batches:
-                    rows += asked_rows(model, name, runtime, batch, speedups, root, **asked)
-                    print(rows_table(rows), flush=True)
-                    body = text + rows_table(rows) + verdict(rows) + "\n" + PUBLISHED
-                    page = write_page(
-                        options.out / name_of_page, "Speed-up asked and measured", command, options.seed, body
-                    )
-    return page
+                    found = asked_rows(model, name, runtime, batch, speedups, root, **asked)
+                    rows |= {row.place: replace(row, made=made) for row in found}
+                    kept.write_text(json.dumps([asdict(row) for row in rows.values()]))
+                    print(rows_table(found), flush=True)
+                    page(options, list(rows.values()))
+    return page(options, list(rows.values()))
+
+
+def read_rows(path: Path) -> dict[Any, Row]:
+    """The rows of earlier runs, by their places."""
+    rows = [Row(**kept) for kept in json.loads(path.read_text())] if path.exists() else []
+    found = [replace(row, written=row.written and Reading(**row.written)) for row in rows]
+    return {row.place: row for row in found}
+
+
+def page(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
+    """The page of all rows that there are."""
+    cpu, sizes = options.device == "cpu", SIZES[options.device]
+    command = shlex.join(["python", "benchmarks/speedup.py", *([] if cpu else ["--device", options.device])])
+    text = TEXT.format(width=sizes.width, widest=2 * sizes.width, latents=sizes.latents)
+    rows = sorted(rows, key=lambda row: row.place)
+    made: dict[str, list[str]] = {}
+    for row in rows:
+        made.setdefault(row.made, []).append(row.network)
+    where = "; ".join(f"{', '.join(dict.fromkeys(names))}: {at}" for at, names in made.items())
+    body = f"{text}{rows_table(rows)}{verdict(rows)}\n\nRuns were made at {where}.\n{PUBLISHED}"
+    name = "speedup.md" if cpu else "speedup-cuda.md"
+    return write_page(options.out / name, "Speed-up asked and measured", command, options.seed, body)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark of speed-ups at toy size, on a machine whose times are made up."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,30 @@ def test_every_speed_up_has_a_row_and_those_out_of_reach_say_why(
     assert {line.count("|") for line in lines} == {11}
     assert "--speedup 90 cannot be reached" in lines[-1]
     assert "1 of 1 networks are within 3%" in speedup.verdict(rows)
+
+
+def test_parts_add_up_on_the_page(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of an earlier run stay; those that are run again are replaced, and each says where it was made."""
+    found = speedup.Row("demo", "eager", 4, 1.5, why="cannot be reached: try")
+    asked = []
+
+    def asked_rows(
+        _model: str, name: str, runtime: str, batch: int, *_given: object, **_place: object
+    ) -> list:
+        asked.append((name, runtime))
+        return [replace(found, network=name, runtime=runtime, why=f"{runtime} {len(asked)}")]
+
+    monkeypatch.setattr(speedup, "asked_rows", asked_rows)
+    monkeypatch.setattr(speedup, "network_folder", lambda name, *_: name)
+    where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    speedup.main([*where, "--networks", "demo", "--speedups", "1.5"])
+    monkeypatch.setattr(speedup, "commit", lambda: "later")
+    written = speedup.main(
+        [*where, "--networks", "random", "demo", "--runtimes", "onnx", "--speedups", "1.5"]
+    )
+    text = written.read_text()
+    assert asked == [("demo", "eager"), ("demo", "onnx"), ("random", "onnx"), ("demo", "onnx")]
+    assert [words in text for words in ("eager 1", "onnx 2", "onnx 3", "onnx 4")] == [True, False, True, True]
+    assert "later on" in text
