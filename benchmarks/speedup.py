@@ -175,7 +175,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--runtimes", nargs="+", default=["eager", "onnx"])
     parser.add_argument("--batches", nargs="+", type=int, default=[4])
     parser.add_argument("--speedups", nargs="+", type=float, default=list(SPEEDUPS))
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
