@@ -1,6 +1,7 @@
 """What runs a network where it will serve: a row for each runtime."""
 
 import copy
+import gc
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -152,12 +153,18 @@ def torch_network(bench: Bench, network: nn.Module, *, compiled: bool = False) -
 
 def exported_network(load: Callable[[Path, int], Runner], bench: Bench, network: nn.Module) -> Call:
     """Export to ONNX and load the file, for so many threads; it is gone afterwards."""
-    denoiser = Denoiser(copy.deepcopy(network), torch.float32, bench.signature(network))
-    graph = trace(denoiser, frozenset()).graph
     with tempfile.TemporaryDirectory(prefix="gfprune-") as folder:
-        onnx.write_onnx(Path(folder), graph, onnx.DEFAULT_OPSET)
+        write_network(Path(folder), bench, network)
+        gc.collect()  # traced programs hold weights in cycles
         run = load(Path(folder) / onnx.FILE, torch.get_num_threads())
     return partial(run, bench.tensors(network))
+
+
+def write_network(folder: Path, bench: Bench, network: nn.Module) -> None:
+    """Export to ONNX. What is traced is a copy, but for the weights."""
+    own: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    denoiser = Denoiser(copy.deepcopy(network, own), torch.float32, bench.signature(network))
+    onnx.write_onnx(folder, trace(denoiser, frozenset()).graph, onnx.DEFAULT_OPSET)
 
 
 def exported_layer(load: Callable[..., Call], _bench: Bench, kind: Kind, out: int, into: int) -> Call:
