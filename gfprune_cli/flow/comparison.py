@@ -44,7 +44,7 @@ from gfprune_cli.structure.trace import first_given
 
 RIDGE = 1e-2  # of the mean second moment, as in the refit
 ROWS_PER_INPUT = 4
-BLOCK = 512  # inputs that leave what is left of the moments together
+BLOCK = 512  # inputs that are worked on together
 LEAST_RISE = 1e-4  # of the mean over all steps of all groups: what is smaller cannot be told from nothing
 
 
@@ -244,13 +244,20 @@ def missed_by_input(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
     """
     rows, inputs = x.shape
     squares = torch.linalg.vector_norm(x, dim=0).double().square()
+    parts = [slice(first, min(inputs, first + BLOCK)) for first in range(0, inputs, BLOCK)]
     ridge = RIDGE * (squares / rows).mean() + torch.finfo(torch.float32).tiny
     if rows >= inputs:
-        moments = (x.T @ x).double().div_(rows)
+        moments = x.new_zeros(inputs, inputs)
+        for part in parts:  # the lower triangle alone
+            torch.mm(x[:, part].T, x[:, : part.stop], out=moments[part, : part.stop])
+        moments = moments.double().div_(rows)
         moments.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
-        return None if int(failed) else ((weight.double() * scale) @ factor).square().sum(0)
-    parts = [slice(first, first + BLOCK) for first in range(0, inputs, BLOCK)]
+        if int(failed):
+            return None
+        scaled = (weight.double() * scale).to(x)  # what follows is a sum of squares: nothing cancels
+        products = (scaled[:, part.start :] @ factor[part.start :, part].to(x) for part in parts)
+        return torch.cat([product.double().square().sum(0) for product in products])
     unknown = torch.eye(rows, dtype=torch.float64, device=x.device)
     left = unknown.new_zeros(len(weight), rows)
     for part in parts:
