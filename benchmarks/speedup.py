@@ -226,7 +226,7 @@ def page(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     for row in rows:
         made.setdefault(row.made, []).append(row.network)
     where = "; ".join(f"{', '.join(dict.fromkeys(names))}: {at}" for at, names in made.items())
-    body = f"{text}{rows_table(rows)}{verdict(rows)}\n\nCommits and machines of the rows: {where}.\n{PUBLISHED}"
+    body = f"{text}{rows_table(rows)}{verdict(rows)}\n\nRows were made at: {where}.\n{PUBLISHED}"
     name = "speedup.md" if cpu else "speedup-cuda.md"
     return write_page(options.out / name, "Speed-up asked and measured", command, options.seed, body)
 
