@@ -329,6 +329,11 @@ def test_a_network_with_pooled_prompts_is_folded_within_the_tolerance() -> None:
     assert 0 < found.layer_error <= 0.05
     assert found.covered["timesteps"][1] == 1000
     assert found.covered["pooled_projections"] == {"recorded": 20}
+    # what is left as it is exists once, and how many samples go at once changes no number
+    own = {tensor.data_ptr() for tensor in model.parameters()}
+    assert sum(tensor.data_ptr() not in own for tensor in network.parameters()) == 3 * len(found.layers)
+    folder.at_once = 1
+    assert folder.output_error(network, process, draws) == pytest.approx(found.output_error, rel=1e-4)
     # what is promised of outputs holds in real passes, too
     names = {layer.name for layer in found.layers}
     batch = draws.batch("other", 3, 4)
