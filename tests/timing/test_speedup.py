@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import networks
 import pytest
 import torch
 from clocks import Machine
@@ -16,6 +17,7 @@ from gfprune_cli.cli.main import app
 from gfprune_cli.errors import Interrupted, UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.progress import Event
+from gfprune_cli.timing import runtimes
 from gfprune_cli.timing.closed_loop import close
 from gfprune_cli.timing.runtimes import Bench
 from gfprune_cli.timing.stopwatch import Reading
@@ -277,3 +279,23 @@ def test_the_nearest_of_the_trials_is_taken() -> None:
     assert kept == {"group": 4}
     assert [trial.predicted for trial in trials] == [0.5, 0.4]
     assert best.measured == pytest.approx(0.52)
+
+
+def test_what_is_exported_to_be_timed_is_a_copy_but_for_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = networks.build("ddpm")
+    bench = Bench("onnx", torch.device("cpu"), "fp32", 1, Sizes())
+    modules = dict(network.named_modules())
+    traced: list[torch.nn.Module] = []
+
+    def stop(denoiser: torch.nn.Module, _axes: object) -> None:
+        traced.append(denoiser)
+        raise Interrupted("traced", 0)
+
+    monkeypatch.setattr(runtimes, "trace", stop)
+    with pytest.raises(Interrupted):
+        runtimes.write_network(tmp_path, bench, network)
+    own = {weight.data_ptr() for weight in network.parameters()}
+    assert {weight.data_ptr() for weight in traced[0].parameters()} == own
+    assert dict(network.named_modules()) == modules
