@@ -260,20 +260,23 @@ def missed_by_input(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
         return torch.cat([product.double().square().sum(0) for product in products])
     unknown = torch.eye(rows, dtype=torch.float64, device=x.device)
     left = unknown.new_zeros(len(weight), rows)
+    weights_of = lambda part: (weight[:, part].double() * scale).to(x)  # noqa: E731
     for part in parts:
-        left += (weight[:, part].double() * scale) @ x[:, part].double().T
+        left += weights_of(part) @ x[:, part].T
     found = []
-    for part in parts:
-        own, given = weight[:, part].double() * scale, x[:, part].double()
+    for part in parts:  # products in float32 as above; what is taken away from again and again in float64
+        own, given = weights_of(part), x[:, part]
         left -= own @ given.T
-        seen = unknown @ given
-        moments = (given.T @ seen).div_(rows)
+        seen = unknown.to(x) @ given
+        moments = (given.T @ seen).double().div_(rows)
         moments.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if int(failed):
             return None
+        factor = factor.to(x)
         half = torch.linalg.solve_triangular(factor, seen.T, upper=False)
-        found.append((own @ factor + (left @ half.T).div_(rows)).square().sum(0))
+        missed = (own @ factor).addmm_(left.to(x), half.T, alpha=1 / rows)
+        found.append(missed.double().square().sum(0))
         unknown -= (half.T @ half).div_(rows)
     return torch.cat(found)
 

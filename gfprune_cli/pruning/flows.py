@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -36,6 +35,7 @@ from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.structure.budget import OutOfTime
 from gfprune_cli.structure.removal import skeleton
 from gfprune_cli.timing.budget import Scores, TimeBudget
 
@@ -196,9 +196,12 @@ class Flow:
         """Widths whose time was measured."""
 
         def propose(left: float) -> Mapping[str, int] | None:
-            with suppress(UsageError):  # the best of what was timed before stands
+            try:
                 return widths(left)
-            return None
+            except OutOfTime as error:
+                return error.nearest.kept
+            except UsageError:  # the best of what was timed before stands
+                return None
 
         folded = None if self.job.folding is None else skeleton(self.dense)
         return time.closed(self.job.plan.cost, propose, self.job.progress, folded)

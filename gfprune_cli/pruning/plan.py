@@ -189,7 +189,10 @@ def make_plan(
                 )
             plan = replace(plan, time=times.asking(speedup=recipe.speedup, latency=recipe.latency))
         found = plan.check(recipe)
-        return replace(plan, fold=tolerance_of(recipe, meta, found))
+        fold = tolerance_of(recipe, meta, found)
+        if plan.time is not None and recipe.keep_loss is None and not (fold or facts):
+            plan.time.check_reach(cost, uniform_scores(groups), progress)
+        return replace(plan, fold=fold)
     allocation, config = native_allocation(meta, cost, recipe.goal, recipe.budget)
     if allocation.sparsity <= 0:
         raise UsageError(

@@ -29,6 +29,7 @@ from gfprune_cli.timing.table import TimeTable, read_table, table_of
 from gfprune_cli.timing.whole import whole_networks
 
 MISSED = 0.03  # of the target: a run that ends so far from it says so
+NEAR = 1.25  # times the speed asked for: where the table says the limit is nearer, it is measured
 Scores = Mapping[str, torch.Tensor]
 
 
@@ -119,19 +120,27 @@ class TimeBudget:
             left: share of the time to ask for in the place of the budget's.
 
         Raises:
-            UsageError: it is out of reach; says how fast the network can be, and what holds it back.
+            OutOfTime: the speed is out of reach; says how fast the network can be, and what holds it back.
+            UsageError: the sparsity is.
         """
         gone = self.gone if left is None else 1 - left
         try:
             return allocate(cost, scores, sparsity * share, time=gone * share, **how)
         except OutOfTime as error:
-            reached = error.nearest.sparsities[TIME] >= gone * share
-            raise (error if reached else self.out_of_reach(cost, scores)) from None
+            if error.nearest.sparsities[TIME] >= gone * share:
+                raise UsageError(str(error)) from None
+            time = cost.total(narrowest(cost, scores), TIME) / cost.before(TIME)
+            said = self.out_of_reach(cost, scores, 1 / time, self.table.ms[0] * time)
+            raise OutOfTime(error.nearest, said, error.left) from None
 
-    def out_of_reach(self, cost: CostModel, scores: Scores) -> UsageError:
-        """What to say of a network that cannot be that fast."""
-        least = allocate(cost, scores, 0, time=1 - 1e-6, strict=False).kept
-        time, dense = cost.total(least, TIME), cost.before(TIME)
+    def out_of_reach(self, cost: CostModel, scores: Scores, speedup: float, ms: float) -> str:
+        """What to say of a network that cannot be that fast.
+
+        Args:
+            speedup, ms: of the network at its narrowest.
+        """
+        least = narrowest(cost, scores)
+        time = cost.total(least, TIME)
         removed = cost.removed(least)
         alive = np.array([n for n, layer in enumerate(cost.layers) if not layer.gone(removed)], np.int64)
         assert cost.times is not None
@@ -142,11 +151,28 @@ class TimeBudget:
             "a larger --time-batch",
             *([] if blocks else ["--blocks"]),
         ]
-        return UsageError(
-            f"{self.flag} cannot be reached: at its narrowest the network is {dense / time:.3g} times as "
-            f"fast, {self.table.ms[0] * time / dense:.3g} ms, and {launching:.0%} of that is launching "
+        return (
+            f"{self.flag} cannot be reached: at its narrowest the network is {speedup:.3g} times as "
+            f"fast, {ms:.3g} ms, and {launching:.0%} of that is launching "
             f"operators: try {', '.join(advice[:-1])}{' or ' if advice[:-1] else ''}{advice[-1]}"
         )
+
+    def check_reach(self, cost: CostModel, scores: Scores, progress: Progress) -> None:
+        """Time the network at its narrowest, where the table says that what is asked for is nearly that.
+
+        Raises:
+            UsageError: it is slower, and not by the spread.
+        """
+        least = narrowest(cost, scores)
+        if self.bench is None or cost.total(least, TIME) / cost.before(TIME) * NEAR < self.left:
+            return
+        with whole_networks(cost, self.bench, progress, self.network) as seconds:
+            dense, narrow = seconds([least])
+        found = times_as_fast(dense, narrow)
+        most = found.value if found.steady else found.high
+        if most * (1 + MISSED) * self.left < 1:
+            ms = Reading.of(narrow).in_milliseconds().value
+            raise UsageError(self.out_of_reach(cost, scores, found.value, ms))
 
     def closed(
         self,
@@ -229,6 +255,11 @@ class TimeBudget:
             "trials": [trial.document() for trial in self.trials],
             "chosen": None if self.chosen is None else self.trials.index(self.chosen),
         }
+
+
+def narrowest(cost: CostModel, scores: Scores) -> Mapping[str, int]:
+    """Widths of the fastest network."""
+    return allocate(cost, scores, 0, time=1 - 1e-6, strict=False).kept
 
 
 def bench_at(table: TimeTable) -> Bench:

@@ -299,3 +299,29 @@ def test_what_is_exported_to_be_timed_is_a_copy_but_for_its_weights(
     own = {weight.data_ptr() for weight in network.parameters()}
     assert {weight.data_ptr() for weight in traced[0].parameters()} == own
     assert dict(network.named_modules()) == modules
+
+
+def test_a_limit_that_the_table_does_not_know_is_measured_before_anything_is_scored(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that are narrower than those which the table was made with take as long as they do."""
+    model, slowest = str(pipeline_folder), 0.0
+
+    def floor(seconds: float) -> float:
+        return max(0.0, slowest - seconds)
+
+    machine = Machine(surprise=floor).install(monkeypatch)
+    bench = Bench("eager", torch.device("cpu"), "fp32", 4, Sizes())
+    dense = machine.network_seconds(bench, gfprune_cli.load(pipeline_folder))
+    with pytest.raises(UsageError) as caught:
+        gfprune_cli.analyze(model, speedup=[90], time_batch=4)
+    said = re.search(r"narrowest the network is (\S+) times", str(caught.value))
+    assert said
+    believed = float(said[1])
+    slowest = dense / (0.9 * believed)
+    asked = dict(time_batch=4, out=tmp_path / "out", **ONCE)
+    with pytest.raises(UsageError, match=rf"narrowest the network is {0.9 * believed:.3g} times as"):
+        gfprune_cli.prune(model, speedup=0.95 * believed, dry_run=True, **asked)
+    done = gfprune_cli.prune(model, speedup=0.9 * believed, **asked)
+    assert done.time is not None
+    assert done.time["measured"]["speedup"] == pytest.approx(0.9 * believed, rel=0.03)
