@@ -1,5 +1,6 @@
 """What the next step of every group would save, kept up to date while the widths of a network change."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,13 @@ class Ledger:
             name: cost.groups[name].channels - int(self.removed[self.index[name]]) for name in self.names
         }
         self.totals = np.array([cost.total(start, key) for key in self.counted], np.float64)
+
+    def copy(self) -> "Ledger":
+        """One more of the same widths, to go its own way."""
+        other = copy.copy(self)
+        other.out, other.into, other.gone = self.out.copy(), self.into.copy(), self.gone.copy()
+        other.removed = self.removed.copy()
+        return other
 
     def savings(self, steps: Ints) -> Floats:
         """[costs, groups] what each group would save by so many channels less; a block by its one.

@@ -179,7 +179,7 @@ class Search:
             weights: what a share of each cost is worth.
             patient: what would take more than is wanted waits until nothing else is left.
         """
-        ledger = self.ledger(self.start.kept())
+        ledger = self.start.copy()
         prices = np.array([weights[key] for key in self.counted]) / self.dense
         steps = np.array([self.down(number, ledger) for number in range(len(self.names))], np.int64)
         lost = np.array(
@@ -303,11 +303,14 @@ class Search:
             ],
             np.int64,
         )
+        up = np.array([-width_step(group, align) for group in self.groups], np.int64)
+        given = ledger.savings(up)
         for number, group in enumerate(self.groups):
-            wider = kept[group.name] + width_step(group, align)
+            wider = kept[group.name] - int(up[number])
             if not free[number] or wider > group.channels - self.start.removed[number]:
                 continue
-            trial = self.ledger({**kept, group.name: wider})
+            trial = ledger.copy()
+            trial.move(group.name, int(up[number]), given[:, number])
             savings = trial.savings(np.where(np.arange(len(down)) == number, 0, down))
             after = (trial.totals[:, None] - savings) / self.dense[:, None]
             rooms = (self.left[:, None] - after).min(0)

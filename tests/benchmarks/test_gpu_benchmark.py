@@ -47,6 +47,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     return gpu.main(["--toy", "--out", str(folder)]), folder
 
 
+@pytest.mark.thorough  # minutes on a card; its parts have tests
 @pytest.mark.slow
 def test_every_section_of_a_run_is_filled(toy: tuple[int, Path]) -> None:
     code, folder = toy

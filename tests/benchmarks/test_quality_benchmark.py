@@ -391,6 +391,7 @@ def test_new_files_in_the_package_make_a_commit_dirty(
 # --- all of it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough  # peers, cells and pages have tests
 @pytest.mark.slow
 def test_a_grid_runs_to_a_page_and_a_second_time_from_what_is_kept(
     place: subjects.Place, tmp_path: Path
@@ -440,6 +441,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         place.open()
 
 
+@pytest.mark.thorough  # of what is committed, and trains
 @pytest.mark.slow
 def test_the_networks_differ_in_kind_and_share_no_image(tmp_path: Path) -> None:
     """Trained by the benchmark, once; one step is enough to see what they are."""

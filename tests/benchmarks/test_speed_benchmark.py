@@ -69,6 +69,7 @@ def test_time_is_told_apart_by_what_operators_do() -> None:
     assert {name: speed.kind_of("onnx", name) for name in kinds} == kinds
 
 
+@pytest.mark.thorough  # shares and limits have tests
 def test_where_the_time_goes_is_profiled_in_every_runtime(pipeline_folder: Path, folders: list[Path]) -> None:
     rows = speed.latency_gains(str(pipeline_folder), folders, ["eager", "onnx"], [1], rounds=2)
     table, limits = speed.profile_tables(str(pipeline_folder), folders, rows, 1)

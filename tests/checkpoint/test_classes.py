@@ -211,6 +211,7 @@ save_file(images, tensors)
 
 class TestModelingFile:
     @pytest.mark.slow
+    @pytest.mark.thorough  # test_clients.py
     def test_a_pipeline_of_pruned_parts_makes_an_image_elsewhere(self, tmp_path: Path) -> None:
         """Denoiser and autoencoder pruned, loaded by DiffusionPipeline, saved again, loaded again."""
         unet = modeling.pruned_class("UNet2DConditionModel")(gfprune={"modules": NARROW}, **CONDITIONAL)

@@ -48,7 +48,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", MEANING)
+@pytest.mark.parametrize(
+    "package",
+    [pytest.param(name, marks=[pytest.mark.thorough] if name == "gguf" else []) for name in MEANING],
+)  # gguf is read as the others are
 def test_blocks_of_the_page_run_as_written(home: Path, package: str) -> None:
     pytest.importorskip(package, exc_type=ImportError)
     blocks = [block for block in examples(PAGE, "python") if any(word in block for word in MEANING[package])]

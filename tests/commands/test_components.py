@@ -44,6 +44,7 @@ def pruned(dense: Path) -> tuple[Path, PruneResults]:
     return out, RUNS[out]
 
 
+@pytest.mark.thorough  # the stopped run prunes both
 def test_every_denoiser_reaches_the_budget_in_one_checkpoint(
     dense: Path, pruned: tuple[Path, PruneResults]
 ) -> None:

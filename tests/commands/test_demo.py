@@ -35,6 +35,7 @@ def test_the_demo_is_a_trained_model_of_the_promised_size() -> None:
     assert losses(demo(), model, 128)[0] < 0.045  # predicting no noise at all scores 1
 
 
+@pytest.mark.thorough  # every run checks it, and tiny networks have tests
 @pytest.mark.slow
 @pytest.mark.matrix(3)
 @pytest.mark.parametrize("budget", ["both", "params", "macs"])
@@ -60,6 +61,7 @@ def test_every_budget_is_met_within_one_point_on_the_demo(sparsity: float, budge
     assert plan.achieved == (min(plan.removed.values()) if budget == "both" else plan.removed[budget])
 
 
+@pytest.mark.thorough  # structure/test_traced.py counts real configurations
 @pytest.mark.slow
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize(

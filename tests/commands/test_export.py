@@ -330,9 +330,11 @@ def test_onnx_runs_other_batches_and_sizes(pruned: Path, onnx_folder: Path) -> N
     model = gfprune_cli.load(pruned)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_inputs()] == ["sample", "timestep"]
+    run_here = onnx_model.run_onnx(path, threads=1)
     for batch in other_batches():
         (found,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         torch.testing.assert_close(torch.from_numpy(found), expected(model, batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_here(batch)[0], torch.from_numpy(found))
 
 
 @NEEDS_ONNX
@@ -698,6 +700,7 @@ def test_every_dtype_has_a_tolerance_and_a_type() -> None:
     assert names == set(TOLERANCES) == set(DTYPES)
 
 
+@pytest.mark.thorough  # every format is written and run in other tests
 @pytest.mark.slow
 @NEEDS_ONNX
 def test_the_examples_of_the_documentation_run_as_written(

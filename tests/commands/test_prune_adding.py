@@ -88,6 +88,7 @@ assert latents.isfinite().all()
 """
 
 
+@pytest.mark.matrix(2)
 def test_plain_diffusers_loads_and_runs_it(case: tuple[str, Path, Path, PruneResult]) -> None:
     name, _, out, result = case
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
@@ -158,6 +159,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(place: Path, tmp_path: Pat
         gfprune_cli.prune(tmp_path, component="controlnet", sparsity=0.2, dry_run=True)
 
 
+@pytest.mark.thorough  # that of a U-Net goes the whole way, its pass is tested
 def test_a_controlnet_of_a_transformer(tmp_path: Path) -> None:
     """Its heads, feed-forward units and modulation; what it is given is recorded with its transformer's."""
     dense = PIPELINES["flux-controlnet"](tmp_path / "flux")

@@ -99,6 +99,7 @@ def test_what_comes_after_a_sparsity_does_not_change_its_network(
         assert files(tmp_path / f"out-{target:g}") == files(folder / f"out-{target:g}")
 
 
+@pytest.mark.thorough  # a limited one is stopped, too
 def test_a_run_for_several_stopped_again_and_again_writes_the_same_bytes(
     several: tuple[Path, PruneResults], pipeline_folder: Path, tmp_path: Path
 ) -> None:

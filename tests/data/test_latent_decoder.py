@@ -109,6 +109,7 @@ def rows(folder: Path) -> tuple[Any, Any]:
 BRIEF: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, one_shot=True, refit=False, recover=0)
 
 
+@pytest.mark.thorough  # pictures and cards have tests
 def test_cards_of_a_text_to_image_pipeline_show_dense_above_pruned(tmp_path: Path) -> None:
     """The dense row is the same for every sparsity; the prompts of the columns stand beside it."""
     dense, prompts = FAMILIES["stable-diffusion"](tmp_path / "dense"), tmp_path / "prompts.txt"

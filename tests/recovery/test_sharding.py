@@ -70,8 +70,12 @@ def states(out: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        (2, []),
-        (3, ["--features", "0.1", "--jacobian", "0.01", "--checkpointing", "--micro-batch", "1"]),
+        pytest.param(2, [], marks=pytest.mark.thorough),
+        pytest.param(
+            3,
+            ["--features", "0.1", "--jacobian", "0.01", "--checkpointing", "--micro-batch", "1"],
+            marks=pytest.mark.thorough,  # the last case shards network, moments and teacher
+        ),
         (2, ["--teacher-precision", "bf16", "--ema", "0"]),
     ],
 )
@@ -95,6 +99,7 @@ def test_pieces_train_what_a_whole_network_does(
     assert states(several) == []
 
 
+@pytest.mark.thorough  # pieces train alike
 def test_muon_moves_pieces_as_it_moves_whole_matrices(server: Server, dit: Path, tmp_path: Path) -> None:
     """It orthogonalises in bfloat16, where other sums round otherwise: 3 % here."""
     one, several = tmp_path / "one", tmp_path / "several"

@@ -58,7 +58,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "several": dict(sparsity=[0.3, 0.5], recover=0),
     "a limit": dict(keep_loss=1.5, recover=0, refit=False),
 }
-LONGER = {"several": pytest.mark.thorough}  # a limit makes several networks, too
+# what devices are asked for is the same by default
+LONGER = dict.fromkeys(("the flow", "several", "a limit"), pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,10 @@ def tried_some(bench: Bench, name: str) -> Counter[str]:
     return tried
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] if name == "prune" else []) for name in SCENES],
+)  # "replace" prunes, too
 def test_failing_calls_leave_what_stands_whole_and_resuming_gives_the_same_bytes(
     bench: Bench, name: str
 ) -> None:

@@ -12,6 +12,7 @@ MEGABYTE = 1 << 20
 SLACK = 16 * MEGABYTE  # of allocators that keep what they were given back
 
 
+@pytest.mark.thorough  # long by its nature
 @pytest.mark.parametrize("command", ["finetune", "eval"])
 def test_memory_is_flat(
     command: str, thorough: bool, smallest_folder: Path, pruned: Path, tmp_path: Path,

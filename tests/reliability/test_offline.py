@@ -100,6 +100,7 @@ def test_offline_opens_no_socket(hub: Hub, tmp_path: Path) -> None:
     check_no_socket(hub, tmp_path / "home", [[*given, "--offline"] for given in commands(tmp_path / "out")])
 
 
+@pytest.mark.thorough  # --offline sets that variable
 def test_hf_hub_offline_opens_no_socket(hub: Hub, tmp_path: Path, thorough: bool) -> None:
     """The variable is what --offline sets, too: one command shows that ours is read before the libraries'."""
     given = commands(tmp_path / "out") if thorough else [["analyze", "--model", REPO]]

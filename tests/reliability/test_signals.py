@@ -89,7 +89,13 @@ def check_stopped(outcome: Outcome, folder: Path, number: int = TERM) -> None:
     assert outcome.seconds < LIMIT
 
 
-@pytest.mark.parametrize("name", ["prune", "finetune", "eval", "export", "export onnx", "analyze"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["prune", "finetune", "eval", "export", "export onnx"],
+        pytest.param("analyze", marks=pytest.mark.thorough),  # has nothing to save
+    ],
+)
 def test_sigterm_in_every_phase_saves_and_exits_143(
     name: str, thorough: bool, server: Server, cache: dict[str, str], smallest_folder: Path, pruned: Path,
     tmp_path: Path, record: Callable[[str], None],

@@ -290,7 +290,7 @@ def test_the_native_layout_of_a_transformer_loses_blocks_and_loads_in_the_stock_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd3", "qwen-image"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=pytest.mark.thorough), "qwen-image"])
 def test_the_native_layout_of_two_streams_loses_blocks(family: str, tmp_path: Path) -> None:
     """Of Stable Diffusion 3.5, whose blocks differ, and of Qwen-Image, whose inputs are recorded."""
     folder = (FAMILIES | PIPELINES)[family](tmp_path / "dense")

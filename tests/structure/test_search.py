@@ -27,7 +27,9 @@ def cost_of(name: str) -> CostModel:
     return CostModel(network, channels + block_groups(network), trace)
 
 
-@pytest.mark.parametrize("name", ["unet", "text-unet", "dit", "flux"])
+@pytest.mark.parametrize(
+    "name", ["unet", pytest.param("text-unet", marks=pytest.mark.thorough), "dit", "flux"]
+)
 def test_savings_are_what_the_cost_model_counts_wherever_a_walk_has_led(name: str) -> None:
     """Down and up again, through blocks that go and take their channels along."""
     cost, choice = cost_of(name), random.Random(name)

@@ -367,6 +367,7 @@ def described(name: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.thorough  # so are whole runs: reliability/test_determinism.py
 @pytest.mark.slow
 def test_structure_is_the_same_in_every_process() -> None:
     """Groups, cells and the order of members are a function of the network: a resumed run sums in that order.

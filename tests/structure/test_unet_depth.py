@@ -114,6 +114,7 @@ def test_a_middle_that_has_to_stay_as_deep_as_its_stage_is_skipped_in_the_adapti
     assert type(remove(dense, groups, kept)).__name__ == "PrunedUNet2DConditionModel"
 
 
+@pytest.mark.thorough  # networks alone have tests
 @pytest.mark.slow
 def test_a_pipeline_without_some_blocks_loads_in_the_stock_classes(tmp_path: Path) -> None:
     dense = FAMILIES["stable-diffusion"](tmp_path / "dense")
