@@ -34,61 +34,44 @@ LORA = "merge it into its model first: load_lora_weights, fuse_lora and save_pre
 
 
 # networks that are not pruned, by their names -> why, and what to do
-REFUSED = (
-    (
-        r"Multi(ControlNetModel|Adapter)$",
-        "holds several networks: prune each in a pipeline that has it alone",
-    ),
-    (
-        r"^ControlNetUnionModel$",
+REFUSED = {
+    r"Multi(ControlNetModel|Adapter)$": "holds several networks: prune each in a pipeline that has it alone",
+    r"^ControlNetUnionModel$": (
         "is given several pictures at once: prune the denoiser, and make it fit with gfprune carry, or keep "
-        "it as it is with --keep-interfaces",
+        "it as it is with --keep-interfaces"
     ),
-    (
-        r"ControlNet|Adapter$",
+    r"ControlNet|Adapter$": (
         "adds to the states of the denoiser at places that are not known here, nor to gfprune carry: use it "
-        "with the dense denoiser, or with a U-Net that was pruned with --keep-interfaces",
+        "with the dense denoiser, or with a U-Net that was pruned with --keep-interfaces"
     ),
-    (
-        r"^AsymmetricAutoencoderKL$",
+    r"^AsymmetricAutoencoderKL$": (
         "joins what it makes of a mask to the states of its decoder, which no loss here sees: leave it as "
-        "it is",
+        "it is"
     ),
-    (
-        r"^AutoencoderTiny$",
-        "rounds its latents to bytes, so that no gradient reaches its encoder: leave it as it is",
+    r"^AutoencoderTiny$": (
+        "rounds its latents to bytes, so that no gradient reaches its encoder: leave it as it is"
     ),
-    (
-        r"^AutoencoderDC$",
+    r"^AutoencoderDC$": (
         "averages groups of channels beside its layers, and its norms see all channels at once: leave it as "
-        "it is",
+        "it is"
     ),
-    (
-        r"^AutoencoderKL(HunyuanImage|KVAE)$",
-        "averages and repeats groups of channels beside its layers: leave it as it is",
+    r"^AutoencoderKL(HunyuanImage|KVAE)$": (
+        "averages and repeats groups of channels beside its layers: leave it as it is"
     ),
-    (
-        r"^AutoencoderRAE$",
-        "is made of vision transformers, whose layers no rule here knows: leave it as it is",
+    r"^AutoencoderRAE$": "is made of vision transformers, whose layers no rule here knows: leave it as it is",
+    r"^ConsistencyDecoder|DiffusionDecoder": (
+        "decodes by denoising, beside the denoiser of the pipeline: leave it as it is"
     ),
-    (
-        r"^ConsistencyDecoder|DiffusionDecoder",
-        "decodes by denoising, beside the denoiser of the pipeline: leave it as it is",
+    r"^(?!.*(Projection|ConditionEncoder|Embedder)).*(Oobleck|Audio|Vocoder|SAME|LongCat|Music)": (
+        "encodes sounds, and the loss is one of images: leave it as it is"
     ),
-    (
-        r"^(?!.*(Projection|ConditionEncoder|Embedder)).*(Oobleck|Audio|Vocoder|SAME|LongCat|Music)",
-        "encodes sounds, and the loss is one of images: leave it as it is",
-    ),
-    (
-        r"^Autoencoder|VAE$",
-        "decodes videos, and the loss is one of images: leave it as it is",
-    ),
-)
+    r"^Autoencoder|VAE$": "decodes videos, and the loss is one of images: leave it as it is",
+}
 
 
 def why_not(class_name: str) -> str:
     """Why a network of a pipeline is not pruned: the end of a sentence; "" where nothing is known."""
-    return next((why for pattern, why in REFUSED if re.search(pattern, class_name)), "")
+    return next((why for pattern, why in REFUSED.items() if re.search(pattern, class_name)), "")
 
 
 def instead_of_file(path: Path) -> str:

@@ -43,7 +43,7 @@ def sections() -> dict[str, list[str]]:
     """How each class is treated -> the classes."""
     known, recorded = "inputs follow from the configuration", "inputs are recorded from the pipeline"
     parts, unsorted = "parts of one pipeline", "unsorted"
-    refused = [f"refused: {why}" for _, why in REFUSED]
+    refused = [f"refused: {why}" for why in REFUSED.values()]
     found: dict[str, list[str]] = {kind: [] for kind in (known, recorded, *refused, parts, unsorted)}
     for name in networks():
         if is_autoencoder(name) or is_denoiser("diffusers", name):
