@@ -199,12 +199,15 @@ def about(document: dict[str, Any], component: str | None) -> dict[str, Any]:
     return joined([others[component], first, *(other for name, other in others.items() if name != component)])
 
 
+def read_document(root: Path) -> dict[str, Any] | None:
+    """What the record of a folder holds, unchecked; None where there is none."""
+    path = root / RECORD
+    return read_json(path, trusted_roots(root), limit=RECORD_BYTES) if path.exists() else None
+
+
 def records_of(root: Path) -> dict[str, dict[str, Any]]:
     """Component -> what a checkpoint folder has on record of it; nothing if it was never pruned."""
-    path = root / RECORD
-    if not path.exists():
-        return {}
-    document = read_json(path, trusted_roots(root), limit=RECORD_BYTES)
+    document = read_document(root) or {}
     others = document.pop(OTHERS, {})
     found = [document, *(others.values() if isinstance(others, dict) else ())]
     return {str(one.get("component")): one for one in found if isinstance(one, dict) and "kept" in one}
@@ -219,10 +222,10 @@ def read_record(root: Path, component: str | None = None) -> Record | None:
     Raises:
         GfpruneError: it is there and damaged.
     """
-    path = root / RECORD
-    if not path.exists():
+    path, document = root / RECORD, read_document(root)
+    if document is None:
         return None
-    document = about(read_json(path, trusted_roots(root), limit=RECORD_BYTES), component)
+    document = about(document, component)
     if document.get("command") == "export" and "recipe" not in document:
         return None  # of a dense model: nothing was pruned
     try:

@@ -8,14 +8,12 @@ import yaml
 
 from gfprune_cli.checkpoint.card import inherited, lineage
 from gfprune_cli.checkpoint.component import Component
-from gfprune_cli.checkpoint.files import read_json
 from gfprune_cli.checkpoint.record import (
-    RECORD,
-    RECORD_BYTES,
     SCHEMA_VERSION,
     about,
     installed_tools,
     installed_version,
+    read_document,
 )
 from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.deploy.formats import FORMATS
@@ -38,10 +36,9 @@ def export_record(
     Raises:
         GfpruneError: the source's record is damaged.
     """
-    path = component.root / RECORD
-    origin = source.origin(hashes)
-    if path.is_file():
-        base = about(read_json(path, component.roots, limit=RECORD_BYTES), component.name)
+    base, origin = read_document(component.root), source.origin(hashes)
+    if base is not None:
+        base = about(base, component.name)
     else:  # a dense checkpoint: nothing was pruned
         base = {
             "schema_version": SCHEMA_VERSION,

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from gfprune_cli.checkpoint.files import read_json, trusted_roots
-from gfprune_cli.checkpoint.record import RECORD_BYTES, SCHEMA_VERSION
+from gfprune_cli.checkpoint.record import SCHEMA_VERSION, read_document
 from gfprune_cli.data.calibration import cache_folder
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.inputs import Inputs, gather
@@ -143,9 +142,7 @@ def check_samples(out: Path) -> None:
 
 def record_in(out: Path) -> dict[str, Any] | None:
     """The record of an output of gfprune; None where there is no output."""
-    if not is_output(out):
-        return None
-    return read_json(out / "gfprune.json", trusted_roots(out), limit=RECORD_BYTES)
+    return read_document(out) if is_output(out) else None
 
 
 def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:
