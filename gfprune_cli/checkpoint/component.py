@@ -6,33 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from gfprune_cli.checkpoint.files import trusted_roots
-from gfprune_cli.checkpoint.layout import PRUNED, pipeline_components
+from gfprune_cli.checkpoint.layout import PRUNED, Location, pipeline_components, stock_name
 from gfprune_cli.checkpoint.safetensors_header import TensorInfo
+
+OWN_KEYS = ("gfprune", "auto_map", "quantization_config")  # of the pruned class, in its config.json
 
 
 @dataclass(frozen=True)
-class Component:
+class Component(Location):
     """A denoiser on disk, described without its weights.
 
     Args:
-        folder: where its config.json and weights lie.
-        name: its name in the pipeline ("unet"), or "" for a bare model folder.
-        class_name: see `layout.is_denoiser`.
         config: the parsed config.json.
         weights: the safetensors files; empty if they were not required and are not there.
         tensors: what the files' headers say, by tensor name as stored.
-        pipeline: the parsed model_index.json, None for a bare model folder.
-        root: the checkpoint's folder.
     """
 
-    folder: Path
-    name: str
-    class_name: str
     config: dict[str, Any]
     weights: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
-    pipeline: dict[str, Any] | None
-    root: Path
 
     @cached_property
     def entries(self) -> dict[str, tuple[str, str]]:
@@ -59,3 +51,9 @@ class Component:
     def is_pruned(self) -> bool:
         """Whether this is a network of non-uniform widths that gfprune wrote."""
         return self.class_name.startswith(PRUNED)
+
+    @property
+    def stock_config(self) -> dict[str, Any]:
+        """The configuration that the stock class has, at its own widths: no keys of the pruned one."""
+        config = {key: value for key, value in self.config.items() if key not in OWN_KEYS}
+        return {**config, "_class_name": stock_name(self.class_name)}

@@ -66,9 +66,7 @@ def inspect(
         if weights_required:
             raise
         weights, tensors = (), {}
-    return Component(
-        place.folder, place.name, place.class_name, config, weights, tensors, place.pipeline, place.root
-    )
+    return Component(**vars(place), config=config, weights=weights, tensors=tensors)
 
 
 def build_meta(component: Component) -> nn.Module:
@@ -168,15 +166,9 @@ def _unsaved(model: nn.Module, stored: dict[str, str]) -> list[torch.Tensor]:
 
 def _has_tables(model: nn.Module) -> bool:
     """Whether modules keep tensors that are neither parameters nor buffers, such as rotary angles."""
-    plain = [vars(module) for module in model.modules()]
-    registered = ("_parameters", "_buffers", "_modules")
-    return any(
-        isinstance(leaf, torch.Tensor)
-        for attributes in plain
-        for name, value in attributes.items()
-        if name not in registered
-        for leaf in tree_leaves(value)
-    )
+    attributes = (item for module in model.modules() for item in vars(module).items())
+    plain = [value for name, value in attributes if name not in ("_parameters", "_buffers", "_modules")]
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(plain))
 
 
 def load_model(component: Component, *, dtype: torch.dtype | None = None, in_half: bool = False) -> nn.Module:
@@ -202,7 +194,7 @@ def load_model(component: Component, *, dtype: torch.dtype | None = None, in_hal
     if _unsaved(model, stored) or _has_tables(model):
         model = _build(component, empty_weights(dtype))
     model.load_state_dict(_read_tensors(model, component, stored, dtype, in_half=in_half), assign=True)
-    return model.eval()
+    return model
 
 
 def load_empty(component: Component, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -271,12 +263,7 @@ def _files(component: Component) -> str:
 
 
 def _read_tensors(
-    model: nn.Module,
-    component: Component,
-    stored: dict[str, str],
-    dtype: torch.dtype,
-    *,
-    in_half: bool = False,
+    model: nn.Module, component: Component, stored: dict[str, str], dtype: torch.dtype, *, in_half: bool
 ) -> dict[str, torch.Tensor]:
     """Model's tensor name -> a finite tensor of its type, file by file. Tied names share one parameter."""
     expected = model.state_dict(keep_vars=True)
@@ -295,11 +282,8 @@ def _read_tensors(
                             result[name] = as_half(_finite(tensor, tensor.dtype, where))
                         else:
                             result[name] = _finite(tensor, target, where)
-        except (
-            SafetensorError,
-            OSError,
-            RuntimeError,
-        ) as error:  # PyTorch's own when a file cannot be mapped
+        # RuntimeError is PyTorch's own when a file cannot be mapped
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise GfpruneError(f"{path} cannot be read: {first_line(error)}") from None
     for name, first in doubles.items():
         if isinstance(expected[first], nn.Parameter) and not isinstance(result[first], nn.Parameter):

@@ -60,7 +60,7 @@ def inspect_single_file(path: Path) -> Component:
     if architecture.get("format") != 1 or not is_known(class_name) or not isinstance(config, dict):
         raise GfpruneError(f"the metadata key {KEY!r} of {path} describes no network that gfprune knows")
     check_config(config, path)
-    return Component(path, "", str(class_name), config, (path,), read_header(path), None, path.parent)
+    return Component(path.parent, path, "", str(class_name), None, config, (path,), read_header(path))
 
 
 def load_single_file(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:

@@ -42,7 +42,6 @@ ENCODERS = {
 }
 POOLED = ("text_embeds", "pooler_output")
 LENGTHS = (16, 24)  # of the token sequences that text encoders are compared on
-OWN_KEYS = ("gfprune", "auto_map", "quantization_config")  # of the pruned class: no class loads a graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,14 +186,8 @@ def network_part(
         graph=Graph(found.program, *spelling.axes(found)),
         source=run_model(source, signature),
         batches=draw_inputs(source, job.scheduler, signature, free=found.labels, seed=seed),
-        config=graph_config(component),
+        config=component.stock_config,  # no class loads a graph
     )
-
-
-def graph_config(component: Component) -> dict[str, Any]:
-    """The configuration without what is for loaders of weights."""
-    config = {key: value for key, value in component.config.items() if key not in OWN_KEYS}
-    return {**config, "_class_name": stock_name(component.class_name)}
 
 
 class TextStates(nn.Module):

@@ -51,7 +51,7 @@ def empty(cls: Any, **config: Any) -> Any:
 
 def refusal(model: Any, class_name: str = "") -> str:
     name = class_name or type(model).__name__
-    component = Component(Path(), "", name, dict(model.config), (), {}, None, Path())
+    component = Component(Path(), Path(), "", name, None, dict(model.config), (), {})
     try:
         check_expressible(component, model)
     except UsageError as error:

@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def component_of(root: Path, name: str) -> Component:
     index = json.loads((root / "model_index.json").read_text())
     config = json.loads((root / name / "config.json").read_text())
-    return Component(root / name, name, index[name][1], config, (), {}, index, root)
+    return Component(root, root / name, name, index[name][1], index, config, (), {})
 
 
 def opened(root: Path, name: str) -> tuple[nn.Module, Component, Any]:
