@@ -15,6 +15,7 @@ from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import check_variant
 from gfprune_cli.errors import GfpruneError, UsageError, named
 from gfprune_cli.progress import Event, Progress, silent
+from gfprune_cli.recipes.run_options import RunOptions
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -69,7 +70,7 @@ def resolve(
         config_only: download no weights.
         config_from: for a file: a diffusers folder or Hub id of its family; None takes the one that diffusers
             knows for it.
-        report: gets a "load" event before and during a download.
+        progress: gets a "load" event before and during a download.
 
     Returns:
         The source. `commit` is set for Hub models.
@@ -89,12 +90,18 @@ def resolve(
             f"--config-from is for models in one file, and {quoted(model)} is none: drop the flag"
         )
     if model == "demo":
-        source = _local(model, DEMO, "demo")
+        if not DEMO.is_dir():
+            raise GfpruneError(
+                f"the demo checkpoint is missing from this installation ({DEMO}): reinstall gfprune"
+            )
+        source = Source(model, DEMO, "demo", None)
     elif file is not None:
         made = _converted(file, config_from, offline, progress)
         source = Source(model, made, "local" if commit is None else "hub", commit)
     elif (folder := _expanded(model)) is not None and os.path.exists(folder):  # false for a name too long
-        source = _local(model, folder, "local")
+        if not folder.is_dir():
+            raise UsageError(f"--model {folder} is neither a folder nor a regular file")
+        source = Source(model, folder, "local", None)
     elif looks_like_hub_id(model):
         from gfprune_cli.checkpoint.hub import fetch
 
@@ -117,6 +124,12 @@ def resolve(
         )
     progress(Event("load", text=f"reading {source.folder}"))
     return source
+
+
+def source_of(recipe: Any, options: RunOptions, progress: Progress, *, config_only: bool = False) -> Source:
+    """The checkpoint that a recipe names."""
+    names = {name: getattr(recipe, name, None) for name in ("revision", "variant", "config_from")}
+    return resolve(recipe.model, **names, offline=options.offline, config_only=config_only, progress=progress)
 
 
 def looks_like_hub_id(model: str) -> bool:
@@ -168,13 +181,3 @@ def _converted(file: Path, config_from: str | None, offline: bool, progress: Pro
             "folder of its family with --config-from"
         ) from error
     return converted(file, source.folder, progress)
-
-
-def _local(label: str, folder: Path, kind: Literal["demo", "local"]) -> Source:
-    if kind == "demo" and not folder.is_dir():
-        raise GfpruneError(
-            f"the demo checkpoint is missing from this installation ({folder}): reinstall gfprune"
-        )
-    if not folder.is_dir():
-        raise UsageError(f"--model {folder} is neither a folder nor a regular file")
-    return Source(label, folder, kind, None)

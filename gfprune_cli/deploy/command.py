@@ -3,7 +3,7 @@
 import time
 
 from gfprune_cli.checkpoint.single_file import check_file_destination
-from gfprune_cli.checkpoint.source import resolve
+from gfprune_cli.checkpoint.source import source_of
 from gfprune_cli.deploy.job import ExportJob
 from gfprune_cli.deploy.plan import check_settings, default_output, is_file
 from gfprune_cli.deploy.result import ExportResult
@@ -29,14 +29,7 @@ def export(recipe: ExportRecipe, options: RunOptions, progress: Progress = silen
     destination = options.out or default_output(recipe)
     check = check_file_destination if is_file(recipe) else check_destination
     with claim(destination, options, check=check) as output:
-        source = resolve(
-            recipe.model,
-            revision=recipe.revision,
-            variant=recipe.variant,
-            offline=options.offline,
-            config_only=options.dry_run,
-            progress=progress,
-        )
+        source = source_of(recipe, options, progress, config_only=options.dry_run)
         required = not options.dry_run or source.kind != "hub"
         job = ExportJob(recipe, source, destination, progress, weights_required=required)
         if options.dry_run:

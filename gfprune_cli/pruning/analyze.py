@@ -7,6 +7,7 @@ from typing import Any
 from gfprune_cli.checkpoint.layout import denoiser_names, stock_name
 from gfprune_cli.checkpoint.reader import inspect
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
+from gfprune_cli.checkpoint.source import source_of
 from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.families.table import is_known_class
 from gfprune_cli.flow.sensitivity import measured_rises
@@ -14,7 +15,7 @@ from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import Plan, uniform_scores
-from gfprune_cli.pruning.units import find_units, source_of
+from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.analyze import AnalyzeRecipe
 from gfprune_cli.recipes.options import ALL
 from gfprune_cli.recipes.prune import PruneRecipe

@@ -8,6 +8,7 @@ from typing import Any
 
 from gfprune_cli.checkpoint.layout import denoiser_names
 from gfprune_cli.checkpoint.record import joined
+from gfprune_cli.checkpoint.source import source_of
 from gfprune_cli.checkpoint.writer import write_joined
 from gfprune_cli.errors import UsageError
 from gfprune_cli.outputs.claim import Claim, claim
@@ -16,7 +17,6 @@ from gfprune_cli.progress import Event, PhaseClock, Progress, notice, silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.pruning.result import PruneResult, PruneResults
-from gfprune_cli.pruning.units import source_of
 from gfprune_cli.pruning.writing import finished_run, make_networks, planned, result_of
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import ALL

@@ -9,7 +9,6 @@ from torch import nn
 from gfprune_cli.checkpoint.component import Component
 from gfprune_cli.checkpoint.layout import predicts
 from gfprune_cli.checkpoint.reader import build_meta, load_model
-from gfprune_cli.checkpoint.source import Source, resolve
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.inputs.examples import example_inputs
@@ -17,9 +16,6 @@ from gfprune_cli.inputs.pipeline_run import PipelineOptions
 from gfprune_cli.inputs.unknown_classes import pipeline_inputs
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.pruning.verify import check_removal, noisy
-from gfprune_cli.recipes.analyze import AnalyzeRecipe
-from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.structure.blocks import block_groups
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
@@ -28,14 +24,6 @@ from gfprune_cli.structure.removal import skeleton
 from gfprune_cli.structure.trace import Trace
 
 Groups = tuple[ChannelGroup, ...]
-
-
-def source_of(
-    recipe: AnalyzeRecipe | PruneRecipe, options: RunOptions, progress: Progress, *, config_only: bool
-) -> Source:
-    """The checkpoint that a recipe names."""
-    names = {name: getattr(recipe, name) for name in ("revision", "variant", "config_from")}
-    return resolve(recipe.model, **names, offline=options.offline, config_only=config_only, progress=progress)
 
 
 def find_units(
