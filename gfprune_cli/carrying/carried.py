@@ -32,6 +32,7 @@ class Carried:
     network: Any = None
 
 
-def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int) -> torch.Tensor:
-    """What is left of one dimension."""
-    return tensor if stays is None else tensor.index_select(dimension, torch.tensor(stays.indices))
+def chosen(tensor: torch.Tensor, stays: Stays | None, dimension: int, scale: float = 1.0) -> torch.Tensor:
+    """What is left of one dimension, times a factor that removal put on the layer."""
+    found = tensor if stays is None else tensor.index_select(dimension, torch.tensor(stays.indices))
+    return found if scale == 1 else (found.float() * scale).to(tensor.dtype)

@@ -21,6 +21,7 @@ from gfprune_cli.checkpoint.record import RECORD, installed_tools
 from gfprune_cli.checkpoint.shards import SHARD_BYTES, write_weights
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.claim import claim
+from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.durable import check_space, staged, write_json, write_tensors
 from gfprune_cli.progress import Event, Progress, silent
 from gfprune_cli.recipes.carry import CarryRecipe
@@ -57,23 +58,13 @@ IMAGE_PROMPTS = Kind(
     'pipeline.load_ip_adapter("FOLDER", subfolder="", weight_name="ip_adapter.safetensors")',
     lambda adapter, target: carry_image_prompts(adapter.tensors, target),
 )
-CONTROLNET = Kind(
-    "controlnet",
-    "",
-    'controlnet = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
-    carry_controlnet,
-)
-T2I_ADAPTER = Kind(
-    "t2i-adapter",
-    "",
-    'adapter = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
-    carry_t2i_adapter,
-)
+NETWORK = 'AutoModel.from_pretrained("FOLDER", trust_remote_code=True)'
+CONTROLNET = Kind("controlnet", "", f"controlnet = {NETWORK}", carry_controlnet)
 # by the class that a configuration names
 NAMED = {
     **dict.fromkeys(CLASSES, CONTROLNET),
     **dict.fromkeys(NETWORKS, replace(CONTROLNET, carry=carry_transformer_controlnet)),
-    CLASS: T2I_ADAPTER,
+    CLASS: Kind("t2i-adapter", "", f"adapter = {NETWORK}", carry_t2i_adapter),
 }
 
 
@@ -110,7 +101,7 @@ def carry(recipe: CarryRecipe, options: RunOptions, progress: Progress = silent)
     path = find_file(recipe.adapter)
     destination = options.out or default_output(recipe, path)
     with claim(destination, options) as output:
-        target = find_target(recipe, offline=options.offline, progress=progress)
+        target = find_target(recipe, options, progress)
         output.refuse_inputs({"--model": target.source.folder, "--adapter": path})
         progress(Event("load", text=f"reading {path}"))
         adapter = read_adapter(path)
@@ -180,7 +171,7 @@ def make_record(recipe: CarryRecipe, adapter: Adapter, target: Target, result: C
     return {
         **{key: said[key] for key in kept},
         "recipe": recipe.document(),
-        "adapter": {"file": adapter.path.name, "sha256": adapter.sha256},
+        "adapter": {"file": adapter.path.name, "sha256": sha256_of(adapter.path)},
         "model": target.source.origin(sha256_of_weights(target.component)),
         "tools": installed_tools(),
     }

@@ -11,7 +11,6 @@ from gfprune_cli.checkpoint.advice import PICKLES
 from gfprune_cli.checkpoint.files import checked_file, parse_json, quoted, read_json, trusted_roots
 from gfprune_cli.checkpoint.safetensors_header import FLOAT_TYPES, read_header, read_metadata
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.outputs.digests import sha256_of
 from gfprune_cli.outputs.tensor_files import load_tensors
 
 SUFFIX = ".safetensors"
@@ -34,10 +33,6 @@ class Adapter:
     path: Path
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        return sha256_of(self.path)
 
 
 def find_file(name: str) -> Path:

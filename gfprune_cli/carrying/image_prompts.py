@@ -147,5 +147,4 @@ def sliced_heads(tensor: torch.Tensor, left: Layer, kind: str) -> torch.Tensor:
     """The rows, or of the first half of a low-rank product the columns, that are left."""
     if kind == "lora.down":
         return chosen(tensor, left.into, 1)
-    found = chosen(tensor, left.out, 0)
-    return found if kind == "ip" or left.scale == 1 else (found.float() * left.scale).to(tensor.dtype)
+    return chosen(tensor, left.out, 0, 1.0 if kind == "ip" else left.scale)

@@ -53,13 +53,15 @@ def carry_lora(tensors: Tensors, target: Target) -> Carried:
         if factored and MAGNITUDE in parts:
             carried.dropped.append(old)
             continue
-        parts = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
-        if MAGNITUDE in parts:
-            parts[MAGNITUDE] *= shrinkage(target, begin + old, new, layer, tensors, parts)
+        left = {leaf: sliced(leaf, value, layer) for leaf, value in parts.items()}
+        if MAGNITUDE in left:  # |row of W' + B' A'| / |row of W + B A|
+            dense = chosen(row_lengths(target.dense, old, parts), layer.out, 0)
+            ratio = row_lengths(target.component, new, left) / dense
+            left[MAGNITUDE] *= ratio.view_as(left[MAGNITUDE]).to(left[MAGNITUDE].dtype)
         carried.moved += new != old
         carried.narrowed += layer.out is not None or layer.into is not None
         into = f"{begin}{new}.{BESIDE}" if factored else f"{begin}{new}"
-        carried.tensors |= {f"{into}.{leaf}": value.contiguous() for leaf, value in parts.items()}
+        carried.tensors |= {f"{into}.{leaf}": value.contiguous() for leaf, value in left.items()}
     return carried
 
 
@@ -109,25 +111,11 @@ def sliced(leaf: str, tensor: torch.Tensor, layer: Layer) -> torch.Tensor:
     if leaf == MAGNITUDE:
         lengths = [index for index, size in enumerate(tensor.shape) if size > 1]
         return chosen(tensor, layer.out, lengths[0] if lengths else 0).clone()
-    found = chosen(tensor, layer.out, 0)
-    return found if layer.scale == 1 else (found.float() * layer.scale).to(tensor.dtype)
+    return chosen(tensor, layer.out, 0, layer.scale)
 
 
-def shrinkage(
-    target: Target, name: str, new: str, layer: Layer, dense_parts: Tensors, parts: Tensors
-) -> torch.Tensor:
-    """|row of W' + B' A'| / |row of W + B A|, shaped like the magnitudes [..., out, ...]."""
-    old = name.removeprefix(f"{target.prefix}.")
-    dense = row_lengths(
-        target.dense, old, dense_parts[f"{name}.lora_A.weight"], dense_parts[f"{name}.lora_B.weight"]
-    )
-    left = row_lengths(target.component, new, parts["lora_A.weight"], parts["lora_B.weight"])
-    ratio: torch.Tensor = left / chosen(dense, layer.out, 0)
-    return ratio.view_as(parts[MAGNITUDE]).to(parts[MAGNITUDE].dtype)
-
-
-def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """|row of W + B A| [out] for a layer on disk.
+def row_lengths(component: Component, layer: str, parts: Tensors) -> torch.Tensor:
+    """|row of W + B A| [out] for a layer on disk and its `parts` of a LoRA.
 
     Raises:
         GfpruneError: the layer's weight is not there.
@@ -137,6 +125,6 @@ def row_lengths(component: Component, layer: str, down: torch.Tensor, up: torch.
         raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
     with opened(component.tensors[name].file) as reader:
         weight = reader.get_tensor(name).float()
-    product = up.float().flatten(1) @ down.float().flatten(1)
+    product = parts["lora_B.weight"].float().flatten(1) @ parts["lora_A.weight"].float().flatten(1)
     lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)
     return lengths

@@ -69,12 +69,9 @@ def common_name(adapter: Adapter, target: Target) -> Tensors:
         tensors, scales = from_others(tensors, adapter, target)
     begin = f"{target.prefix}."
     own = {name: value for name, value in tensors.items() if name.startswith(begin)}
-    rest = {name: value for name, value in tensors.items() if not name.startswith(begin)}
-    own = {
-        name.replace(".processor.", "."): value
-        for name, value in convert_unet_state_dict_to_peft(own).items()
-    }
-    found = {**rest, **own}
+    found = {name: value for name, value in tensors.items() if name not in own}
+    for name, value in convert_unet_state_dict_to_peft(own).items():
+        found[name.replace(".processor.", ".")] = value
     scales |= {name: float(value) for name, value in found.items() if name.endswith(".alpha")}
     by_layer = {
         DOWN.sub("", name.removesuffix(".alpha")).replace(".processor.", "."): value

@@ -1,7 +1,7 @@
 """The pruned network that an adapter is carried to, and what it says of the dense one."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -12,11 +12,12 @@ from gfprune_cli.checkpoint.layout import stock_name
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.checkpoint.reader import build_meta, inspect
 from gfprune_cli.checkpoint.record import RECORD, Record, read_record
-from gfprune_cli.checkpoint.source import Source, resolve
+from gfprune_cli.checkpoint.source import Source, resolve, source_of
 from gfprune_cli.errors import GfpruneError, UsageError, named
 from gfprune_cli.progress import Progress
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.structure.correspondence import correspondence, kept_units
 
 
@@ -30,10 +31,10 @@ class Target:
     """
 
     recipe: CarryRecipe
+    options: RunOptions
     source: Source
     component: Component
     record: Record
-    offline: bool
     progress: Progress
 
     @property
@@ -50,11 +51,9 @@ class Target:
     def dense_network(self) -> Any:
         """The dense one, likewise, from the configuration of the pruned one; in the native layout its names
         and their order alone are right."""
-        own = ("gfprune", "auto_map", "quantization_config")
-        config = {key: value for key, value in self.component.config.items() if key not in own}
-        config |= self.map.config
+        config = {**self.component.stock_config, **self.map.config}
         name = stock_name(self.component.class_name)
-        return build_meta(replace(self.component, class_name=name, config={**config, "_class_name": name}))
+        return build_meta(replace(self.component, class_name=name, config=config))
 
     def is_factored(self, name: str) -> bool:
         """Whether a layer of the pruned network is two thin ones now."""
@@ -106,30 +105,25 @@ class Target:
         Raises:
             GfpruneError: it is not there, or has other weights than those that were pruned.
         """
+        record, offline, progress = self.record, self.options.offline, self.progress
         with named(model="dense", teacher="dense"):
-            found = (
-                self.record.dense_source
-                if self.recipe.dense is None
-                else partial(resolve, self.recipe.dense, variant=self.record.variant)
-            )
-            source = found(offline=self.offline, progress=self.progress)
-        return inspect(source, component=self.record.component or None, variant=self.record.variant)
+            if self.recipe.dense is None:
+                source = record.dense_source(offline=offline, progress=progress)
+            else:
+                source = resolve(
+                    self.recipe.dense, variant=record.variant, offline=offline, progress=progress
+                )
+        return inspect(source, component=record.component or None, variant=record.variant)
 
 
-def find_target(recipe: CarryRecipe, *, offline: bool, progress: Progress) -> Target:
+def find_target(recipe: CarryRecipe, options: RunOptions, progress: Progress) -> Target:
     """The network that a recipe names.
 
     Raises:
         UsageError: it was not pruned.
         GfpruneError: it cannot be read.
     """
-    source = resolve(
-        recipe.model,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        offline=offline,
-        progress=progress,
-    )
+    source = source_of(recipe, options, progress)
     record = read_record(source.folder, recipe.component)
     if record is None:
         raise UsageError(
@@ -139,7 +133,7 @@ def find_target(recipe: CarryRecipe, *, offline: bool, progress: Progress) -> Ta
     if recipe.component not in (None, record.component):
         raise UsageError(f"--component {recipe.component} was not pruned: {record.component} was")
     component = inspect(source, component=record.component or None, variant=recipe.variant)
-    return Target(recipe, source, component, record, offline, progress)
+    return Target(recipe, options, source, component, record, progress)
 
 
 def layer_sizes(network: nn.Module, name: str) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.units import find_units
 from gfprune_cli.recipes.carry import CarryRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.structure.removal import remove
 
 Tensors = dict[str, torch.Tensor]
@@ -197,7 +198,7 @@ def test_the_dense_network_is_known_without_its_checkpoint(family: str, tmp_path
     """Its layers by name and order, those of blocks that are gone, too: by these, adapters are read."""
     pruned = Pruned(family, tmp_path, blocks=True)
     recipe = CarryRecipe(adapter="none", model=str(pruned.folder))
-    target = find_target(recipe, offline=True, progress=silent)
+    target = find_target(recipe, RunOptions(offline=True), silent)
     assert target.map.gone
     assert list(target.dense_network.state_dict()) == list(pruned.network.state_dict())
 

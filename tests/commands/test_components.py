@@ -20,6 +20,7 @@ from gfprune_cli.errors import Interrupted, UsageError
 from gfprune_cli.progress import Event, silent
 from gfprune_cli.pruning.result import PruneResults
 from gfprune_cli.recipes.carry import CarryRecipe
+from gfprune_cli.recipes.run_options import RunOptions
 
 RUNS: dict[Path, PruneResults] = {}
 BOTH = ["transformer", "transformer_2"]
@@ -169,7 +170,9 @@ def test_an_adapter_is_carried_to_the_expert_that_it_is_for(pruned: tuple[Path, 
     out, _ = pruned
     for name in BOTH:
         recipe = CarryRecipe(adapter="a.safetensors", model=str(out), component=name)
-        target = find_target(recipe, offline=True, progress=silent)
+        target = find_target(recipe, RunOptions(offline=True), silent)
         assert (target.record.component, target.component.name) == (name, name)
     with pytest.raises(UsageError, match="--component vae was not pruned: transformer was"):
-        find_target(CarryRecipe(adapter="a", model=str(out), component="vae"), offline=True, progress=silent)
+        find_target(
+            CarryRecipe(adapter="a", model=str(out), component="vae"), RunOptions(offline=True), silent
+        )
