@@ -8,9 +8,10 @@ from rich.text import Text
 
 from gfprune_cli.carrying.result import CarryResult
 from gfprune_cli.deploy.result import ExportResult
-from gfprune_cli.pruning.analyze import Analysis
+from gfprune_cli.pruning.analyze import Analysis, PlanReport
 from gfprune_cli.pruning.result import PruneResult
 from gfprune_cli.recovery.result import FinetuneResult
+from gfprune_cli.timing.report import SpeedupReport
 
 WORDS = ("", "component", "output")  # columns
 SLOWEST = 10  # layers of a timed network that are named
@@ -77,22 +78,14 @@ def time_rows(table: Table, time: Mapping[str, Any]) -> None:
     before, after = (
         (time["dense"]["ms"], predicted["ms"]) if measured is None else (measured["ms_dense"], measured["ms"])
     )
-    table.add_row(
-        f"time, {time['runtime']}, batch {time['batch']}",
-        f"{before:.4g} ms",
-        f"{after:.4g} ms",
-        change(before, after),
-    )
+    where = f"time, {time['runtime']}, batch {time['batch']}"
+    table.add_row(where, f"{before:.4g} ms", f"{after:.4g} ms", change(before, after))
     asked = ", ".join(f"{name} {value:g}" for name, value in time["asked"].items())
     table.add_row(f"  asked: {asked}", "", "", "")
     table.add_row("  predicted", "", f"{predicted['speedup']:.3f}x", "")
     if measured is not None:
-        table.add_row(
-            "  measured",
-            "",
-            f"{measured['speedup']:.3f}x",
-            f"{measured['low']:.3f} to {measured['high']:.3f}",
-        )
+        quartiles = f"{measured['low']:.3f} to {measured['high']:.3f}"
+        table.add_row("  measured", "", f"{measured['speedup']:.3f}x", quartiles)
 
 
 def networks_table(results: Sequence[PruneResult]) -> Table:
@@ -209,17 +202,8 @@ def analysis_text(found: Analysis) -> str:
     ]
     for group in found.groups:
         rise = "" if group.sensitivity is None else f"{group.sensitivity:+.1%}"
-        rows.append(
-            (
-                group.name,
-                str(group.channels),
-                str(group.unit_size),
-                short(group.params),
-                short(group.macs),
-                str(len(group.members)),
-                rise,
-            )
-        )
+        sizes = (str(group.channels), str(group.unit_size), short(group.params), short(group.macs))
+        rows.append((group.name, *sizes, str(len(group.members)), rise))
     if all(group.sensitivity is None for group in found.groups):
         rows = [row[:-1] for row in rows]
     lines = [
@@ -230,29 +214,16 @@ def analysis_text(found: Analysis) -> str:
     ]
     if found.plan:
         plans: list[tuple[str, ...]] = [("sparsity", "of params", "of MACs", "params", "MACs", "bytes")]
-        plans += [
-            (
-                f"{p.sparsity:g}",
-                *(f"{p.removed[key]:.4f}" for key in ("params", "macs")),
-                *(f"{count:,}" for count in (p.params, p.macs, p.bytes)),
-            )
-            for p in found.plan
-        ]
+        plans += [(f"{p.sparsity:g}", *left_cells(p), f"{p.bytes:,}") for p in found.plan]
         lines += ["", *aligned(plans)]
     if found.speedups:
         lines += ["", *aligned(speedup_rows(found))]
     if found.time is not None:
         slowest = sorted(found.time["layers"], key=lambda layer: -layer["ms"])[:SLOWEST]
         rows = [("slowest layers", "ms", "share of time", "share of MACs")]
-        rows += [
-            (
-                layer["name"],
-                f"{layer['ms']:.3f}",
-                f"{layer['ms'] / found.time['ms']:.1%}",
-                f"{layer['macs'] / found.macs:.1%}",
-            )
-            for layer in slowest
-        ]
+        for layer in slowest:
+            shares = (layer["ms"] / found.time["ms"], layer["macs"] / found.macs)
+            rows.append((layer["name"], f"{layer['ms']:.3f}", *(f"{share:.1%}" for share in shares)))
         where = found.time["where"]
         lines += [
             "",
@@ -267,17 +238,14 @@ def analysis_text(found: Analysis) -> str:
 def speedup_rows(found: Analysis) -> list[tuple[str, ...]]:
     """What each speed-up would leave."""
     rows: list[tuple[str, ...]] = [("speedup", "predicted", "ms", "of params", "of MACs", "params", "MACs")]
-    rows += [
-        (
-            f"{p.speedup:g}",
-            f"{p.achieved:.3f}",
-            f"{p.ms:.4g}",
-            *(f"{p.removed[key]:.4f}" for key in ("params", "macs")),
-            *(f"{count:,}" for count in (p.params, p.macs)),
-        )
-        for p in found.speedups
-    ]
+    rows += [(f"{p.speedup:g}", f"{p.achieved:.3f}", f"{p.ms:.4g}", *left_cells(p)) for p in found.speedups]
     return rows
+
+
+def left_cells(plan: PlanReport | SpeedupReport) -> tuple[str, ...]:
+    """The shares of parameters and MACs that a plan removes, then their numbers that are left."""
+    shares = (f"{plan.removed[key]:.4f}" for key in ("params", "macs"))
+    return (*shares, f"{plan.params:,}", f"{plan.macs:,}")
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
