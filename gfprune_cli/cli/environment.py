@@ -1,7 +1,6 @@
 """Installations that cannot work, in one line each: no docstrings, packages that do not fit each other."""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from traceback import walk_tb
 
 from gfprune_cli.checkpoint.files import shortened
@@ -54,7 +53,6 @@ def _package_of(error: BaseException) -> str:
 
 
 def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(of unknown version)"
+    from gfprune_cli.checkpoint.record import installed_version
+
+    return installed_version(package) or "(of unknown version)"

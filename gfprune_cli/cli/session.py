@@ -256,6 +256,3 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log; read when torch is imported
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; for equal bytes
-
-
-__all__ = ["Interrupted", "Session"]
