@@ -54,11 +54,8 @@ PHASES = {
     "sample": "samples",
     "write": "writing",
 }
-AT_THE_END = (
-    "mask",
-    "refitted",
-    "finetune",
-)  # events that say what has been done; the others say what begins
+# events that say what has been done; the others say what begins
+AT_THE_END = ("mask", "refitted", "finetune")
 
 
 class PhaseClock:

@@ -14,9 +14,8 @@ from gfprune_cli.checkpoint.layout import PRUNED_MODULES, pipeline_components
 from gfprune_cli.errors import GfpruneError
 
 LIBRARIES = ("diffusers", "transformers", *PRUNED_MODULES)
-_CHOOSES = re.compile(
-    r"Auto(?!encoder)"
-)  # AutoModel and the like load the class, or the code, a config names
+# AutoModel and the like load the class, or the code, a config names
+_CHOOSES = re.compile(r"Auto(?!encoder)")
 
 
 def check_entries(pipeline: dict[str, Any], path: Path) -> None:

@@ -18,18 +18,11 @@ INDEX_BYTES = 16 << 20
 # The largest value of each config key that sets how much a network or a scheduler allocates. A key holds a
 # number or a (nested) list of numbers, at most `MAX_ITEMS` long.
 LIMITS = {
-    "block_out_channels": 65536,
-    "in_channels": 65536,
-    "out_channels": 65536,
-    "sample_size": 65536,
-    "attention_head_dim": 65536,
-    "num_attention_heads": 65536,
-    "norm_num_groups": 65536,
-    "attn_norm_num_groups": 65536,
-    "layers_per_block": 64,
-    "transformer_layers_per_block": 64,
-    "cross_attention_dim": 1 << 20,
-    "time_embedding_dim": 1 << 20,
+    **dict.fromkeys(("block_out_channels", "in_channels", "out_channels", "sample_size"), 65536),
+    **dict.fromkeys(("attention_head_dim", "num_attention_heads"), 65536),
+    **dict.fromkeys(("norm_num_groups", "attn_norm_num_groups"), 65536),
+    **dict.fromkeys(("layers_per_block", "transformer_layers_per_block"), 64),
+    **dict.fromkeys(("cross_attention_dim", "time_embedding_dim"), 1 << 20),
     "num_class_embeds": 1 << 24,
     "num_train_timesteps": 1_000_000,
 }
@@ -224,11 +217,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         )
     for key in ("down_block_types", "up_block_types"):
         names = config.get(key, [])
-        if (
-            not isinstance(names, list)
-            or len(names) > MAX_ITEMS
-            or not all(isinstance(n, str) for n in names)
-        ):
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not named or len(names) > MAX_ITEMS:
             raise GfpruneError(f"{path}: {key!r} has to be a list of at most {MAX_ITEMS} block names")
 
 

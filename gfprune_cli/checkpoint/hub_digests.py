@@ -44,7 +44,9 @@ def verify(
             continue
         found = digest(path, progress, git=len(expected) == 40)
         if found != expected:
-            discard_download(path)
+            if (blob := path.resolve()).parent.name == "blobs":  # what the snapshot's link leads to
+                blob.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             again = "run once with network access" if offline else "try again"
             raise GfpruneError(
                 f"{name} of {repo_id} is damaged: its digest is {found[:12]}, and the Hub declares "
@@ -62,11 +64,3 @@ def digest(path: Path, progress: Progress, *, git: bool) -> str:
             progress(Event("load"))  # a place to stop: a large file takes a while
             found.update(chunk)
     return found.hexdigest()
-
-
-def discard_download(path: Path) -> None:
-    """Remove a snapshot's file and the blob that it links to, so that the next run downloads it."""
-    blob = path.resolve()
-    if blob != path and blob.parent.name == "blobs":
-        blob.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)

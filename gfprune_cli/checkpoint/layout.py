@@ -179,11 +179,8 @@ def _no_denoiser(root: Path, entries: dict[str, tuple[str, str]]) -> GfpruneErro
 def default_locations(locations: list[Location]) -> list[Location]:
     """What `--component` need not name: the denoiser, or those there are to choose from."""
     denoisers = [place for place in locations if place.pipeline is None or predicts(place.class_name)]
-    for name in PREFERRED:
-        for location in denoisers:
-            if location.name == name:
-                return [location]
-    return denoisers
+    preferred = [place for name in PREFERRED for place in denoisers if place.name == name]
+    return preferred[:1] or denoisers
 
 
 def denoiser_names(root: Path) -> list[str]:

@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -39,9 +38,8 @@ HOLDS = {
     "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-DENOISER = (
-    "model.diffusion_model."  # before its names in a file, often, and always in one with other components
-)
+# before its names in a file, often, and always in one with other components
+DENOISER = "model.diffusion_model."
 # whose authors have diffusers' names: its converters of them leave everything as it is, that prefix too
 ALIKE = ("QwenImageTransformer2DModel", "MotifVideoTransformer3DModel")
 QUANTIZED = (".weight_scale", ".scale_weight", ".input_scale", ".absmax", ".quant_state")
@@ -80,13 +78,13 @@ def converted(path: Path, config_from: Path, progress: Progress) -> Path:
         GfpruneError: the file is damaged, or a component is in neither.
     """
     header = check_kind(path)
-    pipeline, place = family(config_from)
+    place = family(config_from)
     key = {"file": sha256_of(path), "configs": digests(config_from), "diffusers": diffusers.__version__}
     folder = cache_room("single-file") / sha256_of_document(key)
     if (folder / "model_index.json").is_file():
         return folder
     progress(Event("load", text=f"converting {path.name} with the configuration of {config_from}"))
-    parts = pipeline_components(pipeline)
+    parts = pipeline_components(place.pipeline or {})
     held = {part for part in parts if any(name.startswith(HOLDS.get(part, ("-",))) for name in header)}
     held.add(place.name)
     lacking = [name for name in parts if name not in held and not has_weights(config_from / name)]
@@ -106,8 +104,8 @@ def converted(path: Path, config_from: Path, progress: Progress) -> Path:
     return folder
 
 
-def family(folder: Path) -> tuple[dict[str, Any], Location]:
-    """The pipeline that a folder configures, and its denoiser.
+def family(folder: Path) -> Location:
+    """The denoiser of the pipeline that a folder configures.
 
     Raises:
         UsageError: it is no pipeline, or a bare network.
@@ -118,7 +116,7 @@ def family(folder: Path) -> tuple[dict[str, Any], Location]:
             f"--config-from {folder} is a network alone: name a pipeline, with its model_index.json"
         )
     check_entries(place.pipeline, folder / "model_index.json")
-    return place.pipeline, place
+    return place
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -24,11 +24,8 @@ def read_weights(
 def _read_shards(index_path: Path, roots: tuple[Path, ...]) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     """The shards that an index names, and their tensors, each in the shard that the index says."""
     weight_map = read_json(index_path, roots, limit=INDEX_BYTES).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(s, str) for s in weight_map.values())
-    ):
+    named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not named or not weight_map:
         raise GfpruneError(f"{index_path} has no weight_map from tensors to files")
     shards = sorted(set(weight_map.values()))
     if len(shards) > MAX_SHARDS:

@@ -61,9 +61,7 @@ class RunOptions:
         bool,
         Help(
             "Replace an output that exists, and discard saved state.",
-            {
-                "analyze": "Replace the --html and --times-out files if they exist.",
-            },
+            {"analyze": "Replace the --html and --times-out files if they exist."},
         ),
         Of("analyze prune finetune eval export carry"),
     ] = False
@@ -80,22 +78,16 @@ class RunOptions:
         Path | None, Help("Folder of metrics and samples (default: OUT-logs)."), Of("finetune")
     ] = None
     logger: Annotated[
-        Literal["tensorboard", "trackio"] | None,
-        Help("Also log to this, if installed."),
-        Of("finetune"),
+        Literal["tensorboard", "trackio"] | None, Help("Also log to this, if installed."), Of("finetune")
     ] = None
     offline: Annotated[
         bool, Help("Never use the network."), Of("analyze prune finetune eval export carry")
     ] = False
     device: Annotated[
-        str | None,
-        Help("Torch device (default: CUDA if there is one)."),
-        Of("analyze prune finetune eval"),
+        str | None, Help("Torch device (default: CUDA if there is one)."), Of("analyze prune finetune eval")
     ] = None
     offload_teacher: Annotated[
-        bool,
-        Help("Keep the dense model in main memory while the device trains."),
-        Of("prune finetune"),
+        bool, Help("Keep the dense model in main memory while the device trains."), Of("prune finetune")
     ] = False
 
     @classmethod
@@ -121,6 +113,6 @@ class RunOptions:
             UsageError: a value out of range, named as the flag that sets it.
         """
         values = {name: value for name, value in given.items() if value is not None}
-        found = validated(cls, values, lambda name: flag(name))
+        found = validated(cls, values, flag)
         paths = {name: value.expanduser() for name, value in vars(found).items() if isinstance(value, Path)}
         return cls(**vars(found) | paths)
