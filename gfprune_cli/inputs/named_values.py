@@ -5,6 +5,7 @@
 Zeros stand for what a run draws at random; what is not zero is a fact about the sample, and stays as it is.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,21 +98,21 @@ class Filling:
         grid = torch.nn.functional.pad(grid, (self.axes - len(sizes), 0))
         return grid.to(self.request.zeros(1))
 
+    def image_ids(self) -> torch.Tensor:
+        """The same of the sample."""
+        return self.ids(*self.sample.grid[1:])
+
+    def text_ids(self) -> torch.Tensor:
+        """The same of the text, all of it at the origin."""
+        return self.ids(1).expand(self.tokens(), -1)
+
+    def counted(self, length: int) -> torch.Tensor:
+        """[length] positions on one axis."""
+        return torch.arange(length, device=self.request.zeros(1).device)
+
 
 def states(filling: Filling, name: str) -> torch.Tensor:
     return filling.request.zeros(filling.sample.texts, filling.tokens(name), filling.width(name))
-
-
-def one_state(filling: Filling, name: str) -> torch.Tensor:
-    return filling.request.zeros(1, 1, filling.width(name))
-
-
-def pooled(filling: Filling, name: str) -> torch.Tensor:
-    return filling.request.zeros(1, filling.width(name))
-
-
-def numbers(filling: Filling, name: str) -> torch.Tensor:
-    return pooled(filling, name) + 1
 
 
 def like_sample(filling: Filling, name: str) -> torch.Tensor:
@@ -131,139 +132,51 @@ def stacked_states(filling: Filling, name: str) -> torch.Tensor:
     return filling.request.zeros(1, filling.tokens(name), layers, filling.width(name))
 
 
-def time(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.zeros(*filling.sample.times) + 1
-
-
-def strength(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.zeros(1) + 1
-
-
-def rate(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.zeros(1) + FRAME_RATE
-
-
-def sizes(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.zeros(1, 2) + PIXELS
-
-
 def rotary(filling: Filling, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, [tokens, width of a head] each: half of it for the row, half for the column."""
     if "attention_head_dim" not in filling.config:
         raise unknown(name, filling)
-    ids, quarter = filling.ids(*filling.sample.grid[1:]), filling.config["attention_head_dim"] // 4
+    ids, quarter = filling.image_ids(), filling.config["attention_head_dim"] // 4
     speeds = 1e4 ** -torch.linspace(0, 1, quarter).to(ids)
     angles = (ids[:, -2:, None] * speeds).flatten(1).repeat_interleave(2, 1)
     return angles.cos(), angles.sin()
 
 
-def meta_sizes(filling: Filling, _name: str) -> torch.Tensor:
-    """Original height and width, those that are wanted, and where the crop begins."""
-    return filling.request.zeros(1, 6) + PIXELS
-
-
-def mask(filling: Filling, name: str) -> torch.Tensor:
-    return filling.request.index(1, filling.tokens(name)) + 1
-
-
-def pixel_mask(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.index(1, 1, *filling.sample.shape[-2:]).float() + 1
-
-
-def lengths(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.index(1) + filling.tokens()
-
-
-def image_ids(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.ids(*filling.sample.grid[1:])
-
-
-def text_ids(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.ids(1).expand(filling.tokens(), -1)
-
-
-def all_ids(filling: Filling, name: str) -> torch.Tensor:
-    return torch.cat((text_ids(filling, name), image_ids(filling, name)))
-
-
-def image_shapes(filling: Filling, _name: str) -> list[list[tuple[int, int, int]]]:
-    """Of the images of each sample, in tokens."""
-    return [[filling.sample.grid]]
-
-
-def visual_positions(filling: Filling, _name: str) -> list[torch.Tensor]:
-    device = filling.request.zeros(1).device
-    return [torch.arange(size, device=device) for size in filling.sample.grid]
-
-
-def text_positions(filling: Filling, _name: str) -> torch.Tensor:
-    return torch.arange(filling.tokens(), device=filling.request.zeros(1).device)
-
-
-def frame_positions(filling: Filling, _name: str) -> torch.Tensor:
-    return torch.arange(filling.sample.grid[0], device=filling.request.zeros(1).device)
-
-
-def tokens_of_image(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.index(1, int(torch.Size(filling.sample.grid).numel()))
-
-
-def nothing_dropped(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.index(1) > 0
-
-
-def frames(filling: Filling, _name: str) -> int:
-    return filling.sample.grid[0]
-
-
-def height(filling: Filling, _name: str) -> int:
-    return filling.sample.grid[1]
-
-
-def width(filling: Filling, _name: str) -> int:
-    return filling.sample.grid[2]
-
-
-def sound_frames(filling: Filling, name: str) -> int:
-    return filling.tokens(name)
-
-
-def label(filling: Filling, _name: str) -> torch.Tensor:
-    return filling.request.index(1)
-
-
 VALUES: tuple[tuple[str, Callable[[Filling, str], Any]], ...] = (
-    (r"timesteps?|t|timestep_ratio|r_timestep|timestep_r", time),
-    (r"guidance", strength),
+    (r"timesteps?|t|timestep_ratio|r_timestep|timestep_r",
+     lambda filling, _: filling.request.zeros(*filling.sample.times) + 1),
+    (r"guidance", lambda filling, _: filling.request.zeros(1) + 1),
     (r"(audio_)?encoder_hidden_states(_(1|2|t5|image))?|context|cap_feats|text_bth|clip_text", states),
     (r"audio_hidden_states|image_embeds", states),
-    (r"clip_text_pooled", one_state),
-    (r"\w*pooled\w*|y|global_hidden_states|proj_embedding|clip_img|image_embeddings", pooled),
+    (r"clip_text_pooled", lambda filling, name: filling.request.zeros(1, 1, filling.width(name))),
+    (r"\w*pooled\w*|y|global_hidden_states|proj_embedding|clip_img|image_embeddings",
+     lambda filling, name: filling.request.zeros(1, filling.width(name))),
     ("|".join(LAYERS), layer_states),
     (r"(control_hidden_states|context_latents|image_latents)", like_sample),
-    (r"padding_mask", pixel_mask),
-    (r"(\w+_)?mask(_2|_t5)?", mask),
-    (r"original_size|target_size|crop_coords", sizes),
+    (r"padding_mask", lambda filling, _: filling.request.index(1, 1, *filling.sample.shape[-2:]).float() + 1),
+    (r"(\w+_)?mask(_2|_t5)?", lambda filling, name: filling.request.index(1, filling.tokens(name)) + 1),
+    (r"original_size|target_size|crop_coords", lambda filling, _: filling.request.zeros(1, 2) + PIXELS),
     (r"image_rotary_emb", rotary),
-    (r"image_meta_size", meta_sizes),
-    (r"added_time_ids", numbers),
-    (r"fps", rate),
-    (r"style", label),
-    (r"text_lens", lengths),
-    (r"img_ids", image_ids),
-    (r"txt_ids", text_ids),
-    (r"position_ids", all_ids),
-    (r"img_shapes", image_shapes),
-    (r"visual_rope_pos", visual_positions),
-    (r"text_rope_pos", text_positions),
-    (r"indices_latents", frame_positions),
-    (r"prior_token_id", tokens_of_image),
-    (r"prior_token_drop", nothing_dropped),
-    (r"num_frames", frames),
-    (r"height", height),
-    (r"width", width),
-    (r"audio_num_frames", sound_frames),
-)
+    # original height and width, those that are wanted, and where the crop begins
+    (r"image_meta_size", lambda filling, _: filling.request.zeros(1, 6) + PIXELS),
+    (r"added_time_ids", lambda filling, name: filling.request.zeros(1, filling.width(name)) + 1),
+    (r"fps", lambda filling, _: filling.request.zeros(1) + FRAME_RATE),
+    (r"style", lambda filling, _: filling.request.index(1)),
+    (r"text_lens", lambda filling, _: filling.request.index(1) + filling.tokens()),
+    (r"img_ids", lambda filling, _: filling.image_ids()),
+    (r"txt_ids", lambda filling, _: filling.text_ids()),
+    (r"position_ids", lambda filling, _: torch.cat((filling.text_ids(), filling.image_ids()))),
+    (r"img_shapes", lambda filling, _: [[filling.sample.grid]]),  # of the images of each sample, in tokens
+    (r"visual_rope_pos", lambda filling, _: [filling.counted(size) for size in filling.sample.grid]),
+    (r"text_rope_pos", lambda filling, _: filling.counted(filling.tokens())),
+    (r"indices_latents", lambda filling, _: filling.counted(filling.sample.grid[0])),
+    (r"prior_token_id", lambda filling, _: filling.request.index(1, math.prod(filling.sample.grid))),
+    (r"prior_token_drop", lambda filling, _: filling.request.index(1) > 0),  # nothing is dropped
+    (r"num_frames", lambda filling, _: filling.sample.grid[0]),
+    (r"height", lambda filling, _: filling.sample.grid[1]),
+    (r"width", lambda filling, _: filling.sample.grid[2]),
+    (r"audio_num_frames", lambda filling, name: filling.tokens(name)),
+)  # fmt: skip
 
 
 def is_named(name: str) -> bool:
