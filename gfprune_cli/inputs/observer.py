@@ -126,8 +126,10 @@ class Observer:
         try:
             return original(*args, **kwargs)
         except ImportError:  # a stochastic solver whose library is missing: its samples are not wanted
+            from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
             self.scheduler._step_index = (self.scheduler.step_index or 0) + 1
-            return _output(bound["sample"])
+            return SchedulerOutput(prev_sample=bound["sample"])
 
     def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mu = kwargs.get("mu")
@@ -195,9 +197,3 @@ def noise_like(answer: Any, purpose: str, call: dict[str, Any]) -> Any:
     return pytree.tree_map_only(
         torch.Tensor, lambda tensor: torch.randn(tensor.shape, generator=source).to(like), answer
     )
-
-
-def _output(tensor: torch.Tensor) -> Any:
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
-
-    return SchedulerOutput(prev_sample=tensor)

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from gfprune_cli.diffusion.draws import generator
+from gfprune_cli.diffusion.draws import ImageStack, generator
 
 # of pipelines that are about images, whatever their signature calls optional
 ABOUT_IMAGES = re.compile(
@@ -38,14 +38,6 @@ FEATURE_EDGE = 24  # of what a prior makes of an image of 1024 pixels
 EDGE, FRAMES = 512, 9  # of images and videos where nothing says their size
 
 
-class Stack(Protocol):
-    """Images that are indexed by a tensor of positions."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, chosen: torch.Tensor) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True)
 class Pictures:
     """Where the images come from.
@@ -57,7 +49,7 @@ class Pictures:
         fingerprint: of the images.
     """
 
-    data: Stack | None = None
+    data: ImageStack | None = None
     seed: int = 0
     order: tuple[int, ...] = ()
     fingerprint: str = ""
@@ -127,7 +119,7 @@ def fillings(found: type) -> Iterator[tuple[str, ...]]:
         found: class of a pipeline.
     """
     parameters = inspect.signature(found.__call__).parameters
-    required = tuple(name for name in KNOWN if name in parameters and _required(parameters[name]))
+    required = tuple(name for name in KNOWN if name in parameters and is_required(parameters[name]))
     known = tuple(name for name in (*IMAGES, *MASKS, *VIDEOS) if name in parameters)
     every = tuple(dict.fromkeys((*required, *known)))
     singles = [tuple(dict.fromkeys((*required, name))) for name in known]
@@ -137,7 +129,8 @@ def fillings(found: type) -> Iterator[tuple[str, ...]]:
     yield from dict.fromkeys(tried)
 
 
-def _required(parameter: inspect.Parameter) -> bool:
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a pipeline cannot be called without an argument."""
     return parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 
 

@@ -40,6 +40,26 @@ def is_decoder(class_name: str) -> bool:
     return class_name.removeprefix("Pruned").startswith(DECODERS)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What diffusers and transformers say of themselves is not for the user, nor are their bars."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    levels = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+    bars = of_transformers.is_progress_bar_enabled()
+    of_transformers.disable_progress_bar()
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+        if bars:
+            of_transformers.enable_progress_bar()
+
+
 def open_pipeline(
     component: Component,
     network: nn.Module,
@@ -90,7 +110,7 @@ def _open(component: Component, there: Mapping[str, nn.Module], scheduler: Any, 
             made[name] = None
         else:
             weighted = decode or (pictures and is_decoder(entries[name][1])) or PRIOR in entries[name][1]
-            made[name] = _load(component, name, *entries[name], device, decode=weighted)
+            made[name] = load_component(component, name, device, weights=weighted)
     for name in LEFT_OUT:
         if name in accepted:
             made.setdefault(name, None)
@@ -177,27 +197,21 @@ def _on_device(found: type, device: torch.device) -> Any:
     return type(found.__name__, (found,), {"device": where, "_execution_device": where})
 
 
+@quiet()
 def load_component(component: Component, name: str, device: torch.device, *, weights: bool = True) -> Any:
     """Another component of the pipeline.
 
     Args:
-        weights: False for an autoencoder or denoiser on the meta device, as its configuration has it.
+        weights: False for an autoencoder or denoiser on the meta device, as its configuration has it; what
+            is something else comes with its weights.
 
     Raises:
         GfpruneError: it cannot be loaded.
     """
-    entries = component.entries
-    with quiet():
-        return _load(component, name, *entries[name], device, decode=weights)
-
-
-def _load(
-    component: Component, name: str, library: str, class_name: str, device: torch.device, *, decode: bool
-) -> Any:
-    """One component of a pipeline; what nothing is asked of comes without weights."""
+    library, class_name = component.entries[name]
     folder = component.root / name
     if class_name.startswith("Pruned"):
-        if decode or not _only_described(class_name):
+        if weights or not _only_described(class_name):
             own = inspect_component(local_source(component.root), component=name)
             return _usable(load_model(own), device)
         library, class_name = "diffusers", class_name.removeprefix("Pruned")
@@ -215,7 +229,7 @@ def _load(
         if not issubclass(found, nn.Module):
             remote = {"trust_remote_code": False} if textual else {}
             return found.from_pretrained(folder, local_files_only=True, **remote)
-        if not textual and not decode and _only_described(class_name):
+        if not textual and not weights and _only_described(class_name):
             config = read_config(folder / "config.json", component.roots)
             with torch.device("meta"):
                 return found.from_config(config).eval()
@@ -298,29 +312,3 @@ def _usable(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu" and dtype == torch.float16:
         nn.Module.to(module, torch.float32)
     return nn.Module.to(module, device).requires_grad_(False).eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """What diffusers and transformers say of themselves is not for the user, nor are their bars."""
-    import logging
-
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.get_verbosity()  # sets its logger up, before it is turned down
-
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -10,7 +10,7 @@ from typing import Any
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.inputs.observer import Enough, Observer
-from gfprune_cli.inputs.pictures import ONE_EACH, Pictures, fillings, picture_arguments
+from gfprune_cli.inputs.pictures import ONE_EACH, Pictures, fillings, is_required, picture_arguments
 from gfprune_cli.inputs.refusals import not_run
 from gfprune_cli.recipes.options import parsed_size
 
@@ -157,8 +157,7 @@ def call_arguments(
             raise UsageError(f"{flag}: {name} has no such setting; drop the flag")
         made |= values
     for key, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if required and key not in {"self", "prompt", "class_labels", *made, *filled}:
+        if is_required(parameter) and key not in {"self", "prompt", "class_labels", *made, *filled}:
             raise GfpruneError(f"{name} needs {key}, which gfprune cannot make up: name another --component")
     return made
 

@@ -63,7 +63,7 @@ def record(
     """Run a pipeline once per prompt, up to its first call of the network.
 
     Args:
-        pipeline: from `data.pipeline.open_pipeline`, around `network`.
+        pipeline: from `inputs.pipeline.open_pipeline`, around `network`.
         asked: prompts, class labels where the pipeline takes those, or None for each picture.
         pictures: for pipelines that want some; picture i goes with entry i of `asked`.
         scheduler_name: of the pipeline's schedulers, the network's own.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 
 from gfprune_cli.diffusion.conditions import NESTED
@@ -86,20 +87,10 @@ def pads(parts: Pieces) -> bool:
     return parts[0].ndim > 1 and len({(part.ndim, part.shape[:1], part.shape[2:]) for part in parts}) == 1
 
 
-def padded(tensor: torch.Tensor, dimension: int, length: int) -> torch.Tensor:
-    """Zeros behind the end of a dimension."""
-    missing = length - tensor.shape[dimension]
-    if not missing:
-        return tensor
-    shape = [*tensor.shape]
-    shape[dimension] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
-
-
 def same_length(parts: Pieces) -> Pieces:
-    """Texts [branches, length, ...] padded at their end."""
+    """Texts [branches, length, ...] with zeros behind their end."""
     longest = max(part.shape[1] for part in parts)
-    return [padded(part, 1, longest) for part in parts]
+    return [pad(part, (*(0, 0) * (part.ndim - 2), 0, longest - part.shape[1])) for part in parts]
 
 
 def stacked(
