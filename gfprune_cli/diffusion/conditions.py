@@ -64,17 +64,20 @@ class Conditions:
             return len(self.rows)
         return len(next(iter(self.tensors.values()))) if self.tensors else 0
 
+    def likewise(self, change: Callable[["Conditions"], "Conditions"]) -> "Receiver | None":
+        """The receiver, its own conditions changed as these are; the network stays where it is."""
+        found = self.receiver
+        return None if found is None else replace(found, conditions=change(found.conditions))
+
     def __getitem__(self, chosen: Sequence[int] | slice) -> "Conditions":
         """Those of some of the samples; no tensor is copied."""
         rows = tuple(range(len(self))) if self.rows is None else self.rows
         picked = rows[chosen] if isinstance(chosen, slice) else tuple(rows[number] for number in chosen)
-        receiver = None if self.receiver is None else self.receiver[chosen]
-        return replace(self, rows=tuple(picked), receiver=receiver)
+        return replace(self, rows=tuple(picked), receiver=self.likewise(lambda one: one[chosen]))
 
     def of_rows(self, rows: Sequence[int]) -> "Conditions":
         """Those of samples that have these rows, of what the network and its receiver are given."""
-        receiver = None if self.receiver is None else self.receiver.of_rows(rows)
-        return replace(self, rows=tuple(rows), receiver=receiver)
+        return replace(self, rows=tuple(rows), receiver=self.likewise(lambda one: one.of_rows(rows)))
 
     def to(self, device: torch.device | str) -> "Conditions":
         """On a device; only the rows in use go there."""
@@ -84,7 +87,7 @@ class Conditions:
             for name, tensor in self.tensors.items()
         }
         shared = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), dict(self.shared))
-        receiver = None if self.receiver is None else self.receiver.to(device)
+        receiver = self.likewise(lambda one: one.to(device))
         rows = rows if not tensors else None
         return replace(self, tensors=tensors, shared=shared, rows=rows, receiver=receiver)
 
@@ -104,17 +107,6 @@ class Receiver:
     arguments: tuple[str, ...]
     conditions: Conditions
     fingerprint: str = ""
-
-    def __getitem__(self, chosen: Sequence[int] | slice) -> "Receiver":
-        return replace(self, conditions=self.conditions[chosen])
-
-    def of_rows(self, rows: Sequence[int]) -> "Receiver":
-        """Of samples that have these rows of the conditions."""
-        return replace(self, conditions=self.conditions.of_rows(rows))
-
-    def to(self, device: torch.device | str) -> "Receiver":
-        """Its conditions on a device; the network stays where it is."""
-        return replace(self, conditions=self.conditions.to(device))
 
     def __call__(self, returned: Any, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser makes of noisy samples with that; see `call_with`.

@@ -113,8 +113,7 @@ class Probes:
             for name, tensor in condition.tensors.items():
                 if is_pooled(tensor):
                     tensors[name] = spread(tensors[name], tensor[pool], source)
-        receiver = None if condition.receiver is None else condition.receiver.of_rows(chosen.tolist())
-        return replace(condition, tensors=tensors, rows=tuple(range(count)), receiver=receiver)
+        return replace(condition.of_rows(chosen.tolist()), tensors=tensors, rows=tuple(range(count)))
 
     def several(self, parts: Mapping[str, int], hide: Hide) -> tuple[torch.Tensor, Condition]:
         """Timesteps and conditions of several purposes -> counts, one behind the other; tokens hidden.
