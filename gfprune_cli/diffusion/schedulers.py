@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def noising_process(scheduler: Any, mu: float | None = None) -> NoisingProcess:
         return own
     prediction = config.get("prediction_type", "epsilon")
     if hasattr(scheduler, "precondition_noise") and prediction in ("epsilon", "v_prediction"):
-        return preconditioned(scheduler, prediction)
+        return preconditioned(scheduler, prediction, scheduler.precondition_noise)
     signal = getattr(scheduler, "alphas_cumprod", None)
     if signal is None or prediction not in PREDICTIONS:
         raise GfpruneError(
@@ -75,8 +76,8 @@ def of_its_own(scheduler: Any) -> NoisingProcess | None:
     name, levels = type(scheduler).__name__, torch.arange(1, LEVELS + 1) / LEVELS
     if name == "SCMScheduler":  # a flow that is told its noise level (arXiv 2503.09641, section 3.1)
         return FlowMatching(levels, 1.0)
-    if name == "CMStochasticIterativeScheduler":
-        return consistency(scheduler)
+    if name == "CMStochasticIterativeScheduler":  # consistency models (arXiv 2303.01469)
+        return preconditioned(scheduler, "epsilon", lambda sigmas: scheduler.sigma_to_t(sigmas.numpy()))
     if hasattr(scheduler, "_alpha_cumprod"):  # continuous time, as of Wuerstchen (arXiv 2306.00637)
         signal = scheduler._alpha_cumprod(levels, "cpu").float()
         return VariancePreserving(signal, "epsilon", Limits(), levels)
@@ -114,25 +115,19 @@ def flow_matching(config: Any, mu: float | None) -> FlowMatching:
     return FlowMatching(shifted(sigmas, shift).float(), float(total), bool(config.get("invert_sigmas")))
 
 
-def consistency(scheduler: Any) -> VariancePreserving:
-    """Consistency models (arXiv 2303.01469): the preconditioning of EDM, up to the smallest sigma."""
-    data = scheduler.config.sigma_data
-    sigmas = torch.as_tensor(scheduler.sigmas).double()
-    sigmas = sigmas[sigmas > 0].unique()
-    times = torch.as_tensor(scheduler.sigma_to_t(sigmas.numpy())).float()
-    return VariancePreserving(
-        (1 / (1 + (sigmas / data).square())).float(), "negative_v", Limits(), times, 1 / data
-    )
-
-
-def preconditioned(scheduler: Any, prediction: str) -> VariancePreserving:
+def preconditioned(scheduler: Any, prediction: str, told: Callable[..., Any]) -> VariancePreserving:
     """The EDM family (arXiv 2206.00364) as its networks see it: inputs are scaled to unit variance.
 
     With images divided by sigma_data, c_in (x_0 + sigma noise) is a variance-preserving mixture of signal
     level 1 / (1 + (sigma / sigma_data)^2), and the output is its velocity, or minus that.
+
+    Args:
+        told: what the network is told of noise levels [T].
     """
-    sigmas = scheduler.sigmas[scheduler.sigmas > 0].double().unique()  # ascending
-    signal = 1 / (1 + (sigmas / scheduler.config.sigma_data).square())
+    data = scheduler.config.sigma_data
+    sigmas = torch.as_tensor(scheduler.sigmas).double()
+    sigmas = sigmas[sigmas > 0].unique()  # ascending
+    signal = 1 / (1 + (sigmas / data).square())
     kind = "v_prediction" if prediction == "v_prediction" else "negative_v"
-    times = torch.as_tensor(scheduler.precondition_noise(sigmas)).float()
-    return VariancePreserving(signal.float(), kind, Limits(), times, 1 / scheduler.config.sigma_data)
+    times = torch.as_tensor(told(sigmas)).float()
+    return VariancePreserving(signal.float(), kind, Limits(), times, 1 / data)
