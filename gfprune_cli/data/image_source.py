@@ -40,7 +40,31 @@ class ImageSource:
     ) -> Iterator[torch.Tensor]:
         """uint8 images [N, channels, *size], at most `batch` at once; raises as `load_images`."""
         check_request(size, channels, self.total)
-        return _assemble(self.frames(), self.total, size, channels, progress, self.name, batch)
+        images: list[npt.NDArray[np.uint8]] = []
+        resized: Counter[tuple[int, int]] = Counter()
+        count = 0
+        for name, frame in self.frames():
+            with decoding(name):
+                image = _flatten(frame, MODES[channels])
+                if image.size != (size[1], size[0]):
+                    resized[image.size] += 1
+                    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+                pixels = np.asarray(image).reshape(*size, channels)
+                images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+            count += 1
+            progress(Event("load", count, self.total, "images"))
+            if len(images) == batch:
+                yield torch.from_numpy(np.stack(images))
+                images = []
+        if not count:
+            raise UsageError(f"--data {self.name!r}: no image in this dataset's train split")
+        if images:
+            yield torch.from_numpy(np.stack(images))
+        if resized:
+            sizes = [f"{width}x{height}" for (width, height), _ in resized.most_common()]
+            sizes[3:] = sizes[3:4] if len(sizes) <= 4 else [f"{len(sizes) - 3} other sizes"]
+            what = f"{resized.total()} of {count} images resized to {size[1]}x{size[0]} (width x height)"
+            notice(progress, f"{what}, cropped about the centre, from {', '.join(sizes)}")
 
 
 def check_request(size: tuple[int, int], channels: int, limit: int) -> None:
@@ -49,42 +73,6 @@ def check_request(size: tuple[int, int], channels: int, limit: int) -> None:
         raise UsageError(f"--data: images have 1 or 3 channels; a latent model with {channels} {needs}")
     if min(size) < 1 or limit < 1:
         raise UsageError(f"--data: size {size[0]}x{size[1]} and limit {limit} must be at least 1")
-
-
-def _assemble(
-    frames: Frames,
-    total: int,
-    size: tuple[int, int],
-    channels: int,
-    progress: Progress,
-    source: str,
-    batch: int,
-) -> Iterator[torch.Tensor]:
-    images: list[npt.NDArray[np.uint8]] = []
-    resized: Counter[tuple[int, int]] = Counter()
-    count = 0
-    for name, frame in frames:
-        with decoding(name):
-            image = _flatten(frame, MODES[channels])
-            if image.size != (size[1], size[0]):
-                resized[image.size] += 1
-                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-            pixels = np.asarray(image).reshape(*size, channels)
-            images.append(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        count += 1
-        progress(Event("load", count, total, "images"))
-        if len(images) == batch:
-            yield torch.from_numpy(np.stack(images))
-            images = []
-    if not count:
-        raise UsageError(f"--data {source!r}: no image in this dataset's train split")
-    if images:
-        yield torch.from_numpy(np.stack(images))
-    if resized:
-        sizes = [f"{width}x{height}" for (width, height), _ in resized.most_common()]
-        sizes[3:] = sizes[3:4] if len(sizes) <= 4 else [f"{len(sizes) - 3} other sizes"]
-        what = f"{resized.total()} of {count} images resized to {size[1]}x{size[0]} (width x height)"
-        notice(progress, f"{what}, cropped about the centre, from {', '.join(sizes)}")
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -63,7 +63,7 @@ def load_images(
         channels: 1 (greyscale) or 3 (RGB).
         limit: the largest number of images to return.
         seed: of the subset.
-        report: receives one "load" event per image and at most one notice.
+        progress: receives one "load" event per image and at most one notice.
 
     Returns:
         uint8 images [N, channels, height, width], 1 <= N <= limit.
