@@ -123,8 +123,8 @@ def row_lengths(component: Component, layer: str, parts: Tensors) -> torch.Tenso
     name = f"{layer}.weight"
     if name not in component.tensors:
         raise GfpruneError(f"{component.folder} has no tensor {quoted(name)}, which DoRA is measured by")
-    with opened(component.tensors[name].file) as reader:
-        weight = reader.get_tensor(name).float()
+    with opened(component.tensors[name].file) as read:
+        weight = read(name).float()
     product = parts["lora_B.weight"].float().flatten(1) @ parts["lora_A.weight"].float().flatten(1)
     lengths: torch.Tensor = torch.linalg.vector_norm(weight.flatten(1) + product, dim=1)
     return lengths

@@ -271,10 +271,10 @@ def _read_tensors(
     result: dict[str, torch.Tensor] = {}
     for path in component.weights:
         try:
-            with opened(path) as reader:
+            with opened(path) as read:
                 for name, old in stored.items():
                     if component.tensors[old].file == path and name not in doubles:
-                        tensor, target = reader.get_tensor(old), expected[name].dtype
+                        tensor, target = read(old), expected[name].dtype
                         if target.is_floating_point:
                             target = wanted_type(model, name, dtype)
                         where = f"{quoted(old)} in {path}"

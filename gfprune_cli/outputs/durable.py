@@ -151,7 +151,15 @@ def check_destination(destination: Path, *, force: bool, resume: bool = False) -
     if os.path.ismount(destination):
         raise UsageError(f"--out {destination} is a mount point and cannot be replaced: name a folder in it")
     if destination.is_dir() and any(destination.iterdir()):
-        check_replaceable(destination, force=force or (resume and is_output(destination)))
+        if not (force or (resume and is_output(destination))):
+            raise UsageError(
+                f"--out {destination} exists and is not empty: use --force to replace it, or another --out"
+            )
+        if not is_output(destination):
+            raise UsageError(
+                f"--out {destination} has no gfprune.json, and --force replaces only what gfprune wrote: "
+                "name another --out"
+            )
     check_writable(destination)
 
 
@@ -175,19 +183,6 @@ def check_writable(destination: Path) -> None:
     parent = existing_parent(destination)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise GfpruneError(f"{parent} is not writable: choose another --out")
-
-
-def check_replaceable(destination: Path, *, force: bool) -> None:
-    """Refuse to replace a folder without `--force`, or one that gfprune did not write."""
-    if not force:
-        raise UsageError(
-            f"--out {destination} exists and is not empty: use --force to replace it, or another --out"
-        )
-    if not is_output(destination):
-        raise UsageError(
-            f"--out {destination} has no gfprune.json, and --force replaces only what gfprune wrote: "
-            "name another --out"
-        )
 
 
 def refuse_overlaps(destination: Path, inputs: Mapping[str, Path | str | None]) -> None:

@@ -39,21 +39,16 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def default_mode() -> int:
-    """The mode that the umask gives to new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def give_default_mode(path: Path) -> None:
-    """Make a file what any other new file is; libraries create some that others cannot read.
+    """Give a file the mode that the umask gives to new files; libraries create some that others cannot read.
 
     Raises:
         OSError: the file system keeps modes, and the file could not be given this one.
     """
+    mask = os.umask(0)
+    os.umask(mask)
     try:
-        path.chmod(default_mode())
+        path.chmod(0o666 & ~mask)
     except OSError as error:
         weaker(error, MODES)
 

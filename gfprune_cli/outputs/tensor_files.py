@@ -2,10 +2,10 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors
 import torch
@@ -15,25 +15,9 @@ from safetensors.torch import load, load_file
 _CANNOT_MAP = ("os error 19", "No such device")
 
 
-class TensorReader(Protocol):
-    """An open file of tensors."""
-
-    def get_tensor(self, name: str) -> torch.Tensor: ...
-
-
-class _Read:
-    """A file that was read as a whole."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-
 @contextmanager
-def opened(path: Path) -> Iterator[TensorReader]:
-    """The tensors of a file by name, one at a time.
+def opened(path: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A file whose tensors are read one at a time: name -> tensor.
 
     Raises:
         OSError, SafetensorError: as safetensors.
@@ -43,10 +27,10 @@ def opened(path: Path) -> Iterator[TensorReader]:
     except OSError as error:
         if not cannot_map(error):
             raise
-        yield _Read(_whole(path))
+        yield _whole(path).__getitem__
         return
     with reader as mapped:
-        yield mapped
+        yield mapped.get_tensor
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
