@@ -4,12 +4,12 @@ That is what makes a run resumable in the middle, and independent of how batches
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, overload
 
 import torch
 
-from gfprune_cli.diffusion.conditions import Condition
+from gfprune_cli.diffusion.conditions import Condition, some_of
 from gfprune_cli.diffusion.levels import LevelDensity
 
 Levels = Literal["adaptive", "stratified", "antithetic", "uniform"]
@@ -32,6 +32,9 @@ class ImageStack(Protocol):
     @property
     def device(self) -> torch.device: ...
     def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, chosen: slice, /) -> "ImageStack": ...
+    @overload
     def __getitem__(self, chosen: torch.Tensor, /) -> torch.Tensor: ...
 
 
@@ -130,6 +133,14 @@ class Draws:
             share = (pair + float(torch.rand((), generator=source))) / ((of + 1) // 2)
         index = min(self.steps - 1, int(share * self.steps))
         return self.steps - 1 - index if levels == "antithetic" and draw % 2 else index
+
+    def split(self, first: int) -> tuple["Draws", "Draws"]:
+        """Draws from so many images, the first, and from the others."""
+        one, other = (
+            replace(self, images=self.images[part], conditions=some_of(self.conditions, part))
+            for part in (slice(first), slice(first, None))
+        )
+        return one, other
 
     def directions(self, purpose: str, step: int, size: int, *, first: int = 0) -> torch.Tensor:
         """[size, ...] standard normal, for draws `first ...` of one step."""

@@ -18,7 +18,7 @@ from gfprune_cli.checkpoint.source import Source
 from gfprune_cli.checkpoint.writer import stored_dtype, stored_share
 from gfprune_cli.data.calibration import ImageRequest, PipelineOptions, training_process
 from gfprune_cli.data.stored import StoredImages
-from gfprune_cli.diffusion.conditions import Condition, call, some_of
+from gfprune_cli.diffusion.conditions import Condition, call
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import Network, losses_of_draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
@@ -240,17 +240,8 @@ class PruneJob:
         """Draws for scoring and training, and for the reported losses; from different images."""
         images, conditions = self.images(dense)
         self.split = split = len(images) - max(1, len(images) // REPORT_SHARE)
-        parts = [
-            Draws(
-                images[part],
-                self.process.steps,
-                self.recipe.seed,
-                some_of(conditions, part),
-                self.device,
-            )
-            for part in (slice(split), slice(split, None))
-        ]
-        return parts[0], parts[1]
+        every = Draws(images, self.process.steps, self.recipe.seed, conditions, self.device)
+        return every.split(split)
 
     def scored(self) -> "Scored":
         """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""

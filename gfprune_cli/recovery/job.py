@@ -81,11 +81,12 @@ class FinetuneJob:
         if self.recipe.checkpointing and not student._supports_gradient_checkpointing:
             name = self.component.class_name
             raise UsageError(f"--checkpointing: a {name} cannot recompute its activations: drop the flag")
-        rank, total = self.recipe.lora, parameter_count(student)
+        rank, total = self.recipe.lora, student.num_parameters()
         training = largest_part(student) if self.recipe.by_block else total
         training = adapter_size(student, adapted_layers(student, self.record), rank) if rank else training
         whole = training == total
-        receiver = receiving(self.teacher.component)
+        taker = receiving(self.teacher.component)
+        receiver: Any = None if taker is None else build_meta(taker)
         self.settled = self.recipe.settled(training, sharded=self.sharded, trained=self.record.steps)
         self.held = held_bytes(
             self.settled,
@@ -94,8 +95,8 @@ class FinetuneJob:
             moments=soap_numbers(student) if whole and self.settled.optimizer == "soap" else None,
             teacher=0
             if self.offload_teacher and self.processes.device.type != "cpu"
-            else parameter_count(teacher),
-            denoiser=0 if receiver is None else parameter_count(build_meta(receiver)),
+            else teacher.num_parameters(),
+            denoiser=0 if receiver is None else receiver.num_parameters(),
         )
         if self.sharded:
             self.held = {kind: size / self.processes.count for kind, size in self.held.items()}
@@ -221,26 +222,17 @@ class FinetuneJob:
             )
         self.fingerprint = found.fingerprint
         self.process, self.found = found.process, found
-        images, conditions = found.images, found.conditions
+        images = found.images
         self.split = split = len(images) - min(REPORT_IMAGES, max(1, len(images) // REPORT_SHARE))
-        parts = [
-            Draws(
-                images[part],
-                self.process.steps,
-                recipe.seed,
-                None if conditions is None else conditions[part],
-                self.device,
-            )
-            for part in (slice(split), slice(split, None))
-        ]
-        return parts[0], parts[1]
+        every = Draws(images, self.process.steps, recipe.seed, found.conditions, self.device)
+        return every.split(split)
 
-    def adapters(self, student: nn.Module) -> Any:
+    def adapters(self, student: Any) -> Any:
         """Adapters on the student's layers, of which a notice says how many numbers they train."""
         layers = adapted_layers(student, self.record)
-        total = parameter_count(student)
+        total = student.num_parameters()
         found = add_adapters(student, layers, self.recipe.lora or 0, self.recipe.seed)
-        count = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        count = student.num_parameters(only_trainable=True)
         what = f"adapters of rank {self.recipe.lora} on {len(layers)} layers"
         notice(self.progress, f"{what}: {count:,} parameters train, {total:,} are frozen")
         return found
@@ -309,10 +301,6 @@ class FinetuneJob:
         }
         earlier = self.record.document.get("finetune")
         return {**self.record.document, "finetune": [*(earlier if isinstance(earlier, list) else []), entry]}
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def default_output(recipe: FinetuneRecipe) -> Path:
