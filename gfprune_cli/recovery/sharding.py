@@ -23,6 +23,7 @@ from gfprune_cli.checkpoint.reader import load_empty, load_model, wanted_type
 from gfprune_cli.errors import UsageError
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.recipes.finetune import FinetuneRecipe
+from gfprune_cli.runtime.half import with_parameters
 from gfprune_cli.runtime.processes import Processes, Together
 
 # of DiT: the embeddings of time and class lie in its first block, and are called by the network as well
@@ -152,13 +153,10 @@ def stand_in(component: Component, device: torch.device) -> nn.Module:
 
     For processes that only find what the first one has left in the cache.
     """
-    network = load_empty(component)
-    for module in network.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                nothing = torch.full((), torch.nan, device=device).expand(parameter.shape)
-                module.register_parameter(name, nn.Parameter(nothing, requires_grad=False))
-    return network
+    network = with_parameters(
+        load_empty(component), lambda weight: torch.full((), torch.nan, device=device).expand(weight.shape)
+    )
+    return network.requires_grad_(False)
 
 
 def agreed(progress: Progress, processes: Processes) -> Progress:

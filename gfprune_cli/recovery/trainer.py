@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +104,12 @@ class Trainer:
             GfpruneError: the loss or the gradient is not finite (before the update), or a single sample
                 does not fit in memory.
         """
-        while (found := self.accumulate_or_fail(step, stopping)) is None:
-            self.halve(step)  # outside of any handler: the failed pass's memory is free by now
+        found = None
+        while found is None:
+            with suppress(torch.OutOfMemoryError):
+                found = self.accumulate(step, stopping)
+            if found is None:
+                self.halve(step)  # outside of any handler: the failed pass's memory is free by now
         sums, levels = found
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
@@ -128,15 +132,6 @@ class Trainer:
     def peak_rate(self) -> float:
         assert self.recipe.learning_rate is not None
         return self.recipe.learning_rate
-
-    def accumulate_or_fail(
-        self, step: int, stopping: Callable[[], bool]
-    ) -> tuple[dict[str, float], list[float]] | None:
-        """What `accumulate` returns; None if memory ran out."""
-        try:
-            return self.accumulate(step, stopping)
-        except torch.OutOfMemoryError:
-            return None
 
     def accumulate(self, step: int, stopping: Callable[[], bool]) -> tuple[dict[str, float], list[float]]:
         """Add up the gradients of this process's share of the batch.

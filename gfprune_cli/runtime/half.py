@@ -16,18 +16,8 @@ from torch.utils._pytree import tree_map_only
 # what leaves the numbers as they are, or asks about their memory; all else is computed in float32
 AS_STORED = {
     *("detach", "clone", "contiguous", "index_select", "cpu", "cuda", "requires_grad_", "__hash__"),
-    *(
-        "size",
-        "stride",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "__len__",
-        "element_size",
-        "storage_offset",
-    ),
-    *("untyped_storage", "data_ptr", "is_contiguous", "is_floating_point", "is_complex", "get_device"),
+    *("size", "stride", "dim", "ndimension", "numel", "nelement", "__len__", "element_size", "get_device"),
+    *("storage_offset", "untyped_storage", "data_ptr", "is_contiguous", "is_floating_point", "is_complex"),
 }
 COMPUTED = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are new tensors
 HALVES = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -155,14 +155,9 @@ class Processes:
         if self.state is not None:
             self.state.destroy_process_group()
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self) -> AbstractContextManager[None]:
         """The main process runs the block, then the others: they find what it left in the cache."""
-        if not self.main:
-            self.wait()
-        yield
-        if self.main:
-            self.wait()
+        return nullcontext() if self.state is None else self.state.main_process_first()
 
 
 ALONE = Processes(None, torch.device("cpu"))  # of what no other process shares
