@@ -17,6 +17,7 @@ from gfprune_cli.pages.drawing import (
     ORANGE,
     PURPLE,
     Tips,
+    add_tips,
     draw_svg,
     fill,
     human,
@@ -247,8 +248,6 @@ def below(groups: Sequence[Group]) -> int:
 
 def along_network(axes: Any, groups: Sequence[Group], shaded: bool = True) -> None:
     """The blocks, as bands or with a line between them, their names, and a column per group to point at."""
-    from matplotlib.patches import Rectangle
-
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks([])
     bottom = axes.get_xaxis_transform()
@@ -268,10 +267,7 @@ def along_network(axes: Any, groups: Sequence[Group], shaded: bool = True) -> No
             rotation=90 if upright else 0,
             fontsize=10,
         )
-    for place in range(len(groups)):
-        column = Rectangle((place - 0.5, 0), 1, 1, transform=bottom, fill=False, linewidth=0)
-        column.set_gid(f"tip-{place}")
-        axes.add_patch(column)
+    add_tips(axes, ((place - 0.5, place + 0.5) for place in range(len(groups))))
 
 
 def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
@@ -281,8 +277,8 @@ def left_plot(document: Mapping[str, Any], plans: Sequence[Plan]) -> Markup:
         places = [0.0, *(100 * plan["sparsity"] for plan in plans)]
         for key, text, colour, style in LEFT:
             shares = [100.0, *(100 * ratio(plan[key], document[key]) for plan in plans)]
-            hollow = {"markerfacecolor": "none", "markersize": 9} if key == "bytes" else {"markersize": 5}
-            axes.plot(places, shares, style, color=colour, label=text, linewidth=2, clip_on=False, **hollow)
+            hollow = {"markerfacecolor": "none", "markersize": 9} if key == "bytes" else {}
+            axes.plot(places, shares, style, color=colour, label=text, clip_on=False, **hollow)
         axes.set_xlim(0, places[-1] * 1.03)
         axes.set_ylim(0, 104)
         axes.grid()

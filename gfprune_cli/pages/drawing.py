@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,16 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in a module's name is no mathematics
     "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.pad": 7,
-    "xtick.major.size": 0,
-    "ytick.major.pad": 7,
-    "ytick.major.size": 0,
-    "grid.color": INK,
+    "lines.linewidth": 2,
+    "lines.markersize": 5,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("xtick.major.pad", "ytick.major.pad"), 7),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "grid.alpha": 0.14,
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.bottom": False,
-    "axes.spines.left": False,
+    **dict.fromkeys((f"axes.spines.{side}" for side in ("top", "right", "bottom", "left")), False),
     "legend.frameon": False,
 }
 
@@ -101,6 +94,17 @@ def draw_svg(
         tips = paint(figure.add_axes(box))
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return inline(text.getvalue(), label, size, tips)
+
+
+def add_tips(axes: Any, columns: Iterable[tuple[float, float]]) -> None:
+    """Columns of the axes, from and to, that the pointer is told something over."""
+    from matplotlib.patches import Rectangle
+
+    bottom = axes.get_xaxis_transform()
+    for place, (left, right) in enumerate(columns):
+        column = Rectangle((left, 0), right - left, 1, transform=bottom, fill=False, linewidth=0)
+        column.set_gid(f"tip-{place}")
+        axes.add_patch(column)
 
 
 def inline(svg: str, label: str, size: tuple[int, int], tips: Tips) -> Markup:

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from gfprune_cli.pages.drawing import BLUE, GREY, Tips, draw_svg, fill, human, percent, ratio
+from gfprune_cli.pages.drawing import BLUE, GREY, Tips, add_tips, draw_svg, fill, human, percent, ratio
 from gfprune_cli.pages.evaluation_tables import (
     SIZES,
     Document,
@@ -91,13 +91,8 @@ def markdown(document: Document) -> str:
     for warning in document.get("warnings") or []:
         lines += ["", "> [!WARNING]", f"> {literal(str(warning))}"]
     for table in tables(document).values():
-        lines += [
-            "",
-            f"## {table.title}",
-            "",
-            *([table.intro, ""] if table.intro else []),
-            *markdown_table(table),
-        ]
+        lines += ["", f"## {table.title}", "", *([table.intro, ""] if table.intro else [])]
+        lines += markdown_table(table)
         lines += ["", literal(table.note)] if table.note else []
     return "\n".join(lines).strip() + "\n"
 
@@ -190,15 +185,9 @@ def loss_plot(bins: Sequence[Mapping[str, Any]]) -> Markup:
     values = [row["loss"] for row in bins] + [loss for _, loss in before]
 
     def paint(axes: Any) -> Tips:
-        from matplotlib.patches import Rectangle
-
         if before:
-            axes.plot(
-                *zip(*before, strict=True), "s--", color=GREY, label="reference", linewidth=2, markersize=5
-            )
-        axes.plot(
-            middles, [row["loss"] for row in bins], "o-", color=BLUE, label="model", linewidth=2, markersize=5
-        )
+            axes.plot(*zip(*before, strict=True), "s--", color=GREY, label="reference")
+        axes.plot(middles, [row["loss"] for row in bins], "o-", color=BLUE, label="model")
         if min(values) > 0 and max(values) > LOG_FROM * min(values):
             axes.set_yscale("log")
             axes.tick_params(which="minor", length=0)
@@ -211,20 +200,8 @@ def loss_plot(bins: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set_xlabel("timestep (noise grows to the right)")
         if before:
             axes.legend(loc="best")
-        for place, row in enumerate(bins):
-            column = Rectangle((row["from"], 0), row["to"] - row["from"], 1, fill=False, linewidth=0,
-                               transform=axes.get_xaxis_transform())  # fmt: skip
-            column.set_gid(f"tip-{place}")
-            axes.add_patch(column)
-        return [
-            f"timesteps {row['from']} to {row['to']}\nmodel {number(row['loss'])}"
-            + (
-                f"\nreference {number(row['loss_reference'])}"
-                if row.get("loss_reference") is not None
-                else ""
-            )
-            for row in bins
-        ]
+        add_tips(axes, ((row["from"], row["to"]) for row in bins))
+        return list(map(loss_tip, bins))
 
     first, last = bins[0], bins[-1]
     label = (
@@ -232,6 +209,13 @@ def loss_plot(bins: Sequence[Mapping[str, Any]]) -> Markup:
         f"at timestep {first['from']} to {number(last['loss'])} at {last['to']}."
     )
     return draw_svg("loss", label, (520, 320), (64, 48, 22, 8), paint)
+
+
+def loss_tip(row: Mapping[str, Any]) -> str:
+    """What the pointer is told over one bin."""
+    known = row.get("loss_reference")
+    reference = "" if known is None else f"\nreference {number(known)}"
+    return f"timesteps {row['from']} to {row['to']}\nmodel {number(row['loss'])}{reference}"
 
 
 def inline_png(image: bytes) -> str:

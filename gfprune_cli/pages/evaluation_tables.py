@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,7 @@ def provenance_table(document: Document) -> Table:
         ("class", document.get("class_name")),
         *((SETTINGS.get(key, key.replace("_", " ")), value) for key, value in samples.items()),
         ("device", document.get("device")),
-        *flat("", document.get("tools") or {}),
+        *(document.get("tools") or {}).items(),
     ]
     seconds = document.get("seconds")
     if seconds is not None:
@@ -229,15 +229,6 @@ def provenance_table(document: Document) -> Table:
     # a seed is a name more than a number: no thousands
     rows = [(key, str(value)) for key, value in named if value is not None and value != ""]
     return Table("How it was measured", "", ("setting", "value"), rows, words=(0, 1))
-
-
-def flat(prefix: str, tools: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Nested names and versions, one line each."""
-    for key, value in tools.items():
-        if isinstance(value, Mapping):
-            yield from flat(f"{prefix}{key} ", value)
-        else:
-            yield f"{prefix}{key}", value
 
 
 def literal(text: str) -> str:

@@ -136,7 +136,7 @@ def plot(
         for text, value, colour in curves:
             points = [(one.sparsity, value(one)) for one in networks]
             known = [(0.0, dense), *((100 * at, number) for at, number in points if number is not None)]
-            axes.plot(*zip(*known, strict=True), "o-", color=colour, label=text, linewidth=2, markersize=5)
+            axes.plot(*zip(*known, strict=True), "o-", color=colour, label=text)
         axes.set_xlim(0, 100 * networks[-1].sparsity * 1.05)
         axes.set_ylim(0 if name != "ssim" else None, None)
         axes.grid()
