@@ -15,8 +15,9 @@ from torch import nn
 import gfprune_cli as gfprune
 from gfprune_cli.checkpoint.source import resolve
 from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.evaluation.deployment import batch_inputs, default_kernels, prepare
-from gfprune_cli.evaluation.latency import ROW_SECONDS, Stopwatch, macs, peak_memory
+from gfprune_cli.evaluation.deployment import batch_inputs, prepare
+from gfprune_cli.evaluation.footprint import macs, peak_memory
+from gfprune_cli.evaluation.latency import ROW_SECONDS, Stopwatch
 from gfprune_cli.flow.criteria import Evidence, score
 from gfprune_cli.flow.energy import Loss, Way, exact_product, finite_difference_product, gradient, norm
 from gfprune_cli.flow.loop import SCORE_CHUNK, scoring_losses
@@ -24,7 +25,7 @@ from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.runtime.device import Precision, autocast, deterministic
+from gfprune_cli.runtime.device import Precision, autocast, deterministic, kernels
 
 REPEATS = 20  # timed calls of each network
 Cells = dict[str, float | None]
@@ -156,8 +157,8 @@ class Timing:
             for network in self.networks.values()
         ]
         seconds = ROW_SECONDS * len(calls)
-        stopwatch = Stopwatch(self.device, REPEATS, seconds, time.perf_counter, lambda: None)
-        with default_kernels(), torch.inference_mode(), autocast(self.device, self.precision):
+        stopwatch = Stopwatch(self.device, REPEATS, seconds, lambda: None)
+        with kernels(exact=False), torch.inference_mode(), autocast(self.device, self.precision):
             times = stopwatch.measure(calls)
         return {name: 1000 * statistics.median(row) for name, row in zip(self.networks, times, strict=True)}
 

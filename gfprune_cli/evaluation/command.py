@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gfprune_cli.data.calibration import cache_folder
 from gfprune_cli.errors import UsageError
 from gfprune_cli.evaluation.inputs import Inputs, gather
 from gfprune_cli.evaluation.job import draw_all, latency_batches, measured
-from gfprune_cli.evaluation.measures import Measures, files
+from gfprune_cli.evaluation.measures import Measures, png
 from gfprune_cli.evaluation.quality import statistics_bytes
 from gfprune_cli.evaluation.result import EvalResult
 from gfprune_cli.evaluation.sampling import one_at_a_time
@@ -63,7 +64,7 @@ def evaluate(
         notice(progress, unused)
     inputs = checked_inputs(recipe, options, processes, progress)
     progress, out = inputs.remarks.progress, options.out
-    store = sample_store(inputs, processes.device, out or written_beside(options))
+    store = sample_store(inputs, processes.device, beside_of(options))
     if out is None:
         lock = exclusive(store.folder)
     else:
@@ -124,9 +125,9 @@ def checked_inputs(
     return inputs
 
 
-def written_beside(options: RunOptions) -> Path | None:
-    """The file that a run writes where it writes no folder; its state lies hidden beside it."""
-    return options.html or options.markdown or options.save_stats
+def beside_of(options: RunOptions) -> Path | None:
+    """What the state of a run lies hidden beside: its folder, or else a file that it writes."""
+    return options.out or options.html or options.markdown or options.save_stats
 
 
 def check_samples(out: Path) -> None:
@@ -147,10 +148,8 @@ def record_in(out: Path) -> dict[str, Any] | None:
 
 def earlier_record(out: Path, recipe: EvalRecipe) -> dict[str, Any] | None:
     """The record of an output that the same command wrote before it was killed; None for anything else."""
-    record = record_in(out)
-    same = (
-        record is not None and record.get("command") == "eval" and record.get("recipe") == recipe.document()
-    )
+    record = record_in(out) or {}
+    same = record.get("command") == "eval" and record.get("recipe") == recipe.document()
     return record if same else None
 
 
@@ -161,21 +160,16 @@ def check_own(out: Path, inputs: Inputs) -> None:
         UsageError: it did not.
     """
     earlier = earlier_record(out, inputs.recipe)
-    if earlier is None or earlier.get("weights") != weights(inputs):
+    if earlier is None or earlier.get("weights") != inputs.weights:
         raise not_finished(out)
 
 
 def continues(recipe: EvalRecipe, options: RunOptions) -> bool:
     """Whether the same command was killed after it began: then its pages are its own to replace."""
-    out, place = options.out, options.out or written_beside(options)
+    out, place = options.out, beside_of(options)
     state = None if place is None else state_folder(place)
     left = state is not None and (state.is_dir() or lock_of(state).exists())
     return left or (out is not None and earlier_record(out, recipe) is not None)
-
-
-def weights(inputs: Inputs) -> dict[str, Any]:
-    """SHA-256 of the weight files, by role and file name."""
-    return {role: dict(subject.hashes) for role, subject in inputs.subjects.items()}
 
 
 def sample_store(inputs: Inputs, device: torch.device, beside: Path | None) -> SampleStore:
@@ -197,12 +191,12 @@ def write_samples(out: Path, measures: Measures, result: EvalResult, *, force: b
         "schema_version": SCHEMA_VERSION,
         "command": "eval",
         "recipe": inputs.recipe.document(),
-        "weights": weights(inputs),
+        "weights": inputs.weights,
         "result": result.document(),
     }
     with staged(out, force=force) as folder:
         for role in inputs.subjects:
             (folder / role).mkdir()
-            for name, content in files(role, measures.shown(role)):
-                (folder / name).write_bytes(content)
+            for number, image in enumerate(chain.from_iterable(measures.shown(role))):
+                (folder / role / f"{number:06d}.png").write_bytes(png(image))
         write_json(folder / "gfprune.json", record)

@@ -50,11 +50,8 @@ class DeepCache(nn.Module):
             self.features.kept = args[0] if args else named["hidden_states"]
 
         model: Any = self.model
-        hook = model.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with model.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True):
             return model(**inputs | {"return_dict": False})[0]
-        finally:
-            hook.remove()
 
     def shallow_step(self, **inputs: Any) -> torch.Tensor:
         """The output with the kept deep features; equals `full_step` where the inputs have not changed."""

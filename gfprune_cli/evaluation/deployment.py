@@ -1,8 +1,7 @@
 """A network set up as it would be in production, for measuring what it costs there."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,21 +35,3 @@ def batch_inputs(model: nn.Module, batch: int) -> dict[str, Any]:
         else:
             inputs[name] = value.expand(batch, *value.shape[1:]).contiguous()
     return inputs
-
-
-@contextmanager
-def default_kernels() -> Iterator[None]:
-    """The kernels that torch picks by itself; deterministic ones, if asked for, return afterwards."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
-    algorithms = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, False, True, False
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])

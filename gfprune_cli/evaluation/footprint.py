@@ -9,17 +9,13 @@ import torch
 from torch import nn
 
 from gfprune_cli.evaluation.deepcache import DeepCache
-from gfprune_cli.evaluation.deployment import (
-    NetworkInputs,
-    batch_inputs,
-    prepare,
-)
+from gfprune_cli.evaluation.deployment import NetworkInputs, batch_inputs, prepare
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Progress, notice
 from gfprune_cli.runtime.device import Precision, autocast, out_of_memory
 from gfprune_cli.structure.cost import CostModel
-from gfprune_cli.structure.trace import Trace, observe
+from gfprune_cli.structure.trace import Trace, hooked, observe
 
 Call = Callable[[], object]
 # What torch says of tensors whose size or number of bytes is no 64-bit integer.
@@ -28,11 +24,6 @@ TOO_LARGE = (
     "integer multiplication overflow",
     "overflow when unpacking",
 )
-
-
-def memory_measured(batch: int) -> str:
-    """What the bytes of `peak_memory` are, in words."""
-    return f"most bytes of tensors held at once in one forward pass of {batch} images, weights included"
 
 
 def peak_memory(
@@ -54,8 +45,7 @@ def peak_memory(
         The bytes, or None (and a notice) where the pass does not fit in memory.
     """
     network = prepare(model, device)
-    tensors = [*network.parameters(), *network.buffers()]
-    resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    resident = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     try:
         call = partial(network, **inputs(network, batch), **in_tuples(network))
         with torch.inference_mode():
@@ -114,10 +104,6 @@ def cycle_macs(cache: DeepCache) -> int:
 def counted_macs(model: nn.Module, call: Call) -> int:
     """Multiply-accumulates of the layers of `model` that a call runs."""
     trace = Trace()
-    hooks = list(observe(model, trace))
-    try:
+    with hooked(observe(model, trace)):
         call()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return CostModel(model, (), trace).macs({})

@@ -170,8 +170,7 @@ def find_extractor(
         raise Unavailable(missing) from error
     if path is None:
         return official(fetch_weights(OFFICIAL[mode], offline=offline, progress=progress), mode, device)
-    content = read_network(path, expected, mode)
-    digest = hashlib.sha256(content).hexdigest()
+    content, digest = read_network(path, expected, mode)
     try:
         if digest == OFFICIAL[mode].sha256:
             return official(content, mode, device)
@@ -180,8 +179,8 @@ def find_extractor(
         raise UsageError(f"--inception {path}: {' '.join(str(error).split())}") from error
 
 
-def read_network(path: str, expected: str | None, mode: FidMode) -> bytes:
-    """The bytes of a file whose hash is known.
+def read_network(path: str, expected: str | None, mode: FidMode) -> tuple[bytes, str]:
+    """The bytes of a file whose hash is known, and the hash.
 
     Raises:
         UsageError: it cannot be read, or is not what it should be.
@@ -205,7 +204,7 @@ def read_network(path: str, expected: str | None, mode: FidMode) -> bytes:
             f"--inception {path} has SHA-256 {digest} and is not {OFFICIAL[mode].name} "
             f"({OFFICIAL[mode].sha256}): fetch that, or vouch for the file with --inception-sha256"
         )
-    return content
+    return content, digest
 
 
 def read_file(path: Path) -> bytes | None:

@@ -76,6 +76,11 @@ class Inputs:
         first = {} if self.reference is None else {"reference": self.reference}
         return first | {"model": self.model}
 
+    @property
+    def weights(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of the weight files, by role and file name."""
+        return {role: subject.hashes for role, subject in self.subjects.items()}
+
     def in_network_range(self, images: torch.Tensor) -> torch.Tensor:
         """8-bit images as the network sees them."""
         low, high = self.task.plain.value_range
@@ -87,7 +92,7 @@ class Inputs:
 
         return {
             **vars(self.settings),
-            "weights": {role: subject.hashes for role, subject in self.subjects.items()},
+            "weights": self.weights,
             "config": {role: subject.component.config for role, subject in self.subjects.items()},
             "scheduler": {k: v for k, v in dict(self.model.scheduler.config).items() if k[0] != "_"},
             "conditions": (self.task.fingerprint, self.task.shape),

@@ -10,18 +10,21 @@ import torch
 from torch import nn
 
 from gfprune_cli.diffusion.conditions import Condition, call
+from gfprune_cli.diffusion.guidance import GuidedProcess
+from gfprune_cli.diffusion.schedulers import Denoiser
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.evaluation.footprint import macs, memory_measured, peak_memory
+from gfprune_cli.evaluation.footprint import macs, peak_memory
 from gfprune_cli.evaluation.inputs import Inputs
 from gfprune_cli.evaluation.latency import measure_latency
 from gfprune_cli.evaluation.measures import Measures
 from gfprune_cli.evaluation.metrics import all_metrics
 from gfprune_cli.evaluation.result import EvalResult, passed_gates, tools
 from gfprune_cli.evaluation.sampling import draw, make_sampling
+from gfprune_cli.evaluation.task import Task
 from gfprune_cli.outputs.samples import SampleStore
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.recipes.evaluate import EvalRecipe
-from gfprune_cli.runtime.device import autocast, deterministic
+from gfprune_cli.runtime.device import Precision, autocast, deterministic
 from gfprune_cli.runtime.processes import Processes
 
 REPEATS = 20  # timed passes of each network
@@ -81,7 +84,7 @@ def draw_all(
                 tick = partial(progress, Event("sample", done, total))
                 return draw(
                     sampling,
-                    task.sampled(denoiser(networks[role], chosen, inputs.recipe, tick)),
+                    denoiser(networks[role], chosen, task, inputs.recipe.precision, tick),
                     members=members,
                     shape=task.shape,
                     seed=inputs.recipe.seed,
@@ -113,13 +116,16 @@ def in_parts(draw_some: Callable[[range], torch.Tensor], members: range) -> torc
     return torch.cat([in_parts(draw_some, part) for part in (members[:middle], members[middle:])])
 
 
-def denoiser(network: nn.Module, condition: Condition, recipe: EvalRecipe, tick: Any) -> Any:
-    """(noisy images, timesteps) -> network output, in the precision of the recipe."""
+def denoiser(
+    network: nn.Module, condition: Condition, task: Task, precision: Precision, tick: Callable[[], object]
+) -> Denoiser:
+    """(noisy images, timesteps) -> what a sampler follows: the network's output, guided."""
 
     def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         tick()
-        with autocast(x.device, recipe.precision):
-            return call(network, x, timesteps, condition).float()
+        with autocast(x.device, precision):
+            output = call(network, x, timesteps, condition).float()
+        return task.process.guided(output) if isinstance(task.process, GuidedProcess) else output
 
     return denoise
 
@@ -180,7 +186,9 @@ def measure_costs(
             progress=progress,
             inputs=task.network_inputs,
         )
-    memory["what"] = memory_measured(batches[-1])
+    memory["what"] = (
+        f"most bytes of tensors held at once in one forward pass of {batches[-1]} images, weights included"
+    )
     return {"latency": [asdict(row) for row in rows], "params": params, "macs": work, "memory": memory}
 
 

@@ -1,7 +1,8 @@
-"""What a network costs to run: latency beside a reference's, peak memory, multiply-accumulates.
+"""Latency of a network beside a reference's, both timed in turns.
 
 rows = measure_latency(pruned, dense, batches=[1, 64], modes=["eager"], device=device, precision="fp32",
-                       mac_ratio=macs(dense) / macs(pruned), repeats=100, report=silent)
+                       mac_ratio=macs(dense) / macs(pruned), repeats=100, progress=silent,
+                       inputs=batch_inputs)
 """
 
 import statistics
@@ -9,33 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.evaluation.deepcache import INTERVAL, DeepCache
-from gfprune_cli.evaluation.deployment import (
-    NetworkInputs,
-    batch_inputs,
-    default_kernels,
-    prepare,
-)
-from gfprune_cli.evaluation.footprint import cycle_macs, macs, memory_measured, peak_memory
+from gfprune_cli.evaluation.deployment import NetworkInputs, prepare
+from gfprune_cli.evaluation.footprint import cycle_macs, macs
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.runtime.device import Precision, autocast, out_of_memory
+from gfprune_cli.runtime.device import Precision, autocast, kernels, out_of_memory
 
-__all__ = ["Latency", "macs", "measure_latency", "memory_measured", "peak_memory"]
-
-Mode = Literal["eager", "compile", "deepcache"]
 WARM_UP = 5  # calls before the first one that counts; compilation happens in them
 FEWEST_WARM_UP = 2  # however long they take
 FEWEST = 5  # repeats, however long they take
 ROW_SECONDS = 2.0  # after which a row that has FEWEST repeats is done
+CLOCK = time.perf_counter  # seconds, monotonic
 Call = Callable[[], object]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Latency:
         mac_ratio: MACs of the reference over MACs of the model: the speed-up that MACs alone would promise.
     """
 
-    mode: Mode
+    mode: str
     batch: int
     ms: float
     ms_reference: float | None
@@ -70,20 +63,18 @@ class Stopwatch:
         device: synchronised before the clock is read.
         repeats: at most so many; fewer, but not under `FEWEST`, once `seconds` have passed.
         seconds: spent on a row, about.
-        clock: seconds, monotonic.
         pulse: called between timed calls; what it raises ends the row.
     """
 
     device: torch.device
     repeats: int
     seconds: float
-    clock: Clock
     pulse: Call
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return self.clock()
+        return CLOCK()
 
     def warm_up(self, call: Call) -> None:
         begin = self.now()
@@ -122,9 +113,7 @@ def measure_latency(
     mac_ratio: float | None,
     repeats: int,
     progress: Progress,
-    inputs: NetworkInputs = batch_inputs,
-    seconds: float = ROW_SECONDS,
-    clock: Clock = time.perf_counter,
+    inputs: NetworkInputs,
 ) -> list[Latency]:
     """Time the model and the reference in one interleaved run, one row per mode and batch size.
 
@@ -136,11 +125,10 @@ def measure_latency(
         model: what `ms` is about.
         reference: what it is compared with; None for no comparison.
         batches: images per evaluation.
-        modes: of `Mode`.
+        modes: of `Latency.mode`.
         mac_ratio: MACs of the reference over those of the model.
         repeats: at most so many per row, at least `FEWEST` or this; see `Stopwatch`.
         inputs: (network, batch) -> keyword arguments of one evaluation.
-        seconds: spent on a row, about, besides warm-up and compilation.
 
     Returns:
         The rows that could be measured, in the order asked for.
@@ -148,32 +136,26 @@ def measure_latency(
     wanted = [(mode, batch) for mode in modes for batch in dict.fromkeys(batches)]
     rows: dict[tuple[str, int], Latency] = {}
     networks = [prepare(network, device) for network in (model, reference) if network is not None]
-    with default_kernels():
+    with kernels(exact=False):
         for number, (mode, batch) in enumerate(wanted):
             pulse = partial(progress, Event("latency", number, len(wanted), f"{mode}, batch {batch}"))
-            stopwatch = Stopwatch(device, repeats, seconds, clock, pulse)
-            row = timed_attempt(networks, mode, batch, stopwatch, precision, mac_ratio, inputs, progress)
+            stopwatch = Stopwatch(device, repeats, ROW_SECONDS, pulse)
+            timed = partial(time_row, networks, mode, stopwatch, precision, mac_ratio, inputs)
+            row = largest_that_fits(timed, mode, batch, device, progress)
             if row is not None:
                 rows.setdefault((row.mode, row.batch), row)
     progress(Event("latency", len(wanted), len(wanted)))
     return list(rows.values())
 
 
-def timed_attempt(
-    networks: Sequence[Any],
-    mode: Any,
-    batch: int,
-    stopwatch: Stopwatch,
-    precision: Precision,
-    mac_ratio: float | None,
-    inputs: NetworkInputs,
-    progress: Progress,
+def largest_that_fits(
+    timed: Callable[[int], Latency], mode: str, batch: int, device: torch.device, progress: Progress
 ) -> Latency | None:
     """One row at the largest batch that fits, None if there is none; the user is told of either."""
     size = batch
     while True:
         try:
-            row = time_row(networks, mode, size, stopwatch, precision, mac_ratio, inputs)
+            row = timed(size)
         except GfpruneError:
             raise
         except Exception as error:  # a compiler may fail in any way; the other rows are still worth having
@@ -189,18 +171,18 @@ def timed_attempt(
             notice(progress, f"latency ({mode}, batch {size}) is left out: {line}")
             return None
         size //= 2
-        if stopwatch.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def time_row(
     networks: Sequence[Any],
-    mode: Mode,
-    batch: int,
+    mode: str,
     stopwatch: Stopwatch,
     precision: Precision,
     mac_ratio: float | None,
     inputs: NetworkInputs,
+    batch: int,
 ) -> Latency:
     """Time the model, and the reference if there is one, at one batch size."""
     steps = 1
@@ -232,8 +214,5 @@ def time_row(
 
 def latency_row(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Median and quartiles, in milliseconds."""
-    times = [1000 * value for value in seconds]
-    if len(times) == 1:
-        return times[0], (times[0], times[0])
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    low, middle, high = statistics.quantiles([1000 * value for value in seconds], n=4, method="inclusive")
     return middle, (low, high)

@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -240,9 +239,3 @@ def png(image: torch.Tensor) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(stream, "PNG")
     return stream.getvalue()
-
-
-def files(role: str, chunks: Iterator[torch.Tensor]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the PNG files of one model's samples, by image number."""
-    for number, image in enumerate(chain.from_iterable(chunks)):
-        yield f"{role}/{number:06d}.png", png(image)

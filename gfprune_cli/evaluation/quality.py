@@ -73,8 +73,10 @@ def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[st
             size, *rest = shapes["mu"] or (0,)
             if rest or size < 1 or shapes["sigma"] != (size, size):
                 raise ValueError(f"mu is {list(shapes['mu'])} and sigma {list(shapes['sigma'])}")
-            made = {key: str(note(archive, key, "U")) for key in ("extractor", "mode") if has(archive, key)}
-            count = image_count(note(archive, "n", "iuf")) if has(archive, "n") else None
+            stored = archive.namelist()
+            given = [key for key in ("extractor", "mode") if f"{key}.npy" in stored]
+            made = {key: str(note(archive, key, "U")) for key in given}
+            count = image_count(note(archive, "n", "iuf")) if "n.npy" in stored else None
             warnings = check_origin(path, made, size, extractor)
             mean, covariance = (read_array(archive, key) for key in ("mu", "sigma"))
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -85,10 +87,6 @@ def read_statistics(path: Path, extractor: Extractor) -> tuple[Gaussian, list[st
         reason = reason_of(error)
         raise GfpruneError(f"--data {path}: not readable statistics ({reason}); write them again") from error
     return Gaussian(mean, covariance, count), warnings
-
-
-def has(archive: zipfile.ZipFile, name: str) -> bool:
-    return f"{name}.npy" in archive.namelist()
 
 
 def read_array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

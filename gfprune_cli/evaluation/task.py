@@ -11,7 +11,7 @@ from gfprune_cli.data.drawing import refuse_options
 from gfprune_cli.diffusion.conditions import Condition, Conditions, keywords
 from gfprune_cli.diffusion.draws import generator
 from gfprune_cli.diffusion.guidance import GuidedProcess, with_guidance
-from gfprune_cli.diffusion.schedulers import Denoiser, NoisingProcess, noising_process
+from gfprune_cli.diffusion.schedulers import NoisingProcess, noising_process
 from gfprune_cli.evaluation.deployment import batch_inputs
 from gfprune_cli.evaluation.protocols import Settings
 from gfprune_cli.evaluation.quality import is_statistics
@@ -56,27 +56,12 @@ class Task:
         """The process of one branch."""
         return self.process.process if isinstance(self.process, GuidedProcess) else self.process
 
-    @property
-    def branches(self) -> int:
-        return 1 if self.pool is None else self.pool.branches
-
     def conditions(self, count: int) -> Condition:
         """Of samples 0 to `count` - 1."""
         if self.pool is None:
             return draw_labels(self.classes, count, self.seed)
         distinct = len(self.pool)
         return self.pool[[number % distinct for number in range(count)]] if distinct else self.pool
-
-    def sampled(self, denoise: Denoiser) -> Denoiser:
-        """What a sampler follows: the guided output."""
-
-        def follow(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            output = denoise(x, timesteps)
-            if isinstance(self.process, GuidedProcess):
-                output = self.process.guided(output)
-            return output
-
-        return follow
 
     def network_inputs(self, network: nn.Module, batch: int) -> dict[str, Any]:
         """Keyword arguments of one evaluation for `batch` samples, branches of guidance included."""

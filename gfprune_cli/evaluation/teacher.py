@@ -17,6 +17,7 @@ from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.evaluation.statistics import Features, mean_with_interval
 from gfprune_cli.progress import Event, Progress
 from gfprune_cli.runtime.device import Precision, autocast
+from gfprune_cli.structure.trace import first_given
 
 FEATURE_NOISE = 0.05  # of the schedule: images are little disturbed and the input is one the network knows
 LOSS_DRAWS = 512
@@ -47,8 +48,7 @@ def watched(teacher: Any, caught: list[torch.Tensor]) -> Any:
         )
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else next(iter(kwargs.values()))
-        caught.append(tokens.float().mean(1).cpu())
+        caught.append(first_given(args, kwargs).float().mean(1).cpu())
 
     return layer.register_forward_pre_hook(keep, with_kwargs=True)
 
@@ -76,8 +76,7 @@ def teacher_features(
     device = next(teacher.parameters()).device
     found: list[torch.Tensor] = []
     caught: list[torch.Tensor] = []
-    hook = watched(teacher, caught)
-    try:
+    with watched(teacher, caught):
         done = 0
         for images in chunks:
             members = range(done, done + len(images))
@@ -89,8 +88,6 @@ def teacher_features(
             found.append(caught.pop().unflatten(0, (len(images), -1))[:, -1])
             done += len(images)
             progress(Event("features", done, total))
-    finally:
-        hook.remove()
     return torch.cat(found).double().numpy()
 
 

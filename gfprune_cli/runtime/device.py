@@ -17,11 +17,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Same seed, same bytes: no autotuned or atomic kernels, no TF32. The caller's settings return.
+def kernels(*, exact: bool) -> Iterator[None]:
+    """Which kernels torch picks in the block: the caller's settings return.
 
-    Memory that an operator is about to write is not filled first: torch does so to show reads of what was
-    never written, at the price of one more pass over every output.
+    Args:
+        exact: none that are autotuned or atomic, and no TF32; else those that torch picks by itself.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     saved = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
@@ -29,17 +29,30 @@ def deterministic() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
-    debugging: Any = torch.utils.deterministic
-    filled, debugging.fill_uninitialized_memory = debugging.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, exact, not exact, False
+    torch.use_deterministic_algorithms(exact, warn_only=exact)
     try:
         yield
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = saved
-        debugging.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same bytes. The caller's settings return.
+
+    Memory that an operator is about to write is not filled first: torch does so to show reads of what was
+    never written, at the price of one more pass over every output.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    debugging: Any = torch.utils.deterministic
+    filled, debugging.fill_uninitialized_memory = debugging.fill_uninitialized_memory, False
+    try:
+        with kernels(exact=True):
+            yield
+    finally:
+        debugging.fill_uninitialized_memory = filled
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -2,18 +2,16 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gfprune_cli.evaluation.deployment import default_kernels
 from gfprune_cli.evaluation.latency import Stopwatch
 from gfprune_cli.progress import Event, Progress
+from gfprune_cli.runtime.device import kernels
 
 Call = Callable[[], object]
-CLOCK = time.perf_counter  # seconds, monotonic
 BURST = 2e-3  # seconds of one reading of a layer, about: many calls where one is short
 LONGEST = 1000  # calls of a burst
 LAYER_SECONDS = 0.02  # after which no further reading of a layer begins
@@ -54,7 +52,7 @@ class Reading:
 @torch.inference_mode()
 def layer_seconds(call: Call, device: torch.device) -> float:
     """The fastest of a few bursts: what else the machine does only adds."""
-    watch = Stopwatch(device, 1, SECONDS, CLOCK, lambda: None)
+    watch = Stopwatch(device, 1, SECONDS, lambda: None)
 
     def burst(count: int) -> float:
         start = watch.now()
@@ -74,9 +72,9 @@ def layer_seconds(call: Call, device: torch.device) -> float:
 def network_seconds(calls: Sequence[Call], device: torch.device, progress: Progress) -> list[list[float]]:
     """Seconds of each call, in turns; more of them while the ratio to the first is not known to 1 %."""
     pulse = lambda: progress(Event("time"))  # noqa: E731
-    watch = Stopwatch(device, ROUNDS, SECONDS, CLOCK, pulse)
+    watch = Stopwatch(device, ROUNDS, SECONDS, pulse)
     found: list[list[float]] = [[] for _ in calls]
-    with torch.inference_mode(), default_kernels():
+    with torch.inference_mode(), kernels(exact=False):
         for _ in range(BOUTS):
             for times, more in zip(found, watch.measure(calls), strict=True):
                 times += more

@@ -206,7 +206,7 @@ def test_the_schedulers_own_loop_draws_what_the_pipeline_draws(
     subject, settings, task = task_for(folder, family, recipe)
     ours = draw(
         make_sampling(settings, task.plain, subject.scheduler, task.mu),
-        task.sampled(denoiser(subject.load(CPU), task.conditions(1), recipe, lambda: None)),
+        denoiser(subject.load(CPU), task.conditions(1), task, recipe.precision, lambda: None),
         members=[0],
         shape=task.shape,
         seed=recipe.seed,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from gfprune_cli.evaluation import latency
 from gfprune_cli.structure.trace import CONVOLUTIONS
-from gfprune_cli.timing import stopwatch
 from gfprune_cli.timing.kinds import Kind, layers_run
 from gfprune_cli.timing.runtimes import RUNTIMES, Bench, Runtime
 
@@ -67,7 +67,7 @@ class Machine:
 
     def install(self, patch: pytest.MonkeyPatch, *names: str) -> "Machine":
         """Put it in the place of this machine, for these runtimes."""
-        patch.setattr(stopwatch, "CLOCK", lambda: self.now)
+        patch.setattr(latency, "CLOCK", lambda: self.now)
         for name in names or ("eager",):
             patch.setitem(RUNTIMES, name, Runtime(layer=self.layer, network=self.network))  # type: ignore[arg-type]
         return self
