@@ -1,6 +1,6 @@
 """What a format of `export` is: how it is written, run, planned and loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,12 +42,6 @@ class Artefact:
     free: frozenset[str]
 
     @classmethod
-    def of_graph(cls, found: Exported, run: Runner, *files: Path) -> "Artefact":
-        """A traced network that was written to these files."""
-        inputs = found.graph.described(found.signature.inputs.values())
-        return cls(run=run, files=files, inputs=inputs, signature=found.signature, free=found.labels)
-
-    @classmethod
     def of_class(cls, signature: Signature, run: Runner, *files: Path) -> "Artefact":
         """Weights that the model's class loads: what sizes it takes is the class's affair."""
         free = frozenset({"width"}) if "sample" in signature.inputs else frozenset[str]()
@@ -86,7 +80,7 @@ class Format:
     """One format.
 
     Args:
-        write: into a folder; comes back with what runs the files. None where a format is one file.
+        write: into a folder; comes back with what runs the files. None where a format is one file or a graph.
         file: into one file, with the record; comes back with the network that it holds.
         check: refuses, by its structure, a network that the format cannot hold.
         files: bytes of the weights -> the artefact's files and their bytes; None where `plan` asks the writer
@@ -95,7 +89,7 @@ class Format:
         packages: what has to be installed beside gfprune; an extra of its name installs them.
         library: as the Hub calls it; "" for none.
         refuses: dtype -> why there is none in this format.
-        graph: writes any graph into a folder and loads it again, for formats that hold whole pipelines.
+        graph: writes any graph into a folder, and loads it again.
         narrows: whether it makes half precision of float32 graphs itself.
         optimum: module and class of optimum that load a whole pipeline.
         copies: of the artefact that the disk holds at once while it is written.
@@ -117,12 +111,31 @@ class Format:
     @property
     def is_one_file(self) -> bool:
         """Whether it is never a folder."""
-        return self.write is None
+        return self.write is None and self.graph is None
 
     @property
     def is_graph(self) -> bool:
         """Whether a traced graph is written, and no weights for the model's class."""
         return self.files is not None
+
+    def traced_type(self, dtype: torch.dtype) -> torch.dtype:
+        """What a network is traced in, for an export of that type."""
+        return torch.float32 if self.narrows else dtype
+
+    def artefact(self, job: Job, folder: Path) -> Artefact:
+        """Write into an empty folder, and load what was written; a graph is traced for it."""
+        if self.write is not None:
+            return self.write(job, folder)
+        assert self.graph is not None
+        found = job.traced(self.traced_type(job.dtype))
+        run = self.graph(folder, found.graph, job.recipe)
+        return Artefact(
+            run=run,
+            files=tuple(sorted(folder.iterdir())),
+            inputs=found.graph.described(found.signature.inputs.values()),
+            signature=found.signature,
+            free=found.labels,
+        )
 
     def require(self, recipe: ExportRecipe) -> None:
         """Refuse, before any work, what the target runtime does not have.
@@ -130,14 +143,18 @@ class Format:
         Raises:
             UsageError: with the line that installs what is missing.
         """
-        missing = [package for package in self.packages if find_spec(package) is None]
-        if missing:
-            raise UsageError(
-                f"--format {recipe.format} needs {', '.join(missing)}: "
-                f"install it with pip install 'gfprune[{recipe.format}]'"
-            )
+        require_packages("--format", recipe.format, self.packages)
         if recipe.dtype in self.refuses:
             raise UsageError(
                 f"--dtype {recipe.dtype} with --format {recipe.format}: {self.refuses[recipe.dtype]}; "
                 "use fp16 or fp32"
             )
+
+
+def require_packages(flag: str, name: str, packages: Iterable[str]) -> None:
+    """Refuse, as a UsageError, packages that are not installed; the extra of this name installs them."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(
+            f"{flag} {name} needs {', '.join(missing)}: install it with pip install 'gfprune[{name}]'"
+        )

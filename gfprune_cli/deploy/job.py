@@ -1,7 +1,6 @@
 """One export run, step by step: write into a staging folder, run what was written, publish."""
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from gfprune_cli.checkpoint.record import RECORD
 from gfprune_cli.checkpoint.scheduler import load_scheduler, scheduler_config_path
 from gfprune_cli.checkpoint.single_file import staged_file
 from gfprune_cli.checkpoint.source import Source
-from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.format import Artefact, Job
 from gfprune_cli.deploy.formats import FORMATS
 from gfprune_cli.deploy.network import deployed
 from gfprune_cli.deploy.parity import TOLERANCES, Parity, compare, draw_inputs
@@ -21,15 +20,13 @@ from gfprune_cli.deploy.parts import is_whole
 from gfprune_cli.deploy.pipeline import pipeline_loading, write_whole
 from gfprune_cli.deploy.plan import check_component, is_file, opset_of, planned_files, planned_pipeline
 from gfprune_cli.deploy.record import export_record, write_export_card
-from gfprune_cli.deploy.result import ExportResult
+from gfprune_cli.deploy.result import ExportResult, Made
 from gfprune_cli.deploy.safetensors import run_model
 from gfprune_cli.deploy.signature import AREA, workable
 from gfprune_cli.outputs.durable import staged, write_json
 from gfprune_cli.outputs.filesystem import give_default_mode
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.recipes.export import ExportRecipe
-
-Made = tuple[Any, dict[str, int], Parity]  # inputs of the graphs, files and their bytes, distance
 
 
 class ExportJob:
@@ -49,6 +46,7 @@ class ExportJob:
         weights_required: bool,
     ) -> None:
         self.recipe, self.source, self.destination, self.progress = recipe, source, destination, progress
+        self.format = FORMATS[recipe.format]
         self.component = inspect(
             source, component=recipe.component, variant=recipe.variant, weights_required=weights_required
         )
@@ -57,10 +55,6 @@ class ExportJob:
         self.plan = (planned_pipeline if self.whole else planned_files)(recipe, self.component, destination)
         given = recipe.tolerance
         self.tolerance = TOLERANCES[recipe.dtype] if given is None else given
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.recipe.format]
 
     @property
     def needed(self) -> int:
@@ -93,30 +87,25 @@ class ExportJob:
             with staged_file(self.destination, force=force, needed=self.needed) as path:
                 return self.single_file(job, path)
         with staged(self.destination, force=force, needed=self.needed) as staging:
-            return self.pipeline(job, staging) if self.whole else self.folder(job, staging)
-
-    def pipeline(self, job: Job, staging: Path) -> Made:
-        """The whole pipeline, for optimum."""
-        written = write_whole(job, self.format, staging, self.tolerance)
-        names = [name for part in written.parts for name in sorted((staging / part).iterdir())]
-        files = sizes_in(staging, [path for path in names if path.name != "config.json"])
-        loading = pipeline_loading(self.format, self.destination.name)
-        self.describe(staging, loading, written.inputs, files, written.parity)
-        return written.inputs, files, written.parity
+            if self.whole:
+                made = write_whole(job, self.format, staging, self.tolerance)
+                loading = pipeline_loading(self.format, self.destination.name)
+            else:
+                made = self.folder(job, staging)
+                loading = self.format.loading(job, self.destination.name)
+            self.describe(staging, loading, made)
+            return made
 
     def folder(self, job: Job, staging: Path) -> Made:
         """The network in a folder."""
         model = load_model(self.component)
         self.progress(Event("export", text=f"writing {self.recipe.format}, {self.recipe.dtype}"))
-        assert self.format.write is not None
-        artefact = self.format.write(job, staging)
+        artefact = self.format.artefact(job, staging)
         known = job.known(model)
         parity = self.verify(deployed(known) if self.format.is_graph else known, job.scheduler, artefact)
-        files = sizes_in(staging, artefact.files)
         if self.format.is_graph:
             self.add_sampling(staging, model)
-        loading = self.format.loading(job, self.destination.name)
-        self.describe(staging, loading, artefact.inputs, files, parity)
+        files = {str(path.relative_to(staging)): path.stat().st_size for path in artefact.files}
         return artefact.inputs, files, parity
 
     def single_file(self, job: Job, path: Path) -> Made:
@@ -153,12 +142,10 @@ class ExportJob:
             (staging / "scheduler").mkdir()
             shutil.copyfile(schedule, staging / "scheduler" / "scheduler_config.json")
 
-    def describe(
-        self, staging: Path, loading: str, inputs: Any, files: dict[str, int], parity: Parity
-    ) -> None:
+    def describe(self, staging: Path, loading: str, made: Made) -> None:
         """Record and model card, which every folder holds; then its files are as they will be published."""
-        details: dict[str, Any] = {"files": files, "inputs": inputs, "parity": asdict(parity)}
-        details["opset"] = opset_of(self.recipe)
+        inputs, files, parity = made
+        details = {"files": files, "inputs": inputs, "parity": asdict(parity), "opset": opset_of(self.recipe)}
         record = self.record(details)
         write_json(staging / RECORD, record)
         write_export_card(staging / "README.md", root=self.component.root, loading=loading, record=record)
@@ -166,8 +153,3 @@ class ExportJob:
             if path.is_file():
                 give_default_mode(path)
         self.progress(Event("write", text=f"writing {self.destination}"))
-
-
-def sizes_in(folder: Path, files: Iterable[Path]) -> dict[str, int]:
-    """File, by its path in the folder -> bytes."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}

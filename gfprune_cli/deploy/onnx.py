@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gfprune_cli.checkpoint.files import first_line
-from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.format import Format
 from gfprune_cli.deploy.graph import Graph
 from gfprune_cli.deploy.parity import Inputs, Outputs, Runner
 from gfprune_cli.errors import GfpruneError
@@ -112,8 +112,7 @@ def write_onnx(folder: Path, graph: Graph, opset: int) -> torch.onnx.ONNXProgram
     found = to_onnx(graph, opset)
     clear(found.model)
     name_axes(found.model, graph)
-    weights = graph.program.state_dict.values()
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    needed = sum(tensor.nbytes for tensor in graph.program.state_dict.values())
     with quiet_exporter():
         found.save(folder / FILE, external_data=needed > EXTERNAL_BYTES)
     try:
@@ -159,15 +158,7 @@ def write_onnx_graph(folder: Path, graph: Graph, recipe: ExportRecipe) -> Runner
     return run_onnx(folder / FILE)
 
 
-def write(job: Job, folder: Path) -> Artefact:
-    """Write the traced network, and run it in ONNX Runtime."""
-    found = job.traced(job.dtype)
-    run = write_onnx_graph(folder, found.graph, job.recipe)
-    return Artefact.of_graph(found, run, *sorted(folder.glob(f"{FILE}*")))
-
-
 FORMAT = Format(
-    write=write,
     files=lambda weights: {FILE: 0, DATA: weights} if weights > EXTERNAL_BYTES else {FILE: weights},
     loading=lambda job, name: f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/{FILE}")',
     packages=PACKAGES,

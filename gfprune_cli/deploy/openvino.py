@@ -8,7 +8,7 @@ import torch
 
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.deploy import onnx
-from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.format import Format
 from gfprune_cli.deploy.graph import Graph
 from gfprune_cli.deploy.parity import Inputs, Outputs, Runner
 from gfprune_cli.errors import GfpruneError
@@ -75,15 +75,7 @@ def write_openvino_graph(folder: Path, graph: Graph, recipe: ExportRecipe) -> Ru
     return run_openvino(folder / FILE)
 
 
-def write(job: Job, folder: Path) -> Artefact:
-    """In float32: OpenVINO narrows the weights itself and keeps the arithmetic free."""
-    found = job.traced(torch.float32)
-    run = write_openvino_graph(folder, found.graph, job.recipe)
-    return Artefact.of_graph(found, run, *sorted(folder.glob("openvino_model.*")))
-
-
 FORMAT = Format(
-    write=write,
     files=lambda weights: {FILE: 0, Path(FILE).with_suffix(".bin").name: weights},
     loading=lambda job, name: (
         f'import openvino\nmodel = openvino.Core().compile_model("{name}/{FILE}", "CPU")'

@@ -11,6 +11,7 @@ import torch
 
 Tensors = Mapping[str, torch.Tensor]
 Rules = tuple[tuple[str, str], ...]  # pattern -> what stands in its place, one after the other
+Joined = tuple[tuple[tuple[str, ...], str], ...]  # suffixes of parts in order -> that of the whole
 
 UNET: Rules = (
     (r"^time_embedding\.linear_1", "time_embed.0"),
@@ -59,8 +60,7 @@ FLUX: Rules = (
     (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
     (r"^(single_blocks\.\d+)\.proj_out", r"\1.linear2"),
 )
-# what the authors keep in one tensor: (its parts in order, its name), by suffix
-FLUX_JOINED = (
+FLUX_JOINED: Joined = (
     ((".attn.to_q", ".attn.to_k", ".attn.to_v", ".proj_mlp"), ".linear1"),  # of single blocks
     ((".attn.to_q", ".attn.to_k", ".attn.to_v"), ".img_attn.qkv"),
     ((".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"), ".txt_attn.qkv"),
@@ -112,7 +112,7 @@ SD3: Rules = (
     (r"\.(attn2?)\.to_out\.0", r".x_block.\1.proj"),
     (r"^(joint_blocks\.\d+)\.(attn2?)\.norm_([qk])", r"\1.x_block.\2.ln_\3"),
 )
-SD3_JOINED = (
+SD3_JOINED: Joined = (
     ((".attn.to_q", ".attn.to_k", ".attn.to_v"), ".x_block.attn.qkv"),
     ((".attn2.to_q", ".attn2.to_k", ".attn2.to_v"), ".x_block.attn2.qkv"),
     ((".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"), ".context_block.attn.qkv"),
@@ -167,43 +167,37 @@ def unet_places(model: Any) -> dict[str, tuple[str, bool]]:
     return places
 
 
-def flux_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Tensors of a `FluxTransformer2DModel` under the names of Black Forest Labs."""
-    left, joined = with_parts_joined(tensors, FLUX_JOINED)
-    swap_scale_and_shift(left, "norm_out.linear")
-    return {renamed_by(FLUX, name): tensor for name, tensor in {**left, **joined}.items()}
+def authors_names(
+    rules: Rules, joined: Joined, swapped: tuple[str, ...], tensors: Tensors
+) -> dict[str, torch.Tensor]:
+    """Tensors of a transformer under the names of its authors.
 
-
-def with_parts_joined(
-    tensors: Tensors, together: tuple[tuple[tuple[str, ...], str], ...]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(what stays by itself, what the authors keep in one tensor under their name for it)."""
-    left, joined = dict(tensors), {}
-    for parts, place in together:
+    Args:
+        joined: what the authors keep in one tensor.
+        swapped: beginnings of modulations whose halves, scale and shift, diffusers has the other way round.
+    """
+    left = dict(tensors)
+    for name in [name for name in left if name.startswith(swapped)]:
+        left[name] = torch.cat(left[name].chunk(2)[::-1])
+    for parts, place in joined:
         for name in [name for name in left if parts[-1] in name]:
             block, kind = name.split(parts[-1])
-            pieces = [left.get(f"{block}{part}{kind}") for part in parts]
-            if all(piece is not None for piece in pieces):
-                joined[f"{block}{place}{kind}"] = torch.cat(pieces)  # type: ignore[arg-type]
-                for part in parts:
-                    del left[f"{block}{part}{kind}"]
-    return left, joined
+            pieces = [f"{block}{part}{kind}" for part in parts]
+            if all(piece in left for piece in pieces):
+                left[f"{block}{place}{kind}"] = torch.cat([left.pop(piece) for piece in pieces])
+    return {renamed_by(rules, name): tensor for name, tensor in left.items()}
 
 
-def swap_scale_and_shift(tensors: dict[str, torch.Tensor], beginning: str) -> None:
-    """Put the halves of a modulation where the authors have them: diffusers has them the other way round."""
-    for name in [name for name in tensors if name.startswith(beginning)]:
-        scale, shift = tensors[name].chunk(2)
-        tensors[name] = torch.cat([shift, scale])
+def flux_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Tensors of a `FluxTransformer2DModel` under the names of Black Forest Labs."""
+    return authors_names(FLUX, FLUX_JOINED, ("norm_out.linear.",), tensors)
 
 
 def sd3_names(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Tensors of a `SD3Transformer2DModel` under the names of Stability AI."""
-    left, joined = with_parts_joined(tensors, SD3_JOINED)
     last = model.config.num_layers - 1  # its text stream ends with it, and is modulated as the output is
-    for name in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
-        swap_scale_and_shift(left, f"{name}.")
-    return {renamed_by(SD3, name): tensor for name, tensor in {**left, **joined}.items()}
+    swapped = ("norm_out.linear.", f"transformer_blocks.{last}.norm1_context.linear.")
+    return authors_names(SD3, SD3_JOINED, swapped, tensors)
 
 
 # names that authors and diffusers share, by their beginning
@@ -230,6 +224,6 @@ NAMES: dict[str, Callable[[Any, Tensors], dict[str, torch.Tensor]]] = {
     "UNet2DConditionModel": unet_names,
     "FluxTransformer2DModel": flux_names,
     "SD3Transformer2DModel": sd3_names,
-    "WanTransformer3DModel": lambda model, tensors: {renamed_by(WAN, key): tensors[key] for key in tensors},
+    "WanTransformer3DModel": lambda model, tensors: authors_names(WAN, (), (), tensors),
     "QwenImageTransformer2DModel": lambda model, tensors: dict(tensors),  # published in diffusers' naming
 }

@@ -160,10 +160,6 @@ def autoencoder_dtype(vae: Component, recipe: ExportRecipe) -> DtypeName:
     return "fp32" if vae.config.get("force_upcast") else recipe.dtype
 
 
-def traced_type(job: Job, form: Format) -> torch.dtype:
-    return torch.float32 if form.narrows else DTYPES[job.recipe.dtype]
-
-
 def network_part(
     job: Job,
     form: Format,
@@ -175,7 +171,7 @@ def network_part(
     one_time: bool = False,
 ) -> Part:
     """A network of diffusers, or half of it."""
-    dtype = traced_type(job, form)
+    dtype = form.traced_type(job.dtype)
     network = half(load_model(component, dtype=dtype))
     found = traced(Denoiser(network, dtype), job.scheduler, one_time=one_time)
     source, signature = half(load_model(component)), found.signature
@@ -222,7 +218,7 @@ class TextStates(nn.Module):
 def text_part(job: Job, form: Format, name: str) -> Part:
     """A text encoder of transformers."""
     cpu = torch.device("cpu")
-    network = TextStates(cast_model(load_component(job.component, name, cpu), traced_type(job, form)))
+    network = TextStates(cast_model(load_component(job.component, name, cpu), form.traced_type(job.dtype)))
     vocabulary = network.model.config.vocab_size
     batches = [
         {"input_ids": torch.randint(vocabulary, (count, length), generator=generator(job.recipe.seed, name))}

@@ -4,7 +4,7 @@ unet/model.onnx, vae_decoder/model.onnx, text_encoder/model.onnx, ..., tokenizer
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,15 @@ from gfprune_cli.checkpoint.writer import copy_component, index_without_absent, 
 from gfprune_cli.deploy.format import Format, Job
 from gfprune_cli.deploy.parity import Inputs, Parity, Runner, compare
 from gfprune_cli.deploy.parts import AUTOENCODER, Part, parts_of, text_encoders
+from gfprune_cli.deploy.result import Made
 from gfprune_cli.outputs.durable import write_json
 from gfprune_cli.progress import Event
 
 
-@dataclass(frozen=True)
-class Written:
-    """A pipeline on disk, compared with its source.
-
-    Args:
-        parts: the folders of graphs.
-        inputs: "folder/name" -> dtype and shape of what a graph takes.
-        parity: of the graph that is furthest from its source.
-    """
-
-    parts: list[str]
-    inputs: dict[str, Any]
-    parity: Parity
-
-
-def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Written:
+def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Made:
     """Write every network of a pipeline as a graph, run it beside its source, and copy the rest.
+
+    Its inputs are called "folder/name"; the distance is that of the graph that is furthest from its source.
 
     Raises:
         GateMissed: a graph does not compute what its source computes.
@@ -51,7 +39,13 @@ def write_whole(job: Job, form: Format, folder: Path, tolerance: float) -> Writt
     worst = max(found.values(), key=lambda parity: parity.max_rel or 0)
     count = sum(parity.inputs for parity in found.values())
     sizes = found[job.component.name].sizes
-    return Written(list(found), inputs, replace(worst, inputs=count, sizes=sizes))
+    files = {
+        f"{part}/{path.name}": path.stat().st_size
+        for part in found
+        for path in sorted((folder / part).iterdir())
+        if path.name != "config.json"
+    }
+    return inputs, files, replace(worst, inputs=count, sizes=sizes)
 
 
 def write_part(job: Job, form: Format, folder: Path, part: Part, tolerance: float) -> Parity:

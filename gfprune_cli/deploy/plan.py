@@ -64,9 +64,7 @@ def default_output(recipe: ExportRecipe) -> Path:
 
 
 def opset_of(recipe: ExportRecipe) -> int | None:
-    if recipe.format != "onnx":
-        return None
-    return onnx.DEFAULT_OPSET if recipe.opset is None else recipe.opset
+    return (recipe.opset or onnx.DEFAULT_OPSET) if recipe.format == "onnx" else None
 
 
 def planned_files(recipe: ExportRecipe, component: Component, destination: Path) -> dict[str, int]:
@@ -74,12 +72,12 @@ def planned_files(recipe: ExportRecipe, component: Component, destination: Path)
     model, form = build_meta(component), FORMATS[recipe.format]
     network = deployed(model) if form.is_graph else model
     tensors = {name: tensor.to(DTYPES[recipe.dtype]) for name, tensor in network.state_dict().items()}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     if form.files is not None:
         return form.files(total)
-    return (
-        {destination.name: total} if is_file(recipe) else safetensors.shard_sizes(recipe, component, tensors)
-    )
+    if is_file(recipe):
+        return {destination.name: total}
+    return safetensors.shard_sizes(recipe, component, tensors)
 
 
 def planned_pipeline(recipe: ExportRecipe, component: Component, destination: Path) -> dict[str, int]:

@@ -7,6 +7,8 @@ from typing import Any
 from gfprune_cli.checkpoint.record import SCHEMA_VERSION
 from gfprune_cli.deploy.parity import Parity
 
+Made = tuple[Any, dict[str, int], Parity]  # inputs of the graphs, files and their bytes, distance
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:

@@ -37,23 +37,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def write_pipeline(
-    staging: Path, model: nn.Module, component: Component, variant: str | None, limit: int | None
-) -> list[Path]:
-    """A pipeline folder (or a bare model folder, if the source was one); other components are copied.
-
-    Returns:
-        The weight files of the denoiser.
-    """
-    if component.pipeline is None:
-        return write_weights(staging, model, variant, limit)
-    folder = staging / component.name
-    folder.mkdir()
-    files = write_weights(folder, model, variant, limit)
-    copy_pipeline(staging, component, {component.name: library_entry(type(model).__name__)})
-    return files
-
-
 def run_model(model: nn.Module, signature: Signature, dtype: torch.dtype = torch.float32) -> Runner:
     """A network in PyTorch: float32 in and out, arithmetic in `dtype`, the network's own."""
 
@@ -62,16 +45,6 @@ def run_model(model: nn.Module, signature: Signature, dtype: torch.dtype = torch
         return tuple(output.float() for output in outputs_of(model, arguments))
 
     return run
-
-
-def run_folder(
-    folder: Path, component: Component, variant: str | None, dtype: torch.dtype, signature: Signature
-) -> Runner:
-    """What was written, read back as any command reads it."""
-    written = inspect(
-        Source(str(folder), folder, "local", None), component=component.name or None, variant=variant
-    )
-    return run_model(load_model(written, dtype=dtype), signature, dtype)
 
 
 def variant_name(recipe: ExportRecipe) -> str | None:
@@ -84,12 +57,17 @@ def shard_limit(recipe: ExportRecipe) -> int | None:
 
 
 def write(job: Job, folder: Path) -> Artefact:
-    """Write the pipeline or bare model, and read the network back."""
-    variant, network = variant_name(job.recipe), job.network()
+    """Write the pipeline or bare model, and read the network back; other components are copied."""
+    component, variant, network = job.component, variant_name(job.recipe), job.network()
     signature = workable(job.known(network), job.scheduler, job.dtype)
-    files = write_pipeline(folder, network, job.component, variant, shard_limit(job.recipe))
-    run = run_folder(folder, job.component, variant, job.dtype, signature)
-    return Artefact.of_class(signature, run, *files)
+    target = folder / component.name if component.pipeline is not None else folder
+    target.mkdir(exist_ok=True)
+    files = write_weights(target, network, variant, shard_limit(job.recipe))
+    if component.pipeline is not None:
+        copy_pipeline(folder, component, {component.name: library_entry(type(network).__name__)})
+    source = Source(str(folder), folder, "local", None)
+    written = load_model(inspect(source, component=component.name or None, variant=variant), dtype=job.dtype)
+    return Artefact.of_class(signature, run_model(written, signature, job.dtype), *files)
 
 
 def shard_sizes(
@@ -99,7 +77,7 @@ def shard_sizes(
     parts = split(tensors, variant_name(recipe), shard_limit(recipe))
     prefix = f"{component.name}/" if component.pipeline is not None else ""
     return {
-        prefix + name: sum(tensors[member].numel() * tensors[member].element_size() for member in members)
+        prefix + name: sum(tensors[member].nbytes for member in members)
         for name, members in sorted(parts.filename_to_tensors.items())
     }
 

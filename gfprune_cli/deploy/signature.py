@@ -8,7 +8,7 @@ tuple are numbered (`image_rotary_emb_0`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.inputs.unknown_classes import RecordedNetwork
 
 TIMESTEP = "timestep"
-MASK = "encoder_attention_mask"
+MASK = "encoder_attention_mask"  # of pipelines that mask the padding of a text
 TEXT = "encoder_hidden_states"
-# Their pipelines mask the padding of a text.
 AREA = ("frames", "height", "width")
 LETTERS = {"frames": "f", "height": "h", "width": "w", "text": "text"}
 
@@ -163,12 +162,9 @@ def signature_of(
     sizes = sizes or Sizes()
     keywords, tensors = taken_apart("", example(network, sizes))
     inputs = {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
-    if TIMESTEP in inputs and one_time:
-        inputs[TIMESTEP] = inputs[TIMESTEP].float().squeeze()
-    elif TIMESTEP in inputs and counts_steps(network, scheduler):
-        inputs[TIMESTEP] = inputs[TIMESTEP].long()
-    elif TIMESTEP in inputs:
-        inputs[TIMESTEP] = inputs[TIMESTEP].float()
+    if TIMESTEP in inputs:
+        time = inputs[TIMESTEP].squeeze() if one_time else inputs[TIMESTEP]
+        inputs[TIMESTEP] = time.long() if counts_steps(network, scheduler) and not one_time else time.float()
     common = common_slots(network) if isinstance(network, RecordedNetwork) else frozenset[str]()
     shared = common | {name for name, tensor in inputs.items() if tensor.shape[:1] != (1,)}
     return Signature(inputs, keywords, growth_of(network), shared, factor_of(network), sizes, one_time)
@@ -234,11 +230,5 @@ def compact(network: nn.Module, *, own: bool) -> Sizes:
 
 def larger(sizes: Sizes, *labels: str, factor: int = 8) -> Sizes:
     """Sizes of which some are larger by `factor`, which must be a multiple of the network's own."""
-    return replace(
-        sizes,
-        **{
-            field.name: getattr(sizes, field.name) + factor
-            for field in fields(sizes)
-            if field.name in labels and getattr(sizes, field.name) is not None
-        },
-    )
+    known = {label: getattr(sizes, label) for label in labels}
+    return replace(sizes, **{label: size + factor for label, size in known.items() if size is not None})

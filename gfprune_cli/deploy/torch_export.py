@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
-from gfprune_cli.deploy.format import Artefact, Format, Job
+from gfprune_cli.deploy.format import Format
+from gfprune_cli.deploy.graph import Graph
 from gfprune_cli.deploy.parity import Runner
+from gfprune_cli.recipes.export import ExportRecipe
 
 FILE = "model.pt2"
 
@@ -17,16 +19,16 @@ def run_program(path: Path) -> Runner:
     return lambda inputs: (module(**inputs),)
 
 
-def write(job: Job, folder: Path) -> Artefact:
-    """Write model.pt2, a zip of the graph in JSON and the weights as plain bytes, and run the file."""
-    found, buffer = job.traced(job.dtype), io.BytesIO()
-    torch.export.save(found.program, buffer)  # PyTorch's own writer ends the process when the disk is full
+def write_program(folder: Path, graph: Graph, recipe: ExportRecipe) -> Runner:
+    """Write model.pt2, a zip of the graph in JSON and the weights as plain bytes, and load it."""
+    buffer = io.BytesIO()
+    torch.export.save(graph.program, buffer)  # PyTorch's own writer ends the process when the disk is full
     (folder / FILE).write_bytes(buffer.getbuffer())
-    return Artefact.of_graph(found, run_program(folder / FILE), folder / FILE)
+    return run_program(folder / FILE)
 
 
 FORMAT = Format(
-    write=write,
+    graph=write_program,
     files=lambda weights: {FILE: weights},
     loading=lambda job, name: f'import torch\nmodel = torch.export.load("{name}/{FILE}").module()',
 )

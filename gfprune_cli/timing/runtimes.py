@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gfprune_cli.deploy import onnx, openvino
+from gfprune_cli.deploy.format import require_packages
 from gfprune_cli.deploy.network import Denoiser, trace
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.signature import Signature, signature_of
@@ -105,12 +105,7 @@ class Runtime:
         Raises:
             UsageError: with what to do.
         """
-        missing = [package for package in self.packages if find_spec(package) is None]
-        if missing:
-            raise UsageError(
-                f"--runtime {bench.runtime} needs {', '.join(missing)}: "
-                f"install it with pip install 'gfprune[{bench.runtime}]'"
-            )
+        require_packages("--runtime", bench.runtime, self.packages)
         if self.cpu_only and (bench.device.type != "cpu" or bench.precision != "fp32"):
             raise UsageError(
                 f"--runtime {bench.runtime} is timed on the CPU in fp32: add --device cpu --precision fp32, "
