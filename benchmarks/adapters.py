@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import table
+from provenance import flags, table
 from study import ALL_IMAGES, FULL, once
 from subjects import Place, places_of
 from yardstick import losses
@@ -45,7 +45,7 @@ def compared(place: Place, work: Path, steps: int, rank: int) -> dict[str, float
         for name, model in (("dense", target.model), ("pruned", pruned))
     }
     for settings in rows(rank):
-        text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+        text = flags(settings)
 
         def measured(settings: dict[str, Any] = settings) -> float:
             how: dict[str, Any] = dict(steps=steps, force=True, save_every=0, sample_every=0)

@@ -32,7 +32,7 @@ def rows_of(entries: Sequence[Entry], subject: str, sparsity: float, gradients: 
     return rows
 
 
-def without_finetuned(rows: Rows) -> Rows:
+def not_finetuned(rows: Rows) -> Rows:
     """Without the peers that gfprune's own trainer has trained with its defaults."""
     return {method: runs for method, runs in rows.items() if not method.endswith(FINETUNED)}
 

@@ -93,9 +93,7 @@ def layers_of_peer(model: nn.Module, dense: nn.Module) -> Correspondence:
     theirs = dict(dense.named_modules())
     positions = {}
     for name, layer in model.named_modules():
-        if isinstance(getattr(layer, "bias", None), torch.Tensor) and isinstance(
-            layer, (nn.Conv2d, nn.Linear)
-        ):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             equal = layer.bias[:, None] == theirs[name].bias[None]
             if bool((equal.sum(1) == 1).all()):
                 positions[name] = equal.int().argmax(1)

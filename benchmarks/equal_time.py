@@ -10,42 +10,28 @@ in quality.py, whose networks it takes. Nothing else may run meanwhile. Writes d
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from speedup import faster
 from study import ALL_IMAGES, QUALITY_HEAD, Run, Study, cells, head, left, shares, spread, write_study
 from subjects import Place
-from torch import nn
 from yardstick import Yardstick
 
 import gfprune_cli as gfprune
-from gfprune_cli.progress import silent
-from gfprune_cli.recipes.prune import PruneRecipe
-from gfprune_cli.timing.budget import bench_of
-from gfprune_cli.timing.stopwatch import network_seconds, times_as_fast
 
 SAMPLES, SAMPLE_STEPS = 64, 20
 SEARCHED = 6  # sparsities that are tried
 FAST: dict[str, Any] = dict(one_shot=True, refit=False, recover=0)
 WAYS = ("time", "macs", "both")
+CPU = torch.device("cpu")
 
 
 def prune(place: Place, out: Path, seed: int, **settings: Any) -> Any:
     shared: dict[str, Any] = dict(data=str(place.data), images=ALL_IMAGES, seed=seed, device="cpu")
     return gfprune.prune(place.model, out=out, force=True, **shared, **settings)
-
-
-def times_faster(networks: Sequence[nn.Module], batch: int) -> list[float]:
-    """How many times as fast as the first each of the others is; all take turns."""
-    device = torch.device("cpu")
-    bench = bench_of(PruneRecipe(speedup=2.0, time_batch=batch), device)
-    try:
-        dense, *others = network_seconds([bench.network(network) for network in networks], device, silent)
-    finally:
-        bench.end()
-    return [times_as_fast(dense, seconds).value for seconds in others]
 
 
 def as_fast(place: Place, root: Path, batch: int, seed: int, budget: str, speedup: float) -> float:
@@ -54,8 +40,8 @@ def as_fast(place: Place, root: Path, batch: int, seed: int, budget: str, speedu
     for _ in range(SEARCHED):
         middle = (low + high) / 2
         done = prune(place, root / "trial", seed, budget=budget, sparsity=middle, **FAST)
-        (found,) = times_faster([dense, gfprune.load(str(done.output))], batch)
-        if found < speedup:
+        (found,) = faster([dense, gfprune.load(str(done.output))], CPU, time_batch=batch)
+        if found.value < speedup:
             low = middle
         else:
             high = middle
@@ -71,13 +57,13 @@ def rows(place: Place, batch: int, speedup: float, seed: int, root: Path) -> lis
         if way == "time":
             asked: dict[str, Any] = dict(speedup=speedup, time_batch=batch)
         else:
-            (reached,) = times_faster(networks[:2], batch)
-            asked = dict(budget=way, sparsity=as_fast(place, root, batch, seed, way, reached))
+            (reached,) = faster(networks[:2], CPU, time_batch=batch)
+            asked = dict(budget=way, sparsity=as_fast(place, root, batch, seed, way, reached.value))
         made = prune(place, root / way, seed, **asked)
         networks.append(gfprune.load(str(made.output)))
         found.append({"way": way, **yard.measure(networks[-1]), **left(made)})
-    for row, fast in zip(found, times_faster(networks, batch), strict=True):
-        row["speedup"] = fast
+    for row, fast in zip(found, faster(networks, CPU, time_batch=batch), strict=True):
+        row["speedup"] = fast.value
     return found
 
 

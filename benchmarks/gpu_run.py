@@ -23,19 +23,7 @@ from gpu_networks import (
     train_dense,
     write_emoji,
 )
-from report_gpu import (
-    DENSE,
-    PEERS,
-    UNIFORM,
-    Board,
-    Table,
-    latency_table,
-    memory_table,
-    phases_table,
-    quality_table,
-    row,
-    scoring_table,
-)
+from report_gpu import DENSE, PEERS, UNIFORM, Board, Table, all_tables, row
 from study import ALL_IMAGES
 from torch import nn
 
@@ -80,14 +68,7 @@ class Form:
     batches: tuple[int, ...]
 
     def tables(self) -> list[Table]:
-        labels = list(self.ratios)
-        return [
-            quality_table(labels),
-            scoring_table(SCORING_ROWS),
-            latency_table(labels, self.batches),
-            memory_table(labels, self.batches),
-            phases_table(labels),
-        ]
+        return all_tables(list(self.ratios), SCORING_ROWS, self.batches)
 
 
 @dataclass
@@ -298,15 +279,12 @@ class Run:
         timing = Timing(networks, self.device, precision)
         with self.attempt("latency"), self.phase("latency", peak=None):
             for batch in self.form.batches:
-                self.put_times(batch, timing.measure(batch))
+                found = timing.measure(batch)
+                for name, ms in found.items():
+                    speed_up = found[DENSE] / ms if name != DENSE and DENSE in found else None
+                    self.board.put_all("latency", name, {f"{batch} ms": ms, f"{batch} speed-up": speed_up})
         with self.attempt("memory"), self.phase("memory", peak=None):
             for name, network in networks.items():
                 self.board.put_all(
                     "memory", name, footprint(network, self.form.batches, self.device, precision)
                 )
-
-    def put_times(self, batch: int, found: dict[str, float]) -> None:
-        for name, milliseconds in found.items():
-            speed_up = found[DENSE] / milliseconds if name != DENSE and DENSE in found else None
-            cells = {f"{batch} ms": milliseconds, f"{batch} speed-up": speed_up}
-            self.board.put_all("latency", name, cells)

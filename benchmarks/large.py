@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from own_process import in_a_process
-from provenance import PAGES, commit, table, write_page
+from provenance import PAGES, commit, flags, table, write_page
 
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.pruning.memory import FLOAT, Phase, one_pass
@@ -35,10 +35,8 @@ from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 
 GB = 1e9
-SETTINGS: dict[str, Any] = dict(sparsity=0.5, images=4, sample_steps=1, draws=8, recover=2, force=True)
-FINETUNE: dict[str, Any] = dict(
-    steps=20, lora=16, batch=4, micro_batch=1, images=8, sample_steps=1, force=True
-)
+SETTINGS: dict[str, Any] = dict(sparsity=0.5, images=4, sample_steps=1, draws=8, recover=2)
+FINETUNE: dict[str, Any] = dict(steps=20, lora=16, batch=4, micro_batch=1, images=8, sample_steps=1)
 MEMORY = """
 import threading, time, torch
 def now():
@@ -209,14 +207,13 @@ def measured(subject: Subject, root: Path, seed: int, device: str) -> Iterator[d
     with torch.device(device):
         subject.make().to(subject.dtype).save_pretrained(model / "denoiser")
     DDIMScheduler().save_pretrained(model / "scheduler")
-    common = dict(seed=seed, device=device)
+    common = dict(seed=seed, device=device, force=True)
     asked = SETTINGS | common | dict(model=str(model / "denoiser"), out=str(out))
     found: dict[str, Any] = in_a_process(MEMORY + MEASURE, json.dumps(asked), subject.free * GB, cache=kept)
     yield found
     if device == "cuda":
-        asked = (
-            FINETUNE | common | dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
-        )
+        made = dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
+        asked = FINETUNE | common | made
         tuned = in_a_process(MEMORY + MEASURE_FINETUNE, json.dumps(asked), cache=kept)
         yield found | {"finetune": tuned}
 
@@ -260,10 +257,6 @@ def finetune_text(rows: Sequence[tuple[Subject, dict[str, Any]]]) -> str:
         return ""
     said = f"\n`gfprune finetune {flags(FINETUNE)}` of what that wrote, drawing its images included:\n\n"
     return said + "\n".join(table(("network", "peak, GB", "seconds"), tuned)) + "\n"
-
-
-def flags(settings: dict[str, Any]) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if key != "force")
 
 
 def main(given: Sequence[str] | None = None) -> Path:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.schedulers import NoisingProcess
+from gfprune_cli.inputs.examples import example_inputs
 
 CHUNK = 16
 THRESHOLD = 0.05  # of the largest loss: Diff-Pruning's default
@@ -85,7 +86,7 @@ def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float) -> None:
             heads |= dict.fromkeys((module.to_q, module.to_k, module.to_v), module.heads)
     pruner = tp.pruner.BasePruner(
         model,
-        example_of(model),
+        example_inputs(model),
         importance=importance,
         pruning_ratio=ratio,
         ignored_layers=[model.conv_out],
@@ -99,18 +100,6 @@ def prune_uniformly(model: UNet2DModel, importance: Any, ratio: float) -> None:
             module.out_channels = module.conv.out_channels
 
 
-def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Inputs of one sample of an unconditional U-Net, dense or pruned."""
-    config: Any = model.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    device = next(model.parameters()).device
-    return {
-        "sample": torch.zeros(1, config.in_channels, height, width, device=device),
-        "timestep": torch.ones((1,), dtype=torch.long, device=device),
-    }
-
-
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -119,7 +108,7 @@ def macs_of(model: nn.Module) -> int:
     """Multiply-accumulates of one sample, counted by PyTorch."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(**example_of(model))
+        model(**example_inputs(model))
     return counter.get_total_flops() // 2
 
 

@@ -4,8 +4,9 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +69,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown, line by line."""
     first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
     return [first, "|---" * len(head) + "|", *others]
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Settings as flags of a command."""
+    texts = {
+        name: "" if value is True else f" {value}" if isinstance(value, str) else f" {value:g}"
+        for name, value in settings.items()
+    }
+    return " ".join(f"--{name.replace('_', '-')}{text}" for name, text in texts.items())
 
 
 def write_page(path: Path, title: str, command: str, seed: int | str, body: str) -> Path:

@@ -171,15 +171,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     subjects = options.subjects or list(places)
     try:
-        grid = Grid(
-            form,
-            {name: places[name] for name in subjects},
-            work,
-            chosen_by(options),
-            made_at,
-            options.jobs,
-            options.device,
-        )
+        chosen = {name: places[name] for name in subjects}
+        wanted = chosen_by(options)
+        grid = Grid(form, chosen, work, wanted, made_at, options.jobs, options.device)
         if not options.page_only:
             if options.subject:
                 places[name].open()

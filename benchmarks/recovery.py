@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import PAGES, write_page
+from provenance import PAGES, flags, write_page
 from study import ALL_IMAGES, QUALITY_HEAD, head, once
 from yardstick import Subject, Yardstick, demo, subject
 
@@ -100,7 +100,7 @@ def study(bench: Bench, gradients: int) -> list[str]:
     lines = [f"## {gradients} gradients", *table("optimizer and peak rate", bench, gradients, {}, rates)]
     best = min(rates, key=lambda settings: bench.rows(gradients, settings)["loss"])
     for name, changes in FACTORS.items():
-        lines += ["", f"{name}, with {shown(best)}:", *table(name.lower(), bench, gradients, best, changes)]
+        lines += ["", f"{name}, with `{flags(best)}`:", *table(name.lower(), bench, gradients, best, changes)]
     return lines
 
 
@@ -109,17 +109,8 @@ def table(title: str, bench: Bench, gradients: int, base: Settings, changes: lis
     for change in changes:
         found = bench.rows(gradients, base | change)
         cells = [f"{found['loss']:.4f}", f"{found['ssim']:.3f}", f"{found['fd_teacher']:.1f}"]
-        lines.append(f"| {shown(change)} | {' | '.join(cells)} | {found['seconds']:.0f} |")
+        lines.append(f"| `{flags(change)}` | {' | '.join(cells)} | {found['seconds']:.0f} |")
     return lines
-
-
-def shown(settings: Settings) -> str:
-    """As flags of the command."""
-    texts = {
-        name: "" if value is True else f" {value}" if isinstance(value, str) else f" {value:g}"
-        for name, value in settings.items()
-    }
-    return "`" + " ".join(f"--{name.replace('_', '-')}{text}" for name, text in texts.items()) + "`"
 
 
 def introduction(bench: Bench) -> list[str]:

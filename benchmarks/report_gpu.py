@@ -138,6 +138,17 @@ def phases_table(labels: Sequence[str]) -> Table:
     return Table("phases", "Phases", note, "phase", [*rows, "latency", "memory"], columns)
 
 
+def all_tables(labels: Sequence[str], scorings: Sequence[str], batches: Sequence[int]) -> list[Table]:
+    """Those of the page, in their order."""
+    return [
+        quality_table(labels),
+        scoring_table(scorings),
+        latency_table(labels, batches),
+        memory_table(labels, batches),
+        phases_table(labels),
+    ]
+
+
 @dataclass
 class Board:
     """What has been measured, on disk after every change.

@@ -5,21 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compare import (
-    GAPS,
-    Rows,
-    Verdict,
-    best_peer,
-    dense_of,
-    gap,
-    rows_of,
-    share,
-    verdict,
-    without_finetuned,
-)  # fmt: skip
+from compare import GAPS, Rows, Verdict, best_peer, dense_of, gap, not_finetuned, rows_of, share, verdict
 from grid import PUBLISHED, Cell, Entry, Form, Found, peer_of
-from plot_quality import plot
+from plot_quality import TITLES, plot
 from provenance import table, write_page
+from study import QUALITY, with_range
 
 LABELS = {
     "gfprune": "**gfprune, defaults**",
@@ -28,18 +18,10 @@ LABELS = {
     "random": "Torch-Pruning, random",
     "diff-pruning": "Diff-Pruning",
 }
-NAMES = {"loss": "held-out loss", "ssim": "1 - SSIM", "fd_teacher": "fd_teacher"}
-DIGITS = {"loss": 4, "ssim": 3, "fd_teacher": 2}
 
 
 def label(method: str) -> str:
     return LABELS[peer_of(method)] + method.removeprefix(peer_of(method))
-
-
-def with_range(mean: float, values: Sequence[float], digits: int) -> str:
-    """A mean, and the lowest and highest of several values behind it."""
-    shown = f"{mean:.{digits}f}"
-    return shown if len(values) < 2 else f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def judged(found: Verdict | None) -> str:
@@ -62,7 +44,7 @@ def verdicts(
                 rows = among(rows_of(entries, subject, sparsity, gradients))
                 found = [dense and verdict(rows, dense, metric, gradients) for metric in GAPS]
                 lines.append([subject, f"{sparsity:g}", f"{gradients:,}", *map(judged, found)])
-    return table(("network", "sparsity", "gradients", *NAMES.values()), lines)
+    return table(("network", "sparsity", "gradients", *TITLES.values()), lines)
 
 
 COLUMNS = ("method", "seeds", "parameters", "MACs", "gradients", "seconds", "MACs spent")
@@ -89,7 +71,7 @@ def methods_table(rows: Rows, dense: Entry) -> list[str]:
         ]
         for metric in GAPS:
             values = [run[metric] for run in runs]
-            line.append(with_range(statistics.mean(values), values, DIGITS[metric]))
+            line.append(with_range(statistics.mean(values), values, QUALITY[metric]))
             ratio = share(gap(runs, dense, metric), best[metric]) if metric in best else None
             line.append("" if ratio is None else f"{ratio:.2f}")
         lines.append(line)
@@ -183,12 +165,8 @@ def section(found: Found, form: Form, subject: str) -> list[str]:
         tables = {length: rows_of(found.entries, subject, sparsity, length) for length in form.lengths}
         done = {length: rows for length, rows in tables.items() if rows}
         for length, rows in done.items():
-            lines += [
-                "",
-                f"### {subject} at sparsity {sparsity:g}, {length:,} gradients",
-                "",
-                *methods_table(rows, dense),
-            ]
+            title = f"### {subject} at sparsity {sparsity:g}, {length:,} gradients"
+            lines += ["", title, "", *methods_table(rows, dense)]
         if done:
             lines += ["", *bins_table(done[max(done)], dense)]
     return lines
@@ -203,7 +181,7 @@ def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Pat
     lines = []
     if found.missing:
         lines += [f"**Not complete:** {done} of {planned} runs had ended ([missing](#missing)).", ""]
-    alone = verdicts(found.entries, form, subjects, without_finetuned)
+    alone = verdicts(found.entries, form, subjects, not_finetuned)
     lines += [INTRODUCTION, "", "## Goals", "", "### Beside peers as published and tuned", "", *alone, ""]
     lines += ["### Beside these and peers that `gfprune finetune` has trained", ""]
     lines += [*verdicts(found.entries, form, subjects), ""]
@@ -225,10 +203,5 @@ def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Pat
     if found.missing:
         lines += ["", "## Missing", "", *missing_lines(found.missing)]
     last = max(form.seeds) - 1
-    return write_page(
-        folder / "quality.md",
-        "Quality, side by side",
-        command,
-        f"0 to {last}" if last else 0,
-        "\n".join(lines),
-    )
+    seeds = f"0 to {last}" if last else 0
+    return write_page(folder / "quality.md", "Quality, side by side", command, seeds, "\n".join(lines))

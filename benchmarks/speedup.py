@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler
 from large import stable_diffusion
 from provenance import PAGES, commit, table, write_page
 from speed import ONE_SHOT, random_pipeline
+from torch import nn
 
 import gfprune_cli
 from gfprune_cli.errors import UsageError
@@ -115,14 +116,19 @@ def asked_rows(
 
 def written(model: str, out: Path, runtime: str, batch: int, place: Any) -> Reading:
     """How many times as fast a checkpoint is as the dense one."""
-    device = torch.device(place.get("device", "cpu"))
-    precision = place.get("precision")
-    bench = bench_of(PruneRecipe(speedup=2.0, runtime=runtime, time_batch=batch, precision=precision), device)
+    device, precision = torch.device(place.get("device", "cpu")), place.get("precision")
+    networks = (gfprune_cli.load(folder) for folder in (model, out))  # one in memory at a time
+    return faster(networks, device, runtime=runtime, time_batch=batch, precision=precision)[0]
+
+
+def faster(networks: Iterable[nn.Module], device: torch.device, **where: Any) -> list[Reading]:
+    """How many times as fast as the first each of the others is, in turns; `where` are options of `prune`."""
+    bench = bench_of(PruneRecipe(speedup=2.0, **where), device)
     try:
-        calls = [bench.network(gfprune_cli.load(folder)) for folder in (model, out)]
-        return times_as_fast(*network_seconds(calls, device, silent))
+        dense, *others = network_seconds([bench.network(one) for one in networks], device, silent)
     finally:
         bench.end()
+    return [times_as_fast(dense, seconds) for seconds in others]
 
 
 def network_folder(name: str, root: Path, seed: int, sizes: Sizes) -> str:

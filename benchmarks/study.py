@@ -6,7 +6,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -103,10 +103,15 @@ def head(*columns: str) -> list[str]:
     return ["", line, "|---" * (line.count("|") - 1) + "|"]
 
 
+def with_range(mean: float, values: Sequence[float], digits: int) -> str:
+    """A mean, and the lowest and highest of several values behind it."""
+    shown = f"{mean:.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def spread(values: list[float], digits: int) -> str:
     """The mean over seeds, with their range."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return with_range(statistics.mean(values), values, digits)
 
 
 def cells(runs: list[Run], digits: dict[str, int] | None = None) -> str:

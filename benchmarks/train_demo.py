@@ -123,11 +123,8 @@ def train(options: argparse.Namespace) -> None:
     start, step, progress = time.time(), 0, 0.0
     while progress < 1:
         progress = max(step / options.steps, (time.time() - start) / 60 / options.minutes)
-        rate = (
-            options.lr
-            * min(1, (step + 1) / WARMUP_STEPS)
-            * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
-        )
+        warm, annealed = min(1, (step + 1) / WARMUP_STEPS), 0.5 + 0.5 * math.cos(math.pi * min(progress, 1))
+        rate = options.lr * warm * annealed
         optimizer.param_groups[0]["lr"] = rate
         batch = images[torch.multinomial(chances, options.batch, replacement=True)]
         flip = torch.rand(options.batch, 1, 1, 1, device=batch.device) < 0.5

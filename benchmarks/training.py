@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recovery import shown
+from provenance import flags
 from study import ALL_IMAGES, QUALITY, QUALITY_HEAD, Study, cells, head, write_study
 from subjects import Place
 from yardstick import Yardstick
@@ -58,7 +58,7 @@ def lines(study: Study) -> Iterator[str]:
         for number, steps in enumerate(study.own.steps):
             yield from ("", f"## {name}, {steps} steps", *head("settings", QUALITY_HEAD, "seconds"))
             for row, settings in enumerate(SETTINGS):
-                name = shown(settings) if settings else "defaults"
+                name = f"`{flags(settings)}`" if settings else "defaults"
                 runs = [found[number][row] for found in by_seed]
                 yield f"| {name} | {cells(runs, {**QUALITY, 'seconds': 0})} |"
 

@@ -179,9 +179,8 @@ class Yardstick:
         """`loss`, `bins`, `ssim`, `fd_teacher` and `params` of a network."""
         loss, bins = losses(self.subject, model, self.draws)
         images = samples(self.subject, model, self.count, self.steps)
-        shown = partial(
-            unit_range, low=self.subject.process.value_range[0], high=self.subject.process.value_range[1]
-        )
+        low, high = self.subject.process.value_range
+        shown = partial(unit_range, low=low, high=high)
         return {
             "loss": loss,
             "bins": bins,

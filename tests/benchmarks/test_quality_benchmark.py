@@ -473,7 +473,7 @@ def test_a_grey_network_is_pruned_and_measured(tmp_path: Path) -> None:
     before = peers.parameters(model)
     peers.prune_uniformly(model, peers.importance_of("magnitude")[0], 0.5)
     assert peers.parameters(model) < 0.4 * before
-    assert model(**peers.example_of(model)).sample.shape == (1, 1, 8, 8)
+    assert model(**peers.example_inputs(model)).sample.shape == (1, 1, 8, 8)
 
 
 def test_training_knows_the_velocity(tmp_path: Path) -> None:
