@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from gfprune_cli.checkpoint.source import resolve
-from gfprune_cli.flow.mask import plain_norms
+from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.progress import silent
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import make_plan
@@ -34,8 +34,10 @@ def main() -> None:
     kept = {group.name: select(group, scored.scores[group.name], widths[group.name]) for group in plan.groups}
     scored.masked.set_masks({name: support.double() for name, support in kept.items()})
     aware = run.loss(scored.draws, scored.masked)
-    with plain_norms(scored.masked):
-        plain = run.loss(scored.draws, scored.masked)
+    for module in scored.masked.model.modules():  # as every other soft pruner does
+        if isinstance(module, MaskedGroupNorm):
+            module.set_mask(torch.ones(len(module.membership)))
+    plain = run.loss(scored.draws, scored.masked)
     removed = run.loss(scored.draws, remove(run.load(), plan.groups, kept))
     print("| norms while masked | masked loss | removed loss | gap |")
     print("|---|---|---|---|")

@@ -1,8 +1,7 @@
 """Soft masks: one number in [0, 1] per unit, moved by bounded steps and applied to what units produce."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -23,9 +22,9 @@ from gfprune_cli.structure.removal import dimension_size
 Masks = dict[str, torch.Tensor]  # group name -> [units]
 
 
-def full_masks(groups: tuple[ChannelGroup, ...], device: torch.device) -> Masks:
+def full_masks(groups: tuple[ChannelGroup, ...]) -> Masks:
     # float64: a long run adds tens of thousands of small steps, and must still arrive at 0 or 1
-    return {group.name: torch.ones(group.units, dtype=torch.float64, device=device) for group in groups}
+    return {group.name: torch.ones(group.units, dtype=torch.float64) for group in groups}
 
 
 def move(masks: Masks, support: Mapping[str, torch.Tensor], bound: float) -> Masks:
@@ -109,7 +108,7 @@ class MaskedModel:
                 self.returned[name] = MaskedOutput()
                 owner = self.model.get_submodule(name.rpartition(".")[0])
                 owner.register_forward_hook(self.returned[name])
-        self.set_masks(self.masks or full_masks(self.groups, torch.device("cpu")))
+        self.set_masks(self.masks or full_masks(self.groups))
 
     def recompute_blocks(self) -> None:
         """From now on activations of blocks are computed again on the way back, where the network can."""
@@ -206,17 +205,3 @@ def leaves(name: str) -> tuple[str, ...]:
 def masked_dimension(member: Member) -> int:
     """The dimension of a member's tensors that its channels run along."""
     return {"embedding": 1, "parameter": -1}.get(member.kind, 0)
-
-
-@contextmanager
-def plain_norms(masked: MaskedModel) -> Iterator[None]:
-    """Ignore the masks in the norms' statistics, as every other soft pruner does; for comparison only."""
-    norms = [module for module in masked.model.modules() if isinstance(module, MaskedGroupNorm)]
-    saved = [(norm.averaging, norm.full) for norm in norms]
-    for norm in norms:
-        norm.set_mask(torch.ones(norm.channels))
-    try:
-        yield
-    finally:
-        for norm, (averaging, full) in zip(norms, saved, strict=True):
-            norm.averaging, norm.full = averaging, full

@@ -26,10 +26,6 @@ class MaskedGroupNorm(nn.Module):
         self.averaging = self.membership / self.membership.sum(0)
         self.full = True
 
-    @property
-    def channels(self) -> int:
-        return len(self.membership)
-
     def set_mask(self, mask: torch.Tensor, *, full: bool | None = None) -> None:
         """Weigh channels by `mask` [C]; groups without any weight take statistics 0.
 

@@ -41,7 +41,7 @@ from gfprune_cli.flow.relay import Hand, relayed
 from gfprune_cli.flow.residuals import Carrier, as_rows
 from gfprune_cli.runtime.half import wide
 from gfprune_cli.runtime.processes import ALONE, Processes
-from gfprune_cli.structure.trace import first_given, hooked
+from gfprune_cli.structure.trace import hooked, layer_hook
 
 ROWS_PER_INPUT = 8  # positions behind each unknown: more of them say nothing new
 JUDGES = 8  # one sample in so many judges the fit of a layer
@@ -181,7 +181,7 @@ class Refit:
             hooks += [carrier.watch(module, streams) for carrier in carriers.get(name, ())]
             left = name not in (self.repeated or ()) and not any(block.holds(name) for block in gone)
             if is_fittable(module) and left:
-                hooks.append(hook(name, module, visit_and_let_go, after=after))
+                hooks.append(layer_hook(name, module, visit_and_let_go, after=after))
                 if name in self.residuals:
                     waiting.setdefault(self.residuals[name].key, set()).add(name)
         with hooked(hooks):
@@ -238,17 +238,6 @@ class Refit:
             parameter.data.copy_(whole.view(parameter.shape))
 
 
-def hook(name: str, module: nn.Module, visit: Any, *, after: bool) -> Any:
-    if after:
-        return module.register_forward_hook(
-            lambda layer, given, named, output: visit(name, layer, first_given(given, named), output),
-            with_kwargs=True,
-        )
-    return module.register_forward_pre_hook(
-        lambda layer, given, named: visit(name, layer, first_given(given, named)), with_kwargs=True
-    )
-
-
 def shared_rows(
     own: range, total: int, shape: Sequence[int], wanted: int, source: torch.Generator
 ) -> tuple[torch.Tensor, int, int]:
@@ -278,7 +267,7 @@ def layer_calls(model: nn.Module, x: torch.Tensor, timesteps: torch.Tensor, cond
         calls.setdefault(name, []).append(given.shape)
 
     layers = ((name, module) for name, module in model.named_modules() if is_fittable(module))
-    with hooked(hook(name, module, note, after=False) for name, module in layers):
+    with hooked(layer_hook(name, module, note, after=False) for name, module in layers):
         call(model, x, timesteps, condition)
     return calls
 

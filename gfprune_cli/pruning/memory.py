@@ -24,7 +24,7 @@ from gfprune_cli.flow.recompute import can_recompute
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.norms import plain_stand_ins
-from gfprune_cli.structure.trace import hooked
+from gfprune_cli.structure.trace import gradients_as_before, hooked
 
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
@@ -124,20 +124,16 @@ def measured_pass(model: nn.Module, call: Callable[[nn.Module], Any]) -> Pass:
 @contextmanager
 def block_calls(model: Any, through: Callable[..., Any]) -> Iterator[bool]:
     """Have the network call its blocks through a function, and take no gradients; whether it can."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     recomputes = can_recompute(model)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+    with gradients_as_before(model), torch.set_grad_enabled(recomputes):  # recomputing asks for that
+        model.requires_grad_(False)
         if recomputes:
             model.enable_gradient_checkpointing(through)
-        with torch.set_grad_enabled(recomputes):  # it asks for that
+        try:
             yield recomputes
-    finally:
-        if recomputes:
-            model.disable_gradient_checkpointing()
-        for parameter in trained:
-            parameter.requires_grad_()
+        finally:
+            if recomputes:
+                model.disable_gradient_checkpointing()
 
 
 def one_pass(model: nn.Module, inputs: Mapping[str, Any]) -> Pass:

@@ -9,8 +9,8 @@ nothing that was hidden, whatever its name, and its inputs for a thousand timest
 path.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gfprune_cli.checkpoint.files import first_line
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.structure.trace import first_given, hooked, is_attention
+from gfprune_cli.structure.trace import gradients_as_before, hooked, is_attention, layer_hook
 
 Hide = Callable[[torch.Tensor], torch.Tensor]
 Run = Callable[[Hide], Any]  # calls a network, hiding what it is not to depend on
@@ -132,15 +132,7 @@ class Limited(TorchDispatchMode):
 
 def visited(network: nn.Module, names: Sequence[str], visit: Visit) -> AbstractContextManager[None]:
     """Call `visit(name, layer, input, output)` after each of these layers; what it returns is the output."""
-    return hooked(
-        network.get_submodule(name).register_forward_hook(
-            lambda layer, args, named, output, name=name: visit(
-                name, layer, first_given(args, named), output
-            ),
-            with_kwargs=True,
-        )
-        for name in names
-    )
+    return hooked(layer_hook(name, network.get_submodule(name), visit, after=True) for name in names)
 
 
 def feeders(network: nn.Module, run: Run, names: Sequence[str]) -> set[str]:
@@ -156,7 +148,10 @@ def feeders(network: nn.Module, run: Run, names: Sequence[str]) -> set[str]:
     def trace(name: str, _layer: Any, x: torch.Tensor, _output: torch.Tensor) -> None:
         found.update(weights[key] for key in leaves_of(x.grad_fn) & weights.keys())
 
-    with learning(network, names), visited(network, names, trace), forgetting:
+    with gradients_as_before(network), visited(network, names, trace), forgetting:
+        network.requires_grad_(False)
+        for name in names:
+            network.get_submodule(name).weight.requires_grad_(True)
         hidden_run(run, taped=True)
     return found
 
@@ -177,20 +172,6 @@ def leaves_of(node: Any) -> set[int]:
             leaves.add(id(node.variable))
         waiting += [before for before, _ in node.next_functions]
     return leaves
-
-
-@contextmanager
-def learning(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Only the weights of these layers have derivatives."""
-    before = {parameter: parameter.requires_grad for parameter in network.parameters()}
-    try:
-        network.requires_grad_(False)
-        for name in names:
-            network.get_submodule(name).weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, require in before.items():
-            parameter.requires_grad_(require)
 
 
 def mismatched(seen: Mapping[str, torch.Tensor], real: Mapping[str, torch.Tensor]) -> list[str]:

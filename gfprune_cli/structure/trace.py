@@ -41,9 +41,32 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gradients_as_before(model: nn.Module) -> Iterator[None]:
+    """Put back which parameters have gradients."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
 def first_given(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """What a layer reads, in whichever way it is called."""
     return args[0] if args else next(iter(named.values()))
+
+
+def layer_hook(name: str, layer: nn.Module, visit: Callable[..., Any], *, after: bool) -> Any:
+    """A hook that calls `visit(name, layer, input)`, or with the output, in whose place it may return one."""
+    if after:
+        return layer.register_forward_hook(
+            lambda layer, given, named, output: visit(name, layer, first_given(given, named), output),
+            with_kwargs=True,
+        )
+    return layer.register_forward_pre_hook(
+        lambda layer, given, named: visit(name, layer, first_given(given, named)), with_kwargs=True
+    )
 
 
 def is_attention(module: Any) -> bool:

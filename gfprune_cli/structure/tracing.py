@@ -3,7 +3,7 @@
 import gc
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ from gfprune_cli.checkpoint.files import first_line, quoted
 from gfprune_cli.diffusion.conditions import first_tensor
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import added_arguments
-from gfprune_cli.structure.trace import Trace, hooked, observe
+from gfprune_cli.structure.trace import Trace, gradients_as_before, hooked, observe
 
 
 def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> Any:
@@ -27,21 +27,19 @@ def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) 
         GfpruneError: the network, or the library that reads its graph, fails; the running module is named.
     """
     graph = torch_pruning.DependencyGraph()
-    required = [parameter.requires_grad for parameter in model.parameters()]
     running: list[str] = []
     try:
-        with ExitStack() as stack:
-            stack.enter_context(hooks_as_before(model))
-            running = stack.enter_context(running_modules(model))
+        with (
+            hooks_as_before(model),
+            gradients_as_before(model),
+            running_modules(model) as running,
+            known_widths(),
+            traceable_resampling(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.enable_grad(),
+        ):
             for _ in observe(model, trace):
                 pass
-            for context in (
-                known_widths(),
-                traceable_resampling(),
-                sdpa_kernel(SDPBackend.MATH),
-                torch.enable_grad(),
-            ):
-                stack.enter_context(context)
             model.requires_grad_(True)  # the graph is read off autograd's tape
             graph.build_dependency(
                 model,
@@ -53,9 +51,6 @@ def dependency_graph(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) 
     except Exception as error:  # networks of other people's making fail in any way
         where = f" at {quoted(running[-1])}" if running and running[-1] else ""
         raise GfpruneError(f"cannot trace {type(model).__name__}{where}: {first_line(error)}") from error
-    finally:
-        for parameter, require in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(require)
     return graph
 
 
@@ -88,11 +83,6 @@ def tables_as_before(model: nn.Module) -> Iterator[None]:
         for attributes, known in before:
             attributes.clear()
             attributes.update(known)
-
-
-def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor that a network predicts, whether or not its class can wrap it."""
-    return outputs_of(network, inputs)[0]
 
 
 def outputs_of(network: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -86,7 +86,7 @@ def stack(kind: str) -> Pair:
         members = (Member(name, "out", "linear", every, every), Member(reader, "in", "linear", every, every))
         groups.append(ChannelGroup(name, channels, size, CELLS[name], members))
     found = Pair(build(), tuple(groups), {"sample": torch.zeros(1, *shape)})
-    masks = full_masks(found.masked.groups, torch.device("cpu"))
+    masks = full_masks(found.masked.groups)
     masks["first"][2], masks["first"][5] = 0, 0.5  # comparisons are made on the way, too
     found.masked.set_masks(masks)
     return found
@@ -173,7 +173,7 @@ def test_rises_rank_groups_as_a_refit_does(name: str) -> None:
     rises, said, real = rises_of(found, scores), [], []
     for group in groups:
         order = weakest_first(group, scores[group.name])
-        steps, masks = max(1, len(order) // 2), full_masks(groups, torch.device("cpu"))
+        steps, masks = max(1, len(order) // 2), full_masks(groups)
         masks[group.name][order[:steps].flatten()] = 0
         found.masked.set_masks(masks)
         changed = found.fit()
@@ -319,7 +319,7 @@ def test_units_that_are_gone_already_cost_next_to_nothing() -> None:
     gone = weakest_first(group, scores["first"])[0]
     curves = []
     for level in (1.0, 0.0):
-        masks = full_masks(found.masked.groups, torch.device("cpu"))
+        masks = full_masks(found.masked.groups)
         masks["first"][gone] = level
         found.masked.set_masks(masks)
         curves.append(rises_of(found, scores)["first"])

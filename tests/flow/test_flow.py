@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import build, structure
+from networks import build, plain_norms, structure
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm
@@ -40,7 +40,7 @@ from gfprune_cli.flow.loop import (
     RefitResult,
     scoring_losses,
 )
-from gfprune_cli.flow.mask import MaskedModel, full_masks, move, plain_norms, settled
+from gfprune_cli.flow.mask import MaskedModel, full_masks, move, settled
 from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.flow.passing import Remake
 from gfprune_cli.flow.refit import Refit
@@ -312,7 +312,7 @@ def test_energy_derivative(level: float) -> None:
     """
     masked = masked_model(torch.float64)
     losses = double_losses(masked)
-    base = {name: mask * level for name, mask in full_masks(masked.groups, torch.device("cpu")).items()}
+    base = {name: mask * level for name, mask in full_masks(masked.groups).items()}
 
     def at(masks: dict[str, torch.Tensor]) -> Weights:
         masked.set_masks(masks)
@@ -383,7 +383,7 @@ def test_full_masks_change_no_weight() -> None:
     masked = masked_model()
     assert all(torch.equal(tensor, masked.weights[name]) for name, tensor in masked.passing().items())
     group = masked.groups[2]
-    masks = full_masks(masked.groups, torch.device("cpu"))
+    masks = full_masks(masked.groups)
     masks[group.name][1] = 0
     masked.set_masks(masks)
     effective = dict(masked.passing())
@@ -571,7 +571,7 @@ class MaskHolder:
         self.groups = groups
         self.weights: dict[str, torch.Tensor] = {}
         self.half = None
-        self.masks = full_masks(groups, torch.device("cpu"))
+        self.masks = full_masks(groups)
         self.recompute = None
 
     def set_masks(self, masks: dict[str, torch.Tensor]) -> None:

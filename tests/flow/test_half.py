@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo
-from networks import NETWORKS
+from networks import NETWORKS, first_output
 from torch import nn
 
 from gfprune_cli.flow.criteria import Evidence, score
@@ -35,7 +35,6 @@ from gfprune_cli.runtime.half import (
 )
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.removal import remove
-from gfprune_cli.structure.tracing import first_output
 
 FAMILIES = [*NETWORKS, *transformers_zoo.ZOO]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo
+from networks import first_output
 from torch import nn
 
 from gfprune_cli.flow.comparison import Curves, weakest_first
@@ -20,7 +21,6 @@ from gfprune_cli.flow.passing import given_weights
 from gfprune_cli.flow.unit_sums import UnitSums, shares
 from gfprune_cli.runtime.memory import Alive
 from gfprune_cli.structure.graph import discover
-from gfprune_cli.structure.tracing import first_output
 
 Made = tuple[MaskedModel, Loss, dict[str, Any]]
 

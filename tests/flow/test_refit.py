@@ -75,7 +75,7 @@ def batch_for(template: dict[str, Any], count: int, seed: int, dtype: torch.dtyp
 def random_masks(groups: Sequence[ChannelGroup], level: float = 0.0, seed: int = 0) -> Masks:
     """Half of the units of every group at one level, the others at 1."""
     source = torch.Generator().manual_seed(seed)
-    masks = full_masks(tuple(groups), torch.device("cpu"))
+    masks = full_masks(tuple(groups))
     for group in groups:
         masks[group.name][torch.randperm(group.units, generator=source)[: group.units // 2]] = level
     return masks

@@ -156,7 +156,7 @@ def test_a_half_masked_block_adds_half_of_what_it_adds() -> None:
     call = dict(timestep=time, class_labels=label)
     whole = block(stream, **call)
     masked = MaskedModel(network, block_groups(network))
-    half = full_masks(masked.groups, stream.device)
+    half = full_masks(masked.groups)
     half["transformer_blocks.1"][0] = 0.5
     masked.set_masks(half)
     assert torch.allclose(block(stream, **call), (stream + whole) / 2)

@@ -19,12 +19,20 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, build, class_labels_in_its_dtype, inputs, random_scores, structure
+from networks import (
+    NETWORKS,
+    build,
+    class_labels_in_its_dtype,
+    inputs,
+    plain_norms,
+    random_scores,
+    structure,
+)
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import UnevenGroupNorm, pruned_class
 from gfprune_cli.errors import GfpruneError, UsageError
-from gfprune_cli.flow.mask import MaskedModel, plain_norms
+from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure import budget as budgets
 from gfprune_cli.structure.budget import allocate

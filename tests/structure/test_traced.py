@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from networks import random_scores, randomise
+from networks import first_output, random_scores, randomise
 from torch import nn
 
 import gfprune_cli
@@ -24,7 +24,6 @@ from gfprune_cli.structure.cost import CostModel, counted
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup, select
 from gfprune_cli.structure.removal import remove
-from gfprune_cli.structure.tracing import first_output
 
 pytestmark = pytest.mark.matrix(3)
 

@@ -4,17 +4,22 @@ Every parameter is randomised, norms included, so that zero-initialised layers c
 """
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.masked_norms import MaskedGroupNorm
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.trace import Trace
+from gfprune_cli.structure.tracing import outputs_of
 
 PLAIN: dict[str, Any] = {
     "sample_size": 8,
@@ -126,6 +131,21 @@ def inputs(model: Any, seed: int = 0, count: int = 2) -> dict[str, torch.Tensor]
         else:
             made[name] = torch.randn(shape, generator=source, dtype=torch.float64).to(tensor.dtype)
     return made
+
+
+@contextmanager
+def plain_norms(masked: MaskedModel) -> Iterator[None]:
+    """Ignore the masks in the norms' statistics, as every other soft pruner does."""
+    for module in masked.model.modules():
+        if isinstance(module, MaskedGroupNorm):
+            module.set_mask(torch.ones(len(module.membership)))
+    yield
+    masked.set_masks(masked.masks)
+
+
+def first_output(network: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that a network predicts, whether or not its class can wrap it."""
+    return outputs_of(network, inputs)[0]
 
 
 @functools.cache
