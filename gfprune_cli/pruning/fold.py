@@ -8,6 +8,7 @@ tolerance, and stays as it is where that leaves fewer parameters in all.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from gfprune_cli.checkpoint.files import quoted
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.diffusion.conditions import call, inputs_of, some_of
 from gfprune_cli.diffusion.draws import Draws, generator
 from gfprune_cli.diffusion.process import NoisingProcess
@@ -23,6 +25,7 @@ from gfprune_cli.flow.folding import Factors, Samples, fold, relative_error
 from gfprune_cli.progress import Event, Progress, notice
 from gfprune_cli.pruning.probes import FIND, Probes
 from gfprune_cli.pruning.result import FoldedLayer, Folding
+from gfprune_cli.runtime.memory import parameter_count
 from gfprune_cli.structure.modulation import (
     Hide,
     feeders,
@@ -42,6 +45,7 @@ MARGIN = 0.9  # of the tolerance, for what the check will see
 FEEDER_SHARE = 0.25  # of the tolerance, for layers that others read
 
 
+@dataclass
 class Folder:
     """Folds one network.
 
@@ -54,17 +58,12 @@ class Folder:
         at_once: samples that go through a network together.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        probes: Probes,
-        tolerance: float,
-        dtype: torch.dtype,
-        progress: Progress,
-        at_once: int = OUTPUT_CHUNK,
-    ) -> None:
-        self.network, self.probes, self.tolerance, self.progress = network, probes, tolerance, progress
-        self.dtype, self.at_once = dtype, at_once
+    network: nn.Module
+    probes: Probes
+    tolerance: float
+    dtype: torch.dtype
+    progress: Progress
+    at_once: int = OUTPUT_CHUNK
 
     def fold(self, process: NoisingProcess, held_out: Draws) -> tuple[nn.Module, Folding] | None:
         """The folded network and what was measured; None where there is nothing to fold.
@@ -91,7 +90,7 @@ class Folder:
             FoldedLayer(name, found.first.shape[1], len(found.second), found.rank, errors[name])
             for name, found in chosen.items()
         )
-        params = {"before": parameters(self.network), "after": parameters(folded)}
+        params = {"before": parameter_count(self.network), "after": parameter_count(folded)}
         error = self.output_error(folded, process, held_out)
         whole = tuple(name for name in names if name not in chosen)
         return folded, Folding(self.tolerance, layers, whole, params, error, self.probes.ranges())
@@ -160,8 +159,7 @@ class Folder:
 
     def saved(self, chosen: Mapping[str, Factors]) -> int:
         """Parameters that are no longer there."""
-        layers = {name: self.network.get_submodule(name) for name in chosen}
-        before = sum(parameters(layer) for layer in layers.values())
+        before = sum(parameter_count(self.network.get_submodule(name)) for name in chosen)
         return before - sum(found.size for found in chosen.values())
 
     def factorise(self, dense: Mapping[str, torch.Tensor], limits: Mapping[str, float]) -> dict[str, Factors]:
@@ -253,8 +251,6 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
 
     All other weights are those of the dense network itself, which is on its way out.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
-
     config = stock_config(network)
     earlier = config.get("gfprune") or {}
     modules = dict(earlier.get("modules", {}))
@@ -279,7 +275,3 @@ def factored(network: Any, chosen: Mapping[str, Factors]) -> nn.Module:
 def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer gives, past the hooks that watch it."""
     return torch.nn.functional.linear(x, layer.weight, layer.bias)
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())

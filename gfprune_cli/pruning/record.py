@@ -13,6 +13,7 @@ from gfprune_cli.pruning.flows import JUDGE_DRAWS
 from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import sparsity_of
 from gfprune_cli.pruning.state import Outcome
+from gfprune_cli.runtime.memory import parameter_count
 from gfprune_cli.structure.correspondence import correspondence
 
 
@@ -25,7 +26,7 @@ def make_record(job: PruneJob, number: int, model: nn.Module, outcome: Outcome) 
     plan, recipe = job.plan, job.recipe.up_to(number)
     channels = {group.name: group.kept_channels(outcome.kept[group.name]) for group in plan.groups}
     widths = {name: len(indices) for name, indices in channels.items()}
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = parameter_count(model)
     assert params == plan.cost.params(widths), "the cost model and the network disagree"
     return {
         "schema_version": SCHEMA_VERSION,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +45,10 @@ class Alive(TorchDispatchMode):
     def gone(self, address: int, size: int) -> None:
         self.seen.discard(address)
         self.now -= size
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def available(device: torch.device) -> int:

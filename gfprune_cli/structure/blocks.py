@@ -156,14 +156,13 @@ def depth_of(model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[str
     skipped = []
     for stack in dict.fromkeys(group.stack for group in gone):
         names = [group.name for group in gone if group.stack == stack]
+        moved |= dict.fromkeys(names)
         key = LENGTHS.get(stack)
         if key is None or not can_shorten(model, stack, key):
             skipped += names
-            moved |= dict.fromkeys(names)
             continue
         blocks = network.get_submodule(stack)
         left = [index for index in range(len(blocks)) if f"{stack}.{index}" not in names]
-        moved |= dict.fromkeys(names)
         moved |= {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(left)}
         config[key] = len(left)
         if twice := network.config.get(DUAL):

@@ -96,21 +96,17 @@ def timed(
     met = [found or nearest for found, nearest in tries if excess(nearest, asked) >= -SLACK or not strict]
     if not met:
         nearest = max((nearest for _, nearest in tries), key=lambda one: excess(one, asked))
-        raise OutOfTime(nearest, unreachable(sparsity, budget, nearest), 1 - nearest.sparsities[TIME])
-    search = Search(cost, scores, 0.0, (TIME,), 1, 0.0, start)
+        raise OutOfTime(nearest, unreachable(sparsity, budget, nearest))
+    search = Search(cost, scores, {TIME: 0.0}, start=start)
     return min(met, key=lambda one: search.lost(one.kept))
 
 
 class OutOfTime(UsageError):
-    """A network that cannot be made as fast as was asked; with the fastest that was found.
+    """A network that cannot be made as fast as was asked; with the fastest that was found."""
 
-    Args:
-        left: share of the time that it takes.
-    """
-
-    def __init__(self, nearest: Allocation, message: str, left: float) -> None:
+    def __init__(self, nearest: Allocation, message: str) -> None:
         super().__init__(message)
-        self.nearest, self.left = nearest, left
+        self.nearest = nearest
 
 
 def excess(found: Allocation, asked: Mapping[str, float]) -> float:
@@ -143,7 +139,7 @@ def attempt(
     while True:
         for floor in FLOORS:
             depth = floor * math.sqrt(min(left.values()))
-            search = Search(cost, scores, left, tuple(asked), align, depth, start, before)
+            search = Search(cost, scores, left, align, depth, start, before)
             found = search.cheapest(strict=strict)
             distance = excess(found, asked)
             # what was saved before may be enough, so that every channel stays

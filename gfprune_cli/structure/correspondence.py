@@ -32,10 +32,10 @@ def correspondence(
                 for side, stays in (("out", cut.out), ("in", cut.into))
             )
             layers[new] = Layer(old, out, into, scales.get(old, 1.0))
-    moved = {new: old for old, new in depth.moved.items() if new not in (None, old)}
+    moved = {new: old for old, new in depth.moved.items() if new is not None and new != old}
     gone = tuple(old for old, new in depth.moved.items() if new is None)
     config = {key: model.config.get(key) for key in depth.config}
-    return Correspondence({str(new): old for new, old in moved.items()}, gone, layers, config)
+    return Correspondence(moved, gone, layers, config)
 
 
 def kept_units(

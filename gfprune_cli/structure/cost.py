@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gfprune_cli.runtime.memory import parameter_count
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.norms import NORMS, feature_count, is_feature_norm
 from gfprune_cli.structure.times import Ints, LayerTimes
-from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention, is_fused
+from gfprune_cli.structure.trace import CONVOLUTIONS, FUSED, Trace, is_attention
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,22 @@ class CostModel:
                 shares.setdefault((member.module, member.side), []).append((group.name, share))
         self.layers: list[LayerCost] = []
         for name, module in model.named_modules():
-            for layer in layer_costs(name, module, shares, trace):
-                touched = {group for group, _ in (*layer.out.shares, *layer.into.shares)}
-                for name_of_group in touched:
-                    self.layers_of[name_of_group].append(len(self.layers))
-                self.layers.append(layer)
+            if (layer := layer_cost(name, module, shares, trace)) is not None:
+                self.add(layer)
         for name, parameter in model.named_parameters():
             if (name, "out") in shares:  # a table of its own
                 out = Dimension(parameter.shape[-1], tuple(shares[name, "out"]))
-                rows = Dimension(parameter.numel() // out.size)
-                self.layers_of[out.shares[0][0]].append(len(self.layers))
-                self.layers.append(LayerCost(name, out, rows, 1, 0, 0))
+                self.add(LayerCost(name, out, Dimension(parameter.numel() // out.size), 1, 0, 0))
         self.place_in_blocks(model)
         whole, params = dict.fromkeys(self.groups, 0), COSTS["params"].of_layer
         in_layers = sum(params(layer, whole) for layer in self.layers)
-        self.fixed_params = sum(parameter.numel() for parameter in model.parameters()) - in_layers
+        self.fixed_params = parameter_count(model) - in_layers
+
+    def add(self, layer: LayerCost) -> None:
+        """Count a layer, and note which groups touch it."""
+        for group in {name for name, _ in (*layer.out.shares, *layer.into.shares)}:
+            self.layers_of[group].append(len(self.layers))
+        self.layers.append(layer)
 
     def place_in_blocks(self, model: nn.Module) -> None:
         """Note in which removable blocks each layer lies, and count what else a block holds."""
@@ -147,7 +149,7 @@ class CostModel:
                     self.layers[index] = replace(layer, blocks=(*layer.blocks, block))
                     self.layers_of[block].append(index)
             parts = [model.get_submodule(member.module) for member in group.members]
-            rest = sum(parameter.numel() for part in parts for parameter in part.parameters()) - in_layers
+            rest = sum(map(parameter_count, parts)) - in_layers
             self.layers_of[block].append(len(self.layers))
             self.layers.append(LayerCost(block, Dimension(1), Dimension(rest), 1, 0, 0, blocks=(block,)))
 
@@ -197,40 +199,34 @@ class CostModel:
         return self.times
 
 
-def layer_costs(
+def layer_cost(
     name: str, module: Any, shares: Mapping[tuple[str, str], list[tuple[str, int]]], trace: Trace
-) -> list[LayerCost]:
-    """The cost entries of one module; none for modules without weights of their own."""
+) -> LayerCost | None:
+    """The cost of one module; None for one without weights of its own."""
 
     def dimension(side: str, size: int) -> Dimension:
         return Dimension(size, tuple(shares.get((name, side), ())))
 
-    if isinstance(module, CONVOLUTIONS):
-        kernel = math.prod(module.kernel_size)
+    if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         # a depthwise convolution reads one channel per channel, whatever leaves
-        into = dimension("in", module.in_channels // module.groups)
-        out = dimension("out", module.out_channels)
-        return [
-            LayerCost(name, out, into, kernel, int(module.bias is not None), trace.positions.get(name, 0))
-        ]
-    if isinstance(module, nn.Linear):
-        out, into = dimension("out", module.out_features), dimension("in", module.in_features)
-        return [LayerCost(name, out, into, 1, int(module.bias is not None), trace.positions.get(name, 0))]
+        outputs, inputs, *kernel = module.weight.shape
+        out, into = dimension("out", outputs), dimension("in", inputs)
+        bias, positions = int(module.bias is not None), trace.positions.get(name, 0)
+        return LayerCost(name, out, into, math.prod(kernel), bias, positions)
     if isinstance(module, NORMS) and module.weight is not None:
-        return [LayerCost(name, dimension("out", module.num_channels), Dimension(2), 1, 0, 0)]
+        return LayerCost(name, dimension("out", module.num_channels), Dimension(2), 1, 0, 0)
     if isinstance(module, nn.Embedding):
-        return [
-            LayerCost(name, dimension("out", module.embedding_dim), Dimension(module.num_embeddings), 1, 0, 0)
-        ]
+        entries = Dimension(module.num_embeddings)
+        return LayerCost(name, dimension("out", module.embedding_dim), entries, 1, 0, 0)
     if is_feature_norm(module) and module.weight is not None:
         each = 1 + int(getattr(module, "bias", None) is not None)
-        return [LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)]
-    if is_attention(module) and name in trace.attention:
+        return LayerCost(name, dimension("out", feature_count(module)), Dimension(each), 1, 0, 0)
+    if name not in trace.attention:
+        return None
+    if is_attention(module):
         width = Dimension(module.to_q.out_features, tuple(shares.get((f"{name}.to_q", "out"), ())))
-        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
-    if is_fused(module) and name in trace.attention:
+    else:
         readers = shares.get((f"{name}.to_out", "in"), ())
         heads = tuple((group, share) for group, share in readers if group == f"{name}.{FUSED}")
         width = Dimension(module.inner_dim, heads)
-        return [LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)]
-    return []
+    return LayerCost(name, width, Dimension(trace.attention[name]), 1, 0, 1, learned=False)

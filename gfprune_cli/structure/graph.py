@@ -18,20 +18,17 @@ from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.structure.groups import ChannelGroup, Kind, Member, Side
 from gfprune_cli.structure.norms import group_labels, plain_stand_ins
 from gfprune_cli.structure.removal import dimension_size
-from gfprune_cli.structure.trace import CONVOLUTIONS, Trace
+from gfprune_cli.structure.trace import CONVOLUTIONS, Trace, is_depthwise
 from gfprune_cli.structure.tracing import dependency_graph, whole_groups
 from gfprune_cli.structure.transformer import discover_transformer, is_transformer
 
-KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
-    (nn.Conv1d, "conv"),
-    (nn.Conv2d, "conv"),
-    (nn.Conv3d, "conv"),
-    (nn.Linear, "linear"),
-    (nn.GroupNorm, "norm"),
-    (nn.LayerNorm, "norm"),
-    (nn.Embedding, "embedding"),
-)
 NORMALISERS = (nn.LayerNorm, nn.GroupNorm)  # what leaves shifts their statistics, weights or not
+KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
+    (CONVOLUTIONS, "conv"),
+    ((nn.Linear,), "linear"),
+    (NORMALISERS, "norm"),
+    ((nn.Embedding,), "embedding"),
+)
 UNRULED = ("UNet", "UVit2DModel")  # stacks of transformer blocks among other ones
 # what splits channels by heads or tokens that are numbers of its own
 COUNTED = ("AttentionPooling", "ImageProjection", "TextImageProjection")
@@ -79,14 +76,19 @@ def trace_groups(
     graph = dependency_graph(model, inputs, trace)
     fixed = fixed_layers(model) + ([] if stages else tied_layers(model))
     names = {id(module): name for name, module in model.named_modules()}
-    protected = {names[id(layer)] for layer in fixed}
+    protected = {names[id(layer)] for layer in fixed}  # no group may change what these put out
     try:
         with whole_groups():
             read = [read_group(model, raw, names, width=width) for raw in graph.get_all_groups(fixed)]
     except ArithmeticError as error:  # the library's own, where a network splits channels in its own way
         name = type(model).__name__
         raise GfpruneError(f"the channels of {name} cannot be told apart: {first_line(error)}") from error
-    found = [group for group in read if isinstance(group, ChannelGroup) and not touches(group, protected)]
+    found = [
+        group
+        for group in read
+        if isinstance(group, ChannelGroup)
+        and protected.isdisjoint(member.module for member in group.producers)
+    ]
     blockers = [group for group in read if isinstance(group, str)]
     if not found and blockers:
         raise GfpruneError(
@@ -94,11 +96,6 @@ def trace_groups(
             f"{quoted(blockers[0])} stands in the way"
         )
     return found, trace
-
-
-def touches(group: ChannelGroup, protected: set[str]) -> bool:
-    """Whether a group would change the output of a layer whose output is fixed."""
-    return any(member.module in protected for member in group.producers)
 
 
 def is_joined_attention(module: nn.Module) -> bool:
@@ -152,18 +149,18 @@ def read_group(
             return next((name for name, parameter in model.named_parameters() if parameter is layer), "?")
         if id(layer) not in names:
             continue  # an operation without weights
-        kind = removable_kind(layer, width=width)
-        parent = names[id(layer)].rpartition(".")[0]
+        name, kind = names[id(layer)], removable_kind(layer, width=width)
+        parent = name.rpartition(".")[0]
         if type(model.get_submodule(parent)).__name__ == COUNTING_NORM:
             return parent
-        if names[id(layer)].endswith(".norm_cross"):  # attention asks for one of torch's own norms there
-            return names[id(layer)]
+        if name.endswith(".norm_cross"):  # attention asks for one of torch's own norms there
+            return name
         if kind is None and (isinstance(layer, NORMALISERS) or any(True for _ in layer.parameters())):
-            return names[id(layer)]
+            return name
         if kind is None:
             continue
         out = kind == "norm" or "out_channels" in item.dep.handler.__name__
-        key: tuple[str, Side] = (names[id(layer)], "out" if out else "in")
+        key: tuple[str, Side] = (name, "out" if out else "in")
         kinds[key] = kind
         roots = item.root_idxs if item.root_idxs else item.idxs
         parts.setdefault(key, []).append(np.array([item.idxs, roots]))
@@ -202,14 +199,9 @@ def removable_kind(layer: nn.Module, *, width: bool) -> Kind | None:
         return None
     if isinstance(layer, nn.LayerNorm) and (not width or len(layer.normalized_shape) > 1):
         return None
-    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
-    if (
-        isinstance(layer, CONVOLUTIONS)
-        and groups > 1
-        and not groups == layer.in_channels == layer.out_channels
-    ):
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and not is_depthwise(layer):
         return None
-    return next((kind for cls, kind in KINDS if isinstance(layer, cls)), None)
+    return next((kind for classes, kind in KINDS if isinstance(layer, classes)), None)
 
 
 def join_roots(members: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

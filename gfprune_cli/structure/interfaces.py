@@ -5,7 +5,6 @@ IP-Adapters bring keys and values for the heads that read the prompt.
 """
 
 import re
-from typing import Any
 
 from torch import nn
 
@@ -21,8 +20,7 @@ PROMPTS = re.compile(r".*\.attn2\.to_[kv]|transformer_blocks\.\d+\.attn\.to_[kv]
 
 def beside_interfaces(model: nn.Module, groups: tuple[ChannelGroup, ...]) -> tuple[ChannelGroup, ...]:
     """The groups that may shrink without an adapter of the dense network noticing."""
-    network: Any = model
-    streams = hasattr(network, "down_blocks")
+    streams = hasattr(model, "down_blocks")
 
     def entered(name: str) -> bool:
         return bool(PROMPTS.fullmatch(name) or (streams and STREAMS.fullmatch(name)))

@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from gfprune_cli.structure.blocks import inside
-from gfprune_cli.structure.cost import CostModel
+from gfprune_cli.structure.cost import CostModel, LayerCost
 from gfprune_cli.structure.times import Floats, Ints
 
 
@@ -53,9 +52,7 @@ class Ledger:
         self.removed = np.zeros(len(self.names), np.int64)
         for name, left in kept.items():
             self.narrow(name, cost.groups[name].channels - left)
-        start = {
-            name: cost.groups[name].channels - int(self.removed[self.index[name]]) for name in self.names
-        }
+        start = self.kept()
         self.totals = np.array([cost.total(start, key) for key in self.counted], np.float64)
 
     def copy(self) -> "Ledger":
@@ -124,13 +121,10 @@ class Ledger:
         }
 
 
-def shares_of(layer: Any) -> dict[str, tuple[int, int]]:
+def shares_of(layer: LayerCost) -> dict[str, list[int]]:
     """Group -> outputs and inputs of a layer that one of its channels takes."""
-    names = dict.fromkeys(name for name, _ in (*layer.out.shares, *layer.into.shares))
-    taken: dict[str, tuple[int, int]] = {}
-    for name in names:
-        a, b = (
-            sum(share for group, share in side.shares if group == name) for side in (layer.out, layer.into)
-        )
-        taken[name] = a, b
+    taken: dict[str, list[int]] = {}
+    for number, side in enumerate((layer.out, layer.into)):
+        for name, share in side.shares:
+            taken.setdefault(name, [0, 0])[number] += share
     return taken

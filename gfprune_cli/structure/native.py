@@ -97,7 +97,6 @@ def feed_forward_allocation(
     """
     width = next(iter(cost.groups.values())).channels
     step = math.gcd(width, KERNEL)
-
     narrower = range(step, width, step)
     if not narrower:
         raise UsageError(
@@ -172,9 +171,7 @@ def kept_by_shapes(cost: CostModel, model: Any, config: Mapping[str, Any]) -> di
     except (ValueError, ZeroDivisionError):
         return None
     if target.state_dict().keys() != model.state_dict().keys():
-        return (
-            None  # a shortcut convolution appears or vanishes where two stages become, or were, equally wide
-        )
+        return None  # a shortcut convolution appears or vanishes where stages become, or were, equally wide
     kept = {}
     for name, group in cost.groups.items():
         member = next(member for member in group.producers if member.kind != "norm")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gfprune_cli.checkpoint.layout import stock_name
+from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
 from gfprune_cli.families.table import pairs
 from gfprune_cli.structure.blocks import depth_of
 from gfprune_cli.structure.groups import ChannelGroup
@@ -53,14 +54,8 @@ def cuts_of(model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept) -> d
             if key not in alive:
                 alive[key] = torch.ones(dimension_size(model, member.module, member.side), dtype=torch.bool)
             alive[key][member.positions] &= channel_alive[member.channels]
-    cuts: dict[str, ModuleCut] = {}
-    for name in dict.fromkeys(module for module, _ in alive):
-        out, into = alive.get((name, "out")), alive.get((name, "in"))
-        cuts[name] = ModuleCut(
-            None if out is None else torch.nonzero(out).flatten(),
-            None if into is None else torch.nonzero(into).flatten(),
-        )
-    return cuts
+    stays = {key: torch.nonzero(mask).flatten() for key, mask in alive.items()}
+    return {name: ModuleCut(stays.get((name, "out")), stays.get((name, "in"))) for name, _ in stays}
 
 
 def dimension_size(model: nn.Module, name: str, side: str) -> int:
@@ -150,10 +145,7 @@ def layer_shape(model: nn.Module, name: str, layer: Any, cut: ModuleCut) -> dict
     """The shape of a layer or parameter that is left."""
     out, into = (
         dimension_size(model, name, side) if stays is None else len(stays)
-        for side, stays in (
-            ("out", cut.out),
-            ("in", cut.into if not isinstance(layer, torch.Tensor) else None),
-        )
+        for side, stays in (("out", cut.out), ("in", cut.into))
     )
     if isinstance(layer, torch.Tensor):
         return {"parameter": [*layer.shape[:-1], out]}
@@ -214,8 +206,6 @@ def remove(model: Any, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Modul
 
     Exact: its outputs are those of the masked network, up to rounding.
     """
-    from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
-
     cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
     config = {**stock_config(model), **depth.config}
     earlier = config.get("gfprune") or {}

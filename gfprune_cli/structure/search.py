@@ -12,7 +12,7 @@ from gfprune_cli.structure.blocks import floor_of_stack
 from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 from gfprune_cli.structure.ledger import Ledger
-from gfprune_cli.structure.steps import minimum_widths, narrows_a_head, step_down, width_step
+from gfprune_cli.structure.steps import minimum_width, narrows_a_head, step_down, width_step
 from gfprune_cli.structure.times import Floats, Ints
 
 TOLERANCE = 0.01  # of the dense cost
@@ -55,8 +55,7 @@ class Search:
 
     Args:
         scores: group name -> [units].
-        left: the share of every cost that may stay, or of each.
-        counted: the costs.
+        left: cost -> the share of it that may stay.
         align: see `width_step`.
         depth: share of its channels that every group keeps, and of the blocks of a stack at most.
         start: channels by group of the network that narrows further; what is not named has all.
@@ -67,26 +66,24 @@ class Search:
         self,
         cost: CostModel,
         scores: Mapping[str, torch.Tensor],
-        left: float | Mapping[str, float],
-        counted: tuple[str, ...],
-        align: int,
-        depth: float,
+        left: Mapping[str, float],
+        align: int = 1,
+        depth: float = 0.0,
         start: Mapping[str, int] | None = None,
         before: Mapping[str, str] | None = None,
     ) -> None:
         self.before = before or {}
-        self.cost, self.counted, self.align, self.depth = cost, counted, align, depth
-        self.scores = scores
-        self.left = np.array([left[key] if isinstance(left, Mapping) else left for key in counted])
+        self.cost, self.scores, self.align, self.depth = cost, scores, align, depth
+        self.counted, self.left = tuple(left), np.array(list(left.values()))
         self.names = sorted(cost.groups)
         self.groups = [cost.groups[name] for name in self.names]
         self.most = {} if start is None else start
         self.start = self.ledger(self.most)
-        minimum = minimum_widths(cost, depth, align)
-        self.minimum = [minimum[name] for name in self.names]
-        self.dense = np.array([cost.before(key) for key in counted], np.float64)
+        self.minimum = [minimum_width(group, depth, align) for group in self.groups]
+        self.dense = np.array([cost.before(key) for key in left], np.float64)
         # channels of a step, of groups that may take several at once
-        self.several = [0 if group.is_block else width_step(group, align) for group in self.groups]
+        several = [0 if group.is_block else width_step(group, align) for group in self.groups]
+        self.several = np.array(several, np.int64)
         # score lost by a group's first steps, 0 of them first
         self.lost_by = [
             list(accumulate(step_scores(group, scores[group.name]), initial=0.0)) for group in self.groups
@@ -110,9 +107,8 @@ class Search:
             return {key: 1.0}, self.landed({key: 1.0}, strict=strict)
         mix: Weights = {others[0]: 1.0}
         if len(others) > 1:
-            left = dict(zip(self.counted, self.left, strict=True))
-            given = (self.align, self.depth, self.most, self.before)
-            inner = Search(self.cost, self.scores, left, tuple(others), *given)
+            left = dict(zip(others, self.left[:-1], strict=True))
+            inner = Search(self.cost, self.scores, left, self.align, self.depth, self.most, self.before)
             mix = inner.balanced(strict=strict)[0]
         found: list[tuple[Weights, Allocation]] = []
 
@@ -231,7 +227,7 @@ class Search:
         One of ten thousand units at a time would take minutes where one in 128 of its own changes no order.
         """
         group = self.groups[number]
-        kept, several = group.channels - int(ledger.removed[number]), self.several[number]
+        kept, several = group.channels - int(ledger.removed[number]), int(self.several[number])
         step = step_down(group, kept, self.align)
         if not several:
             return step
@@ -261,11 +257,7 @@ class Search:
 
     def up(self, ledger: Ledger) -> Ints:
         """[groups] channels that a step back gives, negative; 0 where there is none to give."""
-        steps = []
-        for number, group in enumerate(self.groups):
-            step = 0 if group.is_block else width_step(group, self.align)
-            steps.append(-step if step <= ledger.removed[number] - self.start.removed[number] else 0)
-        return np.array(steps, np.int64)
+        return np.where(self.several <= ledger.removed - self.start.removed, -self.several, 0)
 
     def refill(self, ledger: Ledger) -> Ledger:
         """Give back the steps that score most, as long as the budget holds: the last step down overshoots."""
@@ -293,16 +285,11 @@ class Search:
         kept = ledger.kept()
         best, room = kept, self.room(ledger)
         free = [not group.is_block and not narrows_a_head(group) for group in self.groups]
-        down = np.array(
-            [
-                step_down(group, kept[group.name], align)
-                if free[number]
-                and kept[group.name] - step_down(group, kept[group.name], align) >= self.minimum[number]
-                else 0
-                for number, group in enumerate(self.groups)
-            ],
-            np.int64,
-        )
+        down = np.zeros(len(self.groups), np.int64)
+        for number, group in enumerate(self.groups):
+            step = step_down(group, kept[group.name], align)
+            if free[number] and kept[group.name] - step >= self.minimum[number]:
+                down[number] = step
         up = np.array([-width_step(group, align) for group in self.groups], np.int64)
         given = ledger.savings(up)
         for number, group in enumerate(self.groups):

@@ -2,7 +2,6 @@
 
 import math
 
-from gfprune_cli.structure.cost import CostModel
 from gfprune_cli.structure.groups import ChannelGroup
 
 HEAD_ALIGN = 8
@@ -35,13 +34,7 @@ def narrows_a_head(group: ChannelGroup) -> bool:
     return group.unit_size == 1 and any(member.module.endswith("to_q") for member in group.producers)
 
 
-def minimum_widths(cost: CostModel, ratio: float, align: int) -> dict[str, int]:
-    """The floor of every group: at least one step, and at least `ratio` of its channels; none for a block."""
-    minimum = {}
-    for name, group in cost.groups.items():
-        if group.is_block:
-            minimum[name] = 0
-            continue
-        step = width_step(group, align)
-        minimum[name] = max(step, step * math.ceil(group.channels * ratio / step))
-    return minimum
+def minimum_width(group: ChannelGroup, ratio: float, align: int) -> int:
+    """The floor of a group: at least one step, and at least `ratio` of its channels; none for a block."""
+    step = width_step(group, align)
+    return 0 if group.is_block else max(step, step * math.ceil(group.channels * ratio / step))

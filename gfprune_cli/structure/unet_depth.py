@@ -78,11 +78,6 @@ def layer_pairs(model: Any, stage: int) -> Iterator[list[str]]:
         ]
 
 
-def attentions(model: Any) -> list[str]:
-    """The names of all transformers, in the order of the network."""
-    return [name for name, module in model.named_modules() if type(module).__name__ == "Transformer2DModel"]
-
-
 def transformer_blocks(model: Any, name: str) -> Any:
     return model.get_submodule(f"{name}.{TRANSFORMER_BLOCKS}")
 
@@ -94,7 +89,7 @@ def tied_transformers(model: Any) -> Iterator[list[str]]:
     """
     middle = "mid_block.attentions.0"
     first = f"down_blocks.{len(model.down_blocks) - 1}.attentions.0"
-    names = attentions(model)
+    names = [name for name, part in model.named_modules() if type(part).__name__ == "Transformer2DModel"]
     for name in names:
         if name == first and middle in names:
             yield [first, middle]

@@ -57,10 +57,6 @@ class Stream:
         if role in ("out", "both"):
             self.add(name, "out", kind_of(layer), weight.shape[0])
 
-    def table(self, name: str, size: int) -> None:
-        """A parameter or buffer whose last dimension is the stream."""
-        self.add(name, "out", "parameter", size)
-
 
 def in_the_way(name: str, module: Any) -> GfpruneError:
     return GfpruneError(
@@ -147,7 +143,7 @@ def own_tables(stream: Stream, name: str, module: nn.Module) -> None:
         path = f"{name}.{leaf}" if name else leaf
         if parameter.shape[-1] != stream.width:
             raise in_the_way(path, parameter)
-        stream.table(path, stream.width)
+        stream.add(path, "out", "parameter", stream.width)
 
 
 def attention_streams(stream: Stream, name: str, module: Any) -> None:
@@ -172,11 +168,9 @@ def feedforward(stream: Stream, name: str, module: nn.Module) -> None:
     units = units_of(module)
     assert units is not None
     first: Any = module.get_submodule(units.producers[0])
-    if type(module).__name__ in SINGLE_INPUT or len(units.producers) == 1:
-        stream.layer(f"{name}.{units.producers[0]}", "in")
-    else:
-        for leaf in units.producers:
-            stream.layer(f"{name}.{leaf}", "in")
+    fed = units.producers[:1] if type(module).__name__ in SINGLE_INPUT else units.producers
+    for leaf in fed:
+        stream.layer(f"{name}.{leaf}", "in")
     stream.layer(f"{name}.{units.reader}", "out")
     if is_feature_norm(getattr(module, "norm", first)):
         stream.add(f"{name}.norm", "out", "norm", stream.width)
@@ -217,7 +211,7 @@ def patches(stream: Stream, name: str, module: Any) -> None:
         stream.add(f"{name}.norm", "out", "norm", stream.width)
     for leaf in ("pos_embed", "pos_embedding"):
         if getattr(module, leaf, None) is not None:
-            stream.table(f"{name}.{leaf}", stream.width)
+            stream.add(f"{name}.{leaf}", "out", "parameter", stream.width)
 
 
 def captions(stream: Stream, name: str, _module: Any) -> None:

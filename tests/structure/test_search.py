@@ -69,7 +69,7 @@ def test_savings_are_what_the_cost_model_counts_wherever_a_walk_has_led(name: st
 def test_a_search_ends_where_steps_save_nothing_that_has_a_price() -> None:
     cost = cost_of("unet")
     scores = {name: torch.ones(group.units) for name, group in cost.groups.items()}
-    search = Search(cost, scores, 0.5, BOTH, 1, 0.25)
+    search = Search(cost, scores, dict.fromkeys(BOTH, 0.5), 1, 0.25)
     found = search.landed({"params": -1.0, "macs": 0.5}, strict=True)
     assert found.sparsity >= 0.5
 
@@ -95,7 +95,7 @@ def test_a_search_ends_where_scores_are_not_finite() -> None:
     cost = cost_of("unet")
     scores = {name: torch.full((group.units,), float("nan")) for name, group in cost.groups.items()}
     for depth in (0.0, 0.4, 0.6):
-        search = Search(cost, scores, 0.5, BOTH, 1, depth)
+        search = Search(cost, scores, dict.fromkeys(BOTH, 0.5), 1, depth)
         found = search.landed({"params": 0.5, "macs": 0.5}, strict=True)
         assert found.sparsity >= 0.3
 
@@ -123,7 +123,7 @@ def test_wide_groups_take_several_steps_at_once_for_about_the_same_score(
             return move(ledger, name, *rest)
 
         monkeypatch.setattr(Ledger, "move", counted)
-        one = Search(cost, scores, 0.7, BOTH, 1, 0.25)
+        one = Search(cost, scores, dict.fromkeys(BOTH, 0.7), 1, 0.25)
         found = one.cheapest(strict=True)
         assert one.excess(found) >= 0
         assert all(found.kept[key] >= low for key, low in zip(one.names, one.minimum, strict=True))

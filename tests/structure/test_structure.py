@@ -601,7 +601,7 @@ def test_both_costs_at_once_lose_no_more_than_the_price_of_one(name: str, sparsi
     lost: list[float] = []
     for seed in range(4):
         scores = {key: values**3 for key, values in random_scores(groups, seed).items()}
-        search = Search(cost, scores, 1 - sparsity, BOTH, 1, 0.5 * (1 - sparsity) ** 0.5)
+        search = Search(cost, scores, dict.fromkeys(BOTH, 1 - sparsity), 1, 0.5 * (1 - sparsity) ** 0.5)
         found = search.cheapest(strict=True)
         singles = [search.landed({"params": end, "macs": 1 - end}, strict=True) for end in (0.0, 1.0)]
         reached = [search.lost(single.kept) for single in singles if single.sparsity >= sparsity]
