@@ -29,20 +29,20 @@ def main() -> None:
     source = resolve("demo")
     plan = make_plan(source, recipe, silent)
     run = PruneJob(recipe, source, plan, torch.device("cpu"), silent)
-    scored = run.scored()
-    widths = allocate(plan.cost, scored.scores, recipe.sparsity, budget=recipe.budget).kept
-    kept = {group.name: select(group, scored.scores[group.name], widths[group.name]) for group in plan.groups}
-    scored.masked.set_masks({name: support.double() for name, support in kept.items()})
-    aware = run.loss(scored.draws, scored.masked)
-    for module in scored.masked.model.modules():  # as every other soft pruner does
+    masked, draws, scores = run.scored()
+    widths = allocate(plan.cost, scores, recipe.sparsity, budget=recipe.budget).kept
+    kept = {group.name: select(group, scores[group.name], widths[group.name]) for group in plan.groups}
+    masked.set_masks({name: support.double() for name, support in kept.items()})
+    aware = run.loss(draws, masked)
+    for module in masked.model.modules():  # as every other soft pruner does
         if isinstance(module, MaskedGroupNorm):
             module.set_mask(torch.ones(len(module.membership)))
-    plain = run.loss(scored.draws, scored.masked)
-    removed = run.loss(scored.draws, remove(run.load(), plan.groups, kept))
+    plain = run.loss(draws, masked)
+    removed = run.loss(draws, remove(run.load(), plan.groups, kept))
     print("| norms while masked | masked loss | removed loss | gap |")
     print("|---|---|---|---|")
-    for name, masked in (("mask-aware", aware), ("plain", plain)):
-        print(f"| {name} | {masked:.5f} | {removed:.5f} | {abs(removed - masked) / masked:.1e} |")
+    for name, loss in (("mask-aware", aware), ("plain", plain)):
+        print(f"| {name} | {loss:.5f} | {removed:.5f} | {abs(removed - loss) / loss:.1e} |")
 
 
 if __name__ == "__main__":

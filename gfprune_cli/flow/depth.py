@@ -91,7 +91,8 @@ class Greedy:
                 self.measure(block)
                 stale[block] = len(self.taken)
             else:
-                self.take(block)
+                self.taken.append(block)
+                self.moved = self.distances[block]
         return self.completed(known)
 
     def rate(self, block: str) -> float:
@@ -107,10 +108,6 @@ class Greedy:
         self.savings[block] = self.choice.saved(before | {block}) - self.choice.saved(before)
         self.distances[block] = self.distance(before | {block})
         self.rises[block] = max(self.rises.get(block, 0.0), self.distances[block] - self.moved)
-
-    def take(self, block: str) -> None:
-        self.taken.append(block)
-        self.moved = self.distances[block]
 
     def may_go(self, block: str) -> bool:
         """Whether its stack has one to spare, and it is a neighbour of what has gone where that is asked."""

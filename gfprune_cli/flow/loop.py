@@ -31,9 +31,8 @@ FORWARD = 1 / 3  # of the cost of a gradient
 REFIT_SAMPLES = 64
 COMPARED_SAMPLES = 16
 SCORE_CHUNK = 16  # draws whose losses are one number
-Allocator = Callable[
-    [Mapping[str, torch.Tensor], float, Mapping[str, str]], Mapping[str, int]
-]  # scores, share of the way to the sparsity, order of blocks -> channels kept
+# scores, share of the way to the sparsity, order of blocks -> channels kept
+Allocator = Callable[[Mapping[str, torch.Tensor], float, Mapping[str, str]], Mapping[str, int]]
 
 
 class Store(Protocol):
@@ -138,7 +137,7 @@ class PruningLoop:
     compared: int = 1 << 30
     drawn: int = 0
     gone: Masks = field(default_factory=dict)
-    scored: "Scoring | None" = None
+    scored: Scoring | None = None
     state: LoopState = field(default_factory=LoopState)
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -198,7 +197,7 @@ class PruningLoop:
         scored.gradients = 0.0  # paid
         return {group.name: select(group, scored.scores[group.name], kept[group.name]) for group in groups}
 
-    def score(self) -> "Scoring":
+    def score(self) -> Scoring:
         """Score all units, and compare the groups."""
         state = self.state
         number = self.drawn + state.iteration
@@ -399,21 +398,14 @@ def checked_scores(
     """
     try:
         return score(criterion, evidence)
-    except NotFinite:
-        look_for_timesteps(evidence.masked, process, draws, iteration, total, chunk)
+    except NotFinite as error:
+        weights, levels, losses = evidence.masked.passing(), [], []
+        with torch.no_grad():
+            for first in range(0, total, chunk):
+                batch = draws.batch("score", iteration, min(chunk, total - first), first=first, of=total)
+                levels.append(process.timesteps(batch.index))
+                losses.append(drawn_losses(evidence.masked, process, batch, weights))
+        bad = ~torch.cat(losses).isfinite()
+        if bool(bad.any()):
+            raise lost_at("the loss", bad, torch.cat(levels), "check the checkpoint and --data") from error
         raise
-
-
-def look_for_timesteps(
-    masked: MaskedModel, process: NoisingProcess, draws: Draws, iteration: int, total: int, chunk: int
-) -> None:
-    weights = masked.passing()
-    levels, losses = [], []
-    with torch.no_grad():
-        for first in range(0, total, chunk):
-            batch = draws.batch("score", iteration, min(chunk, total - first), first=first, of=total)
-            levels.append(process.timesteps(batch.index))
-            losses.append(drawn_losses(masked, process, batch, weights))
-    bad = ~torch.cat(losses).isfinite()
-    if bool(bad.any()):
-        raise lost_at("the loss", bad, torch.cat(levels), "check the checkpoint and --data")

@@ -7,6 +7,7 @@ the network under a function mode tells which.
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,32 +114,26 @@ def seen_residuals(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Car
     """The same from a pass of this very network."""
     additions, hooks, clock = Additions(), [], iter(range(10**9))
 
-    def given(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            now = next(clock)
-            additions.ran[name] = now
-            for argument, value in (*enumerate(args), *kwargs.items()):
-                if isinstance(value, torch.Tensor):
-                    additions.alive.append(value)
-                    additions.carrier.setdefault(id(value), (now, Carrier(name, argument)))
+    def given(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        now = next(clock)
+        additions.ran[name] = now
+        for argument, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, torch.Tensor):
+                additions.alive.append(value)
+                additions.carrier.setdefault(id(value), (now, Carrier(name, argument)))
 
-        return hook
-
-    def returned(name: str, is_layer: bool) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                additions.alive.append(output)
-                additions.carrier.setdefault(id(output), (next(clock), Carrier(name, None)))
-                if is_layer:
-                    additions.origin[id(output)] = name
-
-        return hook
+    def returned(name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            additions.alive.append(output)
+            additions.carrier.setdefault(id(output), (next(clock), Carrier(name, None)))
+            if hasattr(module, "weight"):
+                additions.origin[id(output)] = name
 
     for name, module in model.named_modules():
         if not name:
             continue
-        hooks.append(module.register_forward_pre_hook(given(name), with_kwargs=True))
-        hooks.append(module.register_forward_hook(returned(name, hasattr(module, "weight"))))
+        hooks.append(module.register_forward_pre_hook(partial(given, name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(returned, name)))
     with hooked(hooks), torch.no_grad(), additions:
         model(**inputs)
     return additions.found

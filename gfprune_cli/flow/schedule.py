@@ -1,21 +1,23 @@
 """When the budget tightens: the plan of a pruning run."""
 
 import math
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
 
-
-class Schedule(BaseModel):
+@dataclass(frozen=True)
+class Schedule:
     """Iterations of scoring, mask flow and refit.
 
     Each iteration scores and tightens the budget; the `closing` ones after them keep the selection and let
     every mask arrive at 0 or 1.
+
+    Args:
+        scorings: at least one.
+        bound: of the move of a mask in one iteration, above 0 and at most 1.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    scorings: int = Field(ge=1)
-    bound: float = Field(gt=0, le=1)
+    scorings: int
+    bound: float
 
     @property
     def closing(self) -> int:

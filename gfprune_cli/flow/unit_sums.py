@@ -6,9 +6,8 @@ import torch
 
 from gfprune_cli.flow.mask import MaskedModel, Masks, leaves, masked_dimension
 
-Measure = Callable[
-    [str, torch.Tensor], torch.Tensor
-]  # (parameter, a quantity of its shape) -> what is added up
+# (parameter, a quantity of its shape) -> what is added up
+Measure = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class UnitSums:
@@ -31,10 +30,9 @@ class UnitSums:
         for group in masked.groups:
             for member in () if group.is_block else group.producers:
                 rows, units = member.positions.to(device), (member.channels // group.unit_size).to(device)
+                place = group.name, masked_dimension(member), rows, units
                 for key in leaves(member.module):
-                    self.places.setdefault(key, []).append(
-                        (group.name, masked_dimension(member), rows, units)
-                    )
+                    self.places.setdefault(key, []).append(place)
 
     def names(self) -> list[str]:
         """Of the parameters that produce a unit."""

@@ -147,11 +147,8 @@ def analyze_one(recipe: AnalyzeRecipe, options: RunOptions, progress: Progress) 
             name: getattr(recipe, name)
             for name in ("model", "revision", "variant", "config_from", "component")
         }
-        plan = Plan(found, groups, cost, None, None)
-        job = PruneJob(
-            PruneRecipe(**shared, **drawing), source, plan, choose_device(options.device), progress
-        )
-        rises = measure_sensitivity(job, progress)
+        job_recipe, device = PruneRecipe(**shared, **drawing), choose_device(options.device)
+        rises = measure_sensitivity(PruneJob(job_recipe, source, Plan(found, cost), device, progress))
     time, speedups = None, []
     if timed:
         budget = time_budget(recipe, meta, cost, choose_device(options.device), progress)
@@ -209,17 +206,18 @@ def plan_for(
     )
 
 
-def measure_sensitivity(job: PruneJob, progress: Progress) -> dict[str, float]:
+def measure_sensitivity(job: PruneJob) -> dict[str, float]:
     """Group name -> relative rise of the denoising loss when its weakest quarter, or the block, is masked.
 
     The weakest units by first-order Taylor score go, the same number in every norm group; everything else
     stays as it is.
     """
     with deterministic():
-        scored = job.scored()
-    masked, draws = scored.masked, scored.draws
-    baseline = job.loss(draws, masked, PROBE_DRAWS)
-    rises = measured_rises(
-        masked, scored.scores, PROBE_SHARE, lambda: job.loss(draws, masked, PROBE_DRAWS), progress
-    )
+        masked, draws, scores = job.scored()
+
+    def loss() -> float:
+        return job.loss(draws, masked, PROBE_DRAWS)
+
+    baseline = loss()
+    rises = measured_rises(masked, scores, PROBE_SHARE, loss, job.progress)
     return {name: rise / baseline for name, rise in rises.items()}

@@ -1,7 +1,7 @@
 """The dense network behind masks, as it narrows from one sparsity to the next."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -68,36 +68,28 @@ class Flow:
     @cached_property
     def masked(self) -> MaskedModel:
         job = self.job
-        self.say_what_gives()
+        for what in self.what_gives():
+            notice(job.progress, what)
         student, recomputes = self.dense, bool(job.memory.settings(SCORING).get("recomputes"))
         if job.recipe.refit or job.steps or self.several:
             student = job.twin(self.dense)
         return MaskedModel(student.requires_grad_(True), job.plan.groups, recomputes=recomputes)
 
-    def say_what_gives(self) -> None:
-        """What memory has no room for is said; fewer samples than usual behind a refit are no rounding."""
-        memory = self.job.memory
+    def what_gives(self) -> Iterator[str]:
+        """What memory has no room for, in words; fewer samples than usual behind a refit are no rounding."""
+        memory, refit = self.job.memory, self.job.recipe.refit
         samples, turns = memory.at_once(REFITTING), memory.settings(SCORING).get("turns", 0)
-        if self.job.recipe.refit and samples < REFIT_SAMPLES:
-            notice(
-                self.job.progress,
-                f"refits see {samples} samples instead of {REFIT_SAMPLES}: there is no memory for more",
-            )
+        if refit and samples < REFIT_SAMPLES:
+            yield f"refits see {samples} samples instead of {REFIT_SAMPLES}: there is no memory for more"
         fewer = [name for name in (COMPARING, REFITTING) if "per_input" in memory.settings(name)]
         if fewer:
-            notice(
-                self.job.progress,
-                f"{' and '.join(fewer)}: at {LEAST_ROWS:,} positions of wide layers, memory is short",
-            )
+            yield f"{' and '.join(fewer)}: at {LEAST_ROWS:,} positions of wide layers, memory is short"
         if memory.half is not None:
-            rounded = ", and refits round to it" if self.job.recipe.refit else ""
-            notice(
-                self.job.progress,
-                f"weights are kept in {memory.half} as they are stored{rounded}: memory is short",
-            )
+            rounded = ", and refits round to it" if refit else ""
+            yield f"weights are kept in {memory.half} as they are stored{rounded}: memory is short"
         if turns:
             shares = "" if turns == 1 else f", and takes gradients in {turns} turns"
-            notice(self.job.progress, f"scoring computes activations twice{shares}: memory is short")
+            yield f"scoring computes activations twice{shares}: memory is short"
 
     @cached_property
     def residuals(self) -> dict[str, Carrier]:

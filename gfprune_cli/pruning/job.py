@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gfprune_cli.errors import GfpruneError
 from gfprune_cli.families.table import has_known_inputs
 from gfprune_cli.flow.criteria import Evidence
 from gfprune_cli.flow.loop import SCORE_CHUNK, checked_scores, scoring_losses
-from gfprune_cli.flow.mask import MaskedModel
+from gfprune_cli.flow.mask import MaskedModel, Masks
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.inputs.receiver import receiving
 from gfprune_cli.outputs.state import run_digest
@@ -57,15 +57,6 @@ def as_loaded(network: nn.Module, device: torch.device) -> nn.Module:
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()
     return nn.Module.to(network, device)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A dense network behind masks, draws to measure it on, and scores by group name [units]."""
-
-    masked: MaskedModel
-    draws: Draws
-    scores: Mapping[str, torch.Tensor]
 
 
 class PruneJob:
@@ -135,23 +126,18 @@ class PruneJob:
         Args:
             number: of the network, where a run makes several.
         """
-        addresses = (
-            "model",
-            "revision",
-            "variant",
-            "config_from",
-            "times",
-        )  # the hashes below say what they stood for
+        # the hashes below say what these stood for
+        addresses = ("model", "revision", "variant", "config_from", "times")
         recipe = self.recipe.up_to(number).document()
         settings = {key: value for key, value in recipe.items() if key not in addresses}
-        inputs = {"config": self.plan.component.config, "scheduler": dict(self.scheduler.config)}
         return {
             **settings,
             "weights": self.hashes,
             "commit": self.source.commit,
             "device": self.device.type,
             **({"processes": self.processes.count} if self.processes.count > 1 else {}),
-            **{name: as_json(value) for name, value in inputs.items()},
+            "config": as_json(self.plan.component.config),
+            "scheduler": as_json(dict(self.scheduler.config)),
             **self.given_times(),
             "tools": installed_tools(),
         }
@@ -243,19 +229,19 @@ class PruneJob:
         every = Draws(images, self.process.steps, self.recipe.seed, conditions, self.device)
         return every.split(split)
 
-    def scored(self) -> "Scored":
-        """The dense network under full masks, with Taylor scores: what a sensitivity probe starts from."""
+    def scored(self) -> tuple[MaskedModel, Draws, Masks]:
+        """The dense network under full masks, draws to measure it on, and Taylor scores: what a sensitivity
+        probe starts from."""
         dense = self.load()
         draws, held_out = self.draws(dense)
         masked = MaskedModel(dense, self.plan.groups)
-        count = self.recipe.draws
-        piece = self.memory.at_once(SCORING)
+        count, piece = self.recipe.draws, self.memory.at_once(SCORING)
         losses = scoring_losses(
             masked, self.process, draws, 1, count, SCORE_CHUNK, self.progress, piece=piece
         )
         evidence = Evidence(masked, losses, self.recipe.seed)
         scores = checked_scores("taylor", evidence, self.process, draws, 1, count, piece)
-        return Scored(masked, held_out, scores)
+        return masked, held_out, scores
 
     def images(self, dense: nn.Module) -> tuple[torch.Tensor | StoredImages, Condition]:
         """Calibration images [N, ...] as the network sees them, and their conditions."""

@@ -1,5 +1,6 @@
 """The phases of a prune run and the memory that each takes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -80,39 +81,30 @@ def phases_of(
         return phases
     phases.append(scorings(recipe, one, stored * (dense + spare), stored, made, thrifty=offload))
     forward = FLOAT * one.forward
-    phases.append(
-        [
-            Phase(
-                COMPARING,
-                masked,
-                forward,
-                COMPARED_SAMPLES,
-                least,
-                partial(comparing, one, looks, made),
-                given,
-            )
-            for looks, least, given in looked_at(comparison.ROWS_PER_INPUT, LEAST_COMPARED, thrifty=offload)
-        ]
-    )
+    compared = Phase(COMPARING, masked, forward, COMPARED_SAMPLES, LEAST_COMPARED)
+    moments = partial(comparing, one, made)
+    phases.append(looking(compared, moments, comparison.ROWS_PER_INPUT, thrifty=offload))
     if recipe.refit:
-        both, copies = PASSES * forward, masked + (not offload)  # of the weights before a fit; else on a disk
-        phases.append(
-            [
-                Phase(
-                    REFITTING, copies, both, REFIT_SAMPLES, least, partial(refitting, one, looks, made), given
-                )
-                for looks, least, given in looked_at(refit.ROWS_PER_INPUT, LEAST_REFITTED, thrifty=offload)
-            ]
-        )
+        copies = masked + (not offload)  # of the weights before a fit; else on a disk
+        refitted = Phase(REFITTING, copies, PASSES * forward, REFIT_SAMPLES, LEAST_REFITTED)
+        phases.append(looking(refitted, partial(refitting, one, made), refit.ROWS_PER_INPUT, thrifty=offload))
     if recipe.recover:
         phases.append(recoveries(recipe, one, dense + stored * several, thrifty=offload))
     return phases
 
 
-def looked_at(per_input: int, least: int, *, thrifty: bool) -> list[tuple[int, int, dict[str, Any]]]:
-    """Positions for each input of a layer, and the fewest samples: as usual, and where memory is short."""
-    usual: list[tuple[int, int, dict[str, Any]]] = [(per_input, least, {})]
-    return [*usual, (0, least // 2, {"per_input": 0})] if thrifty else usual
+def looking(phase: Phase, rest: Callable[[int, int], int], per_input: int, *, thrifty: bool) -> Forms:
+    """A phase that looks at positions of layers: as usual, and at fewer of fewer samples.
+
+    Args:
+        rest: (positions for each input of a layer, samples at once) -> bytes that they take.
+        per_input: such positions as usual.
+    """
+    forms = [replace(phase, rest=partial(rest, per_input))]
+    if thrifty:
+        few = {"per_input": 0}
+        forms.append(replace(phase, least=phase.least // 2, rest=partial(rest, 0), settings=few))
+    return forms
 
 
 def folding(one: Pass, made: int) -> int:
@@ -188,12 +180,12 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: float, *, thrifty: bool
     return forms
 
 
-def comparing(one: Pass, looks: int, made: int, samples: int) -> int:
+def comparing(one: Pass, made: int, looks: int, samples: int) -> int:
     """Bytes of the moments of the layer for which they take most: as wide as its inputs, or as its rows.
 
     Args:
-        looks: positions for each input of a layer.
         made: bytes of the weights that are made at once.
+        looks: positions for each input of a layer.
     """
     sizes = [0]
     for places, inputs, outputs in one.layers:
@@ -205,7 +197,7 @@ def comparing(one: Pass, looks: int, made: int, samples: int) -> int:
     return max(sizes) + made
 
 
-def refitting(one: Pass, looks: int, made: int, samples: int) -> int:
+def refitting(one: Pass, made: int, looks: int, samples: int) -> int:
     """The same for the normal equations, with the dense outputs that the layer aims at."""
     sizes = [0]
     for places, inputs, outputs in one.layers:

@@ -30,7 +30,6 @@ from gfprune_cli.structure.native import (
     native_allocation,
 )
 from gfprune_cli.structure.search import BLOCKS_KEPT, TOLERANCE, Allocation
-from gfprune_cli.structure.trace import Trace
 from gfprune_cli.structure.transformer import is_transformer
 from gfprune_cli.timing.budget import TimeBudget, time_budget
 
@@ -43,13 +42,16 @@ class Plan:
     """The structure of a checkpoint and the widths a recipe asks for."""
 
     component: Component
-    groups: tuple[ChannelGroup, ...]
     cost: CostModel
-    native: Allocation | None
-    native_config: Mapping[str, Any] | None
+    native: Allocation | None = None
+    native_config: Mapping[str, Any] | None = None
     nearest: bool = False  # the nearest reachable sparsity serves
     fold: float = 0.0  # tolerance of folding; 0 for none
     time: TimeBudget | None = None
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(self.cost.groups.values())
 
     def most(self, recipe: PruneRecipe) -> float:
         """How far a recipe goes: the share of the time that is to go, or else the sparsity."""
@@ -172,14 +174,15 @@ def make_plan(
         raise UsageError("--layout native has too few widths for a budget of time: use adaptive")
     inner = feed_forward_groups(meta, groups)
     if recipe.layout == "native" and inner and not recipe.blocks:
-        return plan_feed_forward(component, meta, inner, trace, recipe, progress)
+        return plan_feed_forward(component, CostModel(meta, inner, trace), recipe, progress)
     if recipe.layout == "native" and (recipe.blocks or not hasattr(meta.config, "block_out_channels")):
-        return plan_depth(component, meta, groups, trace, recipe, progress)
+        stacks = tuple(group for group in groups if group.is_block)
+        return plan_depth(component, CostModel(meta, stacks, trace), recipe, progress)
     if not groups:
         raise GfpruneError(f"{component.folder}: {component.class_name} has no channels that can be removed")
     cost = CostModel(meta, groups, trace)
     if recipe.layout == "adaptive":
-        plan = Plan(component, groups, cost, None, None)
+        plan = Plan(component, cost)
         if recipe.timed:
             times = time_budget(recipe, meta, cost, device, progress, facts)
             if times.bench is None:
@@ -203,7 +206,7 @@ def make_plan(
         f"native layout: the nearest widths of the stock class are {list(config['block_out_channels'])}, "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
     )
-    return Plan(component, groups, cost, allocation, config)
+    return Plan(component, cost, allocation, config)
 
 
 def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) -> float:
@@ -221,31 +224,24 @@ def tolerance_of(recipe: PruneRecipe, network: nn.Module, widths: Allocation) ->
     return FOLD if binds or not recipe.removes else 0.0
 
 
-def plan_depth(
-    component: Component,
-    meta: Any,
-    groups: tuple[ChannelGroup, ...],
-    trace: Trace,
-    recipe: PruneRecipe,
-    progress: Progress,
-) -> Plan:
+def plan_depth(component: Component, cost: CostModel, recipe: PruneRecipe, progress: Progress) -> Plan:
     """The native layout without some blocks, and the others as wide as they were.
+
+    Args:
+        cost: of the blocks alone.
 
     Raises:
         UsageError: its stock class has no such key, or blocks were not asked for.
     """
-    stacks = tuple(group for group in groups if group.is_block)
-    if not stacks:
+    plan = Plan(component, cost, nearest=True)
+    if not plan.groups:
         why = (
             "cannot leave out blocks: drop --blocks, or use adaptive"
             if recipe.blocks
             else "only knows fewer blocks: add --blocks"
         )
         raise UsageError(f"--layout native: the stock {component.class_name} {why}")
-    cost = CostModel(meta, stacks, trace)
-    reached = allocate(
-        cost, uniform_scores(stacks), recipe.goal, budget=recipe.budget, align=1, strict=False
-    ).sparsity
+    reached = plan.allocate(uniform_scores(plan.groups), recipe, strict=False).sparsity
     if reached <= 0:
         raise UsageError(
             f"--layout native: no block of this {component.class_name} is small enough for --sparsity "
@@ -255,26 +251,18 @@ def plan_depth(
         progress,
         f"native layout: whole blocks are {reached:.1%} of {recipe.budget}, target {recipe.goal:.1%}",
     )
-    return Plan(component, stacks, cost, None, None, nearest=True)
+    return plan
 
 
-def plan_feed_forward(
-    component: Component,
-    meta: Any,
-    groups: tuple[ChannelGroup, ...],
-    trace: Trace,
-    recipe: PruneRecipe,
-    progress: Progress,
-) -> Plan:
+def plan_feed_forward(component: Component, cost: CostModel, recipe: PruneRecipe, progress: Progress) -> Plan:
     """The native layout of a transformer that has a key for the width of its feed-forward layers."""
-    cost = CostModel(meta, groups, trace)
     allocation, config = feed_forward_allocation(cost, recipe.goal, recipe.budget)
     notice(
         progress,
         f"native layout: feed-forward layers of {next(iter(config.values()))} are "
         f"{allocation.sparsity:.1%} of {recipe.budget} (target {recipe.goal:.1%})",
     )
-    return Plan(component, groups, cost, allocation, config)
+    return Plan(component, cost, allocation, config)
 
 
 def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: Progress) -> Plan:
@@ -292,7 +280,7 @@ def folded_plan(plan: Plan, network: nn.Module, recipe: PruneRecipe, progress: P
         folded=network,
         options=PipelineOptions.of(recipe),
     )
-    plan = replace(plan, groups=groups, cost=CostModel(meta, groups, trace, plan.cost))
+    plan = replace(plan, cost=CostModel(meta, groups, trace, plan.cost))
     if plan.time is not None:
         plan.time.attach(plan.cost, meta)
     if recipe.removes:

@@ -42,14 +42,18 @@ class RecoveryState:
         self.found: Outcome | None = None
         self.settings: dict[str, Any] = {}
 
+    def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The state that a run left that was stopped in its recovery."""
+        saved = self.state.load()
+        return saved if saved is not None and saved[1].get("phase") == PHASE else None
+
     def begun(self) -> bool:
         """Whether the state that a stopped run left is of its recovery."""
-        saved = self.state.load() if self.state.exists() else None
-        return saved is not None and saved[1].get("phase") == PHASE
+        return self.saved() is not None
 
     def outcome(self) -> Outcome:
         """What the run had found before it was stopped in its recovery."""
-        saved = self.state.load()
+        saved = self.saved()
         assert saved is not None
         tensors, numbers = saved
         kept = by_family(tensors)["kept"]
@@ -58,7 +62,7 @@ class RecoveryState:
 
     def trained_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What recovery does differently because memory is short: as it began, whatever is free by now."""
-        saved = self.state.load() if self.begun() else None
+        saved = self.saved()
         self.settings = dict(settings if saved is None else saved[1].get("settings", {}))
         return self.settings
 
@@ -72,10 +76,9 @@ class RecoveryState:
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """(tensors, numbers) of the recovery; None before its first save."""
-        if not self.begun():
+        saved = self.saved()
+        if saved is None:
             return None
-        saved = self.state.load()
-        assert saved is not None
         tensors, numbers = saved
         return by_family(tensors).get("own", {}), numbers["recovery"]
 
