@@ -88,17 +88,12 @@ class TimeBudget:
         assert latency is not None
         dense = self.table.ms[0]
         if latency >= dense:
+            where = self.table.where
             raise UsageError(
-                f"--latency {latency:g}: the network as it is takes {dense:.3g} ms in {self.place}: "
-                "ask for less"
+                f"--latency {latency:g}: the network as it is takes {dense:.3g} ms in {where.get('runtime')} "
+                f"on {where.get('device')}, batch {where.get('batch')}: ask for less"
             )
         return replace(self, left=latency / dense, asked={"latency": latency})
-
-    @property
-    def place(self) -> str:
-        """Where, in words."""
-        where = self.table.where
-        return f"{where.get('runtime')} on {where.get('device')}, batch {where.get('batch')}"
 
     @cached_property
     def flag(self) -> str:

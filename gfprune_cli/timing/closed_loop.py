@@ -50,7 +50,6 @@ def close(
     target: float,
     propose: Callable[[float], tuple[Kept, float] | None],
     time: Callable[[Kept], tuple[Reading, tuple[float, float]]],
-    corrections: int = CORRECTIONS,
 ) -> tuple[Kept, list[Trial], Trial]:
     """Widths whose measured time is the target.
 
@@ -64,7 +63,7 @@ def close(
     """
     trials: list[tuple[Kept, Trial]] = []
     asked = target
-    for _ in range(1 + corrections):
+    for _ in range(1 + CORRECTIONS):
         proposal = propose(asked)
         if proposal is None:
             break

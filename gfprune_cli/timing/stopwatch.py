@@ -20,9 +20,8 @@ ROUNDS = 60  # of networks, at most
 SECONDS = 3.0  # of one bout of rounds, about
 BOUTS = 4  # while the spread is too wide
 STEADY = 0.01  # standard error of a ratio of times that is good enough
-NORMAL = (
-    1.2533 / 1.349
-)  # standard error of a median over its quartiles' distance, times the root of the count
+# standard error of a median over its quartiles' distance, times the root of the count
+NORMAL = 1.2533 / 1.349
 
 
 @dataclass(frozen=True)

@@ -86,26 +86,19 @@ class TimeTable:
         Raises:
             UsageError: the table knows nothing of a kind of layer.
         """
-        grids: list[Grid | None] = []
-        calls, places, run_at_all = [], [], []
         left = dict(runs)
-        known: dict[str, Grid] = {}
-        for layer in cost.layers:
-            run = left.pop(layer.name, None)
-            label = None if run is None or run.kind is None else run.kind.label
-            if label is not None and label not in known:
-                if label not in self.kinds:
-                    raise UsageError(
-                        f"--times: the table has no times of {label!r}: it was measured for another network "
-                        "or size; measure it for this one with gfprune analyze --times-out"
-                    )
-                known[label] = self.kinds[label].grid(self.scale)
-            grids.append(None if label is None else known[label])
-            calls.append(0 if run is None else run.calls)
-            places.append(0 if run is None else run.places)
-            run_at_all.append(run is not None)
-        slopes = np.array(places, np.float64) * self.per_number
-        cost.times = LayerTimes(grids, calls, slopes, np.array(run_at_all) * self.per_layer)
+        found = [left.pop(layer.name, Run(None)) for layer in cost.layers]  # a name counts once
+        labels = dict.fromkeys(run.kind.label for run in found if run.kind is not None)
+        if unknown := [label for label in labels if label not in self.kinds]:
+            raise UsageError(
+                f"--times: the table has no times of {unknown[0]!r}: it was measured for another network "
+                "or size; measure it for this one with gfprune analyze --times-out"
+            )
+        known = {label: self.kinds[label].grid(self.scale) for label in labels}
+        grids = [None if run.kind is None else known[run.kind.label] for run in found]
+        slopes = np.array([run.places for run in found], np.float64) * self.per_number
+        calls = [run.calls for run in found]
+        cost.times = LayerTimes(grids, calls, slopes, np.array([bool(n) for n in calls]) * self.per_layer)
 
 
 def write_table(path: Path, table: TimeTable) -> None:
