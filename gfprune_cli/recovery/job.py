@@ -38,7 +38,6 @@ from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.sharding import agreed, gathered, load_sharded, round_weights, stand_in
 from gfprune_cli.recovery.teacher import Teacher, paired_layers
 from gfprune_cli.runtime.device import default_precision, offload
-from gfprune_cli.runtime.memory import parameter_count
 from gfprune_cli.runtime.processes import Processes
 
 DRAWN_IMAGES = 512

@@ -126,7 +126,7 @@ class TimeBudget:
                 raise UsageError(str(error)) from None
             time = cost.total(narrowest(cost, scores), TIME) / cost.before(TIME)
             said = self.out_of_reach(cost, scores, 1 / time, self.table.ms[0] * time)
-            raise OutOfTime(error.nearest, said, error.left) from None
+            raise OutOfTime(error.nearest, said) from None
 
     def out_of_reach(self, cost: CostModel, scores: Scores, speedup: float, ms: float) -> str:
         """What to say of a network that cannot be that fast.
