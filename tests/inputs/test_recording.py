@@ -559,7 +559,7 @@ def test_an_autoencoder_is_given_what_its_pipeline_draws(family: str, name: str,
 
 def bare(root: Path, name: str, tmp_path: Path) -> Component:
     config = json.loads((root / name / "config.json").read_text())
-    return Component(tmp_path, "", config["_class_name"], config, (), {}, None, tmp_path)
+    return Component(tmp_path, tmp_path, "", config["_class_name"], None, config, (), {})
 
 
 def test_an_autoencoder_alone_needs_data(folder: Folder, pixels: str, tmp_path: Path) -> None:
