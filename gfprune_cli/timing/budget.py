@@ -164,8 +164,7 @@ class TimeBudget:
         with whole_networks(cost, self.bench, progress, self.network) as seconds:
             dense, narrow = seconds([least])
         found = times_as_fast(dense, narrow)
-        most = found.value if found.steady else found.high
-        if most * (1 + MISSED) * self.left < 1:
+        if (found.value + 2 * found.error) * (1 + MISSED) * self.left < 1:
             ms = Reading.of(narrow).in_milliseconds().value
             raise UsageError(self.out_of_reach(cost, scores, found.value, ms))
 

@@ -39,9 +39,14 @@ class Reading:
         return cls(middle, low, high, len(values))
 
     @property
+    def error(self) -> float:
+        """Standard error of the median."""
+        return NORMAL * (self.high - self.low) / math.sqrt(self.count)
+
+    @property
     def steady(self) -> bool:
         """Whether the median is known to about 1 %."""
-        return NORMAL * (self.high - self.low) / math.sqrt(self.count) <= STEADY * self.value
+        return self.error <= STEADY * self.value
 
     def in_milliseconds(self) -> "Reading":
         """A reading of seconds in milliseconds."""
