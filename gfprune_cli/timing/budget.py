@@ -124,17 +124,18 @@ class TimeBudget:
         except OutOfTime as error:
             if error.nearest.sparsities[TIME] >= gone * share:
                 raise UsageError(str(error)) from None
-            time = cost.total(narrowest(cost, scores), TIME) / cost.before(TIME)
-            said = self.out_of_reach(cost, scores, 1 / time, self.table.ms[0] * time)
+            least = narrowest(cost, scores)
+            time = cost.total(least, TIME) / cost.before(TIME)
+            said = self.out_of_reach(cost, least, 1 / time, self.table.ms[0] * time)
             raise OutOfTime(error.nearest, said) from None
 
-    def out_of_reach(self, cost: CostModel, scores: Scores, speedup: float, ms: float) -> str:
+    def out_of_reach(self, cost: CostModel, least: Mapping[str, int], speedup: float, ms: float) -> str:
         """What to say of a network that cannot be that fast.
 
         Args:
-            speedup, ms: of the network at its narrowest.
+            least: its narrowest widths.
+            speedup, ms: at these.
         """
-        least = narrowest(cost, scores)
         time = cost.total(least, TIME)
         removed = cost.removed(least)
         alive = np.array([n for n, layer in enumerate(cost.layers) if not layer.gone(removed)], np.int64)
@@ -166,7 +167,7 @@ class TimeBudget:
         found = times_as_fast(dense, narrow)
         if (found.value + 2 * found.error) * (1 + MISSED) * self.left < 1:
             ms = Reading.of(narrow).in_milliseconds().value
-            raise UsageError(self.out_of_reach(cost, scores, found.value, ms))
+            raise UsageError(self.out_of_reach(cost, least, found.value, ms))
 
     def closed(
         self,

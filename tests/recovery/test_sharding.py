@@ -70,12 +70,8 @@ def states(out: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("count", "more"),
     [
-        pytest.param(2, [], marks=pytest.mark.thorough),
-        pytest.param(
-            3,
-            ["--features", "0.1", "--jacobian", "0.01", "--checkpointing", "--micro-batch", "1"],
-            marks=pytest.mark.thorough,  # the last case shards network, moments and teacher
-        ),
+        pytest.param(2, [], marks=pytest.mark.thorough),  # the others do more
+        (3, ["--features", "0.1", "--jacobian", "0.01", "--checkpointing", "--micro-batch", "1"]),
         (2, ["--teacher-precision", "bf16", "--ema", "0"]),
     ],
 )
@@ -99,7 +95,6 @@ def test_pieces_train_what_a_whole_network_does(
     assert states(several) == []
 
 
-@pytest.mark.thorough  # pieces train alike
 def test_muon_moves_pieces_as_it_moves_whole_matrices(server: Server, dit: Path, tmp_path: Path) -> None:
     """It orthogonalises in bfloat16, where other sums round otherwise: 3 % here."""
     one, several = tmp_path / "one", tmp_path / "several"
