@@ -188,7 +188,7 @@ SUBJECTS = {
     "sdxl": Subject(
         "SDXL, 128 x 128 latents, stored in bf16",
         lambda: real("Stable Diffusion XL, 1024 px"),
-        24,
+        80,
         torch.bfloat16,
     ),
 }

@@ -21,7 +21,7 @@ from gfprune_cli.evaluation.deployment import NetworkInputs, prepare
 from gfprune_cli.evaluation.footprint import cycle_macs, macs
 from gfprune_cli.inputs.signature import in_tuples
 from gfprune_cli.progress import Event, Progress, notice
-from gfprune_cli.runtime.device import Precision, autocast, kernels, out_of_memory
+from gfprune_cli.runtime.device import Precision, as_compiled, autocast, kernels, out_of_memory
 
 WARM_UP = 5  # calls before the first one that counts; compilation happens in them
 FEWEST_WARM_UP = 2  # however long they take
@@ -192,8 +192,7 @@ def time_row(
         if mac_ratio is not None:
             mac_ratio *= steps * macs(networks[0]) / cycle_macs(runners[0])
     elif mode == "compile":
-        # one graph per shape, as on a server: graphs for any shape are slower
-        runners = [torch.compile(network, dynamic=False) for network in networks]
+        runners = [as_compiled(network, stopwatch.device) for network in networks]
     calls = [
         partial(runner, **inputs(network, batch), **in_tuples(network))
         for runner, network in zip(runners, networks, strict=True)

@@ -87,6 +87,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
 
 
+def as_compiled(network: nn.Module, device: torch.device) -> Any:
+    """The network under `torch.compile`, as on a server: one graph per shape, replayed as a whole on CUDA."""
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 def device_name(device: torch.device) -> str:
     """The processor's name and its vector instructions, or the name of the CUDA device."""
     if device.type == "cuda":

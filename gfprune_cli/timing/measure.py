@@ -23,7 +23,7 @@ from gfprune_cli.structure.removal import stock_config
 from gfprune_cli.structure.times import BLOCKS, NONE, Floats, Padding
 from gfprune_cli.timing.kinds import ATTENTION, Kind, Run, layers_run
 from gfprune_cli.timing.runtimes import RUNTIMES, Bench
-from gfprune_cli.timing.stopwatch import Reading, layer_seconds, times_as_fast
+from gfprune_cli.timing.stopwatch import Reading, times_as_fast
 from gfprune_cli.timing.table import Points, TimeTable, table_of
 from gfprune_cli.timing.whole import whole_networks
 
@@ -123,7 +123,7 @@ def measured_kinds(
         ms: list[list[float]] = []
         for o in out:
             progress(Event("time"))  # a signal may arrive in here
-            ms.append([1e3 * layer_seconds(bench.layer(kind, o, i), bench.device) for i in into])
+            ms.append([1e3 * bench.layer_seconds(kind, o, i) for i in into])
         grid = Points(*doubled(out, into, ms))
         paddings = [
             padding(kind, grid, side, bench)
@@ -157,7 +157,7 @@ def padding(kind: Kind, grid: Points, side: int, bench: Bench) -> Padding:
     def seen(width: int) -> float:
         """The width that takes as long."""
         pair = (width, axes[1][row]) if side == 0 else (axes[0][row], width)
-        took = 1e3 * layer_seconds(bench.layer(kind, *pair), bench.device)
+        took = 1e3 * bench.layer_seconds(kind, *pair)
         return float(np.interp(took, along, axes[side]))
 
     half, little = whole - small, whole - large + 1

@@ -21,10 +21,10 @@ from gfprune_cli.deploy.signature import Signature, signature_of
 from gfprune_cli.errors import UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.inputs.signature import in_tuples
-from gfprune_cli.runtime.device import HALF, Precision
+from gfprune_cli.runtime.device import HALF, Precision, as_compiled
 from gfprune_cli.timing import graphs
 from gfprune_cli.timing.kinds import ATTENTION, Kind
-from gfprune_cli.timing.stopwatch import Call
+from gfprune_cli.timing.stopwatch import Call, layer_seconds
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -68,9 +68,11 @@ class Bench:
         dtype = next(network.parameters()).dtype
         return signature.keywords(signature.cast(self.tensors(network), dtype))
 
-    def layer(self, kind: Kind, out: int, into: int) -> Call:
-        """One layer of random weights at these widths."""
-        return RUNTIMES[self.runtime].layer(self, kind, out, into)
+    def layer_seconds(self, kind: Kind, out: int, into: int) -> float:
+        """Of one layer of random weights at these widths, alone."""
+        runtime = RUNTIMES[self.runtime]
+        replayed = runtime.replayed and self.device.type == "cuda"
+        return layer_seconds(runtime.layer(self, kind, out, into), self.device, replayed=replayed)
 
     def network(self, network: nn.Module) -> Call:
         """One evaluation of a network."""
@@ -89,6 +91,7 @@ class Runtime:
         layer: (bench, kind, outputs, inputs) -> a call of one such layer.
         network: (bench, network) -> a call of the whole.
         packages: that it needs beside gfprune.
+        replayed: on CUDA it replays what it launched once.
         cpu_only: it is timed on the CPU in float32.
         end: gives back what it keeps.
     """
@@ -96,6 +99,7 @@ class Runtime:
     layer: Callable[[Bench, Kind, int, int], Call]
     network: Callable[[Bench, nn.Module], Call]
     packages: tuple[str, ...] = ()
+    replayed: bool = False
     cpu_only: bool = False
     end: Callable[[], object] = lambda: None
 
@@ -140,9 +144,8 @@ def placed(bench: Bench, network: nn.Module) -> Any:
 
 
 def torch_network(bench: Bench, network: nn.Module, *, compiled: bool = False) -> Call:
-    """Compiled with one graph per shape, as on a server."""
     found = placed(bench, network)
-    called = torch.compile(found, dynamic=False) if compiled else found
+    called = as_compiled(found, bench.device) if compiled else found
     return partial(called, **bench.inputs(found), **in_tuples(found))
 
 
@@ -171,7 +174,10 @@ RUNTIMES: Mapping[str, Runtime] = {
     "eager": Runtime(layer=eager_layer, network=torch_network),
     # the products of a compiled network are those of an eager one; what it fuses lies between them
     "compile": Runtime(
-        layer=eager_layer, network=partial(torch_network, compiled=True), end=torch.compiler.reset
+        layer=eager_layer,
+        network=partial(torch_network, compiled=True),
+        replayed=True,
+        end=torch.compiler.reset,
     ),
     "onnx": Runtime(
         layer=partial(exported_layer, graphs.in_onnx_runtime),

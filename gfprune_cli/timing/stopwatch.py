@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -54,23 +55,43 @@ class Reading:
 
 
 @torch.inference_mode()
-def layer_seconds(call: Call, device: torch.device) -> float:
-    """The fastest of a few bursts: what else the machine does only adds."""
+def layer_seconds(call: Call, device: torch.device, *, replayed: bool = False) -> float:
+    """The fastest of a few bursts: what else the machine does only adds.
+
+    Args:
+        replayed: a burst is one CUDA graph, so that no operator is launched by itself.
+    """
     watch = Stopwatch(device, 1, SECONDS, lambda: None)
 
-    def burst(count: int) -> float:
+    def seconds_of(burst: Call, count: int) -> float:
         start = watch.now()
-        for _ in range(count):
-            call()
+        burst()
         return (watch.now() - start) / count
 
-    burst(1)
-    found = [burst(1)]
+    seconds_of(call, 1)
+    found = [seconds_of(call, 1)]
     count = min(LONGEST, math.ceil(BURST / max(found[0], 1e-7)))
+    burst: Call = partial(repeat, call, count)
+    if replayed:
+        burst = graph_of(burst)
     begin = watch.now()
     while len(found) <= BURSTS and watch.now() - begin < LAYER_SECONDS - found[0]:
-        found.append(burst(count))
+        found.append(seconds_of(burst, count))
     return min(found)
+
+
+def repeat(call: Call, count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def graph_of(call: Call) -> Call:
+    """What a call launches, as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Call = graph.replay
+    return replay
 
 
 def network_seconds(calls: Sequence[Call], device: torch.device, progress: Progress) -> list[list[float]]:

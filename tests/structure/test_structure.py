@@ -763,17 +763,36 @@ def test_shapes_of_the_configuration_are_plain_json() -> None:
 
 
 def test_an_uneven_norm_does_not_break_a_compiled_graph() -> None:
-    """Nor is it compiled anew at the second call."""
-    norm = UnevenGroupNorm([3, 1, 4], 1e-5, torch.randn(8), torch.randn(8)).requires_grad_(False)
+    """It is compiled once, also for another norm of its sizes; those of other sizes get their own graph."""
+    norms = [
+        UnevenGroupNorm(sizes, 1e-5, torch.randn(8), torch.randn(8)).requires_grad_(False)
+        for sizes in ([3, 1, 4], [3, 1, 4], [1, 3, 4])
+    ]
     x = torch.randn(2, 8, 4, 4)
-    graphs: list[object] = []
+    graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: object) -> object:
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(norm, backend=backend, fullgraph=True)  # type: ignore[call-overload]
-    for _ in range(2):
-        assert torch.allclose(compiled(x), norm(x), atol=1e-5)
-    assert len(graphs) == 1
+    def called(norm: UnevenGroupNorm, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = norm(x)
+        return found
+
+    compiled = torch.compile(called, backend=backend, fullgraph=True)  # type: ignore[call-overload]
+    for norm in (*norms, norms[0]):
+        assert torch.allclose(compiled(norm, x), norm(x), atol=1e-5)
+    assert len(graphs) == 2
+    made = [node.target for node in graphs[0].graph.nodes if node.target in (torch.tensor, torch.arange)]
+    assert not made, "a CUDA graph holds no copy from the host"
     torch.compiler.reset()
+
+
+def test_an_uneven_norm_can_be_trained_after_it_was_used_in_inference_mode() -> None:
+    norm = UnevenGroupNorm([3, 1, 4], 1e-5, torch.randn(8), torch.randn(8))
+    x = torch.randn(2, 8, 4, 4)
+    with torch.inference_mode():
+        seen = norm(x)
+    norm(x).square().sum().backward()
+    assert norm.weight.grad is not None
+    assert torch.allclose(seen, norm(x), atol=1e-5)

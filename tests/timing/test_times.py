@@ -1,6 +1,8 @@
 """Time as a cost: tables are exact on their points, and sums of layers are what a search counts with."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ from gfprune_cli.structure.cost import TIME, CostModel
 from gfprune_cli.structure.graph import discover
 from gfprune_cli.structure.ledger import Ledger
 from gfprune_cli.structure.times import Grid, LayerTimes
-from gfprune_cli.timing.kinds import layers_run
+from gfprune_cli.timing import runtimes
+from gfprune_cli.timing.kinds import Kind, layers_run
 from gfprune_cli.timing.measure import fitted, measured_table
-from gfprune_cli.timing.runtimes import Bench
+from gfprune_cli.timing.runtimes import RUNTIMES, Bench
 
 EAGER = Bench("eager", torch.device("cpu"), "fp32", 1, Sizes())
 
@@ -116,6 +119,30 @@ def test_widths_between_blocks_cost_what_the_next_block_costs(monkeypatch: pytes
     narrowed = [width for name, width in kept.items() if width < cost.groups[name].channels >= 64]
     assert narrowed
     assert sum(width % 16 == 0 for width in narrowed) > 0.8 * len(narrowed)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "mode", "replayed"),
+    [
+        ("eager", "cpu", None, False),
+        ("eager", "cuda", None, False),
+        ("compile", "cpu", None, False),
+        ("compile", "cuda", "reduce-overhead", True),
+    ],
+)
+def test_a_compiled_network_is_replayed_as_a_whole_on_cuda_and_its_layers_are_timed_so(
+    runtime: str, device: str, mode: str | None, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    bench = Bench(runtime, torch.device(device), "fp32", 1, Sizes())
+    monkeypatch.setattr(runtimes, "layer_seconds", lambda call, device, **how: seen.update(how) or 1.0)
+    monkeypatch.setattr(runtimes, "placed", lambda bench, network: network.eval())
+    monkeypatch.setattr(torch, "compile", lambda network, **how: seen.update(how) or network)
+    monkeypatch.setitem(RUNTIMES, runtime, replace(RUNTIMES[runtime], layer=lambda *_: lambda: None))
+    bench.layer_seconds(Kind("linear", (4,)), 8, 8)
+    bench.network(UNet2DModel(**NETWORKS["ddpm"]))
+    assert seen["replayed"] is replayed
+    assert seen.get("mode") == mode
 
 
 def test_what_lies_between_layers_is_never_negative() -> None:

@@ -288,6 +288,24 @@ def _autocasts(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+# Compiled graphs hold these as they are: made in the graph, they would be copied from the host at every call,
+# and no CUDA graph may hold such a copy.
+@torch.compiler.assume_constant_result
+def _membership(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[C, G], 1 where the channel belongs to the group."""
+    with torch.inference_mode(False):
+        ends = torch.tensor(list(itertools.accumulate(sizes)), device=device)
+        channel = torch.arange(sum(sizes), device=device).unsqueeze(1)
+        return ((channel < ends) & (channel >= ends - torch.tensor(sizes, device=device))).to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _averaging(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[C, G], the share of each channel in the statistics of its group."""
+    with torch.inference_mode(False):
+        return _membership(sizes, device, dtype) / torch.tensor(sizes, dtype=dtype, device=device)
+
+
 class UnevenGroupNorm(nn.Module):
     """Group norm whose groups differ in size. Statistics are taken in float32 or better.
 
@@ -307,19 +325,13 @@ class UnevenGroupNorm(nn.Module):
 
     def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
-        if torch.compiler.is_compiling():  # a graph has them as constants, and guards nothing
-            return self.made_matrices(device, dtype)
-        if (device, dtype) not in self._matrices:
-            self._matrices[device, dtype] = self.made_matrices(device, dtype)
-        return self._matrices[device, dtype]
-
-    def made_matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`matrices` by operators whose shapes depend on no tensor: others would break a compiled graph."""
-        sizes = torch.tensor(self.group_sizes, device=device)
-        ends = torch.tensor(list(itertools.accumulate(self.group_sizes)), device=device)
-        channel = torch.arange(self.num_channels, device=device).unsqueeze(1)
-        membership = ((channel < ends) & (channel >= ends - sizes)).to(dtype)
-        return membership / sizes, membership
+        sizes = tuple(self.group_sizes)  # read here, so that a graph serves norms of these groups alone
+        if torch.compiler.is_compiling():
+            return _averaging(sizes, device, dtype), _membership(sizes, device, dtype)
+        key = device, dtype
+        if key not in self._matrices:
+            self._matrices[key] = _averaging(sizes, *key), _membership(sizes, *key)
+        return self._matrices[key]
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """[G + 1] the first channel of each group, and their number."""
