@@ -763,10 +763,10 @@ def test_shapes_of_the_configuration_are_plain_json() -> None:
 
 
 def test_an_uneven_norm_does_not_break_a_compiled_graph() -> None:
-    """It is compiled once, also for another norm of its sizes; those of other sizes get their own graph."""
+    """It is compiled once, and one graph serves norms of other sizes: what they are made of it is given."""
     norms = [
         UnevenGroupNorm(sizes, 1e-5, torch.randn(8), torch.randn(8)).requires_grad_(False)
-        for sizes in ([3, 1, 4], [3, 1, 4], [1, 3, 4])
+        for sizes in ([3, 1, 4], [1, 3, 4])
     ]
     x = torch.randn(2, 8, 4, 4)
     graphs: list[torch.fx.GraphModule] = []
@@ -782,7 +782,7 @@ def test_an_uneven_norm_does_not_break_a_compiled_graph() -> None:
     compiled = torch.compile(called, backend=backend, fullgraph=True)  # type: ignore[call-overload]
     for norm in (*norms, norms[0]):
         assert torch.allclose(compiled(norm, x), norm(x), atol=1e-5)
-    assert len(graphs) == 2
+    assert len(graphs) == 1
     made = [node.target for node in graphs[0].graph.nodes if node.target in (torch.tensor, torch.arange)]
     assert not made, "a CUDA graph holds no copy from the host"
     torch.compiler.reset()

@@ -288,24 +288,6 @@ def _autocasts(x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-# Compiled graphs hold these as they are: made in the graph, they would be copied from the host at every call,
-# and no CUDA graph may hold such a copy.
-@torch.compiler.assume_constant_result
-def _membership(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[C, G], 1 where the channel belongs to the group."""
-    with torch.inference_mode(False):
-        ends = torch.tensor(list(itertools.accumulate(sizes)), device=device)
-        channel = torch.arange(sum(sizes), device=device).unsqueeze(1)
-        return ((channel < ends) & (channel >= ends - torch.tensor(sizes, device=device))).to(dtype)
-
-
-@torch.compiler.assume_constant_result
-def _averaging(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[C, G], the share of each channel in the statistics of its group."""
-    with torch.inference_mode(False):
-        return _membership(sizes, device, dtype) / torch.tensor(sizes, dtype=dtype, device=device)
-
-
 class UnevenGroupNorm(nn.Module):
     """Group norm whose groups differ in size. Statistics are taken in float32 or better.
 
@@ -322,16 +304,38 @@ class UnevenGroupNorm(nn.Module):
         self.bias = nn.Parameter(bias)
         self._matrices: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._starts: dict[torch.device, torch.Tensor] = {}
+        self._prepare()
+
+    def _apply(self, *given: Any, **named: Any) -> Any:
+        """What compiled graphs take goes where the weights go."""
+        moved = super()._apply(*given, **named)
+        self._prepare()
+        return moved
+
+    def _prepare(self) -> None:
+        """What is made in a graph is copied from the host at every call, and no CUDA graph may hold that."""
+        self._matrices.clear()
+        if not self.weight.is_meta:
+            self.matrices(self.weight.device, torch.float32)
 
     def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(averaging, membership), [C, G] each; not a buffer, so that meta-device loading cannot miss it."""
-        sizes = tuple(self.group_sizes)  # read here, so that a graph serves norms of these groups alone
-        if torch.compiler.is_compiling():
-            return _averaging(sizes, device, dtype), _membership(sizes, device, dtype)
         key = device, dtype
-        if key not in self._matrices:
-            self._matrices[key] = _averaging(sizes, *key), _membership(sizes, *key)
+        if key in self._matrices:
+            return self._matrices[key]
+        if torch.compiler.is_compiling():
+            return self._made_matrices(device, dtype)
+        with torch.inference_mode(False):  # who is called so first may be trained later
+            self._matrices[key] = self._made_matrices(device, dtype)
         return self._matrices[key]
+
+    def _made_matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`matrices` by operators whose shapes depend on no tensor: others would break a compiled graph."""
+        sizes = torch.tensor(self.group_sizes, device=device)
+        ends = torch.tensor(list(itertools.accumulate(self.group_sizes)), device=device)
+        channel = torch.arange(self.num_channels, device=device).unsqueeze(1)
+        membership = ((channel < ends) & (channel >= ends - sizes)).to(dtype)
+        return membership / sizes, membership
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """[G + 1] the first channel of each group, and their number."""
