@@ -295,7 +295,8 @@ def _read_tensors(
 def _finite(tensor: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     """A copy in the wanted type: tensors that map the file would change, or crash, with it."""
     tensor = tensor.to(dtype, copy=True)
-    if dtype.is_floating_point and not tensor.isfinite().all():
+    # least and most in one pass; NaN is either
+    if dtype.is_floating_point and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise GfpruneError(
             f"tensor {where} is not finite in {dtype}: the checkpoint is damaged, or needs a wider type"
         )

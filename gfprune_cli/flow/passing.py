@@ -145,8 +145,8 @@ def given_weights(model: nn.Module, passing: PassingWeights) -> Iterator[None]:
 
     def pack(tensor: torch.Tensor) -> Any:
         name = alive.get(tensor.untyped_storage().data_ptr())
-        if name is None:
-            return tensor
+        if name is None:  # of an operator's own output only the values: else it would hold itself for ever
+            return tensor.detach()
         return Remake(passing, name, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     with reading_weights(model, passing, alive), torch.autograd.graph.saved_tensors_hooks(pack, remade):

@@ -3,7 +3,9 @@
 pytest tests/flow/test_comparison.py
 """
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -47,6 +49,16 @@ def random_scores(groups: tuple[ChannelGroup, ...], seed: int = 3) -> Masks:
 def rises_of(found: Pair, scores: Mapping[str, torch.Tensor], seed: int = 0, count: int = 16) -> Masks:
     order = {group.name: weakest_first(group, scores[group.name]) for group in found.masked.groups}
     return Curves(found.masked, order, seed).take(*batch_for(found.template, count, 5))
+
+
+def test_a_comparison_holds_nothing_when_it_is_done() -> None:
+    """The way back ends where the first layer is; what lies before kept the weights for the rest of a run."""
+    found = pair("ddpm")
+    rises_of(found, random_scores(found.masked.groups), count=2)
+    masked = weakref.ref(found.masked.weights["conv_in.weight"])
+    del found
+    gc.collect()
+    assert masked() is None
 
 
 # --- the closed form -----------------------------------------------------------------------------
