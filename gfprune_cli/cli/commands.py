@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfprune_cli.cli.environment import importing
 from gfprune_cli.cli.options import with_options
 from gfprune_cli.cli.pages import check_page, write_page
 from gfprune_cli.cli.session import Session
@@ -47,8 +48,9 @@ def run_analyze(**flags: Any) -> None:
     Reads only configuration and safetensors headers, unless --sensitivity is given.
     """
     with asked(AnalyzeRecipe, flags) as (session, recipe, options):
-        from gfprune_cli.cli.tables import analysis_text
-        from gfprune_cli.pruning.analyze import Analyses, analyze
+        with importing():
+            from gfprune_cli.cli.tables import analysis_text
+            from gfprune_cli.pruning.analyze import Analyses, analyze
 
         if options.html is not None:
             check_one(recipe.component)
@@ -100,9 +102,10 @@ def run_prune(**flags: Any) -> None:
     """
     with asked(PruneRecipe, flags, check_launcher) as (session, recipe, options):
         refuse_several(recipe, options)
-        from gfprune_cli.cli.tables import networks_table, prune_table
-        from gfprune_cli.pruning.command import prune
-        from gfprune_cli.pruning.result import PruneResult
+        with importing():
+            from gfprune_cli.cli.tables import networks_table, prune_table
+            from gfprune_cli.pruning.command import prune
+            from gfprune_cli.pruning.result import PruneResult
 
         if options.html is not None:
             check_one(recipe.component)
@@ -135,8 +138,9 @@ def run_finetune(**flags: Any) -> None:
     Prints the path of the result, or one JSON document with --json.
     """
     with asked(FinetuneRecipe, flags, partial(check_launcher, shards=True)) as (session, recipe, options):
-        from gfprune_cli.cli.tables import finetune_table
-        from gfprune_cli.recovery.command import finetune
+        with importing():
+            from gfprune_cli.cli.tables import finetune_table
+            from gfprune_cli.recovery.command import finetune
 
         result = finetune(recipe, options, session.progress)
         session.show(finetune_table(result))
@@ -151,8 +155,9 @@ def run_export(**flags: Any) -> None:
     --tolerance, and nothing was written.
     """
     with asked(ExportRecipe, flags, partial(check_alone, "export")) as (session, recipe, options):
-        from gfprune_cli.cli.tables import export_table
-        from gfprune_cli.deploy.command import export
+        with importing():
+            from gfprune_cli.cli.tables import export_table
+            from gfprune_cli.deploy.command import export
 
         result = export(recipe, options, session.progress)
         session.show(export_table(result))
@@ -166,7 +171,8 @@ def run_eval(**flags: Any) -> None:
     Prints a Markdown report, or one JSON document with --json. Exits with 3 if a gate is missed.
     """
     with asked(EvalRecipe, flags, check_launcher) as (session, recipe, options):
-        from gfprune_cli.evaluation.command import continues, evaluate
+        with importing():
+            from gfprune_cli.evaluation.command import continues, evaluate
 
         check_pages(options, own=options.resume and continues(recipe, options))
         result = evaluate(recipe, options, session.progress, publisher(session, options))
@@ -220,8 +226,9 @@ def run_carry(**flags: Any) -> None:
     Prints the path of the result, or one JSON document with --json.
     """
     with asked(CarryRecipe, flags) as (session, recipe, options):
-        from gfprune_cli.carrying.command import carry
-        from gfprune_cli.cli.tables import carry_table
+        with importing():
+            from gfprune_cli.carrying.command import carry
+            from gfprune_cli.cli.tables import carry_table
 
         result = carry(recipe, options, session.progress)
         session.show(carry_table(result))

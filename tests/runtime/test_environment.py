@@ -1,5 +1,6 @@
 """The process around a command: what else is printed, interpreters and packages that do not fit."""
 
+import gc
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from conftest import Gfprune
 
 from gfprune_cli.checkpoint.files import first_line, shortened
-from gfprune_cli.cli.environment import broken_import
+from gfprune_cli.cli.environment import broken_import, importing
 from gfprune_cli.cli.session import one_line
 
 SPEAKING = """
@@ -109,3 +110,20 @@ def test_a_long_message_is_cut_between_words() -> None:
     assert shortened("short") == "short"
     assert shortened("y" * 300) == f"{'y' * 200} ..."
     assert first_line(ValueError("a\nb")) == "ValueError: a"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_imports_are_looked_through_no_more_and_what_comes_later_is(enabled: bool) -> None:
+    before, frozen = gc.isenabled(), gc.get_freeze_count()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with importing():
+            held: list[object] = [[]]
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+        assert gc.get_freeze_count() > frozen
+        assert held
+    finally:
+        gc.unfreeze()
+        gc.freeze()
+        (gc.enable if before else gc.disable)()
