@@ -125,7 +125,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def imports_are_looked_through_no_more() -> None:
     """Half a million objects of diffusers and torch, at every collection: a seventh of what a prune takes."""
     import diffusers  # noqa: F401

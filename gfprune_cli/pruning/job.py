@@ -42,7 +42,7 @@ from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.recover import channels_last
 from gfprune_cli.runtime.device import default_precision, is_elsewhere, offload
 from gfprune_cli.runtime.half import half_name, kept_in
-from gfprune_cli.runtime.memory import available
+from gfprune_cli.runtime.memory import available, keep_nothing_back
 from gfprune_cli.runtime.processes import Processes
 
 REPORT_SHARE = 4  # one image in so many is kept for the reported losses
@@ -172,6 +172,8 @@ class PruneJob:
             half = half_name(stored_dtype(self.plan.component))
             self.memory = replace(empty.of(forms(offload=True, stored=stored)), half=half)
         self.memory.check()
+        if self.device.type == "cpu" and self.memory is not here:  # what is let go is wanted again
+            keep_nothing_back()
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:
         """The dense network, draws for scoring and training, and draws for the reported losses."""

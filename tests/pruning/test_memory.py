@@ -1,6 +1,9 @@
 """What a run will need is known before it starts."""
 
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +246,8 @@ def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
     """A loss as low; record and notice say so; a run that stopped goes on so, whatever is free by then."""
     DDPMPipeline.from_pretrained(smallest_folder, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
     fits, written, records, said = MemoryPlan.fits, {}, {}, []
+    freely: dict[str, int] = {}
+    monkeypatch.setattr(job, "keep_nothing_back", lambda: freely.update({name: 1}))
     settings: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
 
     def short(plan: MemoryPlan, phases: list[Phase]) -> bool:
@@ -262,12 +267,43 @@ def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
         written[name] = gfprune_cli.load(out).state_dict()
         records[name] = json.loads((out / "gfprune.json").read_text())
     assert [len(texts) for texts in said] == [0, 1, 0]
+    assert freely.keys() == {"little", "stopped"}
     assert records["little"]["resolved"]["short_of_memory"]["weights"] == {"kept_in": "bfloat16"}
     assert any(refit["layers"] for refit in records["little"]["refit"]["iterations"])
     assert records["little"]["kept"] == records["stopped"]["kept"]
     loss = {name: record["loss"]["removed"] for name, record in records.items()}
     assert loss["little"] == pytest.approx(loss["plenty"], rel=0.02)
     torch.testing.assert_close(written["stopped"], written["little"], rtol=1e-2, atol=1e-4)
+
+
+KEPT = """
+import sys, torch
+from gfprune_cli.runtime.memory import keep_nothing_back
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+if "freely" in sys.argv:
+    keep_nothing_back()
+torch.ones(30 << 18)  # 30 MiB that went: from here on glibc takes smaller ones from what it keeps
+before = held()
+found = [torch.ones(size << 8) for _ in range(20) for size in (6 << 10, 64)]
+small = found[1::2]
+del found
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+def test_what_is_let_go_goes_back_to_the_system() -> None:
+    """120 MiB in large tensors, small ones between them."""
+    mib = {}
+    for name in ("freely", "as usual"):
+        done = subprocess.run([sys.executable, "-c", KEPT, name], capture_output=True, text=True, check=True)
+        mib[name] = float(done.stdout)
+    assert mib["freely"] < 12
+    assert mib["as usual"] > 60, "else this tests nothing"
 
 
 def test_folding_alone_checks_removal_in_what_memory_there_is() -> None:
