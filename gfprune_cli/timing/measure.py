@@ -63,8 +63,10 @@ def time_table(network: nn.Module, cost: CostModel, bench: Bench, progress: Prog
 
     Raises:
         UsageError: the runtime is not here.
+        GfpruneError: there is no room for it.
     """
     RUNTIMES[bench.runtime].require(bench)
+    RUNTIMES[bench.runtime].require_room(bench, network)
     key = {
         "where": where(bench),
         "network": network_digest(network),

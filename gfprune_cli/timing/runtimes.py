@@ -18,14 +18,19 @@ from gfprune_cli.deploy.format import require_packages
 from gfprune_cli.deploy.network import Denoiser, trace
 from gfprune_cli.deploy.parity import Runner
 from gfprune_cli.deploy.signature import Signature, signature_of
-from gfprune_cli.errors import UsageError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.inputs.signature import in_tuples
+from gfprune_cli.outputs.durable import check_space
 from gfprune_cli.runtime.device import HALF, Precision, as_compiled
+from gfprune_cli.runtime.memory import available, parameter_count
 from gfprune_cli.timing import graphs
 from gfprune_cli.timing.kinds import ATTENTION, Kind
 from gfprune_cli.timing.stopwatch import Call, layer_seconds
 
+FLOAT, GIB = 4, 1 << 30
+# measured at 38 M and 860 M parameters in ONNX Runtime: 4.3 copies, one of them of the run
+EXPORTED: dict[str, Any] = dict(cpu_only=True, copies=3.3, files=1.0)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -92,6 +97,8 @@ class Runtime:
         network: (bench, network) -> a call of the whole.
         packages: that it needs beside gfprune.
         replayed: on CUDA it replays what it launched once.
+        copies: of the dense network's weights, in float32, that it holds at most.
+        files: of these, on a disk.
         cpu_only: it is timed on the CPU in float32.
         end: gives back what it keeps.
     """
@@ -100,6 +107,8 @@ class Runtime:
     network: Callable[[Bench, nn.Module], Call]
     packages: tuple[str, ...] = ()
     replayed: bool = False
+    copies: float = 2.0
+    files: float = 0.0
     cpu_only: bool = False
     end: Callable[[], object] = lambda: None
 
@@ -115,6 +124,23 @@ class Runtime:
                 f"--runtime {bench.runtime} is timed on the CPU in fp32: add --device cpu --precision fp32, "
                 "or time it where it serves with gfprune analyze --times-out"
             )
+
+    def require_room(self, bench: Bench, network: nn.Module) -> None:
+        """Refuse networks that are too large to be timed here, beside the weights of the run.
+
+        Raises:
+            GfpruneError: with what is needed, and what there is.
+        """
+        weights = FLOAT * parameter_count(network)
+        need, free = (self.copies + 1) * weights, available(bench.device)
+        if need > free:
+            raise GfpruneError(
+                f"timing networks of this size in {bench.runtime} needs about {need / GIB:.1f} GiB on"
+                f" {bench.device.type}, and {free / GIB:.1f} GiB are free: measure the times on a larger"
+                " machine with gfprune analyze --times-out, and give them with --times"
+            )
+        if self.files:
+            check_space(Path(tempfile.gettempdir()) / "network", int(self.files * weights))
 
 
 def eager_layer(bench: Bench, kind: Kind, out: int, into: int) -> Call:
@@ -183,12 +209,12 @@ RUNTIMES: Mapping[str, Runtime] = {
         layer=partial(exported_layer, graphs.in_onnx_runtime),
         network=partial(exported_network, onnx.run_onnx),
         packages=onnx.PACKAGES,
-        cpu_only=True,
+        **EXPORTED,
     ),
     "openvino": Runtime(
         layer=partial(exported_layer, graphs.in_openvino),
         network=partial(exported_network, openvino.run_openvino),
         packages=openvino.FORMAT.packages,
-        cpu_only=True,
+        **EXPORTED,
     ),
 }

@@ -1,7 +1,9 @@
 """Time as a cost: tables are exact on their points, and sums of layers are what a search counts with."""
 
 import random
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from clocks import Machine
 from diffusers import UNet2DModel
 from networks import NETWORKS
 
-from gfprune_cli.errors import UsageError
+from gfprune_cli.errors import GfpruneError, UsageError
 from gfprune_cli.families.family import Sizes
 from gfprune_cli.progress import silent
 from gfprune_cli.structure.blocks import block_groups
@@ -22,7 +24,7 @@ from gfprune_cli.structure.ledger import Ledger
 from gfprune_cli.structure.times import Grid, LayerTimes
 from gfprune_cli.timing import runtimes
 from gfprune_cli.timing.kinds import Kind, layers_run
-from gfprune_cli.timing.measure import fitted, measured_table
+from gfprune_cli.timing.measure import fitted, measured_table, time_table
 from gfprune_cli.timing.runtimes import RUNTIMES, Bench
 
 EAGER = Bench("eager", torch.device("cpu"), "fp32", 1, Sizes())
@@ -143,6 +145,27 @@ def test_a_compiled_network_is_replayed_as_a_whole_on_cuda_and_its_layers_are_ti
     bench.network(UNet2DModel(**NETWORKS["ddpm"]))
     assert seen["replayed"] is replayed
     assert seen.get("mode") == mode
+
+
+@pytest.mark.parametrize(("runtime", "copies"), [("eager", 3), ("onnx", 4.3)])
+def test_networks_that_there_is_no_room_to_time_are_refused_before_anything_is_built(
+    runtime: str, copies: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = UNet2DModel(**NETWORKS["ddpm"])
+    bench = Bench(runtime, torch.device("cpu"), "fp32", 1, Sizes())
+    need = copies * 4 * sum(parameter.numel() for parameter in network.parameters())
+    monkeypatch.setattr(runtimes, "available", lambda device: need + 1)
+    RUNTIMES[runtime].require_room(bench, network)
+    monkeypatch.setattr(runtimes, "available", lambda device: need - 1)
+    with pytest.raises(GfpruneError, match="are free: measure the times on a larger machine"):
+        time_table(network, CostModel(network, *discover(network)), bench, silent)
+
+
+def test_graphs_need_room_for_files_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, full = replace(EAGER, runtime="onnx"), SimpleNamespace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(GfpruneError, match="space"):
+        RUNTIMES["onnx"].require_room(bench, UNet2DModel(**NETWORKS["ddpm"]))
 
 
 def test_what_lies_between_layers_is_never_negative() -> None:
