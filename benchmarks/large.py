@@ -6,8 +6,9 @@
     python benchmarks/large.py --networks sdxl --device cuda    # large-cuda.md: on a card, and finetune
 
 Writes `large.md` into docs/benchmarks: what the memory plan asks for on real networks, and what runs took;
-parts add up, in --work. Of the latter weights are random, architectures real, samples small, since what is
-asked is how memory follows the weights. Every run is told how much is free, and takes pieces that fit in it.
+parts add up, in a file beside it. Of the latter weights are random, architectures real, samples small, since
+what is asked is how memory follows the weights. Every run is told how much is free, and takes pieces that
+fit in it.
 """
 
 import argparse
@@ -265,13 +266,12 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="of what is kept of runs")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     made_at = commit()
-    options.work.mkdir(parents=True, exist_ok=True)
-    kept = options.work / f"large-{options.device}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / f"large-{options.device}.json"
     rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as root:

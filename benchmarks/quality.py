@@ -12,8 +12,9 @@ finetuned: by `gfprune finetune` with its defaults. gfprune runs `gfprune prune 
 finetuning.
 
 Writes quality.md and its plots to docs/benchmarks/, the quick form to quick/ in it, about what has been run
-so far: parts add up. Runs that are done are kept in --work and not repeated. FILE.npz holds `x` and
-`held_out`, uint8 [N, H, W, C], as FOLDER's network takes them; that page goes to --work.
+so far: parts add up. Runs that are done are kept beside the page and not repeated, networks in --work.
+FILE.npz holds `x` and `held_out`, uint8 [N, H, W, C], as FOLDER's network takes them; the page about it goes
+to --work.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class Grid:
         places: the subjects, by name.
         wanted: which cells to run.
         made_at: the commit that entries name.
+        results: the file that keeps what runs found.
     """
 
     form: Form
@@ -52,12 +54,13 @@ class Grid:
     work: Path
     wanted: Filter
     made_at: str
+    results: Path
     jobs: int
     device: str = "cpu"
     store: Store = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store = Store(self.work / "results.jsonl", self.form, {})
+        self.store = Store(self.results, self.form, {})
 
     def cells(self) -> list[Cell]:
         """Wanted cells of the subjects that are there, the dense networks first, then the shortest runs."""
@@ -173,7 +176,9 @@ def main() -> None:
     try:
         chosen = {name: places[name] for name in subjects}
         wanted = chosen_by(options)
-        grid = Grid(form, chosen, work, wanted, made_at, options.jobs, options.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = folder / "quality.jsonl"
+        grid = Grid(form, chosen, work, wanted, made_at, results, options.jobs, options.device)
         if not options.page_only:
             if options.subject:
                 places[name].open()

@@ -4,10 +4,10 @@
     python benchmarks/speedup.py --networks demo random   # 10 minutes
     python benchmarks/speedup.py --device cuda --precision bf16 --runtimes eager --batches 64 1
 
-Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card; parts add up, in --work. Networks are
-pruned in one shot, without refit and recovery, since time does not depend on weights. What the run measured
-itself stands beside a second measurement, made when all is written, of the checkpoint as it is on disk, in
-turns with the dense one.
+Writes `speedup.md` into docs/benchmarks, `speedup-cuda.md` on a card; parts add up, in a file beside it.
+Networks are pruned in one shot, without refit and recovery, since time does not depend on weights. What the
+run measured itself stands beside a second measurement, made when all is written, of the checkpoint as it is
+on disk, in turns with the dense one.
 """
 
 import argparse
@@ -186,16 +186,14 @@ def main(given: Sequence[str] | None = None) -> Path:
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and ONNX Runtime")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmark"), help="of what is kept of runs")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     made = f"{commit()} on {device_name(torch.device(options.device))}"
-    for folder in (options.out, options.work):
-        folder.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     place = {"device": options.device, "seed": options.seed}
     place |= {"precision": options.precision} if options.precision else {}
-    kept = options.work / f"speedup-{options.device}.json"
+    kept = options.out / f"speedup-{options.device}.json"
     rows = read_rows(kept)
     sizes = SIZES[options.device]
     with tempfile.TemporaryDirectory() as folder:

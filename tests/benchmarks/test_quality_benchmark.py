@@ -399,7 +399,10 @@ def test_a_grid_runs_to_a_page_and_a_second_time_from_what_is_kept(
     form = replace(TOY, lengths=(240, 480), seeds=(1, 1), once=(), prune={"draws": 4})
 
     def made() -> grid.Found:
-        run = quality.Grid(form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 240, "abc", 1)
+        results = tmp_path / "results.jsonl"
+        run = quality.Grid(
+            form, {"toy": place}, tmp_path, lambda cell: cell.gradients == 240, "abc", results, 1
+        )
         run.run()
         return grid.collect(form, ["toy"], run.store)
 

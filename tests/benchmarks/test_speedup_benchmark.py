@@ -42,7 +42,7 @@ def test_parts_add_up_on_the_page(
 
     monkeypatch.setattr(speedup, "asked_rows", asked_rows)
     monkeypatch.setattr(speedup, "network_folder", lambda name, *_: name)
-    where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    where = ["--out", str(tmp_path)]
     speedup.main([*where, "--networks", "demo", "--speedups", "1.5"])
     monkeypatch.setattr(speedup, "commit", lambda: "later")
     written = speedup.main(
