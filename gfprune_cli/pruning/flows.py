@@ -35,6 +35,7 @@ from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.phases import COMPARING, REFITTING, SCORING
 from gfprune_cli.pruning.plan import Plan, uniform_scores
 from gfprune_cli.recipes.prune import PruneRecipe
+from gfprune_cli.runtime.memory import give_back
 from gfprune_cli.structure.budget import OutOfTime
 from gfprune_cli.structure.removal import skeleton
 from gfprune_cli.timing.budget import Scores, TimeBudget
@@ -99,6 +100,7 @@ class Flow:
         """Forget the masked network; what was narrowed from it keeps what it needs."""
         self.__dict__.pop("masked", None)
         gc.collect()  # a network and what is hooked to it hold each other
+        give_back()
 
     def gone(self) -> Masks:
         """Group name -> bool [units] that have left."""
