@@ -69,16 +69,24 @@ def keep_nothing_back() -> None:
     glibc raises its threshold to 32 MiB by itself, and keeps most of what is smaller: a run on the CPU held
     up to twice what its tensors took.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have their own ways
+    mallopt = of_c_library("mallopt")
+    if mallopt is not None:
         mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:
     """Give what this process has let go to the system: of small tensors glibc keeps the room."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def of_c_library(name: str) -> Any:
+    """A function of the C library; None where there is none of that name: these are glibc's."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except TypeError:  # there is no C library to ask: Windows
+        return None
 
 
 def limit_of_group() -> int:

@@ -278,7 +278,7 @@ def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
 
 KEPT = """
 import sys, torch
-from gfprune_cli.runtime.memory import keep_nothing_back
+from gfprune_cli.runtime.memory import give_back, keep_nothing_back
 
 def held():
     with open("/proc/self/status") as file:
@@ -288,22 +288,28 @@ if "freely" in sys.argv:
     keep_nothing_back()
 torch.ones(30 << 18)  # 30 MiB that went: from here on glibc takes smaller ones from what it keeps
 before = held()
-found = [torch.ones(size << 8) for _ in range(20) for size in (6 << 10, 64)]
+large = int(sys.argv[2])  # KiB
+found = [torch.ones(size << 8) for _ in range((120 << 10) // large) for size in (large, 64)]
 small = found[1::2]
 del found
+if "trimmed" in sys.argv:
+    give_back()
 print(held() - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
 def test_what_is_let_go_goes_back_to_the_system() -> None:
-    """120 MiB in large tensors, small ones between them."""
+    """120 MiB in tensors of 6 MiB, or of 1 MiB, smaller ones between them."""
     mib = {}
-    for name in ("freely", "as usual"):
-        done = subprocess.run([sys.executable, "-c", KEPT, name], capture_output=True, text=True, check=True)
-        mib[name] = float(done.stdout)
-    assert mib["freely"] < 12
-    assert mib["as usual"] > 60, "else this tests nothing"
+    for case in (("freely", "6144"), ("as usual", "6144"), ("trimmed", "1024"), ("as usual", "1024")):
+        done = subprocess.run([sys.executable, "-c", KEPT, *case], capture_output=True, text=True, check=True)
+        mib[case] = float(done.stdout)
+    for (name, _), kept in mib.items():
+        if name == "as usual":
+            assert kept > 60, "else this tests nothing"
+        else:
+            assert kept < 20
 
 
 def test_folding_alone_checks_removal_in_what_memory_there_is() -> None:
