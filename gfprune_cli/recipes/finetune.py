@@ -11,7 +11,7 @@ from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile
 RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 3e-3, 1e-2
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
-FEATURE_STEPS = 400  # within which it decays to 0: it helps at the start, and costs loss in long runs
+FEATURE_SAMPLES = 3200  # within which it decays to 0: it helps at the start, and costs loss in long runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class FinetuneRecipe(Recipe):
         int | None, Ge(2), Le(10**7), Help("Images to draw (default: 512), or to take from --data (all).")
     ] = None
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn image.")] = 20
-    steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 1000
-    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 8
+    steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 2000
+    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 4
     micro_batch: Annotated[
         int | None, Ge(1), Le(65536), Help("Samples per pass and process; gradients add up (default: all).")
     ] = None
@@ -75,7 +75,7 @@ class FinetuneRecipe(Recipe):
         float | None,
         Ge(0),
         Help(
-            "Weight of feature distillation on the kept channels, in the first 400 steps (default: 0.3;"
+            "Weight of feature distillation on the kept channels, in the first 3200 samples (default: 0.3;"
             " 0 with --lora, --checkpointing or --distill 0)."
         ),
     ] = None
@@ -126,3 +126,8 @@ class FinetuneRecipe(Recipe):
         """The weight of features: the one given; or 0.3 in runs that are taught, and not short of memory."""
         without = self.checkpointing or self.lora is not None or self.by_block or not self.distill
         return self.features if self.features is not None else (0.0 if without else FEATURES)
+
+    @property
+    def feature_steps(self) -> int:
+        """Within which the weight of features decays to 0: no more than the run has."""
+        return min(self.steps, max(1, FEATURE_SAMPLES // self.batch))

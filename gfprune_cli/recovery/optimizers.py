@@ -31,9 +31,12 @@ FusedAdamW = partial(torch.optim.AdamW, fused=True)  # one pass over memory: the
 
 
 def make_optimizer(
-    name: OptimizerName, network: nn.Module, *, lr: float, weight_decay: float
+    name: OptimizerName, network: nn.Module, *, lr: float, weight_decay: float, batch: int = 8
 ) -> torch.optim.Optimizer:
     """The optimiser of a recipe, over all parameters of a network that want gradients.
+
+    Args:
+        batch: samples of a step.
 
     Raises:
         UsageError: its library is not installed.
@@ -47,8 +50,11 @@ def make_optimizer(
         return FusedAdamW(training.values(), lr=lr, weight_decay=weight_decay)
     groups = [{"params": list(matrices.values())}]
     groups.append({"params": [parameter for key, parameter in training.items() if key not in matrices]})
-    kind = SoapWithAdamW if name == "soap" else MuonWithAdamW
-    return kind(groups, lr=lr, weight_decay=weight_decay)
+    if name == "muon":
+        return MuonWithAdamW(groups, lr=lr, weight_decay=weight_decay)
+    made = SoapWithAdamW(groups, lr=lr, weight_decay=weight_decay)
+    made.every = soap.basis_steps(batch)
+    return made
 
 
 def eight_bit_optimizers() -> Any:
@@ -144,6 +150,7 @@ class SoapWithAdamW(MuonWithAdamW):
     """
 
     share, share_of_others = MUON_RATE / SOAP_RATE, RATE / SOAP_RATE
+    every = soap.BASIS_STEPS  # steps from one iteration of the bases to the next
     steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -159,7 +166,8 @@ class SoapWithAdamW(MuonWithAdamW):
                 state |= soap.empty_state(view)
             state["step"] = torch.tensor(float(self.steps))
             gradient = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
-            soap.precondition(view, gradient, state, self.steps, lr=group["lr"], decay=group["weight_decay"])
+            rates = {"lr": group["lr"], "decay": group["weight_decay"]}
+            soap.precondition(view, gradient, state, self.steps, every=self.every, **rates)
 
 
 class OfMatrices(torch.optim.Optimizer):

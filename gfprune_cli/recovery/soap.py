@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbases of Shampoo's preconditioners (arXiv 2409.11321, algorithm 3).
 
 Of the gradients G [m, n] of a matrix the means of G G^T and G^T G are kept, and a basis Q of each, which
-comes closer to the eigenvectors by a step of orthogonal iteration, Q <- qr(L Q), once in `BASIS_STEPS`. A
+comes closer to the eigenvectors by a step of orthogonal iteration, Q <- qr(L Q), once in `basis_steps`. A
 hundredth of the mean eigenvalue is added to L: where it has no rank, and any basis would do, Q stays, and
 what rounding makes of a gradient does not grow.
 
@@ -14,12 +14,17 @@ from typing import Any
 import torch
 
 LONGEST = 1024  # an orthogonal iteration takes as many operations as the third power of it
-BASIS_STEPS = 5
+BASIS_STEPS, BASIS_SAMPLES = 5, 40  # between two iterations, at least
 FIRST_STEPS = 3  # each of which moves the bases, which begin as none
 MOMENTUM, POWER, PRODUCTS = 0.9, 0.95, 0.9  # decays of the means of gradients, of their squares, of L
 DAMPING = 1e-2
 FLOOR = 1e-2  # of a gradient's root mean square: what is smaller is rounding, and moves nothing
 TINY = 1e-20
+
+
+def basis_steps(batch: int) -> int:
+    """Steps from one iteration of the bases to the next: of small batches more, as it is dear beside them."""
+    return max(BASIS_STEPS, BASIS_SAMPLES // batch)
 
 
 def fits(matrix: torch.Tensor) -> bool:
@@ -43,7 +48,14 @@ def numbers_kept(matrix: torch.Tensor) -> int:
 
 
 def precondition(
-    matrix: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], step: int, *, lr: float, decay: float
+    matrix: torch.Tensor,
+    gradient: torch.Tensor,
+    state: dict[str, Any],
+    step: int,
+    *,
+    lr: float,
+    decay: float,
+    every: int = BASIS_STEPS,
 ) -> None:
     """One step, in place.
 
@@ -51,8 +63,9 @@ def precondition(
         state: as `empty_state` made it.
         step: from 1 on.
         lr, decay: rate, and decoupled weight decay.
+        every: steps from one iteration of the bases to the next.
     """
-    due = step <= FIRST_STEPS or step % BASIS_STEPS == 0
+    due = step <= FIRST_STEPS or step % every == 0
     for side, products in (("left", gradient @ gradient.T), ("right", gradient.T @ gradient)):
         state[side].lerp_(products, 1 - PRODUCTS)
         if due:

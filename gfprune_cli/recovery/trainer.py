@@ -15,7 +15,7 @@ from gfprune_cli.diffusion.finite import lost_at
 from gfprune_cli.diffusion.levels import RANGES, LevelDensity
 from gfprune_cli.errors import GfpruneError
 from gfprune_cli.outputs.state import by_family
-from gfprune_cli.recipes.finetune import FEATURE_STEPS, FinetuneRecipe
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
 from gfprune_cli.recovery.pieces import first_not_finite
@@ -80,7 +80,11 @@ class Trainer:
         self.recipe = recipe = self.recipe.settled(count, sharded=self.processes.sharded)
         assert recipe.optimizer is not None
         self.optimizer = make_optimizer(
-            recipe.optimizer, self.network, lr=self.peak_rate, weight_decay=recipe.weight_decay
+            recipe.optimizer,
+            self.network,
+            lr=self.peak_rate,
+            weight_decay=recipe.weight_decay,
+            batch=recipe.batch,
         )
         # its decay is min(decay, (1 + s) / (10 + s)) at step s
         average = recipe.ema > 0
@@ -169,7 +173,7 @@ class Trainer:
         recipe, of = self.recipe, self.recipe.batch
         batch = self.batch(step, first, count)
         probe = self.draws.directions("probe", step, count, first=first) if recipe.jacobian else None
-        terms = self.loss.terms(batch, probe, min(1.0, step / min(recipe.steps, FEATURE_STEPS)))
+        terms = self.loss.terms(batch, probe, min(1.0, step / recipe.feature_steps))
         seen = {}
         if self.density is not None and batch.weight is not None:
             outputs = [

@@ -3,6 +3,7 @@
 pytest tests/checkpoint/test_fused_norm.py
 """
 
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_it_computes_what_the_operators_do() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", COMPARE],
-        env={"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
