@@ -94,6 +94,8 @@ class Networks:
                 narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
                 take_losses(flow, outcome, narrow)
             if number == last:
+                if job.folding is not None and job.steps:
+                    dense = flow.dense = nn.Module()  # what teaches is read anew, as it was given
                 flow.let_go()  # recovery needs the memory of the masked network
             elif not recovery.begun():
                 flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()

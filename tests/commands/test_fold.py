@@ -2,6 +2,7 @@
 
 import json
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import gfprune_cli
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import FactoredLinear
 from gfprune_cli.errors import Interrupted, UsageError
 from gfprune_cli.progress import Event
+from gfprune_cli.pruning import job
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,28 @@ def test_a_budget_that_folding_meets_alone_takes_no_channel(pipeline_folder: Pat
     )  # fmt: skip
     assert result.sparsity["params"] > 0.02
     assert result.params["after"] == result.fold["params"]["after"]
+
+
+def test_the_folded_network_is_gone_when_recovery_reads_what_teaches(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the narrow network there is then one dense one, the teacher, as memory was planned."""
+    fold, load, folded, alive = job.PruneJob.fold, job.PruneJob.load, [], []
+
+    def seen(*given: Any) -> Any:
+        folded.append(weakref.ref(found := fold(*given)))
+        return found
+
+    def counted(run: Any) -> Any:
+        alive.extend(one() is not None for one in folded)
+        return load(run)
+
+    monkeypatch.setattr(job.PruneJob, "fold", seen)
+    monkeypatch.setattr(job.PruneJob, "load", counted)
+    settings: dict[str, Any] = dict(sparsity=0.3, budget="params", fold=0.05, **QUICK | {"iterations": 1})
+    result = gfprune_cli.prune(str(pipeline_folder), out=tmp_path / "out", **settings)
+    assert result.fold
+    assert alive == [False]
 
 
 @pytest.mark.slow
