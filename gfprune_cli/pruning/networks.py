@@ -86,18 +86,20 @@ class Networks:
         flow = Flow(job, dense, draws, held_out, several=last > 0 or job.recipe.keep_loss is not None)
         for number in range(first, last + 1):
             recovery = RecoveryState(self.states[number])
-            if recovery.begun():
+            begun = recovery.begun()
+            if begun:
                 outcome = recovery.outcome()
                 narrow = self.narrow(dense, outcome.kept)
             else:
                 outcome = self.outcome(flow, number, before)
                 narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
-                take_losses(flow, outcome, narrow)
             if number == last:
                 if job.folding is not None and job.steps:
                     dense = flow.dense = nn.Module()  # what teaches is read anew, as it was given
-                flow.let_go()  # recovery needs the memory of the masked network
-            elif not recovery.begun():
+                flow.let_go()  # what follows needs the memory of the masked network
+            if not begun:
+                take_losses(flow, outcome, narrow)
+            if number < last and not begun:
                 flow.loop(job.recipe.targets[number + 1], self.states[number + 1]).save()
             if not done[number]:
                 model, picture = self.finished(narrow, dense, draws, held_out, recovery.of(outcome))

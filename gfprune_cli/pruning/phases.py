@@ -72,7 +72,8 @@ def phases_of(
     masked = stored * (dense + spare + 1)  # those that change; behind masks they are made layer by layer
     made = MADE * FLOAT * max((inputs * outputs for _, inputs, outputs in one.layers), default=0)
     made *= stored < 1  # else a layer that has no mask is not made at all, and none is made twice
-    phases: list[Forms] = [[Phase(LOSSES, masked, FLOAT * one.forward, CHUNK, rest=lambda _: made)]]
+    beside = stored * several * (1 - recipe.targets[0])  # what is narrowed while the flow is to go on
+    phases: list[Forms] = [[Phase(LOSSES, masked + beside, FLOAT * one.forward, CHUNK, rest=lambda _: made)]]
     if folds:
         rest = folding(one, made)
         phases.append([Phase(FOLDING, stored, FLOAT * one.forward, OUTPUT_CHUNK, rest=lambda _: rest)])

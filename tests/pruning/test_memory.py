@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from gfprune_cli.errors import GfpruneError, Interrupted
 from gfprune_cli.flow.energy import gradient
 from gfprune_cli.inputs.examples import example_inputs
 from gfprune_cli.progress import Event
-from gfprune_cli.pruning import job
+from gfprune_cli.pruning import job, networks
 from gfprune_cli.pruning.fold import CHOOSE, FIT
 from gfprune_cli.pruning.memory import FLOAT, GIB, Kept, MemoryPlan, Pass, Phase, measured_pass, one_pass
 from gfprune_cli.pruning.phases import (
@@ -274,6 +275,26 @@ def test_weights_of_a_checkpoint_in_half_stay_so_where_memory_is_short(
     loss = {name: record["loss"]["removed"] for name, record in records.items()}
     assert loss["little"] == pytest.approx(loss["plenty"], rel=0.02)
     torch.testing.assert_close(written["stopped"], written["little"], rtol=1e-2, atol=1e-4)
+
+
+def test_the_masked_network_is_gone_when_the_narrow_one_is_measured(
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, take_losses, masked, alive = networks.Networks.narrow, networks.take_losses, [], []
+
+    def narrowed(made: Any, model: Any, kept: Any) -> Any:
+        masked.append(weakref.ref(model))
+        return narrow(made, model, kept)
+
+    def measured(*given: Any) -> None:
+        alive.append(masked[-1]() is not None)
+        take_losses(*given)
+
+    monkeypatch.setattr(networks.Networks, "narrow", narrowed)
+    monkeypatch.setattr(networks, "take_losses", measured)
+    brief: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
+    gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **brief)
+    assert alive == [False]
 
 
 KEPT = """
