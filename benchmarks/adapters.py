@@ -48,7 +48,7 @@ def compared(place: Place, work: Path, steps: int, rank: int) -> dict[str, float
         text = flags(settings)
 
         def measured(settings: dict[str, Any] = settings) -> float:
-            how: dict[str, Any] = dict(steps=steps, batch=8, force=True, save_every=0, sample_every=0)
+            how: dict[str, Any] = dict(steps=steps, force=True, save_every=0, sample_every=0)
             gfprune.finetune(pruned, out=work / "out", **how, **data, **settings)
             return losses(target, gfprune.load(work / "out"))[0]
 

@@ -19,7 +19,6 @@ from subjects import Place
 from yardstick import Yardstick
 
 import gfprune_cli as gfprune
-from gfprune_cli.recipes.prune import RECOVERY_BATCH
 
 SAMPLES, SAMPLE_STEPS = 128, 20
 SETTINGS: list[dict[str, Any]] = [
@@ -44,7 +43,7 @@ def measure(place: Place, steps: list[int], seed: int) -> list[list[dict[str, An
         gfprune.prune(target.model, sparsity=0.75, recover=0, out=pruned, **data)
 
         def tuned(count: int, settings: dict[str, Any]) -> dict[str, Any]:
-            brief = dict(batch=RECOVERY_BATCH, save_every=0, sample_every=0)
+            brief = dict(save_every=0, sample_every=0)
             done = gfprune.finetune(pruned, out=out, steps=count, **brief, **data, **settings)
             return {**yardstick.measure(gfprune.load(out)), "seconds": done.seconds}
 

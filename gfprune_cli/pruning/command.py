@@ -18,8 +18,9 @@ from gfprune_cli.pruning.job import PruneJob
 from gfprune_cli.pruning.plan import make_plan
 from gfprune_cli.pruning.result import PruneResult, PruneResults
 from gfprune_cli.pruning.writing import finished_run, make_networks, planned, result_of
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recipes.options import ALL
-from gfprune_cli.recipes.prune import RECOVERY_BATCH, PruneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recipes.run_options import RunOptions
 from gfprune_cli.runtime.device import choose_device
 from gfprune_cli.runtime.launch import check_alone, unused_settings
@@ -116,9 +117,9 @@ def started(recipe: PruneRecipe, options: RunOptions) -> Processes:
         UsageError: they are more than can share a step of its recovery.
     """
     processes = Processes.start(options.device)
-    if recipe.recover and processes.count > RECOVERY_BATCH:
+    if recipe.recover and processes.count > FinetuneRecipe.batch:
         raise UsageError(
-            f"recovery trains with batches of {RECOVERY_BATCH}: {processes.count} processes cannot"
+            f"recovery trains with batches of {FinetuneRecipe.batch}: {processes.count} processes cannot"
             " share: use --recover 0 and gfprune finetune with a larger --batch, or fewer processes"
         )
     return processes

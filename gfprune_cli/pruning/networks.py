@@ -28,7 +28,6 @@ from gfprune_cli.pruning.phases import CHECKING, LOSSES, RECOVERING
 from gfprune_cli.pruning.state import Outcome, RecoveryState
 from gfprune_cli.pruning.verify import check_removal
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recipes.prune import RECOVERY_BATCH
 from gfprune_cli.recovery.losses import FeaturePair
 from gfprune_cli.recovery.recover import channels_last, recover
 from gfprune_cli.recovery.teacher import layers_left
@@ -192,7 +191,6 @@ class Networks:
         recipe = FinetuneRecipe(
             model=job.recipe.model,
             steps=job.steps,
-            batch=RECOVERY_BATCH,
             seed=job.recipe.seed,
             micro_batch=job.memory.at_once(RECOVERING),
             **({"features": 0.0} if pair is None else {}) | settings,

@@ -14,7 +14,7 @@ from gfprune_cli.flow.loop import COMPARED_SAMPLES, REFIT_SAMPLES, SCORE_CHUNK
 from gfprune_cli.pruning.fold import CHOOSE, FIT, OUTPUT_CHUNK
 from gfprune_cli.pruning.memory import FLOAT, Pass, Phase
 from gfprune_cli.recipes.finetune import FinetuneRecipe
-from gfprune_cli.recipes.prune import RECOVERY_BATCH, PruneRecipe
+from gfprune_cli.recipes.prune import PruneRecipe
 from gfprune_cli.recovery.memory import held_bytes
 
 LEAST_COMPARED, LEAST_REFITTED = 4, 8  # samples, where there is no memory for more; half if it is short
@@ -176,7 +176,7 @@ def recoveries(recipe: PruneRecipe, one: Pass, teachers: float, *, thrifty: bool
         trained = FinetuneRecipe(model="", **settings).settled(left * weights)
         held = held_bytes(trained, student=left, training=left, teacher=teachers)
         kept = one.recomputed if settings else one.kept + features
-        copies, batch = sum(held.values()) / FLOAT, RECOVERY_BATCH
+        copies, batch = sum(held.values()) / FLOAT, FinetuneRecipe.batch
         forms.append(Phase(RECOVERING, copies, FLOAT * (kept or 0), batch, settings=settings))
     return forms
 

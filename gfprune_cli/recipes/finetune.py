@@ -33,8 +33,8 @@ class FinetuneRecipe(Recipe):
         int | None, Ge(2), Le(10**7), Help("Images to draw (default: 512), or to take from --data (all).")
     ] = None
     sample_steps: Annotated[int, Ge(1), Le(1000), Help("Sampling steps of a drawn image.")] = 20
-    steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 2000
-    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 4
+    steps: Annotated[int, Ge(1), Le(10**8), Help("Training steps.")] = 1000
+    batch: Annotated[int, Ge(1), Le(65536), Help("Samples per step, over all processes.")] = 8
     micro_batch: Annotated[
         int | None, Ge(1), Le(65536), Help("Samples per pass and process; gradients add up (default: all).")
     ] = None

@@ -29,7 +29,6 @@ from gfprune_cli.recipes.timing import (
     check_time_options,
 )
 
-RECOVERY_BATCH = 8  # samples of a step of recovery
 MOST = 0.95  # the sparsity at which a run ends that only its loss limits
 CRITERIA = ("gradient-flow", "gradient-flow-abs", "taylor", "fisher", "diff-pruning", "magnitude", "random")
 CriterionName = Annotated[str, Names(CRITERIA, "gfprune_cli.flow.criteria:CRITERIA")]
