@@ -29,6 +29,7 @@ from gfprune_cli.pruning.memory import FLOAT, GIB, Kept, MemoryPlan, Pass, Phase
 from gfprune_cli.pruning.phases import (
     CHECKING,
     FOLDING,
+    LOSSES,
     RECOVERING,
     REFITTING,
     SCORING,
@@ -295,6 +296,16 @@ def test_the_masked_network_is_gone_when_the_narrow_one_is_measured(
     brief: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
     gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **brief)
     assert alive == [False]
+
+
+def test_losses_of_a_network_are_taken_beside_the_flow_that_goes_on_from_it() -> None:
+    one = Pass(kept=100, forward=10)
+
+    def copies(*targets: float) -> float:
+        forms = phases_of(PruneRecipe(sparsity=targets), one, offload=True)
+        return next(phases[0].copies for phases in forms if phases[0].name == LOSSES)
+
+    assert (copies(0.5), copies(0.3, 0.5)) == (1, pytest.approx(1 + 0.7))
 
 
 KEPT = """

@@ -95,6 +95,22 @@ def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pyt
     assert close == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize(("batch", "every"), [(64, 5), (8, 5), (4, 10), (1, 40)])
+def test_the_bases_of_small_batches_follow_less_often(batch: int, every: int) -> None:
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Linear(6, 5, bias=False)])
+    optimizer = make_optimizer("soap", network, lr=0.01, weight_decay=0.0, batch=batch)
+    (weight,) = network.parameters()
+    moved, source = [], torch.Generator().manual_seed(0)
+    for step in range(1, 42):
+        before = optimizer.state[weight]["left_basis"].clone() if optimizer.state[weight] else torch.eye(5)
+        weight.grad = torch.randn(5, 6, generator=source)
+        optimizer.step()
+        if not torch.equal(optimizer.state[weight]["left_basis"], before):
+            moved.append(step)
+    assert moved == [*range(1, soap.FIRST_STEPS + 1), *range(every, 42, every)]
+
+
 def test_small_networks_take_it_and_large_ones_muon() -> None:
     recipe = FinetuneRecipe(model="m")
     names = [recipe.settled(count).optimizer for count in (1, SMALL_NETWORK, SMALL_NETWORK + 1)]
