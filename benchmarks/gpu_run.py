@@ -1,4 +1,4 @@
-"""One run of `gpu.py`: dense training, scoring costs, gfprune beside its peers, latency and memory."""
+"""The first part of `gpu.py`: dense training, scoring costs, gfprune beside its peers, latency and memory."""
 
 import math
 import time
@@ -23,7 +23,23 @@ from gpu_networks import (
     train_dense,
     write_emoji,
 )
-from report_gpu import DENSE, PEERS, UNIFORM, Board, Table, all_tables, row
+from large import Subject as Large
+from report_gpu import (
+    DENSE,
+    PEERS,
+    UNIFORM,
+    Board,
+    Table,
+    budget_row,
+    large_table,
+    latency_table,
+    memory_table,
+    phases_table,
+    quality_table,
+    row,
+    scoring_table,
+    speed_table,
+)
 from study import ALL_IMAGES
 from torch import nn
 
@@ -31,7 +47,10 @@ import gfprune_cli as gfprune
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.runtime.device import default_precision
 
-DENSE_SHARE, RECOVERY_SHARE = 0.25, 0.28  # of the time; evaluation, timing and fixed costs take the rest
+DENSE_SHARE, RECOVERY_SHARE = (
+    0.18,
+    0.22,
+)  # of the time; evaluation, timing, fixed costs and other parts take the rest
 FIXED = 20.0  # seconds of a method besides its gradients: reading, graph, evaluation
 
 
@@ -51,6 +70,9 @@ class Form:
         cost_draws, cost_repeats: of the table of scoring costs.
         samples, sample_steps: drawn from every network.
         batches: to time.
+        budgets: (runtime, batch, speed-up) of the second part, in the order in which there is time for them.
+        width: of the network that they are asked of.
+        large: the network of the third part.
     """
 
     network: dict[str, Any]
@@ -66,9 +88,24 @@ class Form:
     samples: int
     sample_steps: int
     batches: tuple[int, ...]
+    budgets: tuple[tuple[str, int, float], ...]
+    width: int
+    large: Large
 
     def tables(self) -> list[Table]:
-        return all_tables(list(self.ratios), SCORING_ROWS, self.batches)
+        labels = list(self.ratios)
+        return [
+            quality_table(labels),
+            scoring_table(SCORING_ROWS),
+            latency_table(labels, self.batches),
+            memory_table(labels, self.batches),
+            phases_table(labels),
+            speed_table(
+                [budget_row(*one) for one in self.budgets],
+                f"a U-Net of {self.width} to {2 * self.width} channels",
+            ),
+            large_table(self.large.words),
+        ]
 
 
 @dataclass
@@ -131,14 +168,15 @@ class Run:
         print(f"{name}: {meter.seconds:.1f} s, {self.clock.left():.0f} s left", flush=True)
 
     @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
+    def attempt(self, name: str, part: str = "quality") -> Iterator[None]:
         """What fails leaves its numbers out, and the rest is still measured."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             self.failed.append(name)
-            self.board.note(f"{name} failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.board.note(part, f"{name} failed: {said}")
 
     def execute(self) -> None:
         self.train()
@@ -184,14 +222,16 @@ class Run:
         self.gradients = form.gradients or max(4 * form.scoring, int(share / speed))
         self.expected = FIXED + self.gradients * speed
         self.board.note(
+            "quality",
             f"{self.gradients} gradients for each method, at {1 / speed:.0f} samples per second of a step of "
-            "`gfprune finetune` on the dense network"
+            "`gfprune finetune` on the dense network",
         )
 
     def in_time(self, name: str) -> bool:
         if self.form.gradients or self.clock.left() > self.expected:
             return True
-        self.board.note(f"{name} is left out: {self.clock.left():.0f} s are left, {self.expected:.0f} needed")
+        said = f"{name} is left out: {self.clock.left():.0f} s are left, {self.expected:.0f} needed"
+        self.board.note("quality", said)
         return False
 
     def compare(self, label: str, ratio: float) -> None:

@@ -201,8 +201,10 @@ def real(name: str, **changes: Any) -> Any:
     return kind(**config | changes)
 
 
-def measured(subject: Subject, root: Path, seed: int, device: str) -> Iterator[dict[str, Any]]:
-    """A prune run in a process of its own; then, on a card, with a finetuning of what it wrote."""
+def measured(
+    subject: Subject, root: Path, seed: int, device: str, finetune: bool
+) -> Iterator[dict[str, Any]]:
+    """A prune run in a process of its own; then with a finetuning of what it wrote, if that is wanted."""
     torch.manual_seed(seed)
     model, out, kept = root / "dense", root / "out", root / "cache"
     with torch.device(device):
@@ -212,7 +214,7 @@ def measured(subject: Subject, root: Path, seed: int, device: str) -> Iterator[d
     asked = SETTINGS | common | dict(model=str(model / "denoiser"), out=str(out))
     found: dict[str, Any] = in_a_process(MEMORY + MEASURE, json.dumps(asked), subject.free * GB, cache=kept)
     yield found
-    if device == "cuda":
+    if finetune:
         made = dict(model=str(out), out=str(root / "tuned"), save_every=0, sample_every=0)
         asked = FINETUNE | common | made
         tuned = in_a_process(MEMORY + MEASURE_FINETUNE, json.dumps(asked), cache=kept)
@@ -273,9 +275,11 @@ def main(given: Sequence[str] | None = None) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / f"large-{options.device}.json"
     rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    device = options.device
     for name in options.networks:
+        subject = SUBJECTS[name]
         with tempfile.TemporaryDirectory() as root:
-            for found in measured(SUBJECTS[name], Path(root), options.seed, options.device):
+            for found in measured(subject, Path(root), options.seed, device, finetune=device == "cuda"):
                 rows[name] = found | {"commit": made_at}
                 kept.write_text(json.dumps(rows))
                 written(options, rows)

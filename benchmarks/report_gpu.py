@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ DENSE = "dense"
 METHODS = {"gfprune": "gfprune", "taylor": "Torch-Pruning, Taylor", "diff-pruning": "Diff-Pruning"}
 PEERS = tuple(name for name in METHODS if name != "gfprune")
 UNIFORM = "Torch-Pruning widths"  # what both peers leave, whatever their scores
+PARTS = ("quality", "speed", "large")  # each a run, or a share of one
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows are known before anything is measured."""
+    """A table whose rows are known before anything is measured.
 
+    Args:
+        part: of `PARTS`.
+    """
+
+    part: str
     key: str
     title: str
     note: str
@@ -75,7 +82,7 @@ def quality_table(labels: Sequence[str]) -> Table:
         "finetune`; peers are finetuned by it too: distilled, with its defaults. Numbers are those of "
         "`gfprune eval`."
     )
-    return Table("quality", "Quality", note, "network", rows, columns)
+    return Table("quality", "quality", "Quality", note, "network", rows, columns)
 
 
 def scoring_table(rows: Sequence[str]) -> Table:
@@ -90,7 +97,7 @@ def scoring_table(rows: Sequence[str]) -> Table:
         "Scoring of the dense network as `gfprune prune` does it: float32, deterministic, in chunks. One "
         "gradient is that of the same draws. The error is relative to the exact product."
     )
-    return Table("scoring", "Scoring cost", note, "what", rows, columns)
+    return Table("quality", "scoring", "Scoring cost", note, "what", rows, columns)
 
 
 def networks(labels: Sequence[str]) -> list[str]:
@@ -109,7 +116,7 @@ def latency_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
         "One evaluation of the network in eager PyTorch: medians of one interleaved run, the device "
         "synchronised around every call; on CUDA bf16 by autocast and channels_last."
     )
-    return Table("latency", "Latency", note, "network", networks(labels), columns)
+    return Table("quality", "latency", "Latency", note, "network", networks(labels), columns)
 
 
 def memory_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
@@ -119,7 +126,7 @@ def memory_table(labels: Sequence[str], batches: Sequence[int]) -> Table:
         *(Column(f"a pass of {batch}, MB", f"pass {batch}", ".1f", 1e6) for batch in batches),
     ]
     note = "A pass is the peak of one evaluation as `gfprune eval` measures it, weights included."
-    return Table("memory", "Memory", note, "network", networks(labels), columns)
+    return Table("quality", "memory", "Memory", note, "network", networks(labels), columns)
 
 
 def phases_table(labels: Sequence[str]) -> Table:
@@ -135,18 +142,42 @@ def phases_table(labels: Sequence[str]) -> Table:
         Column("batch", "batch", ".0f"),
     ]
     note = "Peaks are of all that torch held on the device. Sampling is most of `eval`."
-    return Table("phases", "Phases", note, "phase", [*rows, "latency", "memory"], columns)
+    return Table("quality", "phases", "Phases", note, "phase", [*rows, "latency", "memory"], columns)
 
 
-def all_tables(labels: Sequence[str], scorings: Sequence[str], batches: Sequence[int]) -> list[Table]:
-    """Those of the page, in their order."""
-    return [
-        quality_table(labels),
-        scoring_table(scorings),
-        latency_table(labels, batches),
-        memory_table(labels, batches),
-        phases_table(labels),
+def budget_row(runtime: str, batch: int, asked: float) -> str:
+    return f"{runtime}, batch {batch}, asked {asked:g}"
+
+
+def speed_table(rows: Sequence[str], words: str) -> Table:
+    columns = [
+        Column("first try", "first", ".2f"),
+        Column("measured", "measured", ".2f"),
+        Column("written", "written", ".2f"),
+        Column("off", "off", "+.1%"),
+        Column("MAC gain", "macs", ".2f"),
+        Column("seconds", "seconds", ".0f"),
     ]
+    note = (
+        f"`gfprune prune --speedup` of {words}, random weights, in bf16 on CUDA, one-shot without refit and "
+        "recovery. *First try* is what the table of times alone led to, *measured* what the run took in the "
+        "end, *written* the checkpoint on disk, timed afterwards in turns with the dense one. Rows of dashes "
+        "are out of reach: the notes above say why."
+    )
+    return Table("speed", "speed", "Speed-up asked and measured", note, "what", rows, columns)
+
+
+def large_table(words: str) -> Table:
+    columns = [
+        Column("planned, GB", "planned", ".2f", 1e9),
+        Column("peak memory, GB", "peak", ".2f", 1e9),
+        Column("seconds", "seconds", ".0f"),
+    ]
+    note = (
+        f"{words}, random weights: `gfprune prune` with its defaults but few draws and images, and `gfprune "
+        "finetune --lora` of what it wrote, for 20 steps; each in a process of its own."
+    )
+    return Table("large", "large", "Large network", note, "what", ["prune", "finetune"], columns)
 
 
 @dataclass
@@ -154,15 +185,27 @@ class Board:
     """What has been measured, on disk after every change.
 
     Args:
-        folder: gets the page and the same numbers as JSON.
-        head: lines that open the page.
+        folder: gets the page and the same numbers as JSON; parts that are not run stay as they are there.
+        head: lines that say where the numbers are from.
+        parts: those that are run.
+        about: part -> where its numbers are from, and notes.
     """
 
     folder: Path
     tables: Sequence[Table]
     head: Sequence[str]
+    parts: Sequence[str] = PARTS
     cells: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    about: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kept = self.page.with_suffix(".json")
+        if kept.exists():
+            known = json.loads(kept.read_text(encoding="utf-8"))
+            stay = {table.key for table in self.tables if table.part not in self.parts}
+            self.cells = {key: found for key, found in known["tables"].items() if key in stay}
+            self.about = {part: lines for part, lines in known["about"].items() if part not in self.parts}
+        self.about |= {part: [*self.head, ""] for part in self.parts}
 
     @property
     def page(self) -> Path:
@@ -177,24 +220,26 @@ class Board:
         self.cells.setdefault(name, {}).setdefault(row, {}).update(found)
         self.write()
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    def note(self, part: str, text: str) -> None:
+        self.about[part].append(f"- {text}")
         print(text, flush=True)
         self.write()
 
     def text(self) -> str:
         """The page."""
-        lines = ["# GPU", "", *self.head]
-        if self.notes:
-            lines += ["", *(f"- {note}" for note in self.notes)]
+        lines = ["# GPU"]
+        for part in (part for part in PARTS if part in self.about):
+            tables = [table for table in self.tables if table.part == part]
+            titles = ", ".join(table.title for table in tables)
+            lines += ["", f"{titles}:", "", *self.about[part]]
         for one in self.tables:
             lines += ["", *one.lines(self.cells.get(one.key, {}))]
-        return "\n".join(lines) + "\n"
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
     def write(self) -> None:
         """Replace both files at once each, so that a kill leaves whole ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = json.dumps({"notes": self.notes, "tables": self.cells}, indent=1) + "\n"
+        numbers = json.dumps({"about": self.about, "tables": self.cells}, indent=1) + "\n"
         for path, text in ((self.page, self.text()), (self.page.with_suffix(".json"), numbers)):
             staged = path.with_name(f".{path.name}.part")
             staged.write_text(text, encoding="utf-8")

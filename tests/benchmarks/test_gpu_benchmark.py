@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_networks  # noqa: E402
-from report_gpu import DENSE, METHODS, NO_FIGURE, NOT_MEASURED, UNIFORM, Board, row  # noqa: E402
+from report_gpu import DENSE, METHODS, NO_FIGURE, NOT_MEASURED, PARTS, UNIFORM, Board, row  # noqa: E402
 
 CPU = torch.device("cpu")
-SECTIONS = ["Quality", "Scoring cost", "Latency", "Memory", "Phases"]
+SECTIONS = [table.title for table in gpu.TOY.tables()]
 COMMITTED = ROOT / "docs" / "benchmarks" / "gpu.md"
 
 
@@ -42,17 +42,18 @@ def figures(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Exit code and folder of a whole run."""
+    """Exit code and folder of a run of the first part."""
     folder = tmp_path_factory.mktemp("gpu") / "out"
-    return gpu.main(["--toy", "--out", str(folder)]), folder
+    return gpu.main(["--toy", "--parts", "quality", "--out", str(folder)]), folder
 
 
 @pytest.mark.thorough  # minutes on a card; its parts have tests
 @pytest.mark.slow
 def test_every_section_of_a_run_is_filled(toy: tuple[int, Path]) -> None:
     code, folder = toy
+    others = gpu.main(["--toy", "--parts", *PARTS[1:], "--out", str(folder)])
     page = (folder / "gpu.md").read_text()
-    assert code == 0, page
+    assert code == others == 0, page
     found = sections(page)
     assert list(found) == SECTIONS
     label = next(iter(gpu.TOY.ratios))
@@ -125,6 +126,24 @@ def test_a_killed_run_leaves_what_it_had(
     assert written.count(NO_FIGURE) == known.count(None)
     assert json.loads(board.page.with_suffix(".json").read_text())["tables"] == board.cells
     assert {path.suffix for path in board.folder.iterdir()} == {".md", ".json"}
+
+
+def test_parts_that_are_not_run_stay_on_the_page(tmp_path: Path) -> None:
+    """Numbers, where they are from and what was noted; the part that is run again begins empty."""
+    tables = gpu.TOY.tables()
+    first = Board(tmp_path, tables, ["- commit: first"], ["quality", "speed"])
+    asked = next(table for table in tables if table.part == "speed").rows[0]
+    first.put("quality", DENSE, loss=0.25)
+    first.put("speed", asked, written=1.5)
+    first.note("quality", "a note about quality")
+    first.note("speed", "a note about speed")
+    second = Board(tmp_path, tables, ["- commit: second"], ["speed"])
+    second.put("speed", asked, measured=1.75)
+    page = second.page.read_text()
+    for kept in ("- commit: first", "- commit: second", "| 0.2500 |", "a note about quality", "| 1.75 |"):
+        assert page.count(kept) == 1, kept
+    assert "1.50" not in page
+    assert "a note about speed" not in page
 
 
 def test_the_dense_network_is_the_one_it_is_named_after() -> None:
