@@ -17,6 +17,7 @@ from gfprune_cli.data.sample_rows import Samples, dense_samples
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.loss import one_sample
 from gfprune_cli.errors import GfpruneError
+from gfprune_cli.flow.mask import MaskedModel
 from gfprune_cli.outputs.durable import check_space
 from gfprune_cli.outputs.locks import own_folder
 from gfprune_cli.outputs.state import StateFolder
@@ -91,7 +92,10 @@ class Networks:
                 narrow = self.narrow(dense, outcome.kept)
             else:
                 outcome = self.outcome(flow, number, before)
-                narrow = self.narrow(flow.masked.model if job.recipe.removes else dense, outcome.kept)
+                wide = flow.masked.model if job.recipe.removes else dense
+                spent = flow.masked if last == 0 and wide is not dense else None
+                narrow = self.narrow(wide, outcome.kept, spent)
+                del wide, spent
             if number == last:
                 if job.folding is not None and job.steps:
                     dense = flow.dense = nn.Module()  # what teaches is read anew, as it was given
@@ -220,19 +224,27 @@ class Networks:
         except GfpruneError:  # nothing was removed, or nothing that has an image in it
             return None
 
-    def narrow(self, wide: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
-        """The narrow network, from the weights of one with all channels, and kept as they are."""
+    def narrow(
+        self, wide: nn.Module, kept: Mapping[str, torch.Tensor], spent: MaskedModel | None = None
+    ) -> nn.Module:
+        """The narrow network, from the weights of one with all channels, and kept as they are.
+
+        Args:
+            spent: the wide one behind masks, if nobody needs it any more: its weights go on the way.
+        """
         job = self.job
         job.progress(Event("remove", text="removing channels"))
         dense = carry_over(wide, skeleton(wide)).requires_grad_(False)
-        weights = {name: weight.detach().cpu() for name, weight in wide.state_dict().items()}
-        if len(self.states) > 1:  # the wide one goes on
-            weights = {name: weight.clone() for name, weight in weights.items()}
-        dense.load_state_dict(weights, assign=True)
+        dense.load_state_dict(
+            {name: one.detach().cpu() for name, one in wide.state_dict().items()}, assign=True
+        )
+        spend = spent is not None
+        if spent is not None:
+            spent.let_go()
         if job.plan.native_config is not None:
-            model = remove_native(dense, job.plan.groups, kept, job.plan.native_config)
+            model = remove_native(dense, job.plan.groups, kept, job.plan.native_config, spend=spend)
         else:
-            model = remove(dense, job.plan.groups, kept)
+            model = remove(dense, job.plan.groups, kept, spend=spend)
         if not job.steps:
             cast_model(model, stored_dtype(job.plan.component))  # what is measured and written is one
             cast_model(model, torch.float32)

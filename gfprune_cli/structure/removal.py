@@ -81,14 +81,20 @@ def part_of(model: nn.Module, name: str) -> Any:
     return getattr(model.get_submodule(parent), leaf)
 
 
-def slice_state(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, torch.Tensor]:
+def slice_state(
+    model: nn.Module, cuts: Mapping[str, ModuleCut], *, spend: bool = False
+) -> dict[str, torch.Tensor]:
     """The state dict that is left, as new contiguous tensors under the same names.
 
     Buffers that lose positions are in it even where the dense model computes them anew.
+
+    Args:
+        spend: let go of each parameter of the model once it is sliced.
     """
     computed = {name: buffer for name, buffer in model.named_buffers() if name in cuts}
-    state = {}
-    for key, tensor in {**model.state_dict(), **computed}.items():
+    whole, state = {**model.state_dict(), **computed}, {}
+    for key in list(whole):
+        tensor = whole.pop(key)
         parent = key.rpartition(".")[0]
         own, cut = cuts.get(key, ModuleCut()), cuts.get(parent, ModuleCut())
         embedding = isinstance(model.get_submodule(parent), nn.Embedding)
@@ -99,11 +105,22 @@ def slice_state(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, to
         if cut.into is not None and tensor.ndim > 1:
             tensor = tensor.index_select(1, cut.into.to(tensor.device))
         state[key] = tensor.clone(memory_format=torch.contiguous_format)
+        if spend:
+            forget(model, key)
     for name, factor in attention_scales(model, cuts).items():
         for key in (f"{name}.to_q.weight", f"{name}.to_q.bias"):
             if key in state:
                 state[key] = state[key] * factor
     return state
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Leave a parameter its shape alone; buffers stay."""
+    parent, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(parent)._parameters
+    parameter = parameters.get(leaf)
+    if parameter is not None:
+        parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def attention_scales(model: nn.Module, cuts: Mapping[str, ModuleCut]) -> dict[str, float]:
@@ -201,10 +218,13 @@ def rotary_shape(attention: Any, cut: ModuleCut) -> dict[str, Any]:
     return {"rotary_heads": [before[index] for index in (cut.into[::head] // head).tolist()]}
 
 
-def remove(model: Any, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Module:
+def remove(model: Any, groups: tuple[ChannelGroup, ...], kept: Kept, *, spend: bool = False) -> nn.Module:
     """The adaptive result: a `Pruned<class>` with every module at its own width.
 
     Exact: its outputs are those of the masked network, up to rounding.
+
+    Args:
+        spend: let go of the model's weights on the way.
     """
     cuts, depth = cuts_of(model, groups, kept), depth_of(model, groups, kept)
     config = {**stock_config(model), **depth.config}
@@ -220,18 +240,24 @@ def remove(model: Any, groups: tuple[ChannelGroup, ...], kept: Kept) -> nn.Modul
         if dense:
             config["gfprune"]["dense"] = dense
         cls = pruned_class(stock_name(cls.__name__))
-    return carry_over(model, rebuild(cls, config, depth.renamed(slice_state(model, cuts))))
+    return carry_over(model, rebuild(cls, config, depth.renamed(slice_state(model, cuts, spend=spend))))
 
 
 def remove_native(
-    model: nn.Module, groups: tuple[ChannelGroup, ...], kept: Kept, config: Mapping[str, Any]
+    model: nn.Module,
+    groups: tuple[ChannelGroup, ...],
+    kept: Kept,
+    config: Mapping[str, Any],
+    *,
+    spend: bool = False,
 ) -> nn.Module:
     """The native result: the stock class at the widths of `config`.
 
     Not exact where a norm's groups straddle the seam of a skip connection: the gap is measured by the caller.
     """
     cuts = cuts_of(model, groups, kept)
-    native = rebuild(type(model), {**stock_config(model), **config}, slice_state(model, cuts))
+    state = slice_state(model, cuts, spend=spend)
+    native = rebuild(type(model), {**stock_config(model), **config}, state)
     return carry_over(model, native)
 
 

@@ -283,9 +283,9 @@ def test_the_masked_network_is_gone_when_the_narrow_one_is_measured(
 ) -> None:
     narrow, take_losses, masked, alive = networks.Networks.narrow, networks.take_losses, [], []
 
-    def narrowed(made: Any, model: Any, kept: Any) -> Any:
+    def narrowed(made: Any, model: Any, *given: Any) -> Any:
         masked.append(weakref.ref(model))
-        return narrow(made, model, kept)
+        return narrow(made, model, *given)
 
     def measured(*given: Any) -> None:
         alive.append(masked[-1]() is not None)
@@ -296,6 +296,42 @@ def test_the_masked_network_is_gone_when_the_narrow_one_is_measured(
     brief: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0)
     gfprune_cli.prune(str(smallest_folder), out=tmp_path / "out", **brief)
     assert alive == [False]
+
+
+@pytest.mark.parametrize(("sparsities", "spent"), [((0.3,), [1.0]), ((0.3, 0.5), [0.0, 0.0])])
+@pytest.mark.parametrize("refit", [True, False])
+def test_the_wide_weights_go_while_the_narrow_ones_are_cut_from_them(
+    smallest_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sparsities: tuple[float, ...],
+    spent: list[float],
+    refit: bool,
+) -> None:
+    """Else removal takes more than anything before it; but of a network that goes on, or teaches, none go."""
+    narrow, remove, gone = networks.Networks.narrow, networks.remove, []
+    without = lambda model: sum(one.is_meta for one in model.parameters()) / len(list(model.parameters()))  # noqa: E731
+
+    def narrowed(made: Any, wide: Any, kept: Any, behind: Any) -> Any:
+        found = narrow(made, wide, kept, behind)
+        gone.append(without(wide))
+        assert behind is None or not behind.weights
+        assert not without(found)
+        return found
+
+    def removed(model: Any, *given: Any, **how: Any) -> Any:
+        found = remove(model, *given, **how)
+        assert without(model) == float(how["spend"])
+        return found
+
+    monkeypatch.setattr(networks.Networks, "narrow", narrowed)
+    monkeypatch.setattr(networks, "remove", removed)
+    brief: dict[str, Any] = dict(images=8, sample_steps=2, draws=4, iterations=2, recover=0, refit=refit)
+    out = tmp_path / "out" if len(sparsities) == 1 else tmp_path / "out-{sparsity}"
+    gfprune_cli.prune(str(smallest_folder), out=out, sparsity=sparsities, **brief)
+    if not refit and len(sparsities) == 1:
+        spent = [0.0]  # masks are put before the dense network itself
+    assert gone == spent
 
 
 def test_losses_of_a_network_are_taken_beside_the_flow_that_goes_on_from_it() -> None:
