@@ -36,7 +36,7 @@ Settings = dict[str, Any]
 Numbers = dict[str, float]
 SAMPLES, SAMPLE_STEPS = 128, 20  # drawn from every network
 PRUNING: Settings = dict(sparsity=0.75, recover=0)
-RATES = {"adamw": (5e-4, 1.5e-3, 3e-3), "muon": (1e-3, 2e-3, 3e-3), "soap": (2e-3, 3e-3, 4e-3)}
+RATES = {"adamw": (5e-4, 1.5e-3, 3e-3), "muon": (1e-3, 2e-3, 3e-3), "soap": (3e-3, 4e-3, 6e-3)}
 FACTORS: dict[str, list[Settings]] = {
     "Batch": [{"batch": 4}, {"batch": 8}, {"batch": 16}, {"batch": 32}],
     "Average of the weights": [{"ema": 0.9999}, {"ema": 0.9}, {"ema": 0.0}],

@@ -23,8 +23,8 @@ import gfprune_cli as gfprune
 SAMPLES, SAMPLE_STEPS = 128, 20
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"learning_rate": 2e-3},
-    {"learning_rate": 4e-3},
+    {"learning_rate": 3e-3},
+    {"learning_rate": 6e-3},
     {"optimizer": "muon"},
     {"optimizer": "adamw"},
     {"timesteps": "stratified"},

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Recipe, Size
 
 # peak learning rates: of AdamW, of each optimiser of matrices, of adapters and Adafactor
-RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 3e-3, 1e-2
+RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 4e-3, 1e-2
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
 FEATURE_SAMPLES = 3200  # within which it decays to 0: it helps at the start, and costs loss in long runs
@@ -59,7 +59,7 @@ class FinetuneRecipe(Recipe):
         Gt(0),
         Le(1),
         Help(
-            "Peak (default: 3e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less"
+            "Peak (default: 4e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less"
             " where the network has been trained before)."
         ),
     ] = None

@@ -4,7 +4,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 
 FLOAT = 4  # bytes of weights, gradients, moments and averages
 # numbers that an optimiser keeps for each that trains; Muon's is that of matrices, which are nearly all, and
-# SOAP's is that of square ones: of a convolution's it keeps up to 20
+# SOAP's is that of square ones: of a convolution's it keeps less
 MOMENTS = {"soap": 6.0, "adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "adafactor": 0.0}
 TEACHER = {"fp32": 4, "bf16": 2}
 

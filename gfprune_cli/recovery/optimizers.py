@@ -3,8 +3,8 @@
 adamw      AdamW (arXiv 1711.05101) for everything
 muon       Muon (kellerjordan.github.io/posts/muon) for the matrices of the hidden layers, AdamW for the rest.
            Its steps have the size of AdamW's (arXiv 2502.16982, eq. 4), so that both take one learning rate
-soap       SOAP (arXiv 2409.11321) for such matrices as have no long side, Muon for those that have, AdamW for
-           the rest: see soap.py
+soap       SOAP (arXiv 2409.11321) for the weights of linear layers and convolutions that are not too wide,
+           first and last ones too; Muon for wider ones of the hidden layers, AdamW for the rest: see soap.py
 adamw8bit  AdamW of bitsandbytes, whose moments take a byte each (arXiv 2110.02861)
 adafactor  Adafactor (arXiv 1804.04235): of a matrix only sums over rows and columns are kept. Its rate is
            relative to the size of a weight
@@ -45,7 +45,8 @@ def make_optimizer(
     if name in ("adafactor", "adamw8bit"):
         kind = Adafactor if name == "adafactor" else eight_bit_optimizers().AdamW8bit
         return OfMatrices(kind, list(training.values()), lr=lr, weight_decay=weight_decay)
-    matrices = {key: training[key] for key in hidden_matrices(network) if key in training}
+    chosen = soap_weights(network) if name == "soap" else hidden_matrices(network)
+    matrices = {key: training[key] for key in chosen if key in training}
     if name == "adamw" or not matrices:
         return FusedAdamW(training.values(), lr=lr, weight_decay=weight_decay)
     groups = [{"params": list(matrices.values())}]
@@ -72,28 +73,44 @@ def eight_bit_optimizers() -> Any:
         ) from error
 
 
-def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> weight of the linear layers and convolutions that lie in lists of blocks.
-
-    What lies outside of them, first and last layers and the embeddings of time and condition, is left to
-    AdamW, as in Muon's publications; so are convolutions in groups, which are several matrices.
-    """
-    blocks = tuple(
-        f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)
-    )
+def matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of linear layers and convolutions but those in groups, which are several matrices."""
     layers = {
         f"{name}.weight"
         for name, module in network.named_modules()
-        if isinstance(module, MATRIX_LAYERS) and getattr(module, "groups", 1) == 1 and name.startswith(blocks)
+        if isinstance(module, MATRIX_LAYERS) and getattr(module, "groups", 1) == 1
     }
     return {name: parameter for name, parameter in network.named_parameters() if name in layers}
 
 
+def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of the linear layers and convolutions that lie in lists of blocks.
+
+    What lies outside of them, first and last layers and the embeddings of time and condition, is left to
+    AdamW, as in Muon's publications.
+    """
+    blocks = tuple(
+        f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)
+    )
+    return {name: weight for name, weight in matrices(network).items() if name.startswith(blocks)}
+
+
+def soap_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of what SOAP moves, or Muon in its place; what is wide and outside of blocks is left.
+
+    First and last layers are among them: left to AdamW, they train more slowly than all others.
+    """
+    hidden = hidden_matrices(network)
+    return {key: one for key, one in matrices(network).items() if soap.fits(one) or key in hidden}
+
+
 def soap_numbers(network: nn.Module) -> int:
-    """How many numbers SOAP and the AdamW beside it keep of a network that trains as a whole."""
-    matrices = hidden_matrices(network)
-    kept = sum(soap.numbers_kept(as_matrix(one, one)) for one in matrices.values())
-    others = sum(one.numel() for one in network.parameters()) - sum(one.numel() for one in matrices.values())
+    """How many numbers SOAP, and Muon and AdamW beside it, keep of a network that trains as a whole."""
+    chosen = soap_weights(network)
+    kept = sum(
+        soap.numbers_kept(as_modes(one, one)) if soap.fits(one) else one.numel() for one in chosen.values()
+    )
+    others = sum(one.numel() for one in network.parameters()) - sum(one.numel() for one in chosen.values())
     return kept + 2 * others
 
 
@@ -144,7 +161,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class SoapWithAdamW(MuonWithAdamW):
-    """SOAP for the matrices without a long side; Muon for those with one, and AdamW for all else.
+    """SOAP for the weights that are not too wide; Muon for those that are, and AdamW for all else.
 
     Each has the rate that is its best: with AdamW at SOAP's samples drift, and their Frechet distance grows.
     """
@@ -154,20 +171,21 @@ class SoapWithAdamW(MuonWithAdamW):
     steps: int | None = None  # where all states know it, none of them is asked: that waits for a device
 
     def move(self, views: dict[nn.Parameter, nn.Parameter]) -> None:
-        small = {weight: view for weight, view in views.items() if soap.fits(view)}
-        super().move({weight: view for weight, view in views.items() if weight not in small})
+        narrow = [weight for weight in views if soap.fits(weight)]
+        super().move({weight: view for weight, view in views.items() if not soap.fits(weight)})
         if self.steps is None:
-            self.steps = max((int(self.state[weight].get("step", 0)) for weight in small), default=0)
+            self.steps = max((int(self.state[weight].get("step", 0)) for weight in narrow), default=0)
         self.steps += 1
         group = self.param_groups[0]
-        for weight, view in small.items():
+        for weight in narrow:
+            modes = as_modes(weight.detach(), weight)
             state = self.state[weight]
             if not state:
-                state |= soap.empty_state(view)
+                state |= soap.empty_state(modes)
             state["step"] = torch.tensor(float(self.steps))
-            gradient = as_matrix(weight.grad, weight)  # type: ignore[arg-type]
+            gradient = as_modes(weight.grad, weight)  # type: ignore[arg-type]
             rates = {"lr": group["lr"], "decay": group["weight_decay"]}
-            soap.precondition(view, gradient, state, self.steps, every=self.every, **rates)
+            soap.precondition(modes, gradient, state, self.steps, every=self.every, **rates)
 
 
 class OfMatrices(torch.optim.Optimizer):
@@ -219,3 +237,15 @@ def as_matrix(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     order = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return tensor.permute(0, *order).flatten(1)
+
+
+def as_modes(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of a weight's shape as [out, in], or [out, in, kernel] or [out, kernel, in] as the weight is
+    stored. A view if the tensor is stored like the weight.
+    """
+    matrix, inputs = as_matrix(tensor, weight), weight.shape[1]
+    kernel = matrix.shape[1] // inputs
+    if kernel == 1:
+        return matrix
+    last = weight.stride(1) < min(weight.stride()[2:])  # channels last
+    return matrix.unflatten(1, (kernel, inputs) if last else (inputs, kernel))

@@ -4,29 +4,74 @@ import pytest
 import torch
 from torch import nn
 
-from gfprune_cli.recipes.finetune import SMALL_NETWORK, FinetuneRecipe
+from gfprune_cli.recipes.finetune import MUON_RATE, RATE, SMALL_NETWORK, SOAP_RATE, FinetuneRecipe
 from gfprune_cli.recovery import soap
 from gfprune_cli.recovery.optimizers import make_optimizer, soap_numbers
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_in_its_bases_it_is_adam(monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
-    """As torch has it, on gradients that are turned into them, and its steps turned back."""
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 6)])
+def test_in_its_bases_it_is_adam_that_looks_ahead(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], turned: bool
+) -> None:
+    """On gradients that are turned into them, and its steps turned back; the mean has Nesterov's form."""
     source = torch.Generator().manual_seed(0)
-    bases = [
-        torch.linalg.qr(torch.randn(n, n, generator=source))[0] if turned else torch.eye(n) for n in (5, 7)
-    ]
-    monkeypatch.setattr(soap, "closer", lambda products, basis: bases[len(products) == 7])
+    bases = {
+        n: torch.linalg.qr(torch.randn(n, n, generator=source))[0] if turned else torch.eye(n) for n in shape
+    }
+    monkeypatch.setattr(soap, "closer", lambda products, basis: bases[len(products)])
     monkeypatch.setattr(soap, "FLOOR", 0.0)
-    matrix, twin = torch.zeros(5, 7), nn.Parameter(torch.zeros(5, 7))
-    adam = torch.optim.Adam([twin], lr=1e-2, betas=(soap.MOMENTUM, soap.POWER), eps=1e-20)
-    state = soap.empty_state(matrix)
+    letters = "abc"[: len(shape)]
+    terms = ",".join(letter + letter.upper() for letter in letters)
+    turn = lambda tensor, form: torch.einsum(form, tensor, *(bases[n] for n in shape))  # noqa: E731
+    tensor, twin = torch.zeros(shape), torch.zeros(shape)
+    mean, squares = torch.zeros(shape), torch.zeros(shape)
+    state = soap.empty_state(tensor)
     for step in range(1, 12):
-        gradient = torch.randn(5, 7, generator=source)
-        soap.precondition(matrix, gradient, state, step, lr=1e-2, decay=0.0)
-        twin.grad = bases[0].T @ gradient @ bases[1]
-        adam.step()
-    torch.testing.assert_close(matrix, bases[0] @ twin.detach() @ bases[1].T, rtol=1e-4, atol=1e-6)
+        gradient = torch.randn(shape, generator=source)
+        soap.precondition(tensor, gradient, state, step, lr=1e-2, decay=0.0)
+        given = turn(gradient, f"{letters},{terms}->{letters.upper()}")
+        mean = soap.MOMENTUM * mean + (1 - soap.MOMENTUM) * given
+        squares = soap.POWER * squares + (1 - soap.POWER) * given.square()
+        ahead = soap.MOMENTUM * mean + (1 - soap.MOMENTUM) * given
+        size = (squares / (1 - soap.POWER**step)).sqrt()
+        twin -= 1e-2 / (1 - soap.MOMENTUM**step) * ahead / size
+    expected = turn(twin, f"{letters.upper()},{terms}->{letters}")
+    torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_how_a_convolution_is_stored_changes_nothing(memory_format: torch.memory_format) -> None:
+    """Its modes are found in either order, and a kernel of one position is none."""
+    source = torch.Generator().manual_seed(0)
+    ends = []
+    network = nn.Module()
+    network.layers = nn.ModuleList([nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 1, bias=False)])
+    for layer in network.layers:
+        nn.init.zeros_(layer.weight)
+    optimizer = make_optimizer("soap", network.to(memory_format=memory_format), lr=0.01, weight_decay=0.0)
+    for _ in range(4):
+        for layer in network.layers:
+            layer.weight.grad = torch.randn(layer.weight.shape, generator=source).to(
+                memory_format=memory_format
+            )
+        optimizer.step()
+    ends = [layer.weight.detach() for layer in network.layers]
+    lengths = [
+        sorted(len(state[key]) for key in state if key.startswith("basis"))
+        for state in optimizer.state.values()
+    ]
+    assert lengths == [[4, 6, 9], [4, 6]]
+    source = torch.Generator().manual_seed(0)
+    by_hand = [(torch.zeros(6, 4, 9), {}), (torch.zeros(6, 4), {})]
+    for step in range(1, 5):
+        for tensor, state in by_hand:
+            if not state:
+                state |= soap.empty_state(tensor)
+            gradient = torch.randn(*tensor.shape, generator=source)
+            soap.precondition(tensor, gradient, state, step, lr=0.01, decay=0.0)
+    for end, (tensor, _) in zip(ends, by_hand, strict=True):
+        torch.testing.assert_close(end.flatten(), tensor.flatten(), rtol=1e-4, atol=1e-6)
 
 
 def moved(shape: tuple[int, int], noise: float, steps: int = 25) -> torch.Tensor:
@@ -60,29 +105,34 @@ def test_bases_come_to_be_eigenvectors() -> None:
     for step in range(1, 400):
         gradient = basis @ (scale * torch.randn(5, 400, generator=source))
         soap.precondition(matrix, gradient, state, step, lr=0.0, decay=0.0)
-    overlap = (state["left_basis"].T @ basis).abs()
+    overlap = (state["basis_0"].T @ basis).abs()
     torch.testing.assert_close(overlap, torch.eye(5), rtol=0, atol=0.05)
 
 
-def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At two thirds of the rate, which is where each is best; the others are not. AdamW has half of it."""
+def test_wide_layers_are_moved_as_muon_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Muon's own rate, within blocks; outside of them by AdamW, at its own."""
     monkeypatch.setattr(soap, "LONGEST", 8)
     source = torch.Generator().manual_seed(0)
     shapes = [(8, 9), (9, 8), (8, 8), (4, 2)]
     gradients = [torch.randn(shape, generator=source) for shape in shapes]
+    muon = 0.1 * MUON_RATE / SOAP_RATE
     ends = []
-    for by, rate in (("soap", 0.15), ("muon", 0.1)):
+    for by, rate, others in (("soap", 0.1, 0.1 * RATE / SOAP_RATE), ("muon", muon, muon)):
         network = nn.Module()
         network.blocks = nn.ModuleList([nn.Linear(width, height, bias=False) for height, width in shapes])
+        network.first, network.last = nn.Linear(9, 2, bias=False), nn.Linear(3, 2, bias=False)
         network.outside = nn.Parameter(torch.zeros(3))
         optimizer = make_optimizer(by, network, lr=rate, weight_decay=0.0)  # type: ignore[arg-type]
         network.outside.grad = torch.tensor([1.0, -2.0, 3.0])
-        adamw = 0.075 if by == "soap" else rate
-        for layer, gradient in zip(network.blocks, gradients, strict=True):
+        layers = [*network.blocks, network.first, network.last]
+        for layer, gradient in zip(layers, [*gradients, torch.ones(2, 9), torch.ones(2, 3)], strict=True):
             nn.init.zeros_(layer.weight)
             layer.weight.grad = gradient.clone()
         optimizer.step()
-        ends.append([network.outside.detach() / adamw, *(layer.weight.detach() for layer in network.blocks)])
+        outside = [network.outside.detach() / others, network.first.weight.detach() / others]
+        ends.append([*outside, *(layer.weight.detach() for layer in network.blocks)])
+        moved = network.last.weight.detach() / others
+        assert torch.allclose(moved, -torch.ones(2, 3), rtol=1e-3) == (by == "muon")  # AdamW's first step
         if by == "soap":
             kept = sum(
                 tensor.numel()
@@ -92,7 +142,7 @@ def test_matrices_with_a_long_side_are_moved_as_muon_moves_them(monkeypatch: pyt
             )
             assert kept == soap_numbers(network)
     close = [torch.allclose(*pair, rtol=1e-5) for pair in zip(*ends, strict=True)]
-    assert close == [True, True, True, False, False]
+    assert close == [True, True, True, True, False, False]
 
 
 @pytest.mark.parametrize(("batch", "every"), [(64, 5), (8, 5), (4, 10), (1, 40)])
@@ -103,10 +153,10 @@ def test_the_bases_of_small_batches_follow_less_often(batch: int, every: int) ->
     (weight,) = network.parameters()
     moved, source = [], torch.Generator().manual_seed(0)
     for step in range(1, 42):
-        before = optimizer.state[weight]["left_basis"].clone() if optimizer.state[weight] else torch.eye(5)
+        before = optimizer.state[weight]["basis_0"].clone() if optimizer.state[weight] else torch.eye(5)
         weight.grad = torch.randn(5, 6, generator=source)
         optimizer.step()
-        if not torch.equal(optimizer.state[weight]["left_basis"], before):
+        if not torch.equal(optimizer.state[weight]["basis_0"], before):
             moved.append(step)
     assert moved == [*range(1, soap.FIRST_STEPS + 1), *range(every, 42, every)]
 
@@ -131,4 +181,4 @@ def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
     assert rates == [RATES["soap"], RATES["soap"] / 2, RATES["soap"] / 4]
 
 
-RATES = {"soap": 3e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
+RATES = {"soap": 4e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
