@@ -8,7 +8,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from gfprune_cli.recipes.options import Frames, GuidanceScale, Help, PromptsFile, Recipe, Size
 
 # peak learning rates: of AdamW, of each optimiser of matrices, of adapters and Adafactor
-RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 4e-3, 1e-2
+RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 6e-3, 1e-2
+LEAST_GONE = 0.1  # share of the parameters that counts as gone in any case
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
 FEATURE_SAMPLES = 3200  # within which it decays to 0: it helps at the start, and costs loss in long runs
@@ -59,8 +60,8 @@ class FinetuneRecipe(Recipe):
         Gt(0),
         Le(1),
         Help(
-            "Peak (default: 4e-3 with soap, 2e-3 muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less"
-            " where the network has been trained before)."
+            "Peak (default: with soap 6e-3 times the share of the parameters that is gone; 2e-3 with muon,"
+            " 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less where the network has been trained before)."
         ),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
@@ -105,18 +106,23 @@ class FinetuneRecipe(Recipe):
     guidance: GuidanceScale = None
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
-    def settled(self, parameters: float, *, sharded: bool = False, trained: int = 0) -> Self:
+    def settled(
+        self, parameters: float, *, left: float | None = None, sharded: bool = False, trained: int = 0
+    ) -> Self:
         """The recipe with an optimizer and a peak learning rate: those given, or those of docs/finetuning.md.
 
         Args:
             parameters: that train at a time.
+            left: share of the dense network's parameters, where it is known. At SOAP's full rate the samples
+                of a network that has lost little drift away from its teacher's.
             sharded: whether the processes hold one network in pieces.
             trained: steps that the weights have behind them. The rate starts where a line down to 0 over all
                 steps would be by now: at the full rate, a short run undoes what was reached before it.
         """
         large = parameters > SMALL_NETWORK or self.lora is not None or sharded
         optimizer = self.optimizer or ("muon" if large else "soap")
-        rates = {"soap": SOAP_RATE, "muon": MUON_RATE, "adafactor": HIGH_RATE}
+        gone = 1 if left is None else max(LEAST_GONE, 1 - left)
+        rates = {"soap": SOAP_RATE * gone, "muon": MUON_RATE, "adafactor": HIGH_RATE}
         usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
         peak = self.learning_rate or usual * self.steps / (trained + self.steps)
         return replace(self, optimizer=optimizer, learning_rate=peak)

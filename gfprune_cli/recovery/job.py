@@ -87,7 +87,9 @@ class FinetuneJob:
         whole = training == total
         taker = receiving(self.teacher.component)
         receiver: Any = None if taker is None else build_meta(taker)
-        self.settled = self.recipe.settled(training, sharded=self.sharded, trained=self.record.steps)
+        self.settled = self.recipe.settled(
+            training, left=total / teacher.num_parameters(), sharded=self.sharded, trained=self.record.steps
+        )
         self.held = held_bytes(
             self.settled,
             student=total,

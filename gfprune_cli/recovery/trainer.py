@@ -48,6 +48,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     return peak * (FINAL_RATE + (1 - FINAL_RATE) * (0.5 + 0.5 * math.cos(math.pi * done)))
 
 
+def size_of(network: nn.Module) -> int:
+    """How many parameters it has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 @dataclass
 class Trainer:
     """Trains a network, and keeps the moving average of its weights.
@@ -77,7 +82,8 @@ class Trainer:
         named = self.network.named_parameters()
         self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        self.recipe = recipe = self.recipe.settled(count, sharded=self.processes.sharded)
+        left = size_of(self.network) / max(1, size_of(self.loss.teacher))
+        self.recipe = recipe = self.recipe.settled(count, left=left, sharded=self.processes.sharded)
         assert recipe.optimizer is not None
         self.optimizer = make_optimizer(
             recipe.optimizer,

@@ -1,5 +1,7 @@
 """SOAP: a matrix moves in the eigenbases of what its gradients have been."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from gfprune_cli.recipes.finetune import MUON_RATE, RATE, SMALL_NETWORK, SOAP_RATE, FinetuneRecipe
 from gfprune_cli.recovery import soap
 from gfprune_cli.recovery.optimizers import make_optimizer, soap_numbers
+from gfprune_cli.recovery.trainer import Trainer
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -173,6 +176,20 @@ def test_small_networks_take_it_and_large_ones_muon() -> None:
     assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1, trained=9).learning_rate == 0.5
 
 
+@pytest.mark.parametrize(("width", "share"), [(6, 0.25), (4, 0.5), (2, 0.75), (8, 0.1)])
+def test_what_has_lost_little_trains_at_a_low_rate(width: int, share: float) -> None:
+    """SOAP's rate follows the share of the parameters that is gone, but not to 0; other rates do not."""
+    peaks = {}
+    for name in ("soap", "muon"):
+        student, teacher = nn.Linear(width, 3, bias=False), nn.Linear(8, 3, bias=False)
+        recipe = FinetuneRecipe(model="m", optimizer=name, timesteps="uniform")  # type: ignore[arg-type]
+        loss = SimpleNamespace(teacher=teacher, precision="fp32")
+        processes = SimpleNamespace(sharded=False, device=torch.device("cpu"))
+        trainer = Trainer(student, loss, None, recipe, processes)  # type: ignore[arg-type]
+        peaks[name] = trainer.peak_rate
+    assert peaks == {"soap": pytest.approx(RATES["soap"] * share), "muon": RATES["muon"]}
+
+
 def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
     """A short run at the full rate would undo what was reached."""
     rates = [
@@ -181,4 +198,4 @@ def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
     assert rates == [RATES["soap"], RATES["soap"] / 2, RATES["soap"] / 4]
 
 
-RATES = {"soap": 4e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
+RATES = {"soap": 6e-3, "muon": 2e-3, "adamw": 1.5e-3, "adamw8bit": 1.5e-3, "adafactor": 1e-2}
