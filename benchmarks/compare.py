@@ -37,6 +37,11 @@ def not_finetuned(rows: Rows) -> Rows:
     return {method: runs for method, runs in rows.items() if not method.endswith(FINETUNED)}
 
 
+def if_finetuned(rows: Rows) -> Rows:
+    """All of them where peers have been finetuned, else none."""
+    return rows if any(name.endswith(FINETUNED) for name in rows) else Rows()
+
+
 def dense_of(entries: Sequence[Entry], subject: str) -> Entry | None:
     return next(iter(rows_of(entries, subject, 0.0, 0).get("dense", [])), None)
 

@@ -5,7 +5,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compare import GAPS, Rows, Verdict, best_peer, dense_of, gap, not_finetuned, rows_of, share, verdict
+from compare import (
+    GAPS,
+    Rows,
+    Verdict,
+    best_peer,
+    dense_of,
+    gap,
+    if_finetuned,
+    not_finetuned,
+    rows_of,
+    share,
+    verdict,
+)
 from grid import PUBLISHED, Cell, Entry, Form, Found, peer_of
 from plot_quality import TITLES, plot
 from provenance import table, write_page
@@ -33,7 +45,7 @@ def judged(found: Verdict | None) -> str:
 
 
 def verdicts(
-    entries: Sequence[Entry], form: Form, subjects: Sequence[str], among: Callable[[Rows], Rows] = Rows
+    entries: Sequence[Entry], form: Form, subjects: Sequence[str], among: Callable[[Rows], Rows]
 ) -> list[str]:
     """One row per network, sparsity and length, beside the peers that `among` leaves."""
     lines = []
@@ -184,7 +196,7 @@ def write_report(found: Found, form: Form, folder: Path, *, command: str) -> Pat
     alone = verdicts(found.entries, form, subjects, not_finetuned)
     lines += [INTRODUCTION, "", "## Goals", "", "### Beside peers as published and tuned", "", *alone, ""]
     lines += ["### Beside these and peers that `gfprune finetune` has trained", ""]
-    lines += [*verdicts(found.entries, form, subjects), ""]
+    lines += [*verdicts(found.entries, form, subjects, if_finetuned), ""]
     if plot(found.entries, form, folder / "quality.svg"):
         lines += ["![Gap to the dense network over gradients](quality.svg)", ""]
     rate, batch = PUBLISHED["learning_rate"], PUBLISHED["batch"]

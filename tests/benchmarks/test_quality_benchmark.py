@@ -356,6 +356,8 @@ def test_the_page_says_what_passes_what_misses_and_what_has_not_run(tmp_path: Pa
 def test_a_complete_page_says_nothing_of_missing_runs_and_an_empty_one_can_be_written(tmp_path: Path) -> None:
     complete = report_quality.write_report(grid.Found(ENTRIES, [], []), LONG, tmp_path / "a", command="c")
     assert "Not complete" not in complete.read_text()
+    _, _, with_ours = complete.read_text().partition("peers that `gfprune finetune` has trained")
+    assert "| toy | 0.5 | 3,200 | not run | not run | not run |" in with_ours  # no peer was finetuned
     empty = grid.Found([], [], grid.cells(TOY, "toy"))
     assert "0 of 12 runs" in report_quality.write_report(empty, TOY, tmp_path / "b", command="c").read_text()
     assert not (tmp_path / "b" / "quality.svg").exists()
