@@ -17,7 +17,7 @@ from gfprune_cli.runtime.half import half_of, kept_in
 from gfprune_cli.structure.blocks import gate
 from gfprune_cli.structure.groups import ChannelGroup, Member, Side
 from gfprune_cli.structure.norms import NORMS, is_feature_norm
-from gfprune_cli.structure.removal import dimension_size, forget
+from gfprune_cli.structure.removal import dimension_size, empty_parameter
 
 Masks = dict[str, torch.Tensor]  # group name -> [units]
 
@@ -150,7 +150,7 @@ class MaskedModel:
     def let_go(self) -> None:
         """Give up the weights: what has been made of the network has them now."""
         for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
-            forget(self.model, name)
+            empty_parameter(self.model, name)
         self.weights = {}
 
     def sent(self, masks: list[torch.Tensor]) -> Callable[[torch.dtype], tuple[torch.Tensor, ...]]:

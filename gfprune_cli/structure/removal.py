@@ -106,7 +106,7 @@ def slice_state(
             tensor = tensor.index_select(1, cut.into.to(tensor.device))
         state[key] = tensor.clone(memory_format=torch.contiguous_format)
         if spend:
-            forget(model, key)
+            empty_parameter(model, key)
     for name, factor in attention_scales(model, cuts).items():
         for key in (f"{name}.to_q.weight", f"{name}.to_q.bias"):
             if key in state:
@@ -114,7 +114,7 @@ def slice_state(
     return state
 
 
-def forget(model: nn.Module, name: str) -> None:
+def empty_parameter(model: nn.Module, name: str) -> None:
     """Leave a parameter its shape alone; buffers stay."""
     parent, _, leaf = name.rpartition(".")
     parameters = model.get_submodule(parent)._parameters

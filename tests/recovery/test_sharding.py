@@ -242,6 +242,7 @@ def test_want_of_memory_ends_the_run_in_one_line(group: Processes, dit: Path) ->
 
     class Full:
         precision, weights = "fp32", SimpleNamespace(distill=1, features=0, jacobian=0)
+        teacher = nn.Linear(2, 2)
 
         def terms(self, *_: Any) -> Any:
             raise torch.OutOfMemoryError
