@@ -20,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,10 +108,9 @@ def main(given: Sequence[str] | None = None) -> int:
         head = header(command, options.seed).splitlines()
         board = Board(out, form.tables(), head, options.parts)
         run = Run(form, Path(folder), board, device, clock, options.seed)
-        measures = {"quality": run.execute, "speed": partial(measure_speed, run)}
-        measures |= {"large": partial(measure_large, run)}
+        measures = {"quality": Run.execute, "speed": measure_speed, "large": measure_large}
         for part in options.parts:
-            measures[part]()
+            measures[part](run)
     print(board.text())
     print(board.page)
     return 1 if run.failed else 0

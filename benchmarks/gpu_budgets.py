@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpu_run import Run
+from gpu_run import FIXED, Run
 from large import measured
 from report_gpu import budget_row
 from speed import random_pipeline
@@ -19,7 +19,7 @@ def measure_speed(run: Run) -> None:
     longest: dict[str, float] = {}
     for runtime, batch, asked in run.form.budgets:
         name = budget_row(runtime, batch, asked)
-        expected = longest.get(runtime, 0.0)
+        expected = longest.get(runtime, FIXED)
         if run.clock.left() < expected:
             run.board.note("speed", f"{name} is left out: {run.clock.left():.0f} s are left")
             continue

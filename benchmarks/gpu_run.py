@@ -47,11 +47,9 @@ import gfprune_cli as gfprune
 from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.runtime.device import default_precision
 
-DENSE_SHARE, RECOVERY_SHARE = (
-    0.18,
-    0.22,
-)  # of the time; evaluation, timing, fixed costs and other parts take the rest
-FIXED = 20.0  # seconds of a method besides its gradients: reading, graph, evaluation
+# of the time; evaluation, timing, fixed costs and other parts take the rest
+DENSE_SHARE, RECOVERY_SHARE = 0.18, 0.22
+FIXED = 20.0  # seconds of a method besides its gradients, and of a budget of time: reading, graph, evaluation
 
 
 @dataclass(frozen=True)

@@ -238,9 +238,9 @@ class Networks:
         dense.load_state_dict(
             {name: one.detach().cpu() for name, one in wide.state_dict().items()}, assign=True
         )
-        spend = spent is not None
         if spent is not None:
-            spent.let_go()
+            spent.let_go()  # the weights of `dense` are now the last ones
+        spend = spent is not None
         if job.plan.native_config is not None:
             model = remove_native(dense, job.plan.groups, kept, job.plan.native_config, spend=spend)
         else:

@@ -19,6 +19,7 @@ from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import RecoveryLoss
 from gfprune_cli.recovery.optimizers import make_optimizer
 from gfprune_cli.recovery.pieces import first_not_finite
+from gfprune_cli.runtime.memory import parameter_count
 from gfprune_cli.runtime.processes import Processes
 
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
@@ -46,11 +47,6 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return peak * (FINAL_RATE + (1 - FINAL_RATE) * (0.5 + 0.5 * math.cos(math.pi * done)))
-
-
-def size_of(network: nn.Module) -> int:
-    """How many parameters it has."""
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @dataclass
@@ -82,7 +78,7 @@ class Trainer:
         named = self.network.named_parameters()
         self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        left = size_of(self.network) / max(1, size_of(self.loss.teacher))
+        left = parameter_count(self.network) / max(1, parameter_count(self.loss.teacher))
         self.recipe = recipe = self.recipe.settled(count, left=left, sharded=self.processes.sharded)
         assert recipe.optimizer is not None
         self.optimizer = make_optimizer(

@@ -47,7 +47,6 @@ def test_in_its_bases_it_is_adam_that_looks_ahead(
 def test_how_a_convolution_is_stored_changes_nothing(memory_format: torch.memory_format) -> None:
     """Its modes are found in either order, and a kernel of one position is none."""
     source = torch.Generator().manual_seed(0)
-    ends = []
     network = nn.Module()
     network.layers = nn.ModuleList([nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 1, bias=False)])
     for layer in network.layers:
