@@ -142,12 +142,14 @@ def told_apart(key: str) -> str:
 def depends_on(cell: Cell, form: Form) -> dict[str, Any]:
     """Settings and defaults, other than the cell's own, that its numbers depend on."""
     found: dict[str, Any] = {"samples": form.samples, "sample_steps": form.sample_steps}
+    if cell.method == "dense":
+        return found
+    recipe = FinetuneRecipe(model="") if cell.method == "gfprune" else peer_recipe(cell)
+    length = replace(recipe, steps=max(1, cell.gradients // recipe.batch))
+    found["finetune"] = recipe.document() | {"denoise": length.denoise_weight}  # which is the length's
     if cell.method == "gfprune":
-        finetune = FinetuneRecipe(model="").document()
-        found |= {"prune": PruneRecipe().document() | form.prune, "finetune": finetune}
-    elif cell.method != "dense":
-        found |= {"finetune": peer_recipe(cell).document(), "scoring": SCORING}
-    return found
+        return found | {"prune": PruneRecipe().document() | form.prune}
+    return found | {"scoring": SCORING}
 
 
 class Store:

@@ -13,6 +13,8 @@ LEAST_GONE = 0.1  # share of the parameters that counts as gone in any case
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
 FEATURE_SAMPLES = 3200  # within which it decays to 0: it helps at the start, and costs loss in long runs
+DENOISE = 0.1  # weight of the data's own loss
+DENOISE_SAMPLES = 3200  # up to which a run has it in full: in long ones it leads away from the teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,14 @@ class FinetuneRecipe(Recipe):
     ema: Annotated[
         float, Ge(0), Lt(1), Help("Largest decay of the weight average that is written; 0: none.")
     ] = 0.9999
-    denoise: Annotated[float, Ge(0), Help("Weight of the denoising loss.")] = 0.1
+    denoise: Annotated[
+        float | None,
+        Ge(0),
+        Help(
+            "Weight of the denoising loss (default: 0.1; 320 over the number of samples in a run of more than"
+            " 3200 with a teacher)."
+        ),
+    ] = None
     distill: Annotated[float, Ge(0), Help("Weight of output distillation from the teacher.")] = 0.9
     features: Annotated[
         float | None,
@@ -126,6 +135,13 @@ class FinetuneRecipe(Recipe):
         usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
         peak = self.learning_rate or usual * self.steps / (trained + self.steps)
         return replace(self, optimizer=optimizer, learning_rate=peak)
+
+    @property
+    def denoise_weight(self) -> float:
+        """The weight of the denoising loss: the one given; or 0.1, and less in a long run that is taught."""
+        if self.denoise is not None:
+            return self.denoise
+        return DENOISE * min(1.0, DENOISE_SAMPLES / (self.steps * self.batch)) if self.distill else DENOISE
 
     @property
     def feature_weight(self) -> float:

@@ -143,7 +143,7 @@ def check_recipe(recipe: FinetuneRecipe) -> None:
     Raises:
         UsageError: nothing to learn from, or options that do not go together.
     """
-    if not (recipe.denoise or recipe.distill or recipe.features or recipe.jacobian):
+    if not (recipe.denoise_weight or recipe.distill or recipe.features or recipe.jacobian):
         raise UsageError("all loss weights are 0: give --denoise, --distill, --features or --jacobian one")
     if recipe.jacobian and recipe.teacher_precision != "fp32":
         raise UsageError("--jacobian takes differences in float32: drop it, or --teacher-precision")

@@ -166,7 +166,7 @@ class RecoveryLoss:
         else:
             scale = process.image_weight(batch.index, recipe.image_weight)
         denoise = process.losses(output, batch.images, batch.noise, batch.index) * scale
-        terms = {"denoise": (recipe.denoise, denoise)}
+        terms = {"denoise": (recipe.denoise_weight, denoise)}
         if recipe.distill:
             terms["distill"] = recipe.distill, process.distance(output, reference, batch.index) * scale
         if catch is not None:

@@ -157,6 +157,16 @@ def test_the_feature_term_decays_to_nothing_and_gives_gradients() -> None:
     assert not loss.features.caught["student"], "activations are let go"
 
 
+def test_a_long_run_leans_less_on_the_data_unless_told_or_alone() -> None:
+    """The share that leads past the teacher is one of samples, whatever the batch."""
+    recipe = FinetuneRecipe(model="m", steps=400, batch=8)
+    assert recipe.denoise_weight == replace(recipe, steps=20).denoise_weight == 0.1
+    assert replace(recipe, steps=2000).denoise_weight == replace(recipe, steps=4000, batch=4).denoise_weight
+    assert replace(recipe, steps=2000).denoise_weight == pytest.approx(0.02)
+    assert replace(recipe, steps=2000, denoise=0.1).denoise_weight == 0.1
+    assert replace(recipe, steps=2000, distill=0.0).denoise_weight == 0.1
+
+
 def test_distillation_is_the_distance_to_the_teacher() -> None:
     sample = batch()
     noisy = PROCESS.add_noise(sample.images, sample.noise, sample.index)
