@@ -22,6 +22,9 @@ def in_a_process(script: str, *given: Any, cache: Path) -> Any:
 
     Args:
         cache: the folder of gfprune's caches.
+
+    Raises:
+        ChildProcessError: the script failed; what it said is on stderr.
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STATUS + script, *map(str, given)],
@@ -31,5 +34,5 @@ def in_a_process(script: str, *given: Any, cache: Path) -> Any:
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GFPRUNE_CACHE": str(cache)},
     )
     if done.returncode:
-        sys.exit(done.returncode)
+        raise ChildProcessError(f"the script ended with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

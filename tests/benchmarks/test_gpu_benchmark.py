@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_networks  # noqa: E402
+from own_process import in_a_process  # noqa: E402
 from report_gpu import DENSE, METHODS, NO_FIGURE, NOT_MEASURED, PARTS, UNIFORM, Board, row  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -170,3 +171,10 @@ def test_networks_of_peers_survive_as_checkpoints(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     with torch.no_grad():
         assert torch.equal(loaded(*inputs).sample, narrow.eval()(*inputs).sample)
+
+
+def test_a_process_that_fails_is_an_error_and_not_the_end(tmp_path: Path) -> None:
+    """A large network that does not fit takes its own numbers along, not those of the run."""
+    with pytest.raises(ChildProcessError, match="code 3"):
+        in_a_process("sys.exit(3)", cache=tmp_path)
+    assert in_a_process("print(json.dumps([sys.argv[1]]))", "given", cache=tmp_path) == ["given"]
