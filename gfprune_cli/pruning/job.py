@@ -172,7 +172,7 @@ class PruneJob:
             half = half_name(stored_dtype(self.plan.component))
             self.memory = replace(empty.of(forms(offload=True, stored=stored)), half=half)
         self.memory.check()
-        if self.device.type == "cpu" and self.memory is not here:  # what is let go is wanted again
+        if self.device.type == "cpu" and not self.memory.plenty:  # what is let go is wanted again
             keep_nothing_back()
 
     def prepared(self) -> tuple[nn.Module, Draws, Draws]:

@@ -29,6 +29,7 @@ from gfprune_cli.structure.trace import gradients_as_before, hooked
 GIB = 1 << 30
 FLOAT = 4  # bytes; weights, gradients and moments are float32
 MARGIN = 0.95  # of what is free
+KEPT_BACK = 2.0  # of what tensors take: what glibc may hold, unless it is told to give back at once
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,16 @@ class MemoryPlan:
         }
         held = {} if self.half is None else {"weights": {"kept_in": self.half}}
         return held | {name: settings for name, settings in found.items() if settings}
+
+    @property
+    def peak(self) -> float:
+        """The most bytes that a phase needs, with as many samples at once as it takes."""
+        return max((phase.need(self.weights, self.at_once(phase.name)) for phase in self.phases), default=0)
+
+    @property
+    def plenty(self) -> bool:
+        """Whether what is let go may stay with the process, which is faster: there is room for it."""
+        return KEPT_BACK * self.peak <= self.free
 
     def at_once(self, name: str) -> int:
         """Samples that go through a network at once in a phase: as many as wanted, halved until they fit."""
