@@ -12,7 +12,7 @@ from gfprune_cli.recipes.prune import PruneRecipe
 Entry = dict[str, Any]
 SCORING = 512  # the most gradients that a peer's scoring takes; a quarter of the run's, where that is less
 RECIPES = ("prune", "finetune")
-UNUSED = {"teacher_precision": "fp32", "runtime": "eager", "time_batch": 1}
+UNUSED = {"length_factor": 1.0, "teacher_precision": "fp32", "runtime": "eager", "time_batch": 1}
 PUBLISHED: dict[str, Any] = {
     "denoise": 1.0,
     "distill": 0.0,
@@ -147,6 +147,8 @@ def depends_on(cell: Cell, form: Form) -> dict[str, Any]:
     recipe = FinetuneRecipe(model="") if cell.method == "gfprune" else peer_recipe(cell)
     length = replace(recipe, steps=max(1, cell.gradients // recipe.batch))
     found["finetune"] = recipe.document() | {"denoise": length.denoise_weight}  # which is the length's
+    if recipe.learning_rate is None:  # and so is the rate
+        found["finetune"] |= {"length_factor": length.length_factor}
     if cell.method == "gfprune":
         return found | {"prune": PruneRecipe().document() | form.prune}
     return found | {"scoring": SCORING}

@@ -12,9 +12,10 @@ RATE, MUON_RATE, SOAP_RATE, HIGH_RATE = 1.5e-3, 2e-3, 6e-3, 1e-2
 LEAST_GONE = 0.1  # share of the parameters that counts as gone in any case
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
-FEATURE_SAMPLES = 3200  # within which it decays to 0: it helps at the start, and costs loss in long runs
 DENOISE = 0.1  # weight of the data's own loss
-DENOISE_SAMPLES = 3200  # up to which a run has it in full: in long ones it leads away from the teacher
+# Samples of a run up to which rates and weights above hold. Beyond, the data and high rates lead away from the
+# teacher, and features, whose weight decays to 0 within them, cost loss.
+SHORT_RUN = 3200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,9 @@ class FinetuneRecipe(Recipe):
         Gt(0),
         Le(1),
         Help(
-            "Peak (default: with soap 6e-3 times the share of the parameters that is gone; 2e-3 with muon,"
-            " 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less where the network has been trained before)."
+            "Peak (default: with soap 6e-3 times the share of the parameters that is gone, less in runs of more"
+            " than 3200 samples; 2e-3 with muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less where the"
+            " network has been trained before)."
         ),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
@@ -123,7 +125,7 @@ class FinetuneRecipe(Recipe):
         Args:
             parameters: that train at a time.
             left: share of the dense network's parameters, where it is known. At SOAP's full rate the samples
-                of a network that has lost little drift away from its teacher's.
+                of a network that has lost little, or trains long, drift away from its teacher's.
             sharded: whether the processes hold one network in pieces.
             trained: steps that the weights have behind them. The rate starts where a line down to 0 over all
                 steps would be by now: at the full rate, a short run undoes what was reached before it.
@@ -131,17 +133,23 @@ class FinetuneRecipe(Recipe):
         large = parameters > SMALL_NETWORK or self.lora is not None or sharded
         optimizer = self.optimizer or ("muon" if large else "soap")
         gone = 1 if left is None else max(LEAST_GONE, 1 - left)
-        rates = {"soap": SOAP_RATE * gone, "muon": MUON_RATE, "adafactor": HIGH_RATE}
+        soap = SOAP_RATE * gone * self.length_factor**0.5
+        rates = {"soap": soap, "muon": MUON_RATE, "adafactor": HIGH_RATE}
         usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
         peak = self.learning_rate or usual * self.steps / (trained + self.steps)
         return replace(self, optimizer=optimizer, learning_rate=peak)
+
+    @property
+    def length_factor(self) -> float:
+        """What a short run's samples are of this run's, and no more than 1."""
+        return min(1.0, SHORT_RUN / (self.steps * self.batch))
 
     @property
     def denoise_weight(self) -> float:
         """The weight of the denoising loss: the one given; or 0.1, and less in a long run that is taught."""
         if self.denoise is not None:
             return self.denoise
-        return DENOISE * min(1.0, DENOISE_SAMPLES / (self.steps * self.batch)) if self.distill else DENOISE
+        return DENOISE * self.length_factor if self.distill else DENOISE
 
     @property
     def feature_weight(self) -> float:
@@ -152,4 +160,4 @@ class FinetuneRecipe(Recipe):
     @property
     def feature_steps(self) -> int:
         """Within which the weight of features decays to 0: no more than the run has."""
-        return min(self.steps, max(1, FEATURE_SAMPLES // self.batch))
+        return min(self.steps, max(1, SHORT_RUN // self.batch))

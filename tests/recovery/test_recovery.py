@@ -298,7 +298,7 @@ def test_features_count_less_and_less_and_no_more_after_their_steps(monkeypatch:
         return terms(sample, probe, progress)
 
     monkeypatch.setattr(trainer.loss, "terms", record)
-    monkeypatch.setattr("gfprune_cli.recipes.finetune.FEATURE_SAMPLES", 4 * trainer.recipe.batch)
+    monkeypatch.setattr("gfprune_cli.recipes.finetune.SHORT_RUN", 4 * trainer.recipe.batch)
     train(trainer, 8)
     assert asked == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 

@@ -170,7 +170,9 @@ def test_small_networks_take_it_and_large_ones_muon() -> None:
     assert recipe.settled(1, sharded=True).optimizer == "muon"
     adapters = FinetuneRecipe(model="m", lora=4).settled(1)
     assert (adapters.optimizer, adapters.learning_rate) == ("muon", 1e-2)
-    rates = {name: FinetuneRecipe(model="m", optimizer=name).settled(1).learning_rate for name in RATES}
+    rates = {
+        name: FinetuneRecipe(model="m", steps=400, optimizer=name).settled(1).learning_rate for name in RATES
+    }
     assert rates == RATES
     assert FinetuneRecipe(model="m", learning_rate=0.5).settled(1, trained=9).learning_rate == 0.5
 
@@ -181,12 +183,21 @@ def test_what_has_lost_little_trains_at_a_low_rate(width: int, share: float) -> 
     peaks = {}
     for name in ("soap", "muon"):
         student, teacher = nn.Linear(width, 3, bias=False), nn.Linear(8, 3, bias=False)
-        recipe = FinetuneRecipe(model="m", optimizer=name, timesteps="uniform")  # type: ignore[arg-type]
+        recipe = FinetuneRecipe(model="m", steps=400, optimizer=name, timesteps="uniform")  # type: ignore[arg-type]
         loss = SimpleNamespace(teacher=teacher, precision="fp32")
         processes = SimpleNamespace(sharded=False, device=torch.device("cpu"))
         trainer = Trainer(student, loss, None, recipe, processes)  # type: ignore[arg-type]
         peaks[name] = trainer.peak_rate
     assert peaks == {"soap": pytest.approx(RATES["soap"] * share), "muon": RATES["muon"]}
+
+
+def test_a_long_run_trains_at_a_low_rate() -> None:
+    """SOAP's rate falls with the root of the samples, whatever the batch; other rates do not."""
+    recipe = FinetuneRecipe(model="m", steps=1600, batch=8)
+    for given in (recipe, FinetuneRecipe(model="m", steps=3200, batch=4)):
+        assert given.settled(1).learning_rate == pytest.approx(RATES["soap"] / 2)
+    assert FinetuneRecipe(model="m", steps=1600, optimizer="muon").settled(1).learning_rate == RATES["muon"]
+    assert FinetuneRecipe(model="m", steps=1600, learning_rate=0.01).settled(1).learning_rate == 0.01
 
 
 def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
