@@ -13,8 +13,8 @@ LEAST_GONE = 0.1  # share of the parameters that counts as gone in any case
 SMALL_NETWORK = 50_000_000  # parameters that train, up to which the bases of SOAP cost little
 FEATURES = 0.3  # weight of feature distillation
 DENOISE = 0.1  # weight of the data's own loss
-# Samples of a run up to which rates and weights above hold. Beyond, the data and high rates lead away from the
-# teacher, and features, whose weight decays to 0 within them, cost loss.
+# Samples of a run up to which rates and weights above hold. Beyond, the data and high rates lead away from
+# the teacher, and features, whose weight decays to 0 within them, cost loss.
 SHORT_RUN = 3200
 
 
@@ -63,9 +63,9 @@ class FinetuneRecipe(Recipe):
         Gt(0),
         Le(1),
         Help(
-            "Peak (default: with soap 6e-3 times the share of the parameters that is gone, less in runs of more"
-            " than 3200 samples; 2e-3 with muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less where the"
-            " network has been trained before)."
+            "Peak (default: with soap 6e-3 times the share of the parameters that is gone, less in runs of"
+            " more than 3200 samples; 2e-3 with muon, 1.5e-3 AdamW, 1e-2 adafactor and with --lora; less"
+            " where the network has been trained before)."
         ),
     ] = None
     warmup: Annotated[int, Ge(0), Le(10**8), Help("Steps until the learning rate peaks.")] = 10
