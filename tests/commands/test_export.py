@@ -272,7 +272,7 @@ def test_one_file_replaces_and_reads_only_its_own_kind(pruned: Path, tmp_path: P
     assert result.bytes == ours.stat().st_size
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5),
     dimensions=st.integers(1, 2),
@@ -684,7 +684,7 @@ def test_dry_run_names_the_files_and_writes_nothing(pruned: Path, tmp_path: Path
     assert done.stderr == ""
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(number=st.integers(1, 999), unit=st.sampled_from(sorted(weights.UNITS)))
 def test_shard_sizes_are_decimal(number: int, unit: str) -> None:
     assert weights.parse_size(f"{number}{unit}") == number * weights.UNITS[unit]

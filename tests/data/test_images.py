@@ -112,7 +112,7 @@ def test_resizing_crops_about_the_centre_first(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path)[0], expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(1, 70),
     height=st.integers(1, 70),
@@ -138,7 +138,7 @@ def test_any_size_and_mode_gives_the_shape_asked_for_and_keeps_white_white(
     assert (images == 255).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     colour=st.tuples(*[st.integers(0, 255)] * 3),
     alpha=st.integers(0, 255),
@@ -236,7 +236,7 @@ def test_truncated_image_is_named(tmp_path: Path, suffix: str) -> None:
     assert f"broken.{suffix}" in refused(tmp_path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), suffix=st.sampled_from(["png", "jpg", "webp", "bmp"]))
 def test_damaged_bytes_are_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str
@@ -377,7 +377,7 @@ def test_odd_file_names_stay_on_one_line(tmp_path: Path) -> None:
 # --- npz -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     count=st.integers(1, 4),
     stored=st.sampled_from([1, 3]),
@@ -500,7 +500,7 @@ def test_npz_of_a_later_header_version(tmp_path: Path) -> None:
     assert "numpy.savez" in refused(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_npz_is_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -95,7 +95,7 @@ def test_a_second_name_of_the_noise_level_is_told_the_same() -> None:
     torch.testing.assert_close(network.arguments["r"], torch.tensor([0.0, 0.25, 1.0]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=6), data=st.data())
 def test_a_choice_of_a_choice_is_a_choice(rows: list[int], data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6))
@@ -152,7 +152,7 @@ def test_guided_sampling_follows_the_guided_output() -> None:
     torch.testing.assert_close(made, plain.sample(lambda x, t: 1.1 * x, noise, 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     scale=st.floats(1.5, 20),
     flipped=st.booleans(),

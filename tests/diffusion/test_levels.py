@@ -9,7 +9,7 @@ from gfprune_cli.diffusion.draws import Draws
 from gfprune_cli.diffusion.levels import RANGES, LevelDensity
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     squares=st.lists(st.floats(0, 1e6), min_size=RANGES, max_size=RANGES),
     counts=st.lists(st.sampled_from((0.0, 9.0)), min_size=RANGES, max_size=RANGES),

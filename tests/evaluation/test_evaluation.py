@@ -67,7 +67,6 @@ def drawn(sampling: Any, members: list[int]) -> torch.Tensor:
     return draw(sampling, fake_denoiser, members=members, shape=SHAPE, seed=3, device=CPU, what="fake")
 
 
-@settings(deadline=None)
 @given(st.integers(1, 1000), st.sampled_from(["leading", "trailing", "linspace"]), st.integers(0, 1))
 def test_timesteps_are_those_of_diffusers(steps: int, spacing: Any, offset: int) -> None:
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
@@ -281,7 +280,7 @@ def features(seed: int, count: int, dimensions: int) -> np.ndarray:
     return source.normal(size=(count, dimensions)) @ mixing + source.normal(size=dimensions)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_the_frechet_distance_is_the_one_by_scipys_matrix_root(seed: int, dimensions: int) -> None:
     first, second = (gaussian(features(seed + i, 60, dimensions)) for i in (0, 1))
@@ -296,7 +295,7 @@ def test_the_frechet_distance_is_the_one_by_scipys_matrix_root(seed: int, dimens
     assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 9))
 def test_the_frechet_distance_holds_where_covariances_are_singular(seed: int, count: int) -> None:
     """Fewer vectors than dimensions: nothing but the shift may remain between a set and its translate."""
@@ -654,7 +653,7 @@ def test_a_number_of_images_that_none_can_have_is_refused(count: Any, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 255))
 def test_a_damaged_byte_of_statistics_gives_one_line_at_most(position: int, byte: int) -> None:
     stream = io.BytesIO()

@@ -277,7 +277,7 @@ def test_samples_count_by_their_importance() -> None:
             torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-9)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(seed=st.integers(0, 10**6), ties=st.booleans())
 def test_within_a_group_units_keep_their_order(seed: int, ties: bool) -> None:
     """Prices rise from step to step, all are positive, and selection by them is that by the scores."""
@@ -372,7 +372,7 @@ def test_a_comparison_follows_from_its_seed_and_leaves_the_network_alone() -> No
     block=st.integers(1, 70),
     mean=st.sampled_from((0, 4)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_moments_of_few_rows_are_followed_through_the_rows(
     seed: int, rows: int, inputs: int, block: int, mean: int
 ) -> None:

@@ -54,7 +54,7 @@ from gfprune_cli.structure.budget import allocate
 from gfprune_cli.structure.groups import ChannelGroup, Member, select
 
 TINY = "no-middle-attention"
-many = settings(max_examples=60, deadline=None, derandomize=True)
+many = settings(max_examples=60, derandomize=True)
 
 
 def process(steps: int = 20) -> VariancePreserving:

@@ -284,7 +284,7 @@ def test_the_target_of_a_branch_is_what_its_stream_lacks() -> None:
     soft=st.booleans(),
     bias=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equations_as_wide_as_rows_give_what_those_as_wide_as_inputs_give(
     seed: int, known: int, inputs: int, soft: bool, bias: bool
 ) -> None:

@@ -22,7 +22,7 @@ from gfprune_cli.structure.groups import select
 SHARE = 0.5
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(cells=st.integers(1, 4), per_cell=st.integers(2, 6), share=st.floats(0.01, 0.99))
 def test_a_part_of_a_group_is_at_least_a_step_and_never_all(cells: int, per_cell: int, share: float) -> None:
     group = toy_group(cells, per_cell, 1)

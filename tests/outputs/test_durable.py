@@ -171,7 +171,7 @@ def test_a_foreign_state_is_one_line(tmp_path: Path, damage: str) -> None:
         state.load()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(names=st.lists(st.text("abc.", min_size=1, max_size=6), min_size=1, max_size=5, unique=True))
 def test_the_same_tensors_give_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]

@@ -213,7 +213,7 @@ def test_min_snr_at_zero_signal_and_for_exploding_variance_is_finite() -> None:
     assert float(weights[1]) == 1.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 17), st.integers(1, 50), st.integers(0, 5), st.data())
 def test_draws_do_not_depend_on_how_a_batch_is_split(of: int, steps: int, seed: int, data: Any) -> None:
     draws = Draws(torch.randn(3, 1, 2, 2), steps, seed)

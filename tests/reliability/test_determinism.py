@@ -78,7 +78,7 @@ def test_another_seed_gives_other_weights(whole: Path, smallest_folder: Path, tm
     assert weights[0].read_bytes() != weights[1].read_bytes()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))),
     st.integers(0, 2**31),

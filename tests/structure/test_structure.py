@@ -50,7 +50,7 @@ Kept = dict[str, torch.Tensor]
 
 EXACT = 1e-9  # relative, in float64: rounding of one forward pass, amplified by the norms
 each_network = pytest.mark.parametrize("name", NETWORKS)
-few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking is slow
+few = settings(max_examples=3, derandomize=True, phases=[Phase.generate])  # shrinking is slow
 any_pruning = given(
     seed=st.integers(0, 10**6),
     sparsity=st.floats(0.02, 0.9),
@@ -444,7 +444,7 @@ def test_seams_are_exercised(name: str) -> None:
     assert uneven
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(data=st.data(), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_uneven_norm_normalises_each_group_by_itself(data: st.DataObject, sizes: list[int]) -> None:
     """Each group of an uneven norm is what `nn.GroupNorm` with one group makes of its channels."""
@@ -540,7 +540,7 @@ def test_sparsity_is_met_within_one_point(
 
 
 @each_network
-@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=5, derandomize=True, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 10**6),
     sparsity=st.floats(0.05, 0.85),
@@ -694,7 +694,7 @@ def toy_group(cells: int, per_cell: int, unit_size: int) -> ChannelGroup:
     return ChannelGroup("toy", cells * per_cell * unit_size, unit_size, interleaved, ())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     cells=st.integers(1, 4),
     per_cell=st.integers(1, 5),
@@ -722,7 +722,7 @@ def test_select_keeps_the_best_of_each_cell(
     assert len(group.kept_channels(kept)) == units * unit_size
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(cells=st.integers(1, 4), per_cell=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_step_scores_are_what_selection_gives_up(cells: int, per_cell: int, seed: int) -> None:
     """The price list of a group agrees with what `select` removes, step by step."""

@@ -46,7 +46,7 @@ EXACT = 1e-9  # relative, in float64
 WIDTH = "+width"
 each_network = pytest.mark.parametrize("name", ZOO)
 each_structure = pytest.mark.parametrize("name", [*ZOO, *(name + WIDTH for name in ZOO)])
-few = settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+few = settings(max_examples=4, derandomize=True, phases=[Phase.generate])
 
 # (channels, channels per unit, members): how many groups have them
 EXPECTED: dict[str, dict[tuple[int, int, int], int]] = {
