@@ -288,6 +288,7 @@ class FinetuneJob:
             "resolved": {
                 "optimizer": self.settled.optimizer,
                 "learning_rate": self.settled.learning_rate,
+                "denoise": self.settled.denoise_weight,
                 "precision": self.precision,
                 "device": self.device.type,
                 "channels_last": self.channels_last,

@@ -278,6 +278,7 @@ def test_a_finetuned_checkpoint_can_be_finetuned_again_on_data(tuned: Path, tmp_
     assert len(record["finetune"]) == 2
     assert len(record["finetune"][1]["data"]) == 64
     rates = [run["resolved"]["learning_rate"] for run in record["finetune"]]  # after 2 and after 8 steps
+    assert [run["resolved"]["denoise"] for run in record["finetune"]] == [0.1, 0.1], "of short runs"
     assert rates == [pytest.approx(1.5e-3 * 6 / 8), pytest.approx(1.5e-3 * 6 / 14)]
     assert (tmp_path / "again" / "README.md").read_text().count("Then finetuned") == 2
 
