@@ -144,8 +144,9 @@ peers by over 1 % of the dense network, of either. gfprune may keep less.
 Goals, shares of the gap that the best peer's row leaves to the dense network: held-out loss 0.35, 0.50 and
 0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen anew for
 every number, after the fact. Ratios of means over the seeds; in brackets the lowest and highest of gfprune's
-seeds against the same seed of the peer. Below 0 the network is better than the dense one. The first table is
-about what each tool gives with its own training; in the second, `gfprune finetune` trains the peers."""
+seeds against the same seed of the peer, or against its mean where that seed has not been run. Below 0 the
+network is better than the dense one. The first table is about what each tool gives with its own training;
+in the second, `gfprune finetune` trains the peers."""
 
 NOTES = """\
 - Loss: denoising loss on images that neither a network nor a run has trained on. SSIM: to the dense network's
