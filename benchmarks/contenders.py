@@ -32,6 +32,7 @@ from gfprune_cli.runtime.device import device_name
 from gfprune_cli.runtime.processes import Processes
 
 TOLERANCE = 0.01  # of the dense network: how far two rows may differ that count as equal
+SHARES = (1.0, 0.75, 0.5)  # of the way from the smaller of the peers' two shares to the larger, to be tried
 
 
 @dataclass(frozen=True)
@@ -145,24 +146,52 @@ def by_peer(target: Subject, cell: Cell) -> Outcome:
     return Outcome(train(target, model, draws, recipe), scored + trained, work)
 
 
-def by_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> Outcome:
-    """`gfprune prune` and `gfprune finetune` with their defaults, within the peers' parameters and MACs."""
-    device = target.held_out.device
-    common: dict[str, Any] = dict(
-        data=str(target.data), images=ALL_IMAGES, seed=cell.seed, device=str(device), precision="fp32"
-    )
-    sparsity = 1 - min(peers.params, peers.macs)
+def prune_defaults(target: Subject, cell: Cell, form: Form, share: float, out: Path) -> Any:
+    """`gfprune prune` with its defaults, for at most a share of the parameters and of the MACs."""
+    settings = {**form.prune, "budget": "both", "recover": 0, "sparsity": 1 - share}
+    return gfprune.prune(target.model, out=out, **settings, **common_settings(target, cell))
+
+
+def common_settings(target: Subject, cell: Cell) -> dict[str, Any]:
+    device = str(target.held_out.device)
+    data: dict[str, Any] = dict(data=str(target.data), images=ALL_IMAGES)
+    return data | dict(seed=cell.seed, device=device, precision="fp32")
+
+
+def share_for_gfprune(target: Subject, cell: Cell, form: Form, peers: Size) -> float:
+    """The share of both that makes it equal to the peers, whose two shares differ.
+
+    The largest of some between the two whose network keeps no more of either than theirs; the smaller, if
+    none does. The runs that tell are the benchmark's own, and are not counted.
+    """
+    smaller, larger = sorted((peers.params, peers.macs))
+    if larger - smaller <= TOLERANCE:
+        return smaller
+    slack = TOLERANCE / 10  # shares are counted here and in the budget
+    for part in SHARES:
+        share = smaller + part * (larger - smaller)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "pruned"
+            prune_defaults(target, cell, form, share, out)
+            kept = Size.of(gfprune.load(out)).share(Size.of(target.dense))
+        if kept.params <= peers.params + slack and kept.macs <= peers.macs + slack:
+            return share
+    return smaller
+
+
+def by_gfprune(target: Subject, cell: Cell, form: Form, share: float) -> Outcome:
+    """`gfprune prune` and `gfprune finetune` with their defaults, within a share of both."""
     batch = FinetuneRecipe(model="").batch
     with tempfile.TemporaryDirectory() as folder:
         pruned, tuned = Path(folder) / "pruned", Path(folder) / "tuned"
-        settings = {**form.prune, "budget": "both", "recover": 0, "sparsity": sparsity}
-        result = gfprune.prune(target.model, out=pruned, **settings, **common)
+        result = prune_defaults(target, cell, form, share, pruned)
         scored = math.ceil(result.scoring_gradients)
         steps = (cell.gradients - scored) // batch
         if steps <= 0:
             raise ValueError(f"{scored} gradients are gone after pruning, of {cell.gradients}")
+        common = common_settings(target, cell)
         gfprune.finetune(pruned, out=tuned, steps=steps, save_every=0, sample_every=0, **common)
-        model = nn.Module.to(gfprune.load(tuned), device)
+        model = nn.Module.to(gfprune.load(tuned), target.held_out.device)
     trained = steps * batch
     work = work_of(Size.of(target.dense), Size.of(model), scored, trained, distilled=True)
     return Outcome(model, scored + trained, work)
@@ -177,8 +206,9 @@ def timed(target: Subject, cell: Cell, form: Form) -> tuple[Outcome, float]:
     if cell.method == "dense":
         return Outcome(target.dense, 0, 0.0), 0.0
     peers = uniform_share(target, cell.sparsity)
+    share = share_for_gfprune(target, cell, form, peers) if cell.method == "gfprune" else 1.0
     start = time.process_time()
-    outcome = by_gfprune(target, cell, form, peers) if cell.method == "gfprune" else by_peer(target, cell)
+    outcome = by_gfprune(target, cell, form, share) if cell.method == "gfprune" else by_peer(target, cell)
     seconds = time.process_time() - start
     check_equal(Size.of(outcome.model).share(Size.of(target.dense)), peers)
     return outcome, seconds

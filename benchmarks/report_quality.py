@@ -137,9 +137,10 @@ def missing_lines(missing: Sequence[Cell]) -> list[str]:
 
 INTRODUCTION = """\
 Every method removes channels from the same dense network and has the same gradients to spend, counted in
-samples, scoring included. Peers keep the widths that their own rule gives, one ratio for all layers; gfprune
-is asked for at most the smaller of their two shares, of parameters and of MACs: no row keeps more than the
-peers by over 1 % of the dense network, of either. gfprune may keep less.
+samples, scoring included. Peers keep the widths that their own rule gives, one ratio for all layers, which is
+one share of the parameters and another of the MACs. gfprune is asked for one share of both, of four from
+the smaller of the peers' two to the larger: the largest whose network keeps no more of either than theirs
+do. No row keeps more than the peers by over 1 % of the dense network, of either; gfprune may keep less.
 
 Goals, shares of the gap that the best peer's row leaves to the dense network: held-out loss 0.35, 0.50 and
 0.60 at 3,200, 16,000 and 64,000 gradients, 1 - SSIM 0.5, fd_teacher 0.2. The best peer is chosen anew for

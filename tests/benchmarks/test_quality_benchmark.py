@@ -88,10 +88,9 @@ def test_every_peer_keeps_the_same_widths_within_the_gradients_allowed(
     assert 3 * size.macs <= outcome.work / outcome.gradients < 4 * dense.macs
 
 
-def test_gfprune_stays_within_the_peers_parameters_and_macs(
+def test_gfprune_keeps_the_share_that_it_is_asked_for_and_recovery_is_left_to_finetune(
     toy: yardstick.Subject, uniform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sparsity is what the smaller of the peers' two shares asks for; recovery is left to finetune."""
     asked: dict[str, Any] = {}
 
     def prune(model: str, **settings: Any) -> Any:
@@ -102,13 +101,48 @@ def test_gfprune_stays_within_the_peers_parameters_and_macs(
     monkeypatch.setattr(contenders.gfprune, "finetune", lambda *a, **settings: asked.update(tune=settings))
     monkeypatch.setattr(contenders.gfprune, "load", lambda folder: uniform)
     cell = grid.Cell("toy", "gfprune", 0.5, 3, 400)
-    outcome = contenders.by_gfprune(toy, cell, TOY, contenders.Size(0.55, 0.5))
+    outcome = contenders.by_gfprune(toy, cell, TOY, 0.5)
     batch = FinetuneRecipe(model="").batch
     assert asked["prune"]["sparsity"] == pytest.approx(0.5)
     assert (asked["prune"]["budget"], asked["prune"]["recover"], asked["prune"]["seed"]) == ("both", 0, 3)
     assert asked["tune"]["steps"] == (400 - 100) // batch
     assert not {"batch", "learning_rate", "optimizer"} & set(asked["tune"])
     assert outcome.gradients == 100 + (300 // batch) * batch
+
+
+@pytest.mark.parametrize(
+    ("peers", "parameters", "share", "tries"),
+    [
+        (contenders.Size(0.24, 0.28), 0.8, 0.28, 1),  # fewer parameters than MACs: all of theirs are spent
+        (contenders.Size(0.24, 0.28), 0.92, 0.26, 3),  # no more parameters than theirs: 0.92 of 0.26
+        (contenders.Size(0.24, 0.28), 1.0, 0.24, 3),
+        (contenders.Size(0.57, 0.53), 0.8, 0.53, 3),  # the MACs are those that it is asked for
+        (contenders.Size(0.255, 0.25), 1.0, 0.25, 0),  # equal as they are: nothing is tried
+    ],
+)
+def test_gfprune_is_asked_for_as_much_as_the_peers_keep(
+    toy: yardstick.Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    peers: contenders.Size,
+    parameters: float,
+    share: float,
+    tries: int,
+) -> None:
+    """Its network keeps the MACs that it is asked for, and `parameters` times that of the parameters."""
+    dense = contenders.Size.of(toy.dense)
+    asked = []
+
+    def size(network: Any) -> contenders.Size:
+        if network is toy.dense:
+            return dense
+        kept = 1 - asked[-1]["sparsity"]
+        return contenders.Size(parameters * kept * dense.params, kept * dense.macs)
+
+    monkeypatch.setattr(contenders.gfprune, "prune", lambda *a, **settings: asked.append(settings))
+    monkeypatch.setattr(contenders.gfprune, "load", lambda folder: folder)
+    monkeypatch.setattr(contenders.Size, "of", size)
+    found = contenders.share_for_gfprune(toy, grid.Cell("toy", "gfprune", 0.5, 3, 400), TOY, peers)
+    assert (found, len(asked)) == (pytest.approx(share), tries)
 
 
 def test_rows_that_are_not_equal_are_refused() -> None:
