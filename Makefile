@@ -62,7 +62,7 @@ benchmark: $(STAMP) ## Compare with other methods, quick form, into docs/benchma
 benchmark-full: $(STAMP) ## The full comparison and the studies behind the defaults (hours)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/chain.py
-	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/speed.py
 
 support: $(STAMP) ## Run gfprune over the tiny pipelines and networks of diffusers' tests (DIFFUSERS=checkout), into docs/support.md

@@ -47,8 +47,8 @@ def beside(place: Any, seed: int) -> study.Run:
     return {"series": three, "single": three, "gradients": (1.0, 2.0), "seconds": (3.0, 4.0)}
 
 
-def settings(place: Any, steps: list[int], seed: int) -> list[list[study.Run]]:
-    return [[found(seed) for _ in training.SETTINGS] for _ in steps]
+def settings(place: Any, lengths: list[int], work: Path, seed: int) -> list[list[study.Run]]:
+    return [[found(seed) for _ in training.SETTINGS] for _ in lengths]
 
 
 def folded(name: str, work: Path) -> list[study.Run]:
@@ -89,7 +89,7 @@ def test_every_setting_has_a_row_of_all_seeds(
     given = ["--subjects", "demo", "--seeds", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
     options = {"chain": dict(sparsity=0.75), "ode": dict(sparsity=0.75), "series": {}}
-    options["training"] = dict(steps=[50, 400])
+    options["training"] = dict(gradients=training.GRADIENTS)
     options["folding"] = dict(parts=list(folding.PARTS))
     study.write_study(str(module.__file__), str(module.__doc__), "A study", module.lines, **options[name])
     page = (tmp_path / f"{name}.md").read_text()
