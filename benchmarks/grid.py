@@ -147,8 +147,8 @@ def depends_on(cell: Cell, form: Form) -> dict[str, Any]:
     recipe = FinetuneRecipe(model="") if cell.method == "gfprune" else peer_recipe(cell)
     length = replace(recipe, steps=max(1, cell.gradients // recipe.batch))
     found["finetune"] = recipe.document() | {"denoise": length.denoise_weight}  # which is the length's
-    if recipe.learning_rate is None:  # and so is the rate
-        found["finetune"] |= {"length_factor": length.length_factor}
+    if recipe.learning_rate is None and length.length_factor < 1:  # and so is the rate
+        found["finetune"] |= {"length_factor": length.length_factor, "rate_follows": "excess"}
     if cell.method == "gfprune":
         return found | {"prune": PruneRecipe().document() | form.prune}
     return found | {"scoring": SCORING}

@@ -118,7 +118,13 @@ class FinetuneRecipe(Recipe):
     seed: Annotated[int, Ge(0), Lt(2**63), Help("Of every random number in the run.")] = 0
 
     def settled(
-        self, parameters: float, *, left: float | None = None, sharded: bool = False, trained: int = 0
+        self,
+        parameters: float,
+        *,
+        left: float | None = None,
+        excess: float = 0.0,
+        sharded: bool = False,
+        trained: int = 0,
     ) -> Self:
         """The recipe with an optimizer and a peak learning rate: those given, or those of docs/finetuning.md.
 
@@ -126,6 +132,8 @@ class FinetuneRecipe(Recipe):
             parameters: that train at a time.
             left: share of the dense network's parameters, where it is known. At SOAP's full rate the samples
                 of a network that has lost little, or trains long, drift away from its teacher's.
+            excess: of its loss over the dense network's, as a share of the latter. What loses more has
+                farther to go before a run is long.
             sharded: whether the processes hold one network in pieces.
             trained: steps that the weights have behind them. The rate starts where a line down to 0 over all
                 steps would be by now: at the full rate, a short run undoes what was reached before it.
@@ -133,7 +141,7 @@ class FinetuneRecipe(Recipe):
         large = parameters > SMALL_NETWORK or self.lora is not None or sharded
         optimizer = self.optimizer or ("muon" if large else "soap")
         gone = 1 if left is None else max(LEAST_GONE, 1 - left)
-        soap = SOAP_RATE * gone * self.length_factor**0.5
+        soap = SOAP_RATE * gone * min(1.0, self.length_factor * max(1.0, excess)) ** 0.5
         rates = {"soap": soap, "muon": MUON_RATE, "adafactor": HIGH_RATE}
         usual = HIGH_RATE if self.lora is not None else rates.get(optimizer, RATE)
         peak = self.learning_rate or usual * self.steps / (trained + self.steps)

@@ -87,9 +87,14 @@ class FinetuneJob:
         whole = training == total
         taker = receiving(self.teacher.component)
         receiver: Any = None if taker is None else build_meta(taker)
-        self.settled = self.recipe.settled(
-            training, left=total / teacher.num_parameters(), sharded=self.sharded, trained=self.record.steps
+        self.settle = partial(
+            self.recipe.settled,
+            training,
+            left=total / teacher.num_parameters(),
+            sharded=self.sharded,
+            trained=self.record.steps,
         )
+        self.settled = self.settle()  # the rate will be that of its losses
         self.held = held_bytes(
             self.settled,
             student=total,
@@ -173,6 +178,7 @@ class FinetuneJob:
             else self.place(load_model(self.component))
         )
         losses["before"] = self.loss(held_out, student)
+        self.settled = self.settle(excess=losses["before"] / losses["teacher"] - 1)
         adapters = self.adapters(student) if self.recipe.lora else None
         recover(
             student, teacher, self.process, draws, self.settled,

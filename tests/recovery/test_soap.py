@@ -200,6 +200,13 @@ def test_a_long_run_trains_at_a_low_rate() -> None:
     assert FinetuneRecipe(model="m", steps=1600, learning_rate=0.01).settled(1).learning_rate == 0.01
 
 
+def test_a_run_is_long_later_for_what_has_farther_to_go() -> None:
+    """What loses more than the dense network's own loss has as many more samples at the full rate."""
+    recipe = FinetuneRecipe(model="m", steps=1600, batch=8)
+    rates = [recipe.settled(1, excess=excess).learning_rate for excess in (-0.1, 0.5, 1.0, 2.25, 4.0, 50.0)]
+    assert rates == pytest.approx([RATES["soap"] * share for share in (0.5, 0.5, 0.5, 0.75, 1.0, 1.0)])
+
+
 def test_what_has_been_trained_before_goes_on_at_a_lower_rate() -> None:
     """A short run at the full rate would undo what was reached."""
     rates = [
