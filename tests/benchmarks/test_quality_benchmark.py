@@ -171,6 +171,22 @@ def test_published_peers_train_with_the_plain_loss_and_tuned_ones_as_finetune_do
     assert plain == FinetuneRecipe(model="", seed=2)
 
 
+def test_peers_that_finetune_trains_have_the_rate_that_it_gives_them(
+    toy: yardstick.Subject, uniform: Any
+) -> None:
+    """It asks for the loss: a network far from the dense one trains at a higher rate, if the run is long."""
+    recipe = grid.peer_recipe(grid.Cell("toy", "magnitude, finetuned", 0.5), steps=8000)
+    draws = contenders.draws_of(toy, 0)
+    rates = []
+    for scale in (1.0, 3.0):
+        model = copy.deepcopy(uniform)
+        model.conv_out.weight.data *= scale
+        rates.append(contenders.at_rate(toy, model, draws, recipe).learning_rate)
+    assert rates[0] < rates[1]
+    given = replace(recipe, learning_rate=0.5)
+    assert contenders.at_rate(toy, uniform, draws, given) == given
+
+
 def test_a_tuned_peer_that_diverges_has_lost_that_trial(
     place: subjects.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
