@@ -20,6 +20,9 @@ from torch import nn
 import gfprune_cli
 from gfprune_cli.errors import GfpruneError, Interrupted, UsageError
 from gfprune_cli.progress import Event
+from gfprune_cli.recipes.finetune import SOAP_RATE
+from gfprune_cli.recovery import job
+from gfprune_cli.recovery.job import FinetuneJob
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # AdamW: two processes end where one does to float tolerance, and Muon orthogonalises in bfloat16
@@ -281,6 +284,24 @@ def test_a_finetuned_checkpoint_can_be_finetuned_again_on_data(tuned: Path, tmp_
     assert [run["resolved"]["denoise"] for run in record["finetune"]] == [0.1, 0.1], "of short runs"
     assert rates == [pytest.approx(1.5e-3 * 6 / 8), pytest.approx(1.5e-3 * 6 / 14)]
     assert (tmp_path / "again" / "README.md").read_text().count("Then finetuned") == 2
+
+
+def test_the_rate_of_a_long_run_is_that_of_the_loss_that_it_begins_with(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it trains with is what the record says; nothing trains here."""
+    losses, recipes = iter((0.1, 0.3, 0.2)), []  # of the teacher, before and after
+    monkeypatch.setattr(FinetuneJob, "loss", lambda *given: next(losses))
+    monkeypatch.setattr(job, "recover", lambda *given, **settings: recipes.append(given[4]))
+    long: dict[str, Any] = BRIEF | dict(steps=1600, batch=8, optimizer="soap", sample_every=0)
+    result = gfprune_cli.finetune(pruned, out=tmp_path / "out", **long)
+    rate = json.loads((tmp_path / "out" / "gfprune.json").read_text())["finetune"][0]["resolved"][
+        "learning_rate"
+    ]
+    counts = json.loads((pruned / "gfprune.json").read_text())["params"]
+    full = SOAP_RATE * (1 - counts["after"] / counts["before"]) * 1600 / (1600 + ONE_SHOT["recover"])
+    assert (result.loss["teacher"], result.loss["before"]) == (0.1, 0.3)
+    assert rate == recipes[0].learning_rate == pytest.approx(full * (2 * 3200 / 12800) ** 0.5)
 
 
 def test_adapters_are_merged_into_a_checkpoint_like_any_other(
