@@ -9,24 +9,20 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from grid import SCORING, Cell, Entry, Form, peer_recipe
-from peers import macs_of, parameters, pruned_by
+from peers import at_rate, macs_of, parameters, pruned_by
 from study import ALL_IMAGES
 from subjects import Place
 from torch import nn
 from yardstick import Subject, Yardstick, pictures_of
 
 import gfprune_cli as gfprune
-from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
-from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.errors import GfpruneError
-from gfprune_cli.progress import silent
 from gfprune_cli.recipes.finetune import FinetuneRecipe
 from gfprune_cli.recovery.losses import FeaturePair, RecoveryLoss
 from gfprune_cli.recovery.recover import channels_last
@@ -112,7 +108,7 @@ def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecip
     pair = None
     if recipe.feature_weight:
         pair = FeaturePair(model, target.dense, layers_of_peer(model, target.dense))
-    recipe = at_rate(target, model, draws, recipe)
+    recipe = at_rate(recipe, model, target.dense, target.process, draws)
     loss = RecoveryLoss(model, target.dense, target.process, recipe, pair, "fp32")
     processes = Processes(None, target.held_out.device)
     trainer = Trainer(model.requires_grad_(True), loss, draws, recipe, processes)
@@ -122,18 +118,6 @@ def train(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecip
         pair.close()
     trainer.finish()
     return model.requires_grad_(False)
-
-
-def at_rate(target: Subject, model: nn.Module, draws: Draws, recipe: FinetuneRecipe) -> FinetuneRecipe:
-    """The recipe with the rate that finetune gives it, which asks for the network's loss."""
-    if recipe.learning_rate is not None:
-        return recipe
-    before, dense = (
-        denoising_loss(partial(call, network), target.process, draws, REPORT_DRAWS, silent)
-        for network in (model, target.dense)
-    )
-    left = parameters(model) / parameters(target.dense)
-    return recipe.settled(parameters(model), left=left, excess=before / dense - 1)
 
 
 def draws_of(target: Subject, seed: int) -> Draws:

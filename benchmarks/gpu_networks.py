@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from peers import importance_of, prune_uniformly
+from peers import at_rate, importance_of, prune_uniformly
 from torch import nn
 
 from gfprune_cli.checkpoint.modeling.gfprune_models_v2 import pruned_class
@@ -188,6 +188,7 @@ def trainer_of(model: nn.Module, dense: nn.Module, draws: Draws, steps: int, bat
     teacher = nn.Module.to(copy.deepcopy(dense), device).requires_grad_(False)
     format = torch.channels_last if device.type == "cuda" else torch.preserve_format
     nn.Module.to(model, device, memory_format=format).requires_grad_(True)
+    recipe = at_rate(recipe, model, teacher, process_of(), draws)
     loss = RecoveryLoss(model, teacher, process_of(), recipe, None, default_precision(device))
     return Trainer(model, loss, draws, recipe, Processes(None, device))
 

@@ -7,6 +7,7 @@ where the loss falls below a share of the largest.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from gfprune_cli.diffusion.conditions import call
 from gfprune_cli.diffusion.draws import Draws
+from gfprune_cli.diffusion.loss import REPORT_DRAWS, denoising_loss
 from gfprune_cli.diffusion.schedulers import NoisingProcess
 from gfprune_cli.inputs.examples import example_inputs
+from gfprune_cli.progress import silent
+from gfprune_cli.recipes.finetune import FinetuneRecipe
 
 CHUNK = 16
 THRESHOLD = 0.05  # of the largest loss: Diff-Pruning's default
@@ -112,6 +117,20 @@ def macs_of(model: nn.Module) -> int:
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(**example_inputs(model))
     return counter.get_total_flops() // 2
+
+
+def at_rate(
+    recipe: FinetuneRecipe, model: nn.Module, dense: nn.Module, process: NoisingProcess, draws: Draws
+) -> FinetuneRecipe:
+    """The recipe with the rate that finetune gives it, which in a long run asks for the network's loss."""
+    if recipe.learning_rate is not None or recipe.length_factor == 1:
+        return recipe
+    before, reached = (
+        denoising_loss(partial(call, network), process, draws, REPORT_DRAWS, silent)
+        for network in (model, dense)
+    )
+    left = parameters(model) / parameters(dense)
+    return recipe.settled(parameters(model), left=left, excess=before / reached - 1)
 
 
 def pruned_by(

@@ -178,7 +178,8 @@ class FinetuneJob:
             else self.place(load_model(self.component))
         )
         losses["before"] = self.loss(held_out, student)
-        self.settled = self.settle(excess=losses["before"] / losses["teacher"] - 1)
+        if losses["teacher"]:
+            self.settled = self.settle(excess=losses["before"] / losses["teacher"] - 1)
         adapters = self.adapters(student) if self.recipe.lora else None
         recover(
             student, teacher, self.process, draws, self.settled,

@@ -181,10 +181,10 @@ def test_peers_that_finetune_trains_have_the_rate_that_it_gives_them(
     for scale in (1.0, 3.0):
         model = copy.deepcopy(uniform)
         model.conv_out.weight.data *= scale
-        rates.append(contenders.at_rate(toy, model, draws, recipe).learning_rate)
+        rates.append(peers.at_rate(recipe, model, toy.dense, toy.process, draws).learning_rate)
     assert rates[0] < rates[1]
     given = replace(recipe, learning_rate=0.5)
-    assert contenders.at_rate(toy, uniform, draws, given) == given
+    assert peers.at_rate(given, uniform, toy.dense, toy.process, draws) == given
 
 
 def test_a_tuned_peer_that_diverges_has_lost_that_trial(
